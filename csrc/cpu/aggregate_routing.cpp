@@ -1,0 +1,269 @@
+// aggregate_routing on the CPU: routing [T, E], segment_ids [T] → sums [S, E], counts [S].
+//
+// The tokens of a segment are cut into pieces of at most kPieceRows rows; a piece is summed in float32 (float64 for
+// float64), the pieces of a segment in float64, in order. Where ids come in runs (sequences), the pieces are the runs and
+// rows are read where they lie; else a stable counting sort brings the rows of a segment together. Pieces depend on the ids
+// alone, so the result does not depend on the number of threads. Scratch O(T + S·E). Cost: one read of routing.
+#include "ops/aggregate_routing.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "common/dtypes.h"
+#include "common/errors.h"
+#include "cpu/indices.h"
+#include "cpu/isa/aggregate_routing.h"
+
+namespace edl {
+namespace {
+
+constexpr int64_t kPieceRows = 256;
+constexpr int64_t kGrainElements = 1 << 15; // work below this is not worth a thread
+constexpr int64_t kCacheBytes = 4 << 20; // gradients larger than this are streamed past the caches
+
+struct Piece {
+  int64_t segment;
+  int64_t begin;
+  int64_t end;
+};
+
+struct Plan {
+  std::vector<Piece> pieces; // by segment, then by row
+  std::vector<int32_t> order; // [T'] rows by segment; empty where pieces are ranges of rows
+  std::vector<int64_t> first_piece; // [S + 1]
+};
+
+RoutingStorage storage_of(const at::Tensor& routing) {
+  switch (routing.scalar_type()) {
+    case at::kDouble:
+      return RoutingStorage::float64;
+    case at::kBFloat16:
+      return RoutingStorage::bfloat16;
+    case at::kHalf:
+      return RoutingStorage::float16;
+    default:
+      return RoutingStorage::float32;
+  }
+}
+
+int score_index(Scores scores) {
+  return scores == Scores::softmax ? 0 : scores == Scores::sigmoid ? 1 : 2;
+}
+
+void add_pieces(int64_t segment, int64_t begin, int64_t end, std::vector<Piece>* pieces) {
+  for (; begin < end; begin += kPieceRows) {
+    pieces->push_back({segment, begin, std::min(begin + kPieceRows, end)});
+  }
+}
+
+// Counts the tokens of each segment and refuses ids that name none. Returns the number of runs of equal ids.
+int64_t count_segments(const Indices& ids, int64_t num_tokens, int64_t num_segments, std::vector<int64_t>* counts) {
+  int64_t runs = 0;
+  int64_t previous = -2;
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    const int64_t id = ids[t];
+    EDL_CHECK_INDEX(
+        id >= -1 && id < num_segments, "edl::aggregate_routing: segment_ids must be at least -1 and below ", num_segments,
+        ", the number of segments (got ", id, " at row ", t,
+        "; edl.segments gives this id to a token whose label or mask value is not allowed)");
+    runs += id != previous;
+    previous = id;
+    if (id >= 0) {
+      ++(*counts)[id];
+    }
+  }
+  return runs;
+}
+
+Plan plan_runs(const Indices& ids, int64_t num_tokens) {
+  Plan plan;
+  for (int64_t begin = 0; begin < num_tokens;) {
+    int64_t end = begin + 1;
+    while (end < num_tokens && ids[end] == ids[begin]) {
+      ++end;
+    }
+    if (ids[begin] >= 0) {
+      add_pieces(ids[begin], begin, end, &plan.pieces);
+    }
+    begin = end;
+  }
+  std::stable_sort(plan.pieces.begin(), plan.pieces.end(), [](const Piece& a, const Piece& b) {
+    return a.segment < b.segment;
+  });
+  return plan;
+}
+
+Plan plan_sorted(const Indices& ids, int64_t num_tokens, const std::vector<int64_t>& counts) {
+  Plan plan;
+  std::vector<int64_t> next(counts.size());
+  int64_t total = 0;
+  for (size_t s = 0; s < counts.size(); ++s) {
+    next[s] = total;
+    add_pieces(static_cast<int64_t>(s), total, total + counts[s], &plan.pieces);
+    total += counts[s];
+  }
+  plan.order.resize(total);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    if (ids[t] >= 0) {
+      plan.order[next[ids[t]]++] = static_cast<int32_t>(t);
+    }
+  }
+  return plan;
+}
+
+Plan make_plan(const Indices& ids, int64_t num_tokens, const std::vector<int64_t>& counts, int64_t runs) {
+  // A run costs a piece, so short runs would cost more than the sort.
+  Plan plan = runs <= num_tokens / 16 + static_cast<int64_t>(counts.size())
+      ? plan_runs(ids, num_tokens)
+      : plan_sorted(ids, num_tokens, counts);
+  plan.first_piece.assign(counts.size() + 1, 0);
+  for (const Piece& piece : plan.pieces) {
+    ++plan.first_piece[piece.segment + 1];
+  }
+  for (size_t s = 0; s < counts.size(); ++s) {
+    plan.first_piece[s + 1] += plan.first_piece[s];
+  }
+  return plan;
+}
+
+// sums[s] = the pieces of s, added in order.
+template <typename Acc>
+void add_up_pieces(const Plan& plan, const Acc* partial, int64_t num_experts, int64_t num_segments, Acc* sums) {
+  at::parallel_for(0, num_segments, std::max<int64_t>(1, kGrainElements / num_experts), [&](int64_t begin, int64_t end) {
+    std::vector<double> total(num_experts);
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t first = plan.first_piece[s];
+      const int64_t last = plan.first_piece[s + 1];
+      Acc* out = sums + s * num_experts;
+      if (last - first == 1) {
+        std::copy_n(partial + first * num_experts, num_experts, out);
+        continue;
+      }
+      std::fill(total.begin(), total.end(), 0.0);
+      for (int64_t piece = first; piece < last; ++piece) {
+        for (int64_t e = 0; e < num_experts; ++e) {
+          total[e] += static_cast<double>(partial[piece * num_experts + e]);
+        }
+      }
+      for (int64_t e = 0; e < num_experts; ++e) {
+        out[e] = static_cast<Acc>(total[e]);
+      }
+    }
+  });
+}
+
+// Logits taken for probabilities, and the reverse, train quietly on a wrong loss: refuse both.
+void check_form(const std::vector<RowCensus>& censuses, Scores scores, int64_t num_experts) {
+  RowCensus all;
+  for (const RowCensus& census : censuses) {
+    all.finite += census.finite;
+    all.distributions += census.distributions;
+    if (all.first_other < 0) {
+      all.first_other = census.first_other;
+    }
+  }
+  if (scores == Scores::none) {
+    TORCH_CHECK_VALUE(
+        all.first_other < 0,
+        "edl::aggregate_routing: with scores = 'none' every row of routing must be a distribution, entries of at least 0 "
+        "that sum to 1 (got something else at row ", all.first_other, "; for logits pass scores = 'softmax' or 'sigmoid')");
+  } else {
+    TORCH_CHECK_VALUE(
+        num_experts == 1 || all.finite < 2 || all.distributions < all.finite,
+        "edl::aggregate_routing: with scores = 'softmax' or 'sigmoid' routing must be logits (got ", all.finite,
+        " rows that all sum to 1 with entries of at least 0; for probabilities pass scores = 'none')");
+  }
+}
+
+template <typename Acc>
+void sum_pieces(const Plan& plan, RoutingRows rows, Scores scores, RoutingStorage storage, int64_t num_segments, Acc* sums) {
+  const auto sum_rows = aggregate_routing_loops().sum_rows[static_cast<int>(storage)][score_index(scores)];
+  const bool is_16_bit = storage == RoutingStorage::bfloat16 || storage == RoutingStorage::float16;
+  const double tolerance = is_16_bit ? 1e-2 : 1e-3;
+  const int64_t num_experts = rows.num_experts;
+  const int64_t num_pieces = static_cast<int64_t>(plan.pieces.size());
+  std::vector<Acc> partial(num_pieces * num_experts, Acc(0));
+  std::vector<RowCensus> censuses(num_pieces);
+  rows.order = plan.order.empty() ? nullptr : plan.order.data();
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / (num_experts * kPieceRows));
+  at::parallel_for(0, num_pieces, grain, [&](int64_t begin, int64_t end) {
+    RoutingRows own = rows;
+    for (int64_t i = begin; i < end; ++i) {
+      own.begin = plan.pieces[i].begin;
+      own.end = plan.pieces[i].end;
+      sum_rows(own, tolerance, partial.data() + i * num_experts, &censuses[i]);
+    }
+  });
+  check_form(censuses, scores, num_experts);
+  add_up_pieces(plan, partial.data(), num_experts, num_segments, sums);
+}
+
+// Rows may have any stride, entries of a row stand side by side.
+at::Tensor with_dense_rows(const at::Tensor& routing) {
+  return routing.stride(1) == 1 || routing.size(1) == 1 ? routing : routing.contiguous();
+}
+
+std::tuple<at::Tensor, at::Tensor> aggregate_routing_cpu(
+    const at::Tensor& routing,
+    const at::Tensor& segment_ids,
+    int64_t num_segments,
+    std::string_view scores_name) {
+  const Scores scores = check_aggregate_routing(routing, segment_ids, num_segments, scores_name);
+  const at::Tensor rows = with_dense_rows(routing);
+  const at::Tensor dense_ids = segment_ids.contiguous();
+  const Indices ids(dense_ids);
+  const int64_t num_tokens = rows.size(0);
+  const auto options = routing.options().dtype(accumulation_type(routing.scalar_type()));
+  at::Tensor sums = at::empty({num_segments, rows.size(1)}, options);
+  at::Tensor counts = at::empty({num_segments}, options);
+
+  std::vector<int64_t> tokens_of(num_segments, 0);
+  const int64_t runs = count_segments(ids, num_tokens, num_segments, &tokens_of);
+  const Plan plan = make_plan(ids, num_tokens, tokens_of, runs);
+  const RoutingRows view{rows.const_data_ptr(), rows.stride(0), rows.size(1), nullptr, 0, 0};
+  const auto run = [&](auto* out_sums, auto* out_counts) {
+    std::copy(tokens_of.begin(), tokens_of.end(), out_counts);
+    sum_pieces(plan, view, scores, storage_of(rows), num_segments, out_sums);
+  };
+  if (sums.scalar_type() == at::kDouble) {
+    run(sums.mutable_data_ptr<double>(), counts.mutable_data_ptr<double>());
+  } else {
+    run(sums.mutable_data_ptr<float>(), counts.mutable_data_ptr<float>());
+  }
+  return {sums, counts};
+}
+
+at::Tensor aggregate_routing_backward_cpu(
+    const at::Tensor& grad_sums,
+    const at::Tensor& routing,
+    const at::Tensor& segment_ids,
+    std::string_view scores_name) {
+  const Scores scores = check_aggregate_routing_backward(grad_sums, routing, segment_ids, scores_name);
+  const at::Tensor rows = with_dense_rows(routing);
+  const at::Tensor dense_grad = grad_sums.contiguous();
+  const at::Tensor dense_ids = segment_ids.contiguous();
+  const Indices ids(dense_ids);
+  at::Tensor grad_routing = at::empty(routing.sizes(), routing.options().memory_format(at::MemoryFormat::Contiguous));
+  const int64_t num_experts = rows.size(1);
+  const RoutingGradient gradient{
+      dense_grad.const_data_ptr(), ids.data(), ids.are_64_bit(), rows.const_data_ptr(), rows.stride(0), num_experts,
+      grad_routing.mutable_data_ptr(), static_cast<int64_t>(grad_routing.nbytes()) > kCacheBytes};
+  const auto spread_rows =
+      aggregate_routing_loops().spread_rows[static_cast<int>(storage_of(rows))][score_index(scores)];
+  at::parallel_for(0, rows.size(0), std::max<int64_t>(1, kGrainElements / num_experts), [&](int64_t begin, int64_t end) {
+    spread_rows(gradient, begin, end);
+  });
+  return grad_routing;
+}
+
+} // namespace
+} // namespace edl
+
+TORCH_LIBRARY_IMPL(edl, CPU, m) {
+  m.impl("aggregate_routing", edl::aggregate_routing_cpu);
+  m.impl("_aggregate_routing_backward", edl::aggregate_routing_backward_cpu);
+}

@@ -1,0 +1,324 @@
+#pragma once
+
+// Vectors of EDL_VECTOR_BYTES for the sources of this folder, on the compiler's vector extension: element-wise
+// operators come from the language, and each instruction set compiles the same text. No torch header, no external linkage.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace edl::EDL_ISA {
+namespace {
+
+#define EDL_INLINE inline __attribute__((always_inline))
+
+template <typename Scalar>
+struct VectorOf {
+  typedef Scalar type __attribute__((vector_size(EDL_VECTOR_BYTES)));
+};
+template <typename Scalar>
+using Vector = typename VectorOf<Scalar>::type;
+using Floats = Vector<float>;
+using Doubles = Vector<double>;
+using Int32s = Vector<int32_t>;
+using Int64s = Vector<int64_t>;
+
+template <typename Scalar>
+inline constexpr int64_t kLanes = EDL_VECTOR_BYTES / static_cast<int64_t>(sizeof(Scalar));
+
+// Storage types of 16 bits, named so that templates can tell them apart.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename Storage>
+struct AccumulationOf {
+  using type = float;
+};
+template <>
+struct AccumulationOf<double> {
+  using type = double;
+};
+template <typename Storage>
+using Accumulation = typename AccumulationOf<Storage>::type;
+
+template <typename Scalar>
+EDL_INLINE Vector<Scalar> broadcast(Scalar value) {
+  return Vector<Scalar>{} + value;
+}
+
+// ---- 16-bit storage, one element at a time (tails, and whole rows where there is no instruction) ----
+
+EDL_INLINE float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+EDL_INLINE float widen(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  float value;
+  if (magnitude >= 0x7c00u) { // infinity, NaN
+    const uint32_t bits = sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13);
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+  // The exponent is off by 127 - 15; a product repairs it, and normalises subnormal numbers on the way.
+  const uint32_t bits = magnitude << 13;
+  std::memcpy(&value, &bits, sizeof(value));
+  value *= 0x1p+112f;
+  return sign != 0 ? -value : value;
+}
+
+EDL_INLINE float widen(float x) {
+  return x;
+}
+EDL_INLINE double widen(double x) {
+  return x;
+}
+
+// Round to nearest, ties to even.
+EDL_INLINE void narrow(float value, BFloat16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (value != value) {
+    out->bits = 0x7fc0;
+  } else {
+    out->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
+}
+
+EDL_INLINE void narrow(float value, Float16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    out->bits = static_cast<uint16_t>(sign | 0x7e00u);
+  } else if (magnitude >= 0x477ff000u) { // rounds to 65536 or more
+    out->bits = static_cast<uint16_t>(sign | 0x7c00u);
+  } else if (magnitude < 0x38800000u) { // subnormal in float16: let the adder of float32 do the rounding
+    float shifted;
+    std::memcpy(&shifted, &magnitude, sizeof(shifted));
+    shifted += 0.5f;
+    uint32_t shifted_bits;
+    std::memcpy(&shifted_bits, &shifted, sizeof(shifted_bits));
+    out->bits = static_cast<uint16_t>(sign | (shifted_bits - 0x3f000000u));
+  } else {
+    magnitude += 0xc8000000u + 0xfffu + ((magnitude >> 13) & 1u);
+    out->bits = static_cast<uint16_t>(sign | (magnitude >> 13));
+  }
+}
+
+EDL_INLINE void narrow(float value, float* out) {
+  *out = value;
+}
+EDL_INLINE void narrow(double value, double* out) {
+  *out = value;
+}
+
+// ---- a whole vector ----
+
+EDL_INLINE Floats load(const float* data) {
+  Floats x;
+  std::memcpy(&x, data, sizeof(x));
+  return x;
+}
+EDL_INLINE Doubles load(const double* data) {
+  Doubles x;
+  std::memcpy(&x, data, sizeof(x));
+  return x;
+}
+EDL_INLINE Floats load(const BFloat16* data) {
+  typedef uint16_t Half __attribute__((vector_size(EDL_VECTOR_BYTES / 2)));
+  Half half;
+  std::memcpy(&half, data, sizeof(half));
+  typedef uint32_t Whole __attribute__((vector_size(EDL_VECTOR_BYTES)));
+  const Whole whole = __builtin_convertvector(half, Whole) << 16;
+  Floats x;
+  std::memcpy(&x, &whole, sizeof(x));
+  return x;
+}
+EDL_INLINE Floats load(const Float16* data) {
+  Floats x;
+#if EDL_VECTOR_BYTES == 64
+  const __m512 wide = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
+  std::memcpy(&x, &wide, sizeof(x));
+#elif EDL_VECTOR_BYTES == 32
+  const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
+  std::memcpy(&x, &wide, sizeof(x));
+#else
+  for (int64_t lane = 0; lane < kLanes<float>; ++lane) {
+    x[lane] = widen(data[lane]);
+  }
+#endif
+  return x;
+}
+
+EDL_INLINE void store(Floats x, float* out) {
+  std::memcpy(out, &x, sizeof(x));
+}
+EDL_INLINE void store(Doubles x, double* out) {
+  std::memcpy(out, &x, sizeof(x));
+}
+EDL_INLINE void store(Floats x, BFloat16* out) {
+  typedef uint32_t Whole __attribute__((vector_size(EDL_VECTOR_BYTES)));
+  typedef uint16_t Half __attribute__((vector_size(EDL_VECTOR_BYTES / 2)));
+  Whole bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const Whole rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Whole nan = reinterpret_cast<Whole>(x != x);
+  const Half half = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Half);
+  std::memcpy(out, &half, sizeof(half));
+}
+EDL_INLINE void store(Floats x, Float16* out) {
+#if EDL_VECTOR_BYTES == 64
+  __m512 wide;
+  std::memcpy(&wide, &x, sizeof(wide));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT));
+#elif EDL_VECTOR_BYTES == 32
+  __m256 wide;
+  std::memcpy(&wide, &x, sizeof(wide));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int64_t lane = 0; lane < kLanes<float>; ++lane) {
+    narrow(x[lane], out + lane);
+  }
+#endif
+}
+
+// Stores past the caches: for outputs larger than them, it saves reading each line before it is overwritten.
+// `out` is aligned to the vector. Call `stream_fence` before another thread reads.
+EDL_INLINE void stream(Floats x, float* out) {
+#if EDL_VECTOR_BYTES == 64
+  __m512 wide;
+  std::memcpy(&wide, &x, sizeof(wide));
+  _mm512_stream_ps(out, wide);
+#elif EDL_VECTOR_BYTES == 32
+  __m256 wide;
+  std::memcpy(&wide, &x, sizeof(wide));
+  _mm256_stream_ps(out, wide);
+#else
+  store(x, out);
+#endif
+}
+template <typename Values, typename Storage>
+EDL_INLINE void stream(Values x, Storage* out) {
+  store(x, out);
+}
+EDL_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// ---- across lanes ----
+
+template <typename Scalar>
+EDL_INLINE Scalar sum_of(Vector<Scalar> x) {
+  // Halves, not lane after lane: log2 steps, and the same order in every build of one width.
+  Scalar lanes[kLanes<Scalar>];
+  std::memcpy(lanes, &x, sizeof(x));
+  for (int64_t width = kLanes<Scalar> / 2; width > 0; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) {
+      lanes[lane] += lanes[lane + width];
+    }
+  }
+  return lanes[0];
+}
+
+template <typename Scalar>
+EDL_INLINE Vector<Scalar> maximum(Vector<Scalar> a, Vector<Scalar> b) {
+  return a > b ? a : b; // b where a is NaN
+}
+template <typename Scalar>
+EDL_INLINE Vector<Scalar> minimum(Vector<Scalar> a, Vector<Scalar> b) {
+  return a < b ? a : b;
+}
+template <typename Scalar>
+EDL_INLINE Scalar max_of(Vector<Scalar> x) {
+  Scalar lanes[kLanes<Scalar>];
+  std::memcpy(lanes, &x, sizeof(x));
+  for (int64_t width = kLanes<Scalar> / 2; width > 0; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) {
+      lanes[lane] = lanes[lane] > lanes[lane + width] ? lanes[lane] : lanes[lane + width];
+    }
+  }
+  return lanes[0];
+}
+
+// ---- exp and log ----
+
+// exp for x <= 88: relative error below 2 units in the last place; 0 below -87.3; NaN stays NaN.
+EDL_INLINE Floats exp_of(Floats x) {
+  const Floats lowest = broadcast(-87.33654f);
+  const Floats clamped = x < lowest ? lowest : x;
+  const Floats shift = broadcast(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
+  const Floats shifted = clamped * 1.44269504f + shift;
+  const Floats n = shifted - shift;
+  Floats r = clamped - n * 0.693145752f;
+  r = r - n * 1.42860677e-6f;
+  Floats p = broadcast(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  Int32s exponent;
+  std::memcpy(&exponent, &shifted, sizeof(exponent));
+  exponent = (exponent - 0x4b400000 + 127) << 23;
+  Floats scale;
+  std::memcpy(&scale, &exponent, sizeof(scale));
+  const Floats result = p * scale;
+  return x < lowest ? Floats{} : result;
+}
+
+EDL_INLINE Doubles exp_of(Doubles x) {
+  for (int64_t lane = 0; lane < kLanes<double>; ++lane) {
+    x[lane] = std::exp(x[lane]);
+  }
+  return x;
+}
+
+// log for normal positive x: error below 2e-16 + 2 units in the last place; NaN stays NaN.
+EDL_INLINE Doubles log_of(Doubles x) {
+  Int64s bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  // x = 2^k * f with f in [sqrt(1/2), sqrt(2)).
+  const Int64s offset = bits - 0x3fe6a09e667f3bcdLL;
+  const Int64s k = offset >> 52;
+  const Int64s mantissa_bits = bits - (k << 52);
+  Doubles f;
+  std::memcpy(&f, &mantissa_bits, sizeof(f));
+  // log f = 2 atanh(s), s = (f - 1) / (f + 1), |s| < 0.1716.
+  const Doubles s = (f - 1.0) / (f + 1.0);
+  const Doubles z = s * s;
+  Doubles p = broadcast(2.0 / 19);
+  p = p * z + 2.0 / 17;
+  p = p * z + 2.0 / 15;
+  p = p * z + 2.0 / 13;
+  p = p * z + 2.0 / 11;
+  p = p * z + 2.0 / 9;
+  p = p * z + 2.0 / 7;
+  p = p * z + 2.0 / 5;
+  p = p * z + 2.0 / 3;
+  const Doubles log_f = s * 2.0 + s * z * p;
+  const Doubles n = __builtin_convertvector(k, Doubles);
+  const Doubles result = n * 0.693147180369123816490 + (log_f + n * 1.90821492927058770002e-10);
+  return x != x ? x : result;
+}
+
+} // namespace
+} // namespace edl::EDL_ISA

@@ -1,0 +1,18 @@
+#pragma once
+
+// The C++ surface of edl. Including this header also keeps libedl linked, and with it the registered operators.
+
+#include "common/export.h"
+#include "ops/aggregate_routing.h"
+
+namespace edl {
+
+EDL_API const char* version();
+EDL_API const char* cpu_instruction_set(); // "baseline", "avx2" or "avx512"
+
+namespace detail {
+// A linker drops a library that no symbol is taken from; this takes one.
+[[gnu::used]] inline const auto keep_library_linked = &version;
+} // namespace detail
+
+} // namespace edl

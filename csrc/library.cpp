@@ -1,0 +1,22 @@
+// Facts about the library itself. Every operator registers in its own file.
+#include "edl.h"
+
+#include <torch/library.h>
+
+#include "cpu/isa/dispatch.h"
+
+namespace edl {
+
+const char* version() {
+  return EDL_VERSION;
+}
+
+const char* cpu_instruction_set() {
+  return instruction_set_name();
+}
+
+} // namespace edl
+
+TORCH_LIBRARY_FRAGMENT(edl, m) {
+  m.def("_cpu_instruction_set() -> str", []() { return std::string(edl::cpu_instruction_set()); });
+}

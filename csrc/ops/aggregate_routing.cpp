@@ -1,0 +1,173 @@
+// token → segment: sums[s, e] = sum over t with segment_ids[t] = s of score(routing[t])[e].
+#include "ops/aggregate_routing.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "common/dtypes.h"
+#include "common/errors.h"
+
+namespace edl {
+namespace {
+
+constexpr const char* kOp = "edl::aggregate_routing";
+
+void check_rows(const at::Tensor& routing, const at::Tensor& segment_ids) {
+  EDL_CHECK(routing.dim() == 2, kOp, ": routing must have the shape [T, E] (got ", routing.dim(), " dimensions)");
+  EDL_CHECK(
+      is_storage_type(routing.scalar_type()), kOp,
+      ": routing must be float32, float64, bfloat16 or float16 (got ", routing.scalar_type(), ")");
+  EDL_CHECK(segment_ids.dim() == 1, kOp, ": segment_ids must have the shape [T] (got ", segment_ids.dim(), " dimensions)");
+  EDL_CHECK(
+      is_index_type(segment_ids.scalar_type()), kOp, ": segment_ids must be int32 or int64 (got ",
+      segment_ids.scalar_type(), ")");
+  EDL_CHECK(
+      segment_ids.device() == routing.device(), kOp, ": segment_ids must be on the device of routing (got ",
+      segment_ids.device(), " and ", routing.device(), ")");
+  EDL_CHECK(
+      segment_ids.sym_size(0).sym_eq(routing.sym_size(0)), kOp,
+      ": segment_ids must have one entry per row of routing (got ", segment_ids.sym_size(0), " ids for ",
+      routing.sym_size(0), " rows)");
+}
+
+} // namespace
+
+Scores check_aggregate_routing(
+    const at::Tensor& routing,
+    const at::Tensor& segment_ids,
+    const c10::SymInt& num_segments,
+    std::string_view scores) {
+  check_rows(routing, segment_ids);
+  EDL_CHECK(
+      routing.sym_size(1).sym_ge(1), kOp, ": routing must have at least one expert (got a tensor of ",
+      routing.sym_size(0), " by ", routing.sym_size(1), ")");
+  EDL_CHECK(num_segments.sym_ge(0), kOp, ": num_segments must not be negative (got ", num_segments, ")");
+  return parse_scores(kOp, scores);
+}
+
+Scores check_aggregate_routing_backward(
+    const at::Tensor& grad_sums,
+    const at::Tensor& routing,
+    const at::Tensor& segment_ids,
+    std::string_view scores) {
+  check_rows(routing, segment_ids);
+  EDL_CHECK(
+      grad_sums.dim() == 2 && grad_sums.scalar_type() == accumulation_type(routing.scalar_type()), kOp,
+      ": the gradient of sums must be a matrix of the accumulation type (got ", grad_sums.dim(), " dimensions of ",
+      grad_sums.scalar_type(), ")");
+  EDL_CHECK(
+      grad_sums.sym_size(1).sym_eq(routing.sym_size(1)), kOp,
+      ": the gradient of sums must have one column per expert (got ", grad_sums.sym_size(1), " for ",
+      routing.sym_size(1), " experts)");
+  return parse_scores(kOp, scores);
+}
+
+std::tuple<at::Tensor, at::Tensor> aggregate_routing(
+    const at::Tensor& routing,
+    const at::Tensor& segment_ids,
+    c10::SymInt num_segments,
+    std::string_view scores) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("edl::aggregate_routing", "")
+                             .typed<std::tuple<at::Tensor, at::Tensor>(
+                                 const at::Tensor&, const at::Tensor&, c10::SymInt, std::string_view)>();
+  return op.call(routing, segment_ids, std::move(num_segments), scores);
+}
+
+namespace {
+
+at::Tensor aggregate_routing_backward(
+    const at::Tensor& grad_sums,
+    const at::Tensor& routing,
+    const at::Tensor& segment_ids,
+    std::string_view scores) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("edl::_aggregate_routing_backward", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, std::string_view)>();
+  return op.call(grad_sums, routing, segment_ids, scores);
+}
+
+std::tuple<at::Tensor, at::Tensor> aggregate_routing_meta(
+    const at::Tensor& routing,
+    const at::Tensor& segment_ids,
+    c10::SymInt num_segments,
+    std::string_view scores) {
+  check_aggregate_routing(routing, segment_ids, num_segments, scores);
+  const auto options = routing.options().dtype(accumulation_type(routing.scalar_type()));
+  return {
+      at::empty_symint({num_segments, routing.sym_size(1)}, options), at::empty_symint({num_segments}, options)};
+}
+
+at::Tensor aggregate_routing_backward_meta(
+    const at::Tensor& grad_sums,
+    const at::Tensor& routing,
+    const at::Tensor& segment_ids,
+    std::string_view scores) {
+  check_aggregate_routing_backward(grad_sums, routing, segment_ids, scores);
+  return at::empty_symint(routing.sym_sizes(), routing.options());
+}
+
+struct AggregateRoutingFunction : torch::autograd::Function<AggregateRoutingFunction> {
+  static constexpr bool is_traceable = true;
+
+  static torch::autograd::variable_list forward(
+      torch::autograd::AutogradContext* context,
+      const at::Tensor& routing,
+      const at::Tensor& segment_ids,
+      c10::SymInt num_segments,
+      std::string_view scores) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [sums, counts] = aggregate_routing(routing, segment_ids, std::move(num_segments), scores);
+    context->save_for_backward({routing, segment_ids});
+    context->saved_data["scores"] = std::string(scores);
+    context->mark_non_differentiable({counts});
+    return {sums, counts};
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* context,
+      const torch::autograd::variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    at::Tensor grad_routing;
+    if (grads[0].defined() && context->needs_input_grad(0)) {
+      grad_routing =
+          aggregate_routing_backward(grads[0], saved[0], saved[1], context->saved_data["scores"].toStringRef());
+    }
+    return {grad_routing, {}, {}, {}};
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> aggregate_routing_autograd(
+    const at::Tensor& routing,
+    const at::Tensor& segment_ids,
+    c10::SymInt num_segments,
+    std::string_view scores) {
+  auto outputs = AggregateRoutingFunction::apply(routing, segment_ids, std::move(num_segments), scores);
+  return {outputs[0], outputs[1]};
+}
+
+} // namespace
+} // namespace edl
+
+TORCH_LIBRARY_FRAGMENT(edl, m) {
+  m.def(
+      "aggregate_routing(Tensor routing, Tensor segment_ids, SymInt num_segments, str scores) "
+      "-> (Tensor sums, Tensor counts)");
+  m.def(
+      "_aggregate_routing_backward(Tensor grad_sums, Tensor routing, Tensor segment_ids, str scores) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(edl, Meta, m) {
+  m.impl("aggregate_routing", edl::aggregate_routing_meta);
+  m.impl("_aggregate_routing_backward", edl::aggregate_routing_backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(edl, Autograd, m) {
+  m.impl("aggregate_routing", edl::aggregate_routing_autograd);
+  m.impl("_aggregate_routing_backward", torch::autograd::autogradNotImplementedFallback());
+}

@@ -1,0 +1,42 @@
+"""Finds libedl, compares versions, and loads it; every failure is one sentence that says what to do."""
+
+from pathlib import Path
+
+import torch
+
+_REBUILD = "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps .`"
+LIBRARY = Path(__file__).parent / "lib" / "libedl.so"
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def check_build(built_torch: str, built_cuda: str, torch_version: str, torch_cuda: str | None) -> None:
+    """Raises ImportError where the library was built for another torch or CUDA than the running one."""
+    if _minor(built_torch) != _minor(torch_version):
+        raise ImportError(f"edl was built for torch {built_torch} but torch {torch_version} is running: {_REBUILD}")
+    if built_cuda and built_cuda != (torch_cuda or ""):
+        raise ImportError(
+            f"edl was built for CUDA {built_cuda} but the running torch {torch_version} has CUDA {torch_cuda}: {_REBUILD}"
+        )
+
+
+def load() -> None:
+    """Loads libedl, which registers the operators `torch.ops.edl.*`."""
+    try:
+        from edl import _build
+    except ImportError as error:
+        raise ImportError(
+            f"edl has not been built for this Python: run `pip install --no-build-isolation .` (got: {error})"
+        ) from error
+    check_build(_build.torch_version, _build.cuda_version, torch.__version__, torch.version.cuda)
+    if not LIBRARY.exists():
+        raise ImportError(f"edl's library is missing: {_REBUILD} (looked for {LIBRARY})")
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        raise ImportError(
+            f"edl's library, built for torch {_build.torch_version}, does not load with torch {torch.__version__}: "
+            f"{_REBUILD} (got: {error})"
+        ) from error

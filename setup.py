@@ -1,0 +1,168 @@
+"""Builds edl: `libedl`, a library of torch operators without Python inside, and a small module with build facts.
+
+Environment: EDL_BUILD_CUDA=0/1 overrides the choice of CUDA; MAX_JOBS and TORCH_CUDA_ARCH_LIST as for every torch extension.
+"""
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 13)
+INSTALL_HINT = (
+    "edl is compiled against the PyTorch it will run with: install torch 2.11 to 2.13 first, "
+    "then run `pip install --no-build-isolation .`"
+)
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    torch = None
+
+
+class BuildWithoutTorch(build_ext):
+    """Says what to do where there is no torch; metadata and source archives need none."""
+
+    def run(self):
+        sys.exit(f"{INSTALL_HINT} (no torch found in {sys.executable})")
+
+
+def glob(pattern):
+    """Sorted paths relative to the root: adding a file is enough to build it."""
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+def build_cuda():
+    """CUDA when torch has it and nvcc is found; never decided by a visible GPU, which build machines lack."""
+    possible = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    wanted = os.environ.get("EDL_BUILD_CUDA", "").strip()
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"edl: EDL_BUILD_CUDA must be 0 or 1 (got {wanted!r})")
+    if wanted == "1" and not possible:
+        sys.exit(
+            "edl: EDL_BUILD_CUDA=1 needs a torch built with CUDA and nvcc "
+            f"(got torch.version.cuda = {torch.version.cuda}, CUDA_HOME = {cpp_extension.CUDA_HOME})"
+        )
+    return possible and wanted != "0"
+
+
+def check_torch_version():
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if not OLDEST_TORCH <= version <= NEWEST_TORCH:
+        sys.exit(f"{INSTALL_HINT} (got torch {torch.__version__})")
+
+
+# The flags of each build of cpu/isa/*.cpp, and the width of its vector registers.
+X86_INSTRUCTION_SETS = {
+    "baseline": (16, []),
+    "avx2": (32, ["-mavx2", "-mfma", "-mf16c"]),
+    "avx512": (64, ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]),
+}
+
+
+def is_x86():
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+if torch is not None:
+
+    class Build(cpp_extension.BuildExtension):
+        """Compiles cpu/isa once per instruction set, and lays headers and CMake files beside the library."""
+
+        def build_extensions(self):
+            library = next(extension for extension in self.extensions if extension.name == "edl.lib.libedl")
+            library.extra_objects = list(library.extra_objects) + self.compile_instruction_sets()
+            super().build_extensions()
+            self.copy_headers(Path(self.build_lib) / "edl")
+
+        def copy_extensions_to_source(self):
+            """An in-place (editable) build: the package is the source folder."""
+            (ROOT / "edl" / "lib").mkdir(exist_ok=True)
+            super().copy_extensions_to_source()
+            self.copy_headers(ROOT / "edl")
+
+        def compile_instruction_sets(self):
+            sets = X86_INSTRUCTION_SETS if is_x86() else {"baseline": (16, [])}
+            objects = []
+            for name, (vector_bytes, flags) in sets.items():
+                objects += self.compiler.compile(
+                    glob("csrc/cpu/isa/*.cpp"),
+                    output_dir=os.path.join(self.build_temp, name),
+                    include_dirs=["csrc"],
+                    macros=[("EDL_ISA", name), ("EDL_VECTOR_BYTES", str(vector_bytes))],
+                    extra_postargs=["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized", *flags],
+                )
+            return objects
+
+        def copy_headers(self, package):
+            for pattern in ("edl.h", "common/*.h", "ops/*.h"):
+                for header in (ROOT / "csrc").glob(pattern):
+                    target = package / "include" / "edl" / header.relative_to(ROOT / "csrc")
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(header, target)
+
+        def get_ext_filename(self, name):
+            # `name` comes with or without its packages; only the library goes without Python's suffix.
+            return name.replace(".", "/") + ".so" if name.endswith("libedl") else super().get_ext_filename(name)
+
+
+def extensions():
+    if torch is None:
+        return [Extension("edl.lib.libedl", [])]
+    check_torch_version()
+    with_cuda = build_cuda()
+    cuda_version = torch.version.cuda if with_cuda else ""
+    print(f"edl: torch {torch.__version__}, CUDA {cuda_version or 'off'}, Python {platform.python_version()}")
+    sources = glob("csrc/*.cpp") + glob("csrc/ops/*.cpp") + glob("csrc/cpu/*.cpp")
+    macros = [
+        ("EDL_VERSION", f'"{version()}"'),
+        ("EDL_TORCH_VERSION", f'"{torch.__version__}"'),
+        ("EDL_CUDA_VERSION", f'"{cuda_version}"'),
+    ]
+    if is_x86():
+        macros.append(("EDL_WITH_X86", None))
+    host_flags = ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    flags = {"cxx": host_flags}
+    make_extension = cpp_extension.CppExtension
+    if with_cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+        sources += glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu")
+        flags["nvcc"] = ["-std=c++20", "-O3", "-lineinfo"]
+        make_extension = cpp_extension.CUDAExtension
+    library = make_extension(
+        "edl.lib.libedl",
+        sources,
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=macros,
+        extra_compile_args=flags,
+        extra_link_args=["-Wl,-rpath,$ORIGIN/../../torch/lib", "-Wl,--no-undefined"],
+    )
+    library.libraries.remove("torch_python")  # C++ programs need no Python
+    facts = Extension(
+        "edl._build",
+        ["csrc/python/build_facts.cpp"],
+        include_dirs=[os.path.join(cpp_extension.include_paths()[0])],  # pybind11 comes with torch
+        define_macros=macros,
+        extra_compile_args=["-std=c++20", "-O1", "-g0", "-fvisibility=hidden"],
+        language="c++",
+    )
+    return [library, facts]
+
+
+def version():
+    for line in (ROOT / "pyproject.toml").read_text().splitlines():
+        if line.startswith("version ="):
+            return line.split('"')[1]
+    raise ValueError("pyproject.toml names no version")
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": Build if torch is not None else BuildWithoutTorch},
+)

@@ -4,6 +4,9 @@
 
 #include "common/export.h"
 #include "ops/aggregate_routing.h"
+#include "ops/domain_moments.h"
+#include "ops/expert_divergence.h"
+#include "ops/pairwise_divergence.h"
 
 namespace edl {
 

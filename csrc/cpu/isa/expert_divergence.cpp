@@ -1,0 +1,112 @@
+// Inner loops over one pair of domain means p, q [E], in float64. With m = (p + q)/2 and u = (p - q)/(p + q):
+//   D = 1/2 Σ m φ(u),  φ(u) = (1+u) log(1+u) + (1-u) log(1-u) = Σ_n u^2n / (n (2n - 1)),
+//   dD/dp = 1/2 log(p/m),  dD/dq = 1/2 log(q/m).
+// The series where |u| < 0.1: there the logarithms cancel. One logarithm and two divisions per expert.
+#include "cpu/isa/expert_divergence.h"
+
+#include "cpu/isa/simd.h"
+
+namespace edl::EDL_ISA {
+namespace {
+
+constexpr int64_t kLane = kLanes<double>;
+constexpr double kSmallest = std::numeric_limits<double>::min();
+
+// The comparisons keep NaN: a NaN is never "smaller".
+EDL_INLINE Doubles at_least(Doubles x, double lowest) {
+  return x < lowest ? broadcast(lowest) : x;
+}
+
+void log_means(const double* means, int64_t length, double* out) {
+  for (int64_t i = 0; i < length; i += kLane) {
+    const Doubles p = load(means + i);
+    const Doubles log_p = log_of(at_least(p, kSmallest));
+    store(p < 0 ? broadcast(std::numeric_limits<double>::quiet_NaN()) : log_p, out + i);
+  }
+}
+
+// φ(u) / u² for u² < 0.01.
+EDL_INLINE Doubles series(Doubles s) {
+  Doubles sum = broadcast(1.0 / 120);
+  sum = sum * s + 1.0 / 91;
+  sum = sum * s + 1.0 / 66;
+  sum = sum * s + 1.0 / 45;
+  sum = sum * s + 1.0 / 28;
+  sum = sum * s + 1.0 / 15;
+  sum = sum * s + 1.0 / 6;
+  return sum * s + 1.0;
+}
+
+template <bool with_slopes>
+EDL_INLINE double divergence_of(
+    const double* p_row,
+    const double* q_row,
+    const double* log_p_row,
+    const double* log_q_row,
+    int64_t length,
+    double* slope_p,
+    double* slope_q) {
+  Doubles total{};
+  for (int64_t i = 0; i < length; i += kLane) {
+    const Doubles p = load(p_row + i);
+    const Doubles q = load(q_row + i);
+    const Doubles m = (p + q) * 0.5;
+    const Doubles log_m = log_of(at_least(m, kSmallest));
+    const Doubles a = at_least(load(log_p_row + i) - log_m, kLowestLogRatio);
+    const Doubles b = at_least(load(log_q_row + i) - log_m, kLowestLogRatio);
+    const Doubles u = (p - q) / at_least(p + q, kSmallest);
+    const Doubles s = u * u;
+    total += s < 0.01 ? m * s * series(s) : p * a + q * b;
+    if constexpr (with_slopes) {
+      store(a * 0.5, slope_p + i);
+      store(b * 0.5, slope_q + i);
+    }
+  }
+  const double value = 0.5 * sum_of<double>(total);
+  return value < 0 ? 0.0 : value;
+}
+
+double divergence(
+    const double* p,
+    const double* q,
+    const double* log_p,
+    const double* log_q,
+    int64_t length,
+    double* slope_p,
+    double* slope_q) {
+  return slope_p != nullptr ? divergence_of<true>(p, q, log_p, log_q, length, slope_p, slope_q)
+                            : divergence_of<false>(p, q, log_p, log_q, length, nullptr, nullptr);
+}
+
+double bias(
+    const double* p_row,
+    const double* q_row,
+    const double* v_p,
+    const double* v_q,
+    int64_t length,
+    double* slope,
+    double* inverse) {
+  Doubles total{};
+  for (int64_t i = 0; i < length; i += kLane) {
+    const Doubles m = (load(p_row + i) + load(q_row + i)) * 0.5;
+    // An expert that neither domain uses has no variance either.
+    const Doubles r = m < kSmallest ? Doubles{} : 0.125 / m;
+    const Doubles term = (load(v_p + i) + load(v_q + i)) * r;
+    total += term;
+    store(term * r * -4.0, slope + i); // d(r)/dp = -r / (2 m) = -4 r²
+    store(r, inverse + i);
+  }
+  return sum_of<double>(total);
+}
+
+void add_scaled(double scale, const double* x, int64_t length, double* out) {
+  for (int64_t i = 0; i < length; i += kLane) {
+    store(load(out + i) + load(x + i) * scale, out + i);
+  }
+}
+
+} // namespace
+
+extern const ExpertDivergenceLoops expert_divergence_loops = {log_means, divergence, bias, add_scaled};
+
+} // namespace edl::EDL_ISA

@@ -1,0 +1,195 @@
+// segment → domain: sums of the segments' mean distributions, and of their squares, per domain.
+#include "ops/domain_moments.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "common/dtypes.h"
+#include "common/errors.h"
+
+namespace edl {
+namespace {
+
+constexpr const char* kOp = "edl::domain_moments";
+
+void check_segments(const at::Tensor& segment_sums, const at::Tensor& segment_counts) {
+  EDL_CHECK(
+      segment_sums.dim() >= 2, kOp, ": segment_sums must have the shape [..., S, E] (got ", segment_sums.dim(),
+      " dimensions)");
+  EDL_CHECK(
+      segment_sums.scalar_type() == at::kFloat || segment_sums.scalar_type() == at::kDouble, kOp,
+      ": segment_sums must be float32 or float64 (got ", segment_sums.scalar_type(), ")");
+  EDL_CHECK(
+      segment_counts.scalar_type() == segment_sums.scalar_type(), kOp,
+      ": segment_counts must have the dtype of segment_sums (got ", segment_counts.scalar_type(), " and ",
+      segment_sums.scalar_type(), ")");
+  const int64_t leading = segment_sums.dim() - 1;
+  EDL_CHECK(
+      segment_counts.dim() == 1 || segment_counts.dim() == leading, kOp,
+      ": segment_counts must have the shape [S] or [..., S] of segment_sums (got ", segment_counts.dim(),
+      " dimensions for ", segment_sums.dim(), ")");
+  for (int64_t i = 1; i <= segment_counts.dim(); ++i) {
+    EDL_CHECK(
+        segment_counts.sym_size(-i).sym_eq(segment_sums.sym_size(-i - 1)), kOp,
+        ": segment_counts must have one entry per segment of segment_sums (got ", segment_counts.sym_sizes(), " for ",
+        segment_sums.sym_sizes(), ")");
+  }
+}
+
+void check_labels(const at::Tensor& segment_sums, const at::Tensor& labels, const c10::SymInt& num_domains) {
+  EDL_CHECK(num_domains.sym_ge(1), kOp, ": num_domains must be at least 1 (got ", num_domains, ")");
+  const bool ids = labels.dim() == 1 && is_index_type(labels.scalar_type());
+  const bool weights = labels.dim() == 2 && is_storage_type(labels.scalar_type());
+  EDL_CHECK(
+      ids || weights, kOp, ": labels must be ids [S] of int32 or int64, or weights [S, D] of a floating type (got ",
+      labels.dim(), " dimensions of ", labels.scalar_type(), ")");
+  EDL_CHECK(
+      labels.sym_size(0).sym_eq(segment_sums.sym_size(-2)), kOp, ": labels must have one row per segment (got ",
+      labels.sym_size(0), " for ", segment_sums.sym_size(-2), " segments)");
+  if (weights) {
+    EDL_CHECK(
+        labels.sym_size(1).sym_eq(num_domains), kOp, ": labels as weights must have one column per domain (got ",
+        labels.sym_size(1), " for num_domains = ", num_domains, ")");
+  }
+}
+
+} // namespace
+
+void check_domain_moments(
+    const at::Tensor& segment_sums,
+    const at::Tensor& segment_counts,
+    const at::Tensor& labels,
+    const c10::SymInt& num_domains) {
+  check_segments(segment_sums, segment_counts);
+  check_labels(segment_sums, labels, num_domains);
+  EDL_CHECK(
+      segment_counts.device() == segment_sums.device() && labels.device() == segment_sums.device(), kOp,
+      ": all tensors must be on one device (got ", segment_sums.device(), ", ", segment_counts.device(), " and ",
+      labels.device(), ")");
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments(
+    const at::Tensor& segment_sums,
+    const at::Tensor& segment_counts,
+    const at::Tensor& labels,
+    c10::SymInt num_domains,
+    bool squares) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("edl::domain_moments", "")
+                             .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+                                 const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::SymInt, bool)>();
+  return op.call(segment_sums, segment_counts, labels, std::move(num_domains), squares);
+}
+
+namespace {
+
+at::Tensor domain_moments_backward(
+    const at::Tensor& grad_sums,
+    const at::Tensor& grad_squares,
+    const at::Tensor& segment_sums,
+    const at::Tensor& segment_counts,
+    const at::Tensor& labels) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("edl::_domain_moments_backward", "")
+          .typed<at::Tensor(
+              const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
+  return op.call(grad_sums, grad_squares, segment_sums, segment_counts, labels);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments_meta(
+    const at::Tensor& segment_sums,
+    const at::Tensor& segment_counts,
+    const at::Tensor& labels,
+    c10::SymInt num_domains,
+    bool squares) {
+  check_domain_moments(segment_sums, segment_counts, labels, num_domains);
+  const auto options = segment_sums.options().dtype(at::kDouble);
+  c10::SymDimVector shape(segment_sums.sym_sizes().begin(), segment_sums.sym_sizes().end());
+  shape[shape.size() - 2] = num_domains;
+  const c10::SymDimVector counts_shape(shape.begin(), shape.end() - 1);
+  return {
+      at::empty_symint(shape, options),
+      squares ? at::empty_symint(shape, options) : at::empty_symint({0}, options),
+      at::empty_symint(counts_shape, options)};
+}
+
+at::Tensor domain_moments_backward_meta(
+    const at::Tensor& grad_sums,
+    const at::Tensor& grad_squares,
+    const at::Tensor& segment_sums,
+    const at::Tensor& segment_counts,
+    const at::Tensor& labels) {
+  return at::empty_symint(segment_sums.sym_sizes(), segment_sums.options());
+}
+
+struct DomainMomentsFunction : torch::autograd::Function<DomainMomentsFunction> {
+  static constexpr bool is_traceable = true;
+
+  static torch::autograd::variable_list forward(
+      torch::autograd::AutogradContext* context,
+      const at::Tensor& segment_sums,
+      const at::Tensor& segment_counts,
+      const at::Tensor& labels,
+      c10::SymInt num_domains,
+      bool squares) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [sums, squared, counts] = domain_moments(segment_sums, segment_counts, labels, std::move(num_domains), squares);
+    context->save_for_backward({segment_sums, segment_counts, labels});
+    context->saved_data["squares"] = squares;
+    context->mark_non_differentiable(
+        squares ? torch::autograd::variable_list{counts} : torch::autograd::variable_list{squared, counts});
+    return {sums, squared, counts};
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* context,
+      const torch::autograd::variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const bool squares = context->saved_data["squares"].toBool();
+    at::Tensor grad_segment_sums;
+    if (context->needs_input_grad(0) && grads[0].defined()) {
+      const at::Tensor grad_squares = squares ? grads[1] : at::empty({0}, grads[0].options());
+      grad_segment_sums = domain_moments_backward(grads[0], grad_squares, saved[0], saved[1], saved[2]);
+    }
+    return {grad_segment_sums, {}, {}, {}, {}};
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments_autograd(
+    const at::Tensor& segment_sums,
+    const at::Tensor& segment_counts,
+    const at::Tensor& labels,
+    c10::SymInt num_domains,
+    bool squares) {
+  EDL_CHECK(
+      !segment_counts.requires_grad() && !labels.requires_grad(), kOp,
+      ": only segment_sums has a gradient (got segment_counts or labels with requires_grad = True)");
+  auto outputs = DomainMomentsFunction::apply(segment_sums, segment_counts, labels, std::move(num_domains), squares);
+  return {outputs[0], outputs[1], outputs[2]};
+}
+
+} // namespace
+} // namespace edl
+
+TORCH_LIBRARY_FRAGMENT(edl, m) {
+  m.def(
+      "domain_moments(Tensor segment_sums, Tensor segment_counts, Tensor labels, SymInt num_domains, bool squares) "
+      "-> (Tensor sums, Tensor squares, Tensor counts)");
+  m.def(
+      "_domain_moments_backward(Tensor grad_sums, Tensor grad_squares, Tensor segment_sums, Tensor segment_counts, "
+      "Tensor labels) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(edl, Meta, m) {
+  m.impl("domain_moments", edl::domain_moments_meta);
+  m.impl("_domain_moments_backward", edl::domain_moments_backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(edl, Autograd, m) {
+  m.impl("domain_moments", edl::domain_moments_autograd);
+  m.impl("_domain_moments_backward", torch::autograd::autogradNotImplementedFallback());
+}

@@ -1,0 +1,227 @@
+// domain → pairs: the Expert Divergence loss of domain moments. Its gradient matrices cost little beside the value, so they
+// are computed with it and saved; backward only scales them.
+#include "ops/expert_divergence.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "common/errors.h"
+
+namespace edl {
+namespace {
+
+constexpr const char* kOp = "edl::expert_divergence";
+
+PairReduction parse_reduction(std::string_view reduction) {
+  if (reduction == "mean_of_logs") {
+    return PairReduction::mean_of_logs;
+  }
+  EDL_CHECK(
+      reduction == "log_of_mean", kOp, ": reduction must be 'mean_of_logs' or 'log_of_mean' (got '", reduction, "')");
+  return PairReduction::log_of_mean;
+}
+
+} // namespace
+
+void check_moments(
+    const char* op, const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction) {
+  EDL_CHECK(sums.dim() >= 2, op, ": sums must have the shape [..., D, E] (got ", sums.dim(), " dimensions)");
+  EDL_CHECK(
+      sums.scalar_type() == at::kDouble && counts.scalar_type() == at::kDouble, op,
+      ": sums and counts must be float64 (got ", sums.scalar_type(), " and ", counts.scalar_type(), ")");
+  EDL_CHECK(
+      counts.dim() == sums.dim() - 1, op, ": counts must have the shape [..., D] of sums (got ", counts.dim(),
+      " dimensions for ", sums.dim(), ")");
+  for (int64_t i = 0; i < counts.dim(); ++i) {
+    EDL_CHECK(
+        counts.sym_size(i).sym_eq(sums.sym_size(i)), op, ": counts must have one entry per domain of sums (got ",
+        counts.sym_sizes(), " for ", sums.sym_sizes(), ")");
+  }
+  EDL_CHECK(
+      counts.device() == sums.device(), op, ": all tensors must be on one device (got ", sums.device(), " and ",
+      counts.device(), ")");
+  if (!bias_correction) {
+    return;
+  }
+  EDL_CHECK(
+      squares.scalar_type() == at::kDouble && squares.dim() == sums.dim() && squares.device() == sums.device(), op,
+      ": with bias_correction squares must be float64 in the shape of sums (got ", squares.dim(), " dimensions of ",
+      squares.scalar_type(), ")");
+  for (int64_t i = 0; i < sums.dim(); ++i) {
+    EDL_CHECK(
+        squares.sym_size(i).sym_eq(sums.sym_size(i)), op,
+        ": with bias_correction squares must have the shape of sums (got ", squares.sym_sizes(), " for ",
+        sums.sym_sizes(), ")");
+  }
+}
+
+PairReduction check_expert_divergence(
+    const at::Tensor& sums,
+    const at::Tensor& squares,
+    const at::Tensor& counts,
+    double eps,
+    std::string_view reduction,
+    bool bias_correction) {
+  check_moments(kOp, sums, squares, counts, bias_correction);
+  EDL_CHECK(eps >= 0 && std::isfinite(eps), kOp, ": eps must be finite and not negative (got ", eps, ")");
+  const PairReduction parsed = parse_reduction(reduction);
+  EDL_CHECK(
+      !bias_correction || parsed == PairReduction::mean_of_logs, kOp,
+      ": bias_correction is defined for reduction = 'mean_of_logs' only (got '", reduction, "')");
+  return parsed;
+}
+
+at::Tensor expert_divergence(
+    const at::Tensor& sums,
+    const at::Tensor& squares,
+    const at::Tensor& counts,
+    double eps,
+    std::string_view reduction,
+    bool bias_correction) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("edl::expert_divergence", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, double, std::string_view, bool)>();
+  return op.call(sums, squares, counts, eps, reduction, bias_correction);
+}
+
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient(
+    const at::Tensor& sums,
+    const at::Tensor& squares,
+    const at::Tensor& counts,
+    double eps,
+    std::string_view reduction,
+    bool bias_correction) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("edl::_expert_divergence_with_gradient", "")
+          .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+              const at::Tensor&, const at::Tensor&, const at::Tensor&, double, std::string_view, bool)>();
+  return op.call(sums, squares, counts, eps, reduction, bias_correction);
+}
+
+std::tuple<at::Tensor, at::Tensor> expert_divergence_backward(
+    const at::Tensor& grad_loss, const at::Tensor& grad_sums, const at::Tensor& grad_squares) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("edl::_expert_divergence_backward", "")
+                             .typed<std::tuple<at::Tensor, at::Tensor>(
+                                 const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
+  return op.call(grad_loss, grad_sums, grad_squares);
+}
+
+// The same on every device: the work was done in the forward pass.
+std::tuple<at::Tensor, at::Tensor> expert_divergence_backward_kernel(
+    const at::Tensor& grad_loss, //    [...]
+    const at::Tensor& grad_sums, //    [..., D, E]
+    const at::Tensor& grad_squares) { // [..., D, E] or 0 elements
+  const at::Tensor scale = grad_loss.unsqueeze(-1).unsqueeze(-1);
+  return {
+      at::mul(scale, grad_sums),
+      grad_squares.dim() == grad_sums.dim() ? at::mul(scale, grad_squares) : at::empty({0}, grad_sums.options())};
+}
+
+at::Tensor expert_divergence_meta(
+    const at::Tensor& sums,
+    const at::Tensor& squares,
+    const at::Tensor& counts,
+    double eps,
+    std::string_view reduction,
+    bool bias_correction) {
+  check_expert_divergence(sums, squares, counts, eps, reduction, bias_correction);
+  return at::empty_symint(sums.sym_sizes().slice(0, sums.dim() - 2), sums.options());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient_meta(
+    const at::Tensor& sums,
+    const at::Tensor& squares,
+    const at::Tensor& counts,
+    double eps,
+    std::string_view reduction,
+    bool bias_correction) {
+  return {
+      expert_divergence_meta(sums, squares, counts, eps, reduction, bias_correction),
+      at::empty_symint(sums.sym_sizes(), sums.options()),
+      bias_correction ? at::empty_symint(sums.sym_sizes(), sums.options()) : at::empty_symint({0}, sums.options())};
+}
+
+struct ExpertDivergenceFunction : torch::autograd::Function<ExpertDivergenceFunction> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(
+      torch::autograd::AutogradContext* context,
+      const at::Tensor& sums,
+      const at::Tensor& squares,
+      const at::Tensor& counts,
+      double eps,
+      std::string_view reduction,
+      bool bias_correction) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [loss, grad_sums, grad_squares] =
+        expert_divergence_with_gradient(sums, squares, counts, eps, reduction, bias_correction);
+    context->save_for_backward({grad_sums, grad_squares});
+    return loss;
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* context,
+      const torch::autograd::variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    auto [grad_sums, grad_squares] = expert_divergence_backward(grads[0], saved[0], saved[1]);
+    const bool has_squares = saved[1].dim() == saved[0].dim();
+    return {grad_sums, has_squares ? grad_squares : at::Tensor(), {}, {}, {}, {}};
+  }
+};
+
+at::Tensor expert_divergence_autograd(
+    const at::Tensor& sums,
+    const at::Tensor& squares,
+    const at::Tensor& counts,
+    double eps,
+    std::string_view reduction,
+    bool bias_correction) {
+  EDL_CHECK(!counts.requires_grad(), kOp, ": counts have no gradient (got counts with requires_grad = True)");
+  const bool differentiate = at::GradMode::is_enabled() && (sums.requires_grad() || squares.requires_grad());
+  if (!differentiate) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return expert_divergence(sums, squares, counts, eps, reduction, bias_correction);
+  }
+  return ExpertDivergenceFunction::apply(sums, squares, counts, eps, reduction, bias_correction);
+}
+
+} // namespace
+} // namespace edl
+
+TORCH_LIBRARY_FRAGMENT(edl, m) {
+  m.def(
+      "expert_divergence(Tensor sums, Tensor squares, Tensor counts, float eps, str reduction, bool bias_correction) "
+      "-> Tensor");
+  m.def(
+      "_expert_divergence_with_gradient(Tensor sums, Tensor squares, Tensor counts, float eps, str reduction, "
+      "bool bias_correction) -> (Tensor loss, Tensor grad_sums, Tensor grad_squares)");
+  m.def(
+      "_expert_divergence_backward(Tensor grad_loss, Tensor grad_sums, Tensor grad_squares) "
+      "-> (Tensor grad_sums, Tensor grad_squares)");
+}
+
+TORCH_LIBRARY_IMPL(edl, CompositeExplicitAutograd, m) {
+  m.impl("_expert_divergence_backward", edl::expert_divergence_backward_kernel);
+}
+
+TORCH_LIBRARY_IMPL(edl, Meta, m) {
+  m.impl("expert_divergence", edl::expert_divergence_meta);
+  m.impl("_expert_divergence_with_gradient", edl::expert_divergence_with_gradient_meta);
+}
+
+TORCH_LIBRARY_IMPL(edl, Autograd, m) {
+  m.impl("expert_divergence", edl::expert_divergence_autograd);
+  m.impl("_expert_divergence_with_gradient", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_expert_divergence_backward", torch::autograd::autogradNotImplementedFallback());
+}

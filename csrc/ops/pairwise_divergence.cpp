@@ -1,0 +1,51 @@
+// The matrix of Jensen-Shannon divergences between domains: what the loss pushes up, pair by pair.
+#include "ops/pairwise_divergence.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include "common/errors.h"
+#include "ops/expert_divergence.h"
+
+namespace edl {
+
+void check_pairwise_divergence(
+    const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction) {
+  check_moments("edl::pairwise_divergence", sums, squares, counts, bias_correction);
+}
+
+at::Tensor pairwise_divergence(
+    const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("edl::pairwise_divergence", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, bool)>();
+  return op.call(sums, squares, counts, bias_correction);
+}
+
+namespace {
+
+at::Tensor pairwise_divergence_meta(
+    const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction) {
+  check_pairwise_divergence(sums, squares, counts, bias_correction);
+  c10::SymDimVector shape(sums.sym_sizes().begin(), sums.sym_sizes().end());
+  shape.back() = sums.sym_size(-2);
+  return at::empty_symint(shape, sums.options());
+}
+
+} // namespace
+} // namespace edl
+
+TORCH_LIBRARY_FRAGMENT(edl, m) {
+  m.def("pairwise_divergence(Tensor sums, Tensor squares, Tensor counts, bool bias_correction) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(edl, Meta, m) {
+  m.impl("pairwise_divergence", edl::pairwise_divergence_meta);
+}
+
+TORCH_LIBRARY_IMPL(edl, Autograd, m) {
+  m.impl("pairwise_divergence", torch::autograd::autogradNotImplementedFallback());
+}

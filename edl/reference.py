@@ -1,0 +1,148 @@
+"""Every operator again in plain torch: the definition that the kernels are held to.
+
+Written to be read, not to be fast: no custom gradient, no clever order of sums. Feed float64 for a reference. Arguments
+and results are those of the functions of the same name in `edl.ops`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# ---- the loss: token → sequence → domain → pairs ----
+
+LOWEST_LOG_RATIO = math.log(2.0**-126)
+
+
+def routing_scores(routing: Tensor, scores: str) -> Tensor:
+    """The distribution over experts [T, E] that `scores` makes of logits [T, E]."""
+    if scores == "softmax":
+        return routing.softmax(dim=-1)
+    if scores == "sigmoid":
+        gates = routing.sigmoid()
+        return gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)
+    return routing
+
+
+def aggregate_routing(
+    routing: Tensor, segment_ids: Tensor, num_segments: int, scores: str = "softmax"
+) -> tuple[Tensor, Tensor]:
+    """Sums of the tokens' distributions per segment [S, E], and tokens per segment [S]."""
+    counted = segment_ids >= 0
+    probabilities = routing_scores(routing[counted], scores)
+    sums = probabilities.new_zeros(num_segments, routing.shape[1])
+    sums = sums.index_add(0, segment_ids[counted].long(), probabilities)
+    counts = torch.bincount(segment_ids[counted].long(), minlength=num_segments)
+    return sums, counts.to(sums.dtype)
+
+
+def domain_moments(
+    segment_sums: Tensor, segment_counts: Tensor, labels: Tensor, num_domains: int, squares: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ w x, Σ w x² [..., D, E] and Σ w [..., D] over the segments' mean distributions x, in float64."""
+    if labels.dim() == 1:
+        weights = torch.nn.functional.one_hot(labels.long() + 1, num_domains + 1)[:, 1:].double()
+    else:
+        weights = labels.double()
+    segment_counts = segment_counts.double().expand(segment_sums.shape[:-1])
+    weights = weights * (segment_counts > 0).unsqueeze(-1)  # [..., S, D]
+    used = weights.sum(dim=-1, keepdim=True) > 0
+    means = segment_sums.double() / segment_counts.unsqueeze(-1)
+    means = torch.where(used, means, torch.zeros_like(means))
+    sums = weights.transpose(-1, -2) @ means
+    squared = weights.transpose(-1, -2) @ means.square() if squares else sums.new_empty(0)
+    return sums, squared, weights.sum(dim=-2)
+
+
+def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence [] of two distributions [E], in nats, by the series where logarithms would cancel."""
+    mean = (p + q) / 2
+    tiny = torch.finfo(p.dtype).tiny
+    u = (p - q) / (p + q).clamp(min=tiny)
+    series = torch.zeros_like(u)
+    for n in range(1, 9):
+        series = series + u.square() ** n / (n * (2 * n - 1))
+    log_mean = mean.clamp(min=tiny).log()
+    log_p = (p.clamp(min=tiny).log() - log_mean).clamp(min=LOWEST_LOG_RATIO)
+    log_q = (q.clamp(min=tiny).log() - log_mean).clamp(min=LOWEST_LOG_RATIO)
+    terms = torch.where(u.abs() < 0.1, mean * series, p * log_p + q * log_q)
+    return terms.sum() / 2
+
+
+def divergence_bias(
+    mean_j: Tensor, spread_j: Tensor, mean_k: Tensor, spread_k: Tensor
+) -> Tensor:
+    """The divergence [] that two noisy means [E] of one distribution have, to second order; spread = variance of the mean."""
+    mean = (mean_j + mean_k) / 2
+    inverse = torch.where(mean > 0, 1 / mean.clamp(min=torch.finfo(mean.dtype).tiny), torch.zeros_like(mean))
+    return ((spread_j + spread_k) * inverse).sum() / 8
+
+
+def _present(counts: Tensor, bias_correction: bool) -> list[int]:
+    """Domains of one layer [D] that take part in a pair."""
+    return [d for d, n in enumerate(counts.tolist()) if (n >= 2 if bias_correction else n > 0)]
+
+
+def _spreads(sums: Tensor, squares: Tensor, counts: Tensor) -> Tensor:
+    """Unbiased variance between a domain's segments over their number [D, E]."""
+    n = counts.unsqueeze(-1)
+    return (squares - sums.square() / n) / (n - 1) / n
+
+
+def _layer_divergence(
+    sums: Tensor, squares: Tensor, counts: Tensor, eps: float, reduction: str, bias_correction: bool
+) -> Tensor:
+    present = _present(counts, bias_correction)
+    if len(present) < 2:
+        return sums.sum() * 0
+    means = sums / counts.unsqueeze(-1)
+    spreads = _spreads(sums, squares, counts) if bias_correction else None
+    terms = []
+    for index, j in enumerate(present):
+        for k in present[index + 1 :]:
+            divergence = jensen_shannon(means[j], means[k])
+            if reduction == "log_of_mean":
+                terms.append(divergence)
+                continue
+            term = -(divergence + eps).log()
+            if spreads is not None:
+                bias = divergence_bias(means[j], spreads[j], means[k], spreads[k])
+                corrected = divergence - bias
+                scale = torch.maximum(divergence, bias) + bias + eps
+                term = term.detach() - (corrected - corrected.detach()) / scale.detach()
+            terms.append(term)
+    mean = torch.stack(terms).mean()
+    return -(mean + eps).log() if reduction == "log_of_mean" else mean
+
+
+def expert_divergence(
+    sums: Tensor, squares: Tensor, counts: Tensor, eps: float, reduction: str, bias_correction: bool
+) -> Tensor:
+    """The Expert Divergence loss [...] of domain moments [..., D, E]."""
+    leading = sums.shape[:-2]
+    flat = sums.reshape(-1, *sums.shape[-2:])
+    flat_squares = squares.reshape(-1, *sums.shape[-2:]) if bias_correction else flat
+    flat_counts = counts.reshape(-1, counts.shape[-1])
+    losses = [
+        _layer_divergence(flat[i], flat_squares[i], flat_counts[i], eps, reduction, bias_correction)
+        for i in range(flat.shape[0])
+    ]
+    return torch.stack(losses).reshape(leading) if losses else sums.new_zeros(leading)
+
+
+def pairwise_divergence(sums: Tensor, squares: Tensor, counts: Tensor, bias_correction: bool) -> Tensor:
+    """Jensen-Shannon divergence of every pair of domains [..., D, D], less its bias where asked for."""
+    num_domains = sums.shape[-2]
+    result = sums.new_full((*sums.shape[:-1], num_domains), math.nan)
+    for layer in torch.cartesian_prod(*[torch.arange(n) for n in sums.shape[:-2]]).reshape(-1, sums.dim() - 2).tolist():
+        at = tuple(layer)
+        means = sums[at] / counts[at].unsqueeze(-1)
+        present = _present(counts[at], bias_correction)
+        spreads = _spreads(sums[at], squares[at], counts[at]) if bias_correction else None
+        for j in present:
+            for k in present:
+                value = sums.new_zeros(()) if j == k else jensen_shannon(means[j], means[k])
+                if spreads is not None and j != k:
+                    value = value - divergence_bias(means[j], spreads[j], means[k], spreads[k])
+                result[at][j, k] = value
+    return result

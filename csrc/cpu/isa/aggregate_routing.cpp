@@ -2,6 +2,9 @@
 // float64). Cost: one read of the rows forward; backward one write, and one read where a score lies between.
 #include "cpu/isa/aggregate_routing.h"
 
+#include <type_traits>
+#include <utility>
+
 #include "cpu/isa/simd.h"
 
 namespace edl::EDL_ISA {
@@ -12,7 +15,7 @@ enum class Score { softmax, sigmoid, none };
 // A row's columns are walked a block at a time, so that a block's sums stay in registers over all rows.
 constexpr int64_t kBlock = 8;
 constexpr int64_t kRowsAtOnce = 256;
-constexpr int64_t kColumnsOnStack = 1024;
+constexpr int64_t kVectorsOnStack = 64;
 
 template <typename Acc>
 EDL_INLINE Acc sigmoid_sum_epsilon() {
@@ -111,83 +114,131 @@ void sum_plain_rows(const RoutingRows& rows, double tolerance, void* sums_out, R
   }
 }
 
-// ---- scores, on one row widened into a padded buffer ----
+// ---- scores, on one row at a time ----
+
+// One row of E values, padded to whole vectors. With `fixed` > 0 that many vectors, which the compiler keeps in registers;
+// with 0 any number, in memory.
+template <typename Acc, int64_t fixed>
+struct Row {
+  explicit Row(int64_t) {}
+  static constexpr int64_t vectors() {
+    return fixed;
+  }
+  EDL_INLINE Vector<Acc>& operator[](int64_t v) {
+    return values[v];
+  }
+  Vector<Acc> values[fixed];
+};
 
 template <typename Acc>
-struct RowBuffer {
-  explicit RowBuffer(int64_t num_experts)
-      : padded((num_experts + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>),
-        values(padded <= kColumnsOnStack ? on_stack : new Acc[padded]) {}
-  ~RowBuffer() {
+struct Row<Acc, 0> {
+  explicit Row(int64_t num_experts)
+      : count((num_experts + kLanes<Acc> - 1) / kLanes<Acc>),
+        values(count <= kVectorsOnStack ? on_stack : new Vector<Acc>[count]) {}
+  ~Row() {
     if (values != on_stack) {
       delete[] values;
     }
   }
-  RowBuffer(const RowBuffer&) = delete;
-  RowBuffer& operator=(const RowBuffer&) = delete;
-
-  alignas(64) Acc on_stack[kColumnsOnStack];
-  int64_t padded;
-  Acc* values;
+  Row(const Row&) = delete;
+  Row& operator=(const Row&) = delete;
+  int64_t vectors() const {
+    return count;
+  }
+  EDL_INLINE Vector<Acc>& operator[](int64_t v) {
+    return values[v];
+  }
+  Vector<Acc> on_stack[kVectorsOnStack];
+  int64_t count;
+  Vector<Acc>* values;
 };
 
-// Fills the buffer with a row; the padding becomes minus infinity, which every score maps to 0.
-template <typename Storage, typename Acc = Accumulation<Storage>>
-EDL_INLINE void load_row(const Storage* row, int64_t num_experts, Acc* values) {
-  constexpr int64_t lanes = kLanes<Acc>;
-  int64_t e = 0;
-  for (; e + lanes <= num_experts; e += lanes) {
-    store(load(row + e), values + e);
-  }
-  if (e < num_experts) {
-    Acc tail[lanes];
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      tail[lane] = e + lane < num_experts ? widen(row[e + lane]) : -std::numeric_limits<Acc>::infinity();
+// Calls body(v) for every vector of a row; written out where their number is known.
+template <int64_t fixed, typename Body>
+EDL_INLINE void for_vectors(int64_t count, Body body) {
+  if constexpr (fixed > 0) {
+    [&]<int64_t... v>(std::integer_sequence<int64_t, v...>) { (body(v), ...); }
+    (std::make_integer_sequence<int64_t, fixed>{});
+  } else {
+    for (int64_t v = 0; v < count; ++v) {
+      body(v);
     }
-    store(load(tail), values + e);
+  }
+}
+
+// A vector that reaches past the end of its row of E entries; `beyond` stands for what is not there.
+template <typename Storage, typename Acc = Accumulation<Storage>>
+__attribute__((noinline)) Vector<Acc> load_part(const Storage* data, int64_t entries, Acc beyond) {
+  Acc lanes[kLanes<Acc>];
+  for (int64_t lane = 0; lane < kLanes<Acc>; ++lane) {
+    lanes[lane] = lane < entries ? widen(data[lane]) : beyond;
+  }
+  return load(lanes);
+}
+
+template <typename Storage, typename Acc = Accumulation<Storage>>
+__attribute__((noinline)) void store_part(Vector<Acc> x, int64_t entries, Storage* out) {
+  for (int64_t lane = 0; lane < entries; ++lane) {
+    narrow(static_cast<Acc>(x[lane]), out + lane);
+  }
+}
+
+// Reads E entries; with a fixed length E fills every vector.
+template <int64_t fixed, typename Storage, typename Acc = Accumulation<Storage>>
+EDL_INLINE Vector<Acc> load_vector(const Storage* data, int64_t v, int64_t num_experts, Acc beyond) {
+  constexpr int64_t lanes = kLanes<Acc>;
+  if (fixed > 0 || (v + 1) * lanes <= num_experts) {
+    return load(data + v * lanes);
+  }
+  return load_part(data + v * lanes, num_experts - v * lanes, beyond);
+}
+
+template <bool past_caches, int64_t fixed, typename Storage, typename Acc = Accumulation<Storage>>
+EDL_INLINE void store_vector(Vector<Acc> x, int64_t v, int64_t num_experts, Storage* out) {
+  constexpr int64_t lanes = kLanes<Acc>;
+  if (fixed == 0 && (v + 1) * lanes > num_experts) {
+    store_part(x, num_experts - v * lanes, out + v * lanes);
+  } else if constexpr (past_caches) {
+    stream(x, out + v * lanes);
+  } else {
+    store(x, out + v * lanes);
   }
 }
 
 // While no row has turned out to be logits, looks whether this one could be a distribution.
-template <typename Acc>
-EDL_INLINE void census_of_row(
-    const Acc* values, int64_t num_experts, double tolerance, int64_t row, RowCensus* census) {
-  if (census->first_other >= 0) {
-    return; // one row of logits settles it
-  }
+template <typename Storage>
+__attribute__((noinline)) void take_census(const Storage* data, int64_t num_experts, double tolerance, int64_t row, RowCensus* census) {
   double sum = 0;
   bool negative = false;
   for (int64_t e = 0; e < num_experts; ++e) {
-    sum += values[e];
-    negative |= values[e] < 0;
+    const double x = widen(data[e]);
+    sum += x;
+    negative |= x < 0;
   }
   count_row(sum, negative, tolerance, row, census);
 }
 
-// Turns a row of logits into unnormalised scores in place and returns their sum. Padding stays 0.
-template <Score score, typename Acc>
-EDL_INLINE Acc score_row(Acc* values, int64_t padded) {
-  constexpr int64_t lanes = kLanes<Acc>;
+// Turns a row of logits into unnormalised scores in place and returns their sum. Padding, minus infinity, becomes 0.
+template <Score score, int64_t fixed, typename Acc>
+EDL_INLINE Acc score_row(Row<Acc, fixed>& row) {
   Vector<Acc> total{};
   if constexpr (score == Score::softmax) {
-    Vector<Acc> highest = load(values);
-    for (int64_t e = lanes; e < padded; e += lanes) {
-      highest = maximum<Acc>(highest, load(values + e));
-    }
-    Acc top = max_of<Acc>(highest);
-    for (int64_t e = 0; e < padded; e += lanes) {
-      const Vector<Acc> x = exp_of(load(values + e) - top);
-      store(x, values + e);
-      total += x;
-    }
+    Vector<Acc> highest = row[0];
+    for_vectors<fixed>(row.vectors(), [&](int64_t v) {
+      highest = maximum<Acc>(highest, row[v]);
+    });
+    const Acc top = max_of<Acc>(highest);
+    for_vectors<fixed>(row.vectors(), [&](int64_t v) {
+      row[v] = exp_of(row[v] - top);
+      total += row[v];
+    });
   } else {
-    for (int64_t e = 0; e < padded; e += lanes) {
-      const Vector<Acc> z = load(values + e);
+    for_vectors<fixed>(row.vectors(), [&](int64_t v) {
+      const Vector<Acc> z = row[v];
       const Vector<Acc> decay = exp_of(z < 0 ? z : -z); // exp(-|z|): no overflow on either side
-      const Vector<Acc> x = (z < 0 ? decay : broadcast<Acc>(1)) / (1 + decay);
-      store(x, values + e);
-      total += x;
-    }
+      row[v] = (z < 0 ? decay : broadcast<Acc>(1)) / (1 + decay);
+      total += row[v];
+    });
   }
   return sum_of<Acc>(total);
 }
@@ -197,27 +248,62 @@ EDL_INLINE Acc normaliser(Acc sum) {
   return 1 / (score == Score::sigmoid ? sum + sigmoid_sum_epsilon<Acc>() : sum);
 }
 
-template <typename Storage, Score score>
-void sum_scored_rows(const RoutingRows& rows, double tolerance, void* sums_out, RowCensus* census) {
+template <typename Storage, Score score, int64_t fixed>
+EDL_FLATTEN void sum_scored(const RoutingRows& rows, double tolerance, Accumulation<Storage>* sums, RowCensus* census) {
   using Acc = Accumulation<Storage>;
-  constexpr int64_t lanes = kLanes<Acc>;
-  auto* sums = static_cast<Acc*>(sums_out);
+  constexpr Acc beyond = -std::numeric_limits<Acc>::infinity();
   const auto* data = static_cast<const Storage*>(rows.data);
   const int64_t num_experts = rows.num_experts;
-  RowBuffer<Acc> buffer(num_experts);
+  Row<Acc, fixed> total(num_experts);
+  Row<Acc, fixed> row(num_experts);
+  for_vectors<fixed>(total.vectors(), [&](int64_t v) {
+    total[v] = Vector<Acc>{};
+  });
+  bool maybe_distributions = true;
   for (int64_t i = rows.begin; i < rows.end; ++i) {
-    const int64_t row = row_at(rows, i);
-    load_row(data + row * rows.row_stride, num_experts, buffer.values);
-    census_of_row(buffer.values, num_experts, tolerance, row, census);
-    const Acc scale = normaliser<score>(score_row<score>(buffer.values, buffer.padded));
-    int64_t e = 0;
-    for (; e + lanes <= num_experts; e += lanes) {
-      store(load(sums + e) + load(buffer.values + e) * scale, sums + e);
+    const int64_t t = row_at(rows, i);
+    const Storage* entries = data + t * rows.row_stride;
+    if (maybe_distributions) {
+      take_census(entries, num_experts, tolerance, t, census);
+      maybe_distributions = census->first_other < 0; // one row of logits settles it
     }
-    for (; e < num_experts; ++e) {
-      sums[e] += buffer.values[e] * scale;
-    }
+    for_vectors<fixed>(row.vectors(), [&](int64_t v) {
+      row[v] = load_vector<fixed>(entries, v, num_experts, beyond);
+    });
+    const Acc scale = normaliser<score>(score_row<score>(row));
+    for_vectors<fixed>(row.vectors(), [&](int64_t v) {
+      total[v] += row[v] * scale;
+    });
   }
+  for_vectors<fixed>(total.vectors(), [&](int64_t v) {
+    store_vector<false, fixed>(total[v], v, num_experts, sums);
+  });
+}
+
+// Calls `run` with the number of vectors of a row where that is a small power of two, else with 0.
+template <typename Acc, typename Run>
+EDL_INLINE void with_fixed_length(int64_t num_experts, Run run) {
+  constexpr int64_t lanes = kLanes<Acc>;
+  switch (num_experts % lanes == 0 ? num_experts / lanes : 0) {
+    case 2:
+      return run(std::integral_constant<int64_t, 2>{});
+    case 4:
+      return run(std::integral_constant<int64_t, 4>{});
+    case 8:
+      return run(std::integral_constant<int64_t, 8>{});
+    case 16:
+      return run(std::integral_constant<int64_t, 16>{});
+    default:
+      return run(std::integral_constant<int64_t, 0>{});
+  }
+}
+
+template <typename Storage, Score score>
+void sum_scored_rows(const RoutingRows& rows, double tolerance, void* sums, RowCensus* census) {
+  using Acc = Accumulation<Storage>;
+  with_fixed_length<Acc>(rows.num_experts, [&](auto fixed) {
+    sum_scored<Storage, score, decltype(fixed)::value>(rows, tolerance, static_cast<Acc*>(sums), census);
+  });
 }
 
 // ---- backward ----
@@ -227,73 +313,53 @@ EDL_INLINE int64_t segment_at(const RoutingGradient& gradient, int64_t t) {
                                  : static_cast<const int32_t*>(gradient.segment_ids)[t];
 }
 
-// Writes one row: values[e] of the accumulation type, narrowed.
-template <bool past_caches, typename Storage, typename Acc = Accumulation<Storage>>
-EDL_INLINE void write_row(const Acc* values, int64_t num_experts, Storage* out) {
-  constexpr int64_t lanes = kLanes<Acc>;
-  int64_t e = 0;
-  for (; e + lanes <= num_experts; e += lanes) {
-    if constexpr (past_caches) {
-      stream(load(values + e), out + e);
-    } else {
-      store(load(values + e), out + e);
-    }
-  }
-  for (; e < num_experts; ++e) {
-    narrow(values[e], out + e);
-  }
-}
-
-// d/dz_i of sum_j g_j q_j, with q = score(z): softmax q_i (g_i - <g, q>), sigmoid q_i (1 - s_i) (g_i - <g, q>).
-template <Score score, typename Acc>
-EDL_INLINE void backward_through_score(const Acc* grad, int64_t num_experts, int64_t padded, Acc* values) {
-  constexpr int64_t lanes = kLanes<Acc>;
-  const Acc scale = normaliser<score>(score_row<score>(values, padded));
+// From logits to the gradient of sum_j g_j q_j with q = score(z), in place:
+// softmax q_i (g_i - <g, q>), sigmoid q_i (1 - sigmoid(z_i)) (g_i - <g, q>).
+template <Score score, int64_t fixed, typename Acc>
+EDL_INLINE void backward_through_score(const Acc* grad, int64_t num_experts, Row<Acc, fixed>& row) {
+  const Acc scale = normaliser<score>(score_row<score>(row));
   Vector<Acc> dots{};
-  int64_t e = 0;
-  for (; e + lanes <= num_experts; e += lanes) {
-    dots += load(values + e) * load(grad + e);
-  }
-  Acc dot = sum_of<Acc>(dots);
-  for (; e < num_experts; ++e) {
-    dot += values[e] * grad[e];
-  }
-  dot *= scale;
-  for (e = 0; e + lanes <= num_experts; e += lanes) {
-    const Vector<Acc> s = load(values + e);
-    Vector<Acc> slope = s * scale;
+  for_vectors<fixed>(row.vectors(), [&](int64_t v) {
+    dots += row[v] * load_vector<fixed>(grad, v, num_experts, Acc(0));
+  });
+  const Acc dot = sum_of<Acc>(dots) * scale;
+  for_vectors<fixed>(row.vectors(), [&](int64_t v) {
+    Vector<Acc> slope = row[v] * scale;
     if constexpr (score == Score::sigmoid) {
-      slope *= 1 - s;
+      slope *= 1 - row[v];
     }
-    store(slope * (load(grad + e) - dot), values + e);
-  }
-  for (; e < num_experts; ++e) {
-    const Acc s = values[e];
-    values[e] = s * scale * (score == Score::sigmoid ? 1 - s : Acc(1)) * (grad[e] - dot);
-  }
+    row[v] = slope * (load_vector<fixed>(grad, v, num_experts, Acc(0)) - dot);
+  });
 }
 
-template <bool past_caches, typename Storage, Score score>
-void spread(const RoutingGradient& gradient, int64_t begin, int64_t end) {
+template <bool past_caches, typename Storage, Score score, int64_t fixed>
+EDL_FLATTEN void spread(const RoutingGradient& gradient, int64_t begin, int64_t end) {
   using Acc = Accumulation<Storage>;
   const int64_t num_experts = gradient.num_experts;
   const auto* grad_sums = static_cast<const Acc*>(gradient.grad_sums);
   const auto* routing = static_cast<const Storage*>(gradient.routing);
   auto* out = static_cast<Storage*>(gradient.grad_routing);
-  RowBuffer<Acc> buffer(num_experts);
+  Row<Acc, fixed> row(num_experts);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t segment = segment_at(gradient, t);
+    Storage* out_row = out + t * num_experts;
     if (segment < 0) {
-      std::memset(out + t * num_experts, 0, num_experts * sizeof(Storage));
+      std::memset(out_row, 0, num_experts * sizeof(Storage));
       continue;
     }
-    const Acc* values = grad_sums + segment * num_experts;
+    const Acc* grad = grad_sums + segment * num_experts;
+    for_vectors<fixed>(row.vectors(), [&](int64_t v) {
+      row[v] = score == Score::none
+          ? load_vector<fixed>(grad, v, num_experts, Acc(0))
+          : load_vector<fixed>(
+                routing + t * gradient.row_stride, v, num_experts, -std::numeric_limits<Acc>::infinity());
+    });
     if constexpr (score != Score::none) {
-      load_row(routing + t * gradient.row_stride, num_experts, buffer.values);
-      backward_through_score<score>(values, num_experts, buffer.padded, buffer.values);
-      values = buffer.values;
+      backward_through_score<score>(grad, num_experts, row);
     }
-    write_row<past_caches>(values, num_experts, out + t * num_experts);
+    for_vectors<fixed>(row.vectors(), [&](int64_t v) {
+      store_vector<past_caches, fixed>(row[v], v, num_experts, out_row);
+    });
   }
   if constexpr (past_caches) {
     stream_fence();
@@ -305,11 +371,13 @@ void spread_rows(const RoutingGradient& gradient, int64_t begin, int64_t end) {
   // Streaming stores want every vector aligned.
   const bool aligned = reinterpret_cast<uintptr_t>(gradient.grad_routing) % EDL_VECTOR_BYTES == 0 &&
       gradient.num_experts * sizeof(Storage) % EDL_VECTOR_BYTES == 0;
-  if (gradient.past_caches && aligned) {
-    spread<true, Storage, score>(gradient, begin, end);
-  } else {
-    spread<false, Storage, score>(gradient, begin, end);
-  }
+  with_fixed_length<Accumulation<Storage>>(gradient.num_experts, [&](auto fixed) {
+    if (gradient.past_caches && aligned) {
+      spread<true, Storage, score, decltype(fixed)::value>(gradient, begin, end);
+    } else {
+      spread<false, Storage, score, decltype(fixed)::value>(gradient, begin, end);
+    }
+  });
 }
 
 } // namespace

@@ -16,6 +16,7 @@ namespace edl::EDL_ISA {
 namespace {
 
 #define EDL_INLINE inline __attribute__((always_inline))
+#define EDL_FLATTEN __attribute__((flatten)) // everything called inside is inlined, lambdas too
 
 template <typename Scalar>
 struct VectorOf {
@@ -225,19 +226,6 @@ EDL_INLINE void stream_fence() {
 // ---- across lanes ----
 
 template <typename Scalar>
-EDL_INLINE Scalar sum_of(Vector<Scalar> x) {
-  // Halves, not lane after lane: log2 steps, and the same order in every build of one width.
-  Scalar lanes[kLanes<Scalar>];
-  std::memcpy(lanes, &x, sizeof(x));
-  for (int64_t width = kLanes<Scalar> / 2; width > 0; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) {
-      lanes[lane] += lanes[lane + width];
-    }
-  }
-  return lanes[0];
-}
-
-template <typename Scalar>
 EDL_INLINE Vector<Scalar> maximum(Vector<Scalar> a, Vector<Scalar> b) {
   return a > b ? a : b; // b where a is NaN
 }
@@ -245,16 +233,39 @@ template <typename Scalar>
 EDL_INLINE Vector<Scalar> minimum(Vector<Scalar> a, Vector<Scalar> b) {
   return a < b ? a : b;
 }
+
+// Folds a vector by halves down to 16 bytes, then lane by lane: the same order in every build of one width.
+template <typename Scalar, int64_t bytes, typename Combine>
+EDL_INLINE Scalar fold(const Scalar* lanes, Combine combine) {
+  if constexpr (bytes > 16) {
+    typedef Scalar Half __attribute__((vector_size(bytes / 2)));
+    Half low, high;
+    std::memcpy(&low, lanes, sizeof(low));
+    std::memcpy(&high, lanes + sizeof(low) / sizeof(Scalar), sizeof(high));
+    const Half both = combine(low, high);
+    Scalar half[sizeof(Half) / sizeof(Scalar)];
+    std::memcpy(half, &both, sizeof(both));
+    return fold<Scalar, bytes / 2>(half, combine);
+  } else if constexpr (sizeof(Scalar) == 8) {
+    return combine(lanes[0], lanes[1]);
+  } else {
+    return combine(combine(lanes[0], lanes[2]), combine(lanes[1], lanes[3]));
+  }
+}
+
+template <typename Scalar>
+EDL_INLINE Scalar sum_of(Vector<Scalar> x) {
+  Scalar lanes[kLanes<Scalar>];
+  std::memcpy(lanes, &x, sizeof(x));
+  return fold<Scalar, EDL_VECTOR_BYTES>(lanes, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+
 template <typename Scalar>
 EDL_INLINE Scalar max_of(Vector<Scalar> x) {
   Scalar lanes[kLanes<Scalar>];
   std::memcpy(lanes, &x, sizeof(x));
-  for (int64_t width = kLanes<Scalar> / 2; width > 0; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) {
-      lanes[lane] = lanes[lane] > lanes[lane + width] ? lanes[lane] : lanes[lane + width];
-    }
-  }
-  return lanes[0];
+  return fold<Scalar, EDL_VECTOR_BYTES>(
+      lanes, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
 // ---- exp and log ----

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).parent
+LIBRARY = "edl.lib.libedl"
 OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 13)
 INSTALL_HINT = (
     "edl is compiled against the PyTorch it will run with: install torch 2.11 to 2.13 first, "
@@ -27,10 +29,16 @@ except ImportError:
 
 
 class BuildWithoutTorch(build_ext):
-    """Says what to do where there is no torch; metadata and source archives need none."""
+    """Says what to do where there is no torch; a source archive needs none."""
 
     def run(self):
         sys.exit(f"{INSTALL_HINT} (no torch found in {sys.executable})")
+
+
+class MetadataWithoutTorch(dist_info):
+    """pip asks for the metadata first: stopping here keeps it from fetching a torch that the build would not see."""
+
+    run = BuildWithoutTorch.run
 
 
 def glob(pattern):
@@ -40,14 +48,15 @@ def glob(pattern):
 
 def build_cuda():
     """CUDA when torch has it and nvcc is found; never decided by a visible GPU, which build machines lack."""
-    possible = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    home = cpp_extension.CUDA_HOME
+    possible = torch.version.cuda is not None and home is not None and Path(home, "bin", "nvcc").exists()
     wanted = os.environ.get("EDL_BUILD_CUDA", "").strip()
     if wanted not in ("", "0", "1"):
         sys.exit(f"edl: EDL_BUILD_CUDA must be 0 or 1 (got {wanted!r})")
     if wanted == "1" and not possible:
         sys.exit(
             "edl: EDL_BUILD_CUDA=1 needs a torch built with CUDA and nvcc "
-            f"(got torch.version.cuda = {torch.version.cuda}, CUDA_HOME = {cpp_extension.CUDA_HOME})"
+            f"(got torch.version.cuda = {torch.version.cuda}, CUDA_HOME = {home})"
         )
     return possible and wanted != "0"
 
@@ -73,13 +82,21 @@ def is_x86():
 if torch is not None:
 
     class Build(cpp_extension.BuildExtension):
-        """Compiles cpu/isa once per instruction set, and lays headers and CMake files beside the library."""
+        """Compiles cpu/isa once per instruction set, and lays the headers beside the library."""
+
+        def finalize_options(self):
+            super().finalize_options()
+            if self.editable_mode:  # pip would build in a folder of its own, and everything again each time
+                self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
 
         def build_extensions(self):
-            library = next(extension for extension in self.extensions if extension.name == "edl.lib.libedl")
-            library.extra_objects = list(library.extra_objects) + self.compile_instruction_sets()
             super().build_extensions()
             self.copy_headers(Path(self.build_lib) / "edl")
+
+        def build_extension(self, extension):
+            if extension.name == LIBRARY:
+                extension.extra_objects = self.compile_instruction_sets()
+            super().build_extension(extension)
 
         def copy_extensions_to_source(self):
             """An in-place (editable) build: the package is the source folder."""
@@ -94,18 +111,20 @@ if torch is not None:
                 objects += self.compiler.compile(
                     glob("csrc/cpu/isa/*.cpp"),
                     output_dir=os.path.join(self.build_temp, name),
-                    include_dirs=["csrc"],
+                    include_dirs=[str(ROOT / "csrc")],
                     macros=[("EDL_ISA", name), ("EDL_VECTOR_BYTES", str(vector_bytes))],
                     extra_postargs=["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized", *flags],
                 )
             return objects
 
         def copy_headers(self, package):
+            shutil.rmtree(package / "include", ignore_errors=True)
             for pattern in ("edl.h", "common/*.h", "ops/*.h"):
                 for header in (ROOT / "csrc").glob(pattern):
                     target = package / "include" / "edl" / header.relative_to(ROOT / "csrc")
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(header, target)
+                    # A program finds `edl/common/...`; a bare `common/...` could be its own.
+                    target.write_text(header.read_text().replace('#include "', '#include "edl/'))
 
         def get_ext_filename(self, name):
             # `name` comes with or without its packages; only the library goes without Python's suffix.
@@ -114,7 +133,7 @@ if torch is not None:
 
 def extensions():
     if torch is None:
-        return [Extension("edl.lib.libedl", [])]
+        return [Extension(LIBRARY, [])]
     check_torch_version()
     with_cuda = build_cuda()
     cuda_version = torch.version.cuda if with_cuda else ""
@@ -136,7 +155,7 @@ def extensions():
         flags["nvcc"] = ["-std=c++20", "-O3", "-lineinfo"]
         make_extension = cpp_extension.CUDAExtension
     library = make_extension(
-        "edl.lib.libedl",
+        LIBRARY,
         sources,
         include_dirs=[str(ROOT / "csrc")],
         define_macros=macros,
@@ -164,5 +183,9 @@ def version():
 
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": Build if torch is not None else BuildWithoutTorch},
+    cmdclass=(
+        {"build_ext": Build}
+        if torch is not None
+        else {"build_ext": BuildWithoutTorch, "dist_info": MetadataWithoutTorch}
+    ),
 )

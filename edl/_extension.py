@@ -6,6 +6,8 @@ import torch
 
 _REBUILD = "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps .`"
 LIBRARY = Path(__file__).parent / "lib" / "libedl.so"
+# A CMake list for CMAKE_PREFIX_PATH: find_package(edl) and find_package(Torch) both work with it.
+CMAKE_PREFIX_PATH = f"{Path(__file__).parent / 'share' / 'cmake'};{torch.utils.cmake_prefix_path}"
 
 
 def _minor(version: str) -> str:

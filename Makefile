@@ -1,0 +1,56 @@
+# make venv    .venv with torch, the build tools and edl (editable)
+# make test    everything: pytest, with the C++ cases (Catch2) as items
+# make demo    pre-trains a small language model on real text; DATA=folder takes the sub-folders of your own text
+# make clean   back to a fresh clone
+#
+# PYTHON makes .venv; TORCH is what pip installs there, options included; MAX_JOBS compilers run at once.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+DATA ?=
+MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+export MAX_JOBS
+
+VENV := .venv
+VENV_PYTHON := $(CURDIR)/$(VENV)/bin/python
+PIP_INSTALL := $(VENV_PYTHON) -m pip install
+STAMPS := $(VENV)/stamps
+
+.PHONY: venv test demo clean preconditions always
+
+venv: $(STAMPS)/edl
+
+test: $(STAMPS)/test
+	$(VENV_PYTHON) -m pytest
+
+demo: $(STAMPS)/demo
+	$(VENV_PYTHON) examples/pretrain/train.py $(if $(DATA),--data "$(DATA)")
+
+clean:
+	rm -rf $(VENV) build dist demo demo-text edl/include edl/lib edl/_build*.so *.egg-info .pytest_cache .hypothesis
+
+preconditions:
+	@PYTHON="$(PYTHON)" sh .ci/preconditions
+
+$(VENV_PYTHON): | preconditions
+	$(PYTHON) -m venv $(VENV)
+
+# Holds the wanted torch; changes, and with it everything below, only when TORCH does.
+$(STAMPS)/torch-wanted: always | $(VENV_PYTHON)
+	@mkdir -p $(STAMPS)
+	@echo "$(TORCH)" | cmp -s - $@ || echo "$(TORCH)" > $@
+
+$(STAMPS)/torch: $(STAMPS)/torch-wanted
+	$(PIP_INSTALL) $(TORCH) numpy 'setuptools>=77' wheel ninja
+	@touch $@
+
+$(STAMPS)/edl: setup.py pyproject.toml $(shell find csrc edl/share -type f) $(STAMPS)/torch
+	$(PIP_INSTALL) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(STAMPS)/test: tests/requirements.txt $(STAMPS)/edl
+	$(PIP_INSTALL) --requirement tests/requirements.txt
+	@touch $@
+
+$(STAMPS)/demo: examples/pretrain/requirements.txt $(STAMPS)/edl
+	$(PIP_INSTALL) --requirement examples/pretrain/requirements.txt
+	@touch $@

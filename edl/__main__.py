@@ -1,0 +1,5 @@
+"""`python -m edl` is `edl`."""
+
+from edl.cli import main
+
+main()

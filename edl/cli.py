@@ -1,0 +1,49 @@
+"""The command `edl`: `edl info` says what is installed and what runs."""
+
+import argparse
+import platform
+
+import torch
+
+import edl
+from edl import _build, _extension
+
+
+def build_facts() -> dict[str, str]:
+    """What `edl info` prints, line by line."""
+    return {
+        "edl": f"{edl.__version__} (built with {_build.compiler})",
+        "torch": f"{torch.__version__} (edl was built for {_build.torch_version})",
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "instruction set": f"{torch.ops.edl._cpu_instruction_set()} of {', '.join(_build.instruction_sets)}",
+        "CPU threads": str(torch.get_num_threads()),
+        "CUDA": _cuda(),
+        "library": str(_extension.LIBRARY),
+        "CMake": edl.cmake_prefix_path,
+    }
+
+
+def _cuda() -> str:
+    if not _build.cuda_version:
+        return f"edl was built without it (torch has CUDA {torch.version.cuda})" if torch.version.cuda else "no"
+    if not torch.cuda.is_available():
+        return f"built for {_build.cuda_version}, no device found"
+    names = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
+    return f"built for {_build.cuda_version}, devices: {', '.join(names)}"
+
+
+def _print_info(_: argparse.Namespace) -> None:
+    facts = build_facts()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; `arguments` default to those of the process."""
+    parser = argparse.ArgumentParser(prog="edl", description=edl.__doc__)
+    commands = parser.add_subparsers(title="commands", required=True)
+    info = commands.add_parser("info", help="versions, build facts, instruction set in use, CUDA")
+    info.set_defaults(run=_print_info)
+    options = parser.parse_args(arguments)
+    options.run(options)

@@ -1,0 +1,111 @@
+"""A build that does not fit says so in one sentence, and never with an undefined symbol."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import edl
+from edl import _build, _extension
+
+
+def sentence(error):
+    text = str(error)
+    assert "\n" not in text
+    assert "`pip install --no-build-isolation" in text
+    return text
+
+
+def test_the_running_build_is_accepted():
+    _extension.check_build(_build.torch_version, _build.cuda_version, torch.__version__, torch.version.cuda)
+
+
+@pytest.mark.parametrize("running", ["2.13.1+cpu", "2.13.0+cu130", "2.13.0"])
+def test_patch_releases_of_torch_are_interchangeable(running):
+    _extension.check_build("2.13.0+cpu", "", running, None)
+
+
+@pytest.mark.parametrize("running", ["2.12.1", "2.14.0", "3.13.0"])
+def test_another_torch_is_one_sentence(running):
+    with pytest.raises(ImportError) as error:
+        _extension.check_build("2.13.0+cpu", "", running, None)
+    assert sentence(error.value).startswith(f"edl was built for torch 2.13.0+cpu but torch {running} is running: rebuild it")
+
+
+@pytest.mark.parametrize("running", [None, "12.8"])
+def test_another_cuda_is_one_sentence(running):
+    with pytest.raises(ImportError) as error:
+        _extension.check_build("2.13.0", "13.0", "2.13.0", running)
+    assert sentence(error.value).startswith(
+        f"edl was built for CUDA 13.0 but the running torch 2.13.0 has CUDA {running}: rebuild it"
+    )
+
+
+def test_a_cpu_build_runs_with_a_torch_that_has_cuda():
+    _extension.check_build("2.13.0", "", "2.13.0", "13.0")
+
+
+def test_a_missing_library_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(_extension, "LIBRARY", tmp_path / "libedl.so")
+    with pytest.raises(ImportError) as error:
+        _extension.load()
+    assert sentence(error.value).startswith("edl's library is missing: rebuild it")
+
+
+def test_a_library_that_does_not_load_is_one_sentence(monkeypatch, tmp_path):
+    (tmp_path / "libedl.so").write_bytes(b"not a library")
+    monkeypatch.setattr(_extension, "LIBRARY", tmp_path / "libedl.so")
+    with pytest.raises(ImportError) as error:
+        _extension.load()
+    assert sentence(error.value).startswith(f"edl's library, built for torch {_build.torch_version}, does not load")
+
+
+def import_from(folder):
+    """What `import edl` says in a new process where `folder` holds the package, and an editable install is out of sight."""
+    path = [str(folder), str(Path(torch.__file__).parents[1])]
+    code = f"import sys; sys.path[:0] = {path}; import edl"
+    return subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
+
+
+def copy_without_build(folder):
+    package = folder / "edl"
+    package.mkdir()
+    for source in _extension.LIBRARY.parents[1].glob("*.py"):
+        (package / source.name).write_text(source.read_text())
+    return package
+
+
+def test_sources_that_were_never_built_are_one_sentence(tmp_path):
+    copy_without_build(tmp_path)
+    result = import_from(tmp_path)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: edl has not been built for this Python: run `pip install --no-build-isolation .`")
+
+
+def test_a_build_for_another_python_is_one_sentence(tmp_path):
+    package = copy_without_build(tmp_path)
+    (package / "_build.cpython-39-x86_64-linux-gnu.so").write_bytes(b"")
+    (package / "lib").mkdir()
+    (package / "lib" / "libedl.so").write_bytes(b"")
+    result = import_from(tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("ImportError: edl has not been built for this Python")
+
+
+def test_a_cpu_capability_that_does_not_exist_is_one_sentence():
+    result = subprocess.run(
+        [sys.executable, "-m", "edl", "info"],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "EDL_CPU_CAPABILITY": "avx3"},
+        cwd=_extension.LIBRARY.parents[2],
+    )
+    assert result.returncode == 1
+    assert "EDL_CPU_CAPABILITY must be 'baseline', 'avx2' or 'avx512' (got 'avx3')" in result.stderr
+
+
+def test_version_is_that_of_the_library():
+    assert edl.__version__ == _build.version

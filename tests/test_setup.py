@@ -1,0 +1,127 @@
+"""What setup.py decides before anything is compiled."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def decisions(monkeypatch):
+    """The functions of setup.py, without a build."""
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.fixture
+def build_cuda(decisions, monkeypatch, tmp_path):
+    """Calls build_cuda() of setup.py on a machine described by the arguments."""
+
+    def call(torch_cuda, has_home, has_nvcc, wanted=None):
+        monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path) if has_home else None)
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.parent.mkdir(exist_ok=True)
+        nvcc.unlink(missing_ok=True)
+        if has_nvcc:
+            nvcc.touch()
+        monkeypatch.delenv("EDL_BUILD_CUDA", raising=False)
+        if wanted is not None:
+            monkeypatch.setenv("EDL_BUILD_CUDA", wanted)
+        return decisions["build_cuda"]()
+
+    return call
+
+
+def test_cuda_needs_a_torch_with_cuda_and_nvcc(build_cuda):
+    assert build_cuda("13.0", has_home=True, has_nvcc=True)
+    assert not build_cuda(None, has_home=True, has_nvcc=True)
+    assert not build_cuda("13.0", has_home=False, has_nvcc=False)
+    assert not build_cuda("13.0", has_home=True, has_nvcc=False)
+
+
+@pytest.mark.parametrize("visible", [True, False])
+def test_a_visible_gpu_decides_nothing(build_cuda, monkeypatch, visible):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible)
+    assert build_cuda("13.0", has_home=True, has_nvcc=True)
+    assert not build_cuda(None, has_home=True, has_nvcc=True)
+
+
+def test_the_environment_overrides_the_choice(build_cuda):
+    assert not build_cuda("13.0", has_home=True, has_nvcc=True, wanted="0")
+    assert build_cuda("13.0", has_home=True, has_nvcc=True, wanted="1")
+    with pytest.raises(SystemExit) as error:
+        build_cuda(None, has_home=True, has_nvcc=True, wanted="1")
+    assert str(error.value).startswith(
+        "edl: EDL_BUILD_CUDA=1 needs a torch built with CUDA and nvcc (got torch.version.cuda = None, CUDA_HOME = "
+    )
+
+
+def test_another_value_of_the_variable_is_one_sentence(build_cuda):
+    with pytest.raises(SystemExit, match=r"^edl: EDL_BUILD_CUDA must be 0 or 1 \(got 'yes'\)$"):
+        build_cuda("13.0", has_home=True, has_nvcc=True, wanted="yes")
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.13.0a0+git1234"])
+def test_supported_torch_versions(decisions, monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    decisions["check_torch_version"]()
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "1.13.0", "2.14.0+cpu"])
+def test_other_torch_versions_are_one_sentence(decisions, monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(SystemExit) as error:
+        decisions["check_torch_version"]()
+    assert str(error.value).startswith("edl is compiled against the PyTorch it will run with: install torch 2.11 to 2.13")
+    assert str(error.value).endswith(f"(got torch {version})")
+
+
+def run_setup_without_torch(*arguments):
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv[0] = 'setup.py'; runpy.run_path('setup.py')"
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", ["build_ext", "dist_info"])
+def test_without_torch_a_build_is_one_sentence(command):
+    result = run_setup_without_torch(command)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("edl is compiled against the PyTorch it will run with: install torch 2.11 to 2.13 first")
+    assert "`pip install --no-build-isolation .`" in last
+
+
+def test_without_torch_a_source_archive_can_be_made(tmp_path):
+    result = run_setup_without_torch("egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in tmp_path.glob("*.tar.gz")] == ["edl-0.1.0.tar.gz"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"PYTHON": "no-such-python"}, "edl: Python 3.10 to 3.13 is needed"),
+        ({"CXX": "no-such-compiler"}, "edl: a C++20 compiler is needed"),
+    ],
+)
+def test_a_missing_tool_is_one_sentence(variables, sentence):
+    result = subprocess.run(
+        ["sh", ROOT / ".ci" / "preconditions"], capture_output=True, text=True, env={**os.environ, **variables}
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith(sentence)
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_preconditions_hold_here():
+    environment = {**os.environ, "PYTHON": sys.executable}
+    result = subprocess.run(["sh", ROOT / ".ci" / "preconditions"], capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")

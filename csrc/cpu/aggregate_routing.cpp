@@ -69,7 +69,7 @@ int64_t count_segments(const Indices& ids, int64_t num_tokens, int64_t num_segme
     EDL_CHECK_INDEX(
         id >= -1 && id < num_segments, "edl::aggregate_routing: segment_ids must be at least -1 and below ", num_segments,
         ", the number of segments (got ", id, " at row ", t,
-        "; edl.segments gives this id to a token whose label or mask value is not allowed)");
+        "; edl.segments gives this id to a token whose label or mask value is not allowed, and to all where cu_seqlens does not rise from 0)");
     runs += id != previous;
     previous = id;
     if (id >= 0) {
@@ -170,12 +170,12 @@ void check_form(const std::vector<RowCensus>& censuses, Scores scores, int64_t n
     TORCH_CHECK_VALUE(
         all.first_other < 0,
         "edl::aggregate_routing: with scores = 'none' every row of routing must be a distribution, entries of at least 0 "
-        "that sum to 1 (got something else at row ", all.first_other, "; for logits pass scores = 'softmax' or 'sigmoid')");
+        "that sum to 1 (got something else at row ", all.first_other, "; for logits pass scores = 'softmax' or 'sigmoid', or to ExpertDivergenceLoss input = 'logits')");
   } else {
     TORCH_CHECK_VALUE(
         num_experts == 1 || all.finite < 2 || all.distributions < all.finite,
         "edl::aggregate_routing: with scores = 'softmax' or 'sigmoid' routing must be logits (got ", all.finite,
-        " rows that all sum to 1 with entries of at least 0; for probabilities pass scores = 'none')");
+        " rows that all sum to 1 with entries of at least 0; for probabilities pass scores = 'none', or to ExpertDivergenceLoss input = 'probs')");
   }
 }
 

@@ -1,0 +1,256 @@
+"""What a token counts for: masks, packing and labels become segment ids and segment labels.
+
+A segment is whatever is averaged as one: a sequence, a packed document, or a (sequence, domain) pair where labels vary inside
+a sequence. This is the only place that reads masks. All sizes are static, and no value is looked at on the host: a token whose
+label or mask value is not allowed gets the id S, which `edl.ops.aggregate_routing` refuses.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+
+class Segments(NamedTuple):
+    """Segments of T tokens.
+
+    Attributes:
+        segment_ids (Tensor[T]): int32, in [-1, num_segments); -1 = the token is not counted.
+        num_segments (int): S.
+        labels (Tensor[S] or Tensor[S, D]): domain of each segment (-1 = not counted), or its weights.
+    """
+
+    segment_ids: Tensor
+    num_segments: int
+    labels: Tensor
+
+
+
+
+def _is_soft(domain_ids: Tensor) -> bool:
+    return domain_ids.is_floating_point()
+
+
+def _check_labels(domain_ids: Tensor, num_domains: int) -> None:
+    if _is_soft(domain_ids):
+        if domain_ids.dim() != 2 or domain_ids.shape[1] != num_domains:
+            raise ValueError(
+                f"edl::segments: floating domain_ids are weights and must have the shape [B, {num_domains}] "
+                f"(got {list(domain_ids.shape)})"
+            )
+    elif domain_ids.dtype != torch.int32 and domain_ids.dtype != torch.int64:
+        raise ValueError(f"edl::segments: domain_ids must be int32, int64 or floating weights (got {domain_ids.dtype})")
+    elif domain_ids.dim() != 1 and domain_ids.dim() != 2:
+        raise ValueError(f"edl::segments: domain_ids must have the shape [B], [B, S_len] or [T] (got {list(domain_ids.shape)})")
+
+
+def _check_mask(name: str, mask: Tensor, num_tokens: int, batch_size: int) -> None:
+    flat = mask.dim() == 1 and mask.shape[0] == num_tokens
+    rows = mask.dim() == 2 and mask.numel() == num_tokens and (batch_size < 0 or mask.shape[0] == batch_size)
+    if not (flat or rows):
+        raise ValueError(
+            f"edl::segments: {name} must have the shape [B, S_len] or [T] of the {num_tokens} tokens (got {list(mask.shape)})"
+        )
+
+
+def _masked(
+    segment_ids: Tensor,
+    num_segments: int,
+    batch_size: int,
+    attention_mask: Optional[Tensor],
+    padding_mask: Optional[Tensor],
+) -> Tensor:
+    """Segment ids [T] with -1 where a mask says padding, and with num_segments where it is neither 0 nor 1."""
+    if attention_mask is not None and padding_mask is not None:
+        raise ValueError(f"edl::segments: give attention_mask (1 = keep) or padding_mask (True = padding), not both (got both)")
+    keep_value = 1
+    mask = attention_mask
+    if padding_mask is not None:
+        keep_value = 0
+        mask = padding_mask
+    if mask is None:
+        return segment_ids
+    name = "attention_mask" if keep_value == 1 else "padding_mask"
+    _check_mask(name, mask, segment_ids.shape[0], batch_size)
+    mask = mask.reshape(-1)
+    kept = torch.where(mask == keep_value, segment_ids, torch.full_like(segment_ids, -1))
+    if mask.dtype == torch.bool:
+        return kept
+    return torch.where((mask == 0) | (mask == 1), kept, torch.full_like(segment_ids, num_segments))
+
+
+def _split_by_label(rows: Tensor, num_rows: int, token_labels: Tensor, num_domains: int) -> Segments:
+    """Segments (row, domain) of tokens with a row [T] each (-1 = none) and a label [T] each."""
+    num_segments = num_rows * num_domains
+    labels = token_labels.to(torch.int32)
+    ids = rows * num_domains + labels
+    ids = torch.where((labels == -1) | (rows < 0), torch.full_like(ids, -1), ids)
+    ids = torch.where((labels < -1) | (labels >= num_domains), torch.full_like(ids, num_segments), ids)
+    segment_labels = torch.arange(num_domains, device=ids.device).repeat(num_rows)
+    return Segments(ids, num_segments, segment_labels)
+
+
+def _rows_of_documents(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The document of each token [T], int32; -1 behind the last one; N where cu_seqlens [N + 1] is no list of boundaries."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"edl::segments: cu_seqlens must be integers of the shape [N + 1] (got {cu_seqlens.dtype} {list(cu_seqlens.shape)})"
+        )
+    num_documents = cu_seqlens.shape[0] - 1
+    positions = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    rows = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True).to(torch.int32)
+    rows = torch.where(rows >= num_documents, torch.full_like(rows, -1), rows)
+    wrong = (cu_seqlens[1:] < cu_seqlens[:-1]).any() | (cu_seqlens[0] != 0) | (cu_seqlens[-1] > num_tokens)
+    return torch.where(wrong, torch.full_like(rows, num_documents), rows)
+
+
+def document_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, cu_seqlens: Tensor) -> Segments:
+    """Segments of packed documents: one each, or one per domain that occurs in it.
+
+    Args:
+        num_tokens (int): T.
+        domain_ids (Tensor[N], Tensor[N, D] or Tensor[T]): label of each document, its weights, or label of each token.
+        num_domains (int): D.
+        cu_seqlens (Tensor[N + 1]): boundaries of the documents, starting at 0; repeated entries are empty documents; tokens
+            behind the last boundary are not counted.
+
+    Returns:
+        Segments, S = N, or N·D with labels per token.
+
+    Raises:
+        ValueError: wrong shapes or dtypes.
+    """
+    rows = _rows_of_documents(cu_seqlens, num_tokens)
+    num_documents = cu_seqlens.shape[0] - 1
+    if domain_ids.shape[0] == num_documents and (domain_ids.dim() == 1 or _is_soft(domain_ids)):
+        return Segments(rows, num_documents, domain_ids)
+    if _is_soft(domain_ids) or domain_ids.numel() != num_tokens:
+        raise ValueError(
+            f"edl::segments: with cu_seqlens domain_ids must have one label per document or per token, {num_documents} or "
+            f"{num_tokens} (got {list(domain_ids.shape)})"
+        )
+    segments = _split_by_label(rows, num_documents, domain_ids.reshape(-1), num_domains)
+    wrong = rows >= num_documents
+    ids = torch.where(wrong, torch.full_like(rows, segments.num_segments), segments.segment_ids)
+    return Segments(ids, segments.num_segments, segments.labels)
+
+
+def sequence_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, batch_size: int = -1) -> Segments:
+    """Segments of a batch of sequences of one length: one each, or one per domain that occurs in it.
+
+    Args:
+        num_tokens (int): T = B·S_len; the token at position s of sequence b is row b·S_len + s.
+        domain_ids (Tensor[B], Tensor[B, D] floating, or Tensor[B, S_len]): labels, weights, or labels per token.
+        num_domains (int): D.
+        batch_size (int): B where the caller knows it, else -1 (default), and T labels are refused: they could be one per
+            sequence or one per token.
+
+    Returns:
+        Segments, S = B, or B·D with labels per token.
+
+    Raises:
+        ValueError: wrong shapes or dtypes.
+    """
+    rows = domain_ids.shape[0]
+    per_token = domain_ids.dim() == 2 and not _is_soft(domain_ids)
+    if batch_size >= 0 and rows != batch_size:
+        raise ValueError(f"edl::segments: domain_ids must have one row per sequence, {batch_size} (got {list(domain_ids.shape)})")
+    if per_token and domain_ids.numel() != num_tokens:
+        raise ValueError(
+            f"edl::segments: domain_ids [B, S_len] must have one label per token, {num_tokens} (got {list(domain_ids.shape)})"
+        )
+    if (rows == 0 and num_tokens != 0) or (rows != 0 and num_tokens % rows != 0):
+        raise ValueError(
+            f"edl::segments: the {num_tokens} tokens must be a whole number of sequences of one length (got {rows} labels)"
+        )
+    if batch_size < 0 and not per_token and num_tokens > 1 and rows == num_tokens:
+        raise ValueError(
+            f"edl::segments: one label per token needs sequence_reduction='token', cu_seqlens, or the shape [B, S_len] "
+            f"(got {rows} labels for {num_tokens} tokens)"
+        )
+    length = num_tokens // rows if rows > 0 else 0
+    ids = torch.arange(rows, dtype=torch.int32, device=domain_ids.device).unsqueeze(1).expand(rows, length).reshape(-1)
+    if per_token:
+        return _split_by_label(ids, rows, domain_ids.reshape(-1), num_domains)
+    return Segments(ids, rows, domain_ids)
+
+
+def domain_segments(
+    num_tokens: int, domain_ids: Tensor, num_domains: int, cu_seqlens: Optional[Tensor] = None, batch_size: int = -1
+) -> Segments:
+    """The domains themselves as segments: every token weighs the same.
+
+    Args:
+        num_tokens (int): T.
+        domain_ids (Tensor[T], Tensor[B, S_len], Tensor[B] or, with cu_seqlens, Tensor[N]): labels, int32 or int64.
+        num_domains (int): D.
+        cu_seqlens (Tensor[N + 1], optional): boundaries of documents.
+        batch_size (int): B where the caller knows it, else -1 (default).
+
+    Returns:
+        Segments, S = D.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, soft labels.
+    """
+    if _is_soft(domain_ids):
+        raise ValueError(f"edl::segments: soft labels need sequence_reduction='sequence' (got sequence_reduction='token')")
+    if domain_ids.numel() == num_tokens and (cu_seqlens is None or cu_seqlens.shape[0] - 1 != num_tokens):
+        ids = domain_ids.reshape(-1)
+    else:
+        if cu_seqlens is not None:
+            segments = document_segments(num_tokens, domain_ids, num_domains, cu_seqlens)
+        else:
+            segments = sequence_segments(num_tokens, domain_ids, num_domains, batch_size)
+        rows = segments.segment_ids.long()
+        # One more entry, no label, for the id that wrong boundaries give.
+        labels = segments.labels.long()
+        table = torch.cat([labels, torch.full([1], num_domains, dtype=labels.dtype, device=labels.device)])
+        ids = torch.where(rows < 0, torch.full_like(rows, -1), table[rows.clamp(min=0)])
+    allowed = (ids >= -1) & (ids < num_domains)
+    ids = torch.where(allowed, ids, torch.full_like(ids, num_domains)).to(torch.int32)
+    return Segments(ids, num_domains, torch.arange(num_domains, device=ids.device))
+
+
+def make_segments(
+    num_tokens: int,
+    domain_ids: Tensor,
+    num_domains: int,
+    sequence_reduction: str = "sequence",
+    attention_mask: Optional[Tensor] = None,
+    padding_mask: Optional[Tensor] = None,
+    cu_seqlens: Optional[Tensor] = None,
+    batch_size: int = -1,
+) -> Segments:
+    """Decides what each token counts for, from every form that labels and masks come in.
+
+    Args:
+        num_tokens (int): T.
+        domain_ids (Tensor): [B] one label per sequence, [B, S_len] or [T] per token, [N] per document with cu_seqlens, -1 = not
+            counted; int32 or int64. Floating [B, D] or [N, D]: weights.
+        num_domains (int): D.
+        sequence_reduction (str): "sequence" (default): tokens are averaged per sequence or document, and these per domain, as in
+            the paper. "token": tokens are averaged per domain.
+        attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding.
+        padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
+        cu_seqlens (Tensor[N + 1], optional): boundaries of packed documents.
+        batch_size (int): B where the caller knows it, else -1 (default).
+
+    Returns:
+        Segments.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, both masks.
+    """
+    _check_labels(domain_ids, num_domains)
+    if sequence_reduction == "token":
+        segments = domain_segments(num_tokens, domain_ids, num_domains, cu_seqlens, batch_size)
+    elif cu_seqlens is not None:
+        segments = document_segments(num_tokens, domain_ids, num_domains, cu_seqlens)
+    else:
+        segments = sequence_segments(num_tokens, domain_ids, num_domains, batch_size)
+    mask_rows = batch_size
+    if mask_rows < 0 and cu_seqlens is None and sequence_reduction == "sequence":
+        mask_rows = domain_ids.shape[0]
+    ids = _masked(segments.segment_ids, segments.num_segments, mask_rows, attention_mask, padding_mask)
+    return Segments(ids, segments.num_segments, segments.labels)

@@ -12,8 +12,6 @@ namespace {
 
 enum class Score { softmax, sigmoid, none };
 
-// A row's columns are walked a block at a time, so that a block's sums stay in registers over all rows.
-constexpr int64_t kBlock = 8;
 constexpr int64_t kRowsAtOnce = 256;
 constexpr int64_t kVectorsOnStack = 64;
 
@@ -38,7 +36,7 @@ EDL_INLINE int64_t row_at(const RoutingRows& rows, int64_t i) {
   return rows.order != nullptr ? rows.order[i] : i;
 }
 
-// ---- forward, no score: a plain sum ----
+// ---- forward, no score: a plain sum. Columns in blocks of up to 8 vectors, whose sums stay in registers over all rows ----
 
 // Adds `count` rows' columns [column, column + vectors * lanes) to sums, and each row's own sum and minimum to row_sum
 // and row_minimum.
@@ -73,7 +71,7 @@ EDL_INLINE void sum_block(
 }
 
 template <typename Storage, typename Acc = Accumulation<Storage>>
-void sum_tail(
+__attribute__((noinline)) void sum_tail(
     const RoutingRows& rows, int64_t first, int64_t count, int64_t column, Acc* sums, Acc* row_sum, Acc* row_minimum) {
   const auto* data = static_cast<const Storage*>(rows.data);
   for (int64_t i = 0; i < count; ++i) {
@@ -88,7 +86,7 @@ void sum_tail(
 }
 
 template <typename Storage>
-void sum_plain_rows(const RoutingRows& rows, double tolerance, void* sums_out, RowCensus* census) {
+EDL_FLATTEN void sum_plain_rows(const RoutingRows& rows, double tolerance, void* sums_out, RowCensus* census) {
   using Acc = Accumulation<Storage>;
   constexpr int64_t lanes = kLanes<Acc>;
   auto* sums = static_cast<Acc*>(sums_out);
@@ -99,12 +97,16 @@ void sum_plain_rows(const RoutingRows& rows, double tolerance, void* sums_out, R
     std::memset(row_sum, 0, sizeof(row_sum));
     std::memset(row_minimum, 0, sizeof(row_minimum));
     int64_t column = 0;
-    for (; column + kBlock * lanes <= rows.num_experts; column += kBlock * lanes) {
-      sum_block<Storage, kBlock>(rows, first, count, column, sums, row_sum, row_minimum);
-    }
-    for (; column + lanes <= rows.num_experts; column += lanes) {
-      sum_block<Storage, 1>(rows, first, count, column, sums, row_sum, row_minimum);
-    }
+    const auto sum_blocks = [&](auto vectors) {
+      constexpr int64_t width = decltype(vectors)::value * lanes;
+      for (; column + width <= rows.num_experts; column += width) {
+        sum_block<Storage, decltype(vectors)::value>(rows, first, count, column, sums, row_sum, row_minimum);
+      }
+    };
+    sum_blocks(std::integral_constant<int64_t, 8>{});
+    sum_blocks(std::integral_constant<int64_t, 4>{});
+    sum_blocks(std::integral_constant<int64_t, 2>{});
+    sum_blocks(std::integral_constant<int64_t, 1>{});
     if (column < rows.num_experts) {
       sum_tail<Storage>(rows, first, count, column, sums, row_sum, row_minimum);
     }

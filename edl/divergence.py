@@ -9,7 +9,6 @@ from edl import ops
 from edl.segments import make_segments
 
 
-
 def _check_choice(name: str, value: str, choices: List[str]) -> None:
     if value not in choices:
         raise ValueError(f"edl::expert_divergence_loss: {name} must be one of {choices} (got '{value}')")
@@ -36,14 +35,15 @@ def _check_options(
     _check_choice("layer_reduction", layer_reduction, ["mean", "sum", "none"])
     if bias_correction and (sequence_reduction != "sequence" or pair_reduction != "mean_of_logs"):
         raise ValueError(
-            f"edl::expert_divergence_loss: bias_correction needs sequence_reduction='sequence' and pair_reduction='mean_of_logs' "
+            "edl::expert_divergence_loss: bias_correction needs sequence_reduction='sequence' and "
+            "pair_reduction='mean_of_logs' "
             f"(got '{sequence_reduction}' and '{pair_reduction}')"
         )
 
 
 def _check_layers(layers: List[Tensor]) -> None:
     if len(layers) == 0:
-        raise ValueError(f"edl::expert_divergence_loss: router_logits must hold at least one layer (got an empty list)")
+        raise ValueError("edl::expert_divergence_loss: router_logits must hold at least one layer (got an empty list)")
     first = layers[0]
     for layer in layers:
         if layer.dim() != 2 and layer.dim() != 3:
@@ -52,7 +52,7 @@ def _check_layers(layers: List[Tensor]) -> None:
             )
         if layer.shape != first.shape or layer.dtype != first.dtype or layer.device != first.device:
             raise ValueError(
-                f"edl::expert_divergence_loss: all layers must have one shape, dtype and device "
+                "edl::expert_divergence_loss: all layers must have one shape, dtype and device "
                 f"(got {list(first.shape)} {first.dtype} and {list(layer.shape)} {layer.dtype})"
             )
 
@@ -82,10 +82,13 @@ def expert_divergence_loss(
         layers = [layer for layer in router_logits]
     _check_layers(layers)
     if bias_correction and domain_ids.is_floating_point():
-        raise ValueError(f"edl::expert_divergence_loss: bias_correction needs one label per segment (got soft labels)")
+        raise ValueError("edl::expert_divergence_loss: bias_correction needs one label per segment (got soft labels)")
     first = layers[0]
     if domain_ids.device != first.device:
-        raise ValueError(f"edl::expert_divergence_loss: domain_ids must be on the device of router_logits (got {domain_ids.device} and {first.device})")
+        raise ValueError(
+            "edl::expert_divergence_loss: domain_ids must be on the device of router_logits "
+            f"(got {domain_ids.device} and {first.device})"
+        )
     batch_size = first.shape[0] if first.dim() == 3 else -1
     num_tokens = first.shape[0] * first.shape[1] if first.dim() == 3 else first.shape[0]
     segments = make_segments(

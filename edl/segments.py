@@ -25,8 +25,6 @@ class Segments(NamedTuple):
     labels: Tensor
 
 
-
-
 def _is_soft(domain_ids: Tensor) -> bool:
     return domain_ids.is_floating_point()
 
@@ -42,6 +40,20 @@ def _check_labels(domain_ids: Tensor, num_domains: int) -> None:
         raise ValueError(f"edl::segments: domain_ids must be int32, int64 or floating weights (got {domain_ids.dtype})")
     elif domain_ids.dim() != 1 and domain_ids.dim() != 2:
         raise ValueError(f"edl::segments: domain_ids must have the shape [B], [B, S_len] or [T] (got {list(domain_ids.shape)})")
+
+
+def _check_rows(domain_ids: Tensor, batch_size: int) -> None:
+    if batch_size >= 0 and domain_ids.shape[0] != batch_size:
+        raise ValueError(
+            f"edl::segments: domain_ids must have one row per sequence, {batch_size} (got {list(domain_ids.shape)})"
+        )
+
+
+def _check_device(name: str, tensor: Optional[Tensor], domain_ids: Tensor) -> None:
+    if tensor is not None and tensor.device != domain_ids.device:
+        raise ValueError(
+            f"edl::segments: {name} must be on the device of domain_ids (got {tensor.device} and {domain_ids.device})"
+        )
 
 
 def _check_mask(name: str, mask: Tensor, num_tokens: int, batch_size: int) -> None:
@@ -62,7 +74,7 @@ def _masked(
 ) -> Tensor:
     """Segment ids [T] with -1 where a mask says padding, and with num_segments where it is neither 0 nor 1."""
     if attention_mask is not None and padding_mask is not None:
-        raise ValueError(f"edl::segments: give attention_mask (1 = keep) or padding_mask (True = padding), not both (got both)")
+        raise ValueError("edl::segments: give attention_mask (1 = keep) or padding_mask (True = padding), not both (got both)")
     keep_value = 1
     mask = attention_mask
     if padding_mask is not None:
@@ -79,22 +91,34 @@ def _masked(
     return torch.where((mask == 0) | (mask == 1), kept, torch.full_like(segment_ids, num_segments))
 
 
+def _unlabelled(labels: Tensor) -> Tensor:
+    """Rows [N] of labels [N] or weights [N, D] that count for no domain: nothing of their tokens may reach the loss."""
+    return (labels == 0).all(dim=1) if _is_soft(labels) else labels == -1
+
+
+def _look_up(table: Tensor, rows: Tensor) -> Tensor:
+    """Entries [T] of a table [N] at rows [T]; -1 at rows of -1."""
+    return torch.where(rows < 0, torch.full_like(rows, -1), table[rows.clamp(min=0).long()].to(rows.dtype))
+
+
 def _split_by_label(rows: Tensor, num_rows: int, token_labels: Tensor, num_domains: int) -> Segments:
     """Segments (row, domain) of tokens with a row [T] each (-1 = none) and a label [T] each."""
     num_segments = num_rows * num_domains
-    labels = token_labels.to(torch.int32)
-    ids = rows * num_domains + labels
-    ids = torch.where((labels == -1) | (rows < 0), torch.full_like(ids, -1), ids)
-    ids = torch.where((labels < -1) | (labels >= num_domains), torch.full_like(ids, num_segments), ids)
+    ids = rows * num_domains + token_labels.to(torch.int32)
+    ids = torch.where((token_labels == -1) | (rows < 0), torch.full_like(ids, -1), ids)
+    # Looked at before the cast, which could bring a large label back into the range.
+    ids = torch.where((token_labels < -1) | (token_labels >= num_domains), torch.full_like(ids, num_segments), ids)
     segment_labels = torch.arange(num_domains, device=ids.device).repeat(num_rows)
     return Segments(ids, num_segments, segment_labels)
 
 
 def _rows_of_documents(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """The document of each token [T], int32; -1 behind the last one; N where cu_seqlens [N + 1] is no list of boundaries."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.is_floating_point():
+    is_integer = cu_seqlens.dtype == torch.int32 or cu_seqlens.dtype == torch.int64
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or not is_integer:
         raise ValueError(
-            f"edl::segments: cu_seqlens must be integers of the shape [N + 1] (got {cu_seqlens.dtype} {list(cu_seqlens.shape)})"
+            "edl::segments: cu_seqlens must be int32 or int64 of the shape [N + 1] "
+            f"(got {cu_seqlens.dtype} {list(cu_seqlens.shape)})"
         )
     num_documents = cu_seqlens.shape[0] - 1
     positions = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
@@ -123,7 +147,9 @@ def document_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, cu_
     rows = _rows_of_documents(cu_seqlens, num_tokens)
     num_documents = cu_seqlens.shape[0] - 1
     if domain_ids.shape[0] == num_documents and (domain_ids.dim() == 1 or _is_soft(domain_ids)):
-        return Segments(rows, num_documents, domain_ids)
+        documents = torch.arange(num_documents + 1, dtype=torch.int32, device=rows.device)
+        documents[:-1].masked_fill_(_unlabelled(domain_ids), -1)  # the last one stands for wrong boundaries
+        return Segments(_look_up(documents, rows), num_documents, domain_ids)
     if _is_soft(domain_ids) or domain_ids.numel() != num_tokens:
         raise ValueError(
             f"edl::segments: with cu_seqlens domain_ids must have one label per document or per token, {num_documents} or "
@@ -153,8 +179,7 @@ def sequence_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, bat
     """
     rows = domain_ids.shape[0]
     per_token = domain_ids.dim() == 2 and not _is_soft(domain_ids)
-    if batch_size >= 0 and rows != batch_size:
-        raise ValueError(f"edl::segments: domain_ids must have one row per sequence, {batch_size} (got {list(domain_ids.shape)})")
+    _check_rows(domain_ids, batch_size)
     if per_token and domain_ids.numel() != num_tokens:
         raise ValueError(
             f"edl::segments: domain_ids [B, S_len] must have one label per token, {num_tokens} (got {list(domain_ids.shape)})"
@@ -165,11 +190,14 @@ def sequence_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, bat
         )
     if batch_size < 0 and not per_token and num_tokens > 1 and rows == num_tokens:
         raise ValueError(
-            f"edl::segments: one label per token needs sequence_reduction='token', cu_seqlens, or the shape [B, S_len] "
+            "edl::segments: one label per token needs sequence_reduction='token', cu_seqlens, or the shape [B, S_len] "
             f"(got {rows} labels for {num_tokens} tokens)"
         )
     length = num_tokens // rows if rows > 0 else 0
-    ids = torch.arange(rows, dtype=torch.int32, device=domain_ids.device).unsqueeze(1).expand(rows, length).reshape(-1)
+    ids = torch.arange(rows, dtype=torch.int32, device=domain_ids.device)
+    if not per_token:
+        ids.masked_fill_(_unlabelled(domain_ids), -1)
+    ids = ids.unsqueeze(1).expand(rows, length).reshape(-1)
     if per_token:
         return _split_by_label(ids, rows, domain_ids.reshape(-1), num_domains)
     return Segments(ids, rows, domain_ids)
@@ -194,19 +222,20 @@ def domain_segments(
         ValueError: wrong shapes or dtypes, soft labels.
     """
     if _is_soft(domain_ids):
-        raise ValueError(f"edl::segments: soft labels need sequence_reduction='sequence' (got sequence_reduction='token')")
-    if domain_ids.numel() == num_tokens and (cu_seqlens is None or cu_seqlens.shape[0] - 1 != num_tokens):
+        raise ValueError("edl::segments: soft labels need sequence_reduction='sequence' (got sequence_reduction='token')")
+    if cu_seqlens is None and domain_ids.numel() == num_tokens:
+        if domain_ids.dim() == 2:
+            _check_rows(domain_ids, batch_size)
         ids = domain_ids.reshape(-1)
     else:
         if cu_seqlens is not None:
             segments = document_segments(num_tokens, domain_ids, num_domains, cu_seqlens)
         else:
             segments = sequence_segments(num_tokens, domain_ids, num_domains, batch_size)
-        rows = segments.segment_ids.long()
         # One more entry, no label, for the id that wrong boundaries give.
         labels = segments.labels.long()
         table = torch.cat([labels, torch.full([1], num_domains, dtype=labels.dtype, device=labels.device)])
-        ids = torch.where(rows < 0, torch.full_like(rows, -1), table[rows.clamp(min=0)])
+        ids = _look_up(table, segments.segment_ids.long())
     allowed = (ids >= -1) & (ids < num_domains)
     ids = torch.where(allowed, ids, torch.full_like(ids, num_domains)).to(torch.int32)
     return Segments(ids, num_domains, torch.arange(num_domains, device=ids.device))
@@ -243,6 +272,9 @@ def make_segments(
         ValueError: wrong shapes or dtypes, both masks.
     """
     _check_labels(domain_ids, num_domains)
+    _check_device("attention_mask", attention_mask, domain_ids)
+    _check_device("padding_mask", padding_mask, domain_ids)
+    _check_device("cu_seqlens", cu_seqlens, domain_ids)
     if sequence_reduction == "token":
         segments = domain_segments(num_tokens, domain_ids, num_domains, cu_seqlens, batch_size)
     elif cu_seqlens is not None:
@@ -250,7 +282,8 @@ def make_segments(
     else:
         segments = sequence_segments(num_tokens, domain_ids, num_domains, batch_size)
     mask_rows = batch_size
-    if mask_rows < 0 and cu_seqlens is None and sequence_reduction == "sequence":
+    flat_labels = sequence_reduction == "token" and domain_ids.dim() == 1 and domain_ids.shape[0] == num_tokens
+    if mask_rows < 0 and cu_seqlens is None and not flat_labels:
         mask_rows = domain_ids.shape[0]
     ids = _masked(segments.segment_ids, segments.num_segments, mask_rows, attention_mask, padding_mask)
     return Segments(ids, segments.num_segments, segments.labels)

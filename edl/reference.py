@@ -39,18 +39,22 @@ def aggregate_routing(
 def domain_moments(
     segment_sums: Tensor, segment_counts: Tensor, labels: Tensor, num_domains: int, squares: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ w x, Σ w x² [..., D, E] and Σ w [..., D] over the segments' mean distributions x, in float64."""
+    """Σ w x, Σ w x² [..., D, E] and Σ w [..., D] over the segments' mean distributions x, in float64.
+
+    A segment without tokens or weight takes no part, whatever it holds; a count of NaN does.
+    """
     if labels.dim() == 1:
         weights = torch.nn.functional.one_hot(labels.long() + 1, num_domains + 1)[:, 1:].double()
     else:
         weights = labels.double()
-    segment_counts = segment_counts.double().expand(segment_sums.shape[:-1])
-    weights = weights * (segment_counts > 0).unsqueeze(-1)  # [..., S, D]
-    used = weights.sum(dim=-1, keepdim=True) > 0
-    means = segment_sums.double() / segment_counts.unsqueeze(-1)
-    means = torch.where(used, means, torch.zeros_like(means))
-    sums = weights.transpose(-1, -2) @ means
-    squared = weights.transpose(-1, -2) @ means.square() if squares else sums.new_empty(0)
+    segment_counts = segment_counts.double().expand(segment_sums.shape[:-1]).unsqueeze(-1)
+    weights = weights.masked_fill(segment_counts <= 0, 0.0)  # [..., S, D]
+    empty = (weights == 0).unsqueeze(-1)
+    means = segment_sums.double() / segment_counts.masked_fill(segment_counts <= 0, 1.0)
+    means = means.unsqueeze(-2)  # [..., S, 1, E]
+    terms = (weights.unsqueeze(-1) * means).masked_fill(empty, 0.0)
+    sums = terms.sum(dim=-3)
+    squared = (terms * means).masked_fill(empty, 0.0).sum(dim=-3) if squares else sums.new_empty(0)
     return sums, squared, weights.sum(dim=-2)
 
 
@@ -69,9 +73,7 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     return terms.sum() / 2
 
 
-def divergence_bias(
-    mean_j: Tensor, spread_j: Tensor, mean_k: Tensor, spread_k: Tensor
-) -> Tensor:
+def divergence_bias(mean_j: Tensor, spread_j: Tensor, mean_k: Tensor, spread_k: Tensor) -> Tensor:
     """The divergence [] that two noisy means [E] of one distribution have, to second order; spread = variance of the mean."""
     mean = (mean_j + mean_k) / 2
     inverse = torch.where(mean > 0, 1 / mean.clamp(min=torch.finfo(mean.dtype).tiny), torch.zeros_like(mean))
@@ -79,8 +81,8 @@ def divergence_bias(
 
 
 def _present(counts: Tensor, bias_correction: bool) -> list[int]:
-    """Domains of one layer [D] that take part in a pair."""
-    return [d for d, n in enumerate(counts.tolist()) if (n >= 2 if bias_correction else n > 0)]
+    """Domains of one layer [D] that take part in a pair; a count of NaN does."""
+    return [d for d, n in enumerate(counts.tolist()) if not (n < 2 if bias_correction else n <= 0)]
 
 
 def _spreads(sums: Tensor, squares: Tensor, counts: Tensor) -> Tensor:

@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "common/dtypes.h"
@@ -116,8 +117,9 @@ Plan plan_sorted(const Indices& ids, int64_t num_tokens, const std::vector<int64
 }
 
 Plan make_plan(const Indices& ids, int64_t num_tokens, const std::vector<int64_t>& counts, int64_t runs) {
-  // A run costs a piece, so short runs would cost more than the sort.
-  Plan plan = runs <= num_tokens / 16 + static_cast<int64_t>(counts.size())
+  // A run costs a piece, so short runs would cost more than the sort, which holds rows as int32.
+  const bool sortable = num_tokens <= std::numeric_limits<int32_t>::max();
+  Plan plan = runs <= num_tokens / 16 + static_cast<int64_t>(counts.size()) || !sortable
       ? plan_runs(ids, num_tokens)
       : plan_sorted(ids, num_tokens, counts);
   plan.first_piece.assign(counts.size() + 1, 0);

@@ -251,7 +251,7 @@ void spread_to_segments(
     at::Tensor& grad_segments) { //    [..., S, E]
   const int64_t layer_size = grad_sums.size(-2) * extent.experts;
   const double* grad = grad_sums.const_data_ptr<double>();
-  const double* grad2 = grad_squares.numel() == 0 ? nullptr : grad_squares.const_data_ptr<double>();
+  const double* grad2 = grad_squares.dim() == grad_sums.dim() ? grad_squares.const_data_ptr<double>() : nullptr;
   Scalar* out = grad_segments.mutable_data_ptr<Scalar>();
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, extent.experts));
   at::parallel_for(0, extent.layers * extent.segments, grain, [&](int64_t begin, int64_t end) {
@@ -273,7 +273,7 @@ at::Tensor domain_moments_backward_cpu(
     const at::Tensor& segment_sums,
     const at::Tensor& segment_counts,
     const at::Tensor& labels) {
-  check_domain_moments(segment_sums, segment_counts, labels, grad_sums.size(-2));
+  check_domain_moments_backward(grad_sums, grad_squares, segment_sums, segment_counts, labels);
   const at::Tensor rows = segment_sums.contiguous();
   const at::Tensor row_counts = segment_counts.contiguous();
   const at::Tensor dense_grad = grad_sums.contiguous();

@@ -71,6 +71,29 @@ void check_domain_moments(
       labels.device(), ")");
 }
 
+void check_domain_moments_backward(
+    const at::Tensor& grad_sums,
+    const at::Tensor& grad_squares,
+    const at::Tensor& segment_sums,
+    const at::Tensor& segment_counts,
+    const at::Tensor& labels) {
+  const bool with_squares = grad_squares.dim() == grad_sums.dim();
+  EDL_CHECK(
+      grad_sums.dim() == segment_sums.dim() && grad_sums.scalar_type() == at::kDouble &&
+          (grad_squares.scalar_type() == at::kDouble || !with_squares), kOp,
+      ": the gradients of sums and squares must be float64 in their shape (got ", grad_sums.dim(), " dimensions of ",
+      grad_sums.scalar_type(), " and ", grad_squares.dim(), " of ", grad_squares.scalar_type(), ")");
+  check_domain_moments(segment_sums, segment_counts, labels, grad_sums.sym_size(-2));
+  for (int64_t i = 0; i < grad_sums.dim(); ++i) {
+    const c10::SymInt expected = i == grad_sums.dim() - 2 ? grad_sums.sym_size(i) : segment_sums.sym_size(i);
+    EDL_CHECK(
+        grad_sums.sym_size(i).sym_eq(expected).sym_and(
+            (with_squares ? grad_squares : grad_sums).sym_size(i).sym_eq(expected)), kOp,
+        ": the gradients of sums and squares must have their shape (got ", grad_sums.sym_sizes(), " and ",
+        grad_squares.sym_sizes(), " for segment_sums ", segment_sums.sym_sizes(), ")");
+  }
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments(
     const at::Tensor& segment_sums,
     const at::Tensor& segment_counts,
@@ -123,6 +146,7 @@ at::Tensor domain_moments_backward_meta(
     const at::Tensor& segment_sums,
     const at::Tensor& segment_counts,
     const at::Tensor& labels) {
+  check_domain_moments_backward(grad_sums, grad_squares, segment_sums, segment_counts, labels);
   return at::empty_symint(segment_sums.sym_sizes(), segment_sums.options());
 }
 

@@ -26,4 +26,11 @@ void check_domain_moments(
     const at::Tensor& labels,
     const c10::SymInt& num_domains);
 
+void check_domain_moments_backward(
+    const at::Tensor& grad_sums, //      [..., D, E] float64
+    const at::Tensor& grad_squares, //   [..., D, E] float64, or 0 elements
+    const at::Tensor& segment_sums, //   [..., S, E]
+    const at::Tensor& segment_counts, // [..., S] or [S]
+    const at::Tensor& labels); //        [S] or [S, D]
+
 } // namespace edl

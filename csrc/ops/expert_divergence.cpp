@@ -188,8 +188,10 @@ at::Tensor expert_divergence_autograd(
     std::string_view reduction,
     bool bias_correction) {
   EDL_CHECK(!counts.requires_grad(), kOp, ": counts have no gradient (got counts with requires_grad = True)");
-  const bool differentiate = at::GradMode::is_enabled() && (sums.requires_grad() || squares.requires_grad());
-  if (!differentiate) {
+  const bool backward = at::GradMode::is_enabled() && (sums.requires_grad() || squares.requires_grad());
+  // A tangent of forward-mode differentiation goes to the autograd function, which refuses it; below it would be lost.
+  const bool forward = sums._fw_grad(/*level=*/0).defined() || squares._fw_grad(/*level=*/0).defined();
+  if (!backward && !forward) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return expert_divergence(sums, squares, counts, eps, reduction, bias_correction);
   }

@@ -4,6 +4,7 @@ Written to be read, not to be fast: no custom gradient, no clever order of sums.
 and results are those of the functions of the same name in `edl.ops`.
 """
 
+import itertools
 import math
 
 import torch
@@ -85,9 +86,14 @@ def _present(counts: Tensor, bias_correction: bool) -> list[int]:
     return [d for d, n in enumerate(counts.tolist()) if not (n < 2 if bias_correction else n <= 0)]
 
 
+def _means(sums: Tensor, counts: Tensor) -> Tensor:
+    """The domains' distributions [D, E]; the sums as they are where a domain has no segment."""
+    return sums / counts.masked_fill(counts <= 0, 1.0).unsqueeze(-1)
+
+
 def _spreads(sums: Tensor, squares: Tensor, counts: Tensor) -> Tensor:
-    """Unbiased variance between a domain's segments over their number [D, E]."""
-    n = counts.unsqueeze(-1)
+    """Unbiased variance between a domain's segments over their number [D, E], for domains of two segments or more."""
+    n = counts.clamp(min=2).unsqueeze(-1)
     return (squares - sums.square() / n) / (n - 1) / n
 
 
@@ -97,7 +103,7 @@ def _layer_divergence(
     present = _present(counts, bias_correction)
     if len(present) < 2:
         return sums.sum() * 0
-    means = sums / counts.unsqueeze(-1)
+    means = _means(sums, counts)
     spreads = _spreads(sums, squares, counts) if bias_correction else None
     terms = []
     for index, j in enumerate(present):
@@ -136,9 +142,8 @@ def pairwise_divergence(sums: Tensor, squares: Tensor, counts: Tensor, bias_corr
     """Jensen-Shannon divergence of every pair of domains [..., D, D], less its bias where asked for."""
     num_domains = sums.shape[-2]
     result = sums.new_full((*sums.shape[:-1], num_domains), math.nan)
-    for layer in torch.cartesian_prod(*[torch.arange(n) for n in sums.shape[:-2]]).reshape(-1, sums.dim() - 2).tolist():
-        at = tuple(layer)
-        means = sums[at] / counts[at].unsqueeze(-1)
+    for at in itertools.product(*map(range, sums.shape[:-2])):
+        means = _means(sums[at], counts[at])
         present = _present(counts[at], bias_correction)
         spreads = _spreads(sums[at], squares[at], counts[at]) if bias_correction else None
         for j in present:

@@ -1,0 +1,41 @@
+"""Values and gradients of every operator against its definition in plain torch, in float64."""
+
+import pytest
+
+import edl
+import edl.ops
+from samples import REFUSALS, SAMPLES, operator
+from support import all_operators, kernel_and_reference
+from tolerances import assert_close, tolerance
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_values_and_gradients(sample, device):
+    (outputs, grads), (expected, expected_grads) = kernel_and_reference(sample, device)
+    for actual, wanted in zip(outputs, expected, strict=True):
+        if actual.is_floating_point():
+            assert_close(actual, wanted, tolerance(actual.dtype, sample.length))
+        else:
+            assert actual.equal(wanted.to(actual.dtype))
+    arguments = sample.arguments()
+    for position, actual, wanted in zip(sample.differentiable, grads, expected_grads, strict=True):
+        assert actual.dtype == arguments[position].dtype
+        assert_close(actual, wanted, tolerance(actual.dtype, sample.length))
+
+
+@pytest.mark.parametrize("name", all_operators())
+def test_every_operator_has_samples_refusals_wrapper_and_definition(name):
+    assert any(sample.op == name for sample in SAMPLES)
+    assert any(refusal.op == name for refusal in REFUSALS)
+    assert callable(getattr(edl.ops, name))
+    assert callable(getattr(edl.reference, name))
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=str)
+def test_wrong_arguments_are_one_sentence(refusal):
+    with pytest.raises(refusal.error) as error:
+        operator(refusal.op)(*refusal.arguments())
+    sentence = str(error.value)
+    assert sentence.startswith(refusal.sentence)
+    assert "\n" not in sentence
+    assert refusal.sentence.startswith(f"edl::{refusal.op}: ")

@@ -4,9 +4,15 @@
 
 #include "common/export.h"
 #include "ops/aggregate_routing.h"
+#include "ops/combine_tokens.h"
+#include "ops/dispatch_tokens.h"
 #include "ops/domain_moments.h"
 #include "ops/expert_divergence.h"
+#include "ops/expert_mlp.h"
+#include "ops/inject.h"
 #include "ops/pairwise_divergence.h"
+#include "ops/route_tokens.h"
+#include "ops/sort_by_expert.h"
 
 namespace edl {
 

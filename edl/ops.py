@@ -1,6 +1,6 @@
 """Typed, documented, scriptable wrappers over the operators `torch.ops.edl.*`.
 
-Shapes: T tokens, S segments, E experts, D domains, K experts per token, H hidden size, I intermediate size. Softmax, sums
+Shapes: T tokens, S segments, E experts, D domains, K experts per token, N = T·K, H hidden size, I intermediate size. Softmax, sums
 and logarithms are computed in float32 (float64 for float64 input), whatever the storage type.
 """
 
@@ -134,3 +134,158 @@ def pairwise_divergence(sums: Tensor, squares: Tensor, counts: Tensor, bias_corr
     if not torch.jit.is_scripting():
         _refuse_dtensor("pairwise_divergence", sums, squares, counts)
     return torch.ops.edl.pairwise_divergence(sums, squares, counts, bias_correction)
+
+
+# ---- the layer: token → expert → token ----
+
+
+def route_tokens(
+    logits: Tensor,
+    top_k: int,
+    scores: str,
+    bias: Optional[Tensor] = None,
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> Tuple[Tensor, Tensor]:
+    """Chooses `top_k` experts for each token and gives them weights.
+
+    Without `bias` the experts with the highest logits are chosen, which is the order of the scores without their rounding;
+    with it, those with the highest score + bias. Ties go to the lowest expert; NaN counts as highest, so that it reaches the
+    weights. Differentiable in `logits` through the chosen weights.
+
+    Args:
+        logits (Tensor[T, E]): the router's output; float32, float64, bfloat16 or float16.
+        top_k (int): K, experts per token, in [1, E].
+        scores (str): "softmax" over all experts, or "sigmoid" of each logit.
+        bias (Tensor[E], optional): shifts the choice and never enters a weight (DeepSeek-V3, arXiv 2412.19437, Eq. 16).
+        normalize (bool): divide the weights by the sum of the token's chosen scores (sigmoid: sum + 1e-20). Default: True.
+        scale (float): factor of the weights, after the division. Default: 1.
+
+    Returns:
+        weights (Tensor[T, K]), float32, or float64 for float64 logits, and experts (Tensor[T, K], int64), best first.
+
+    Raises:
+        ValueError: a wrong shape, type, device, `top_k` or name of scores.
+    """
+    if not torch.jit.is_scripting():
+        _refuse_dtensor("route_tokens", logits, bias)
+    return torch.ops.edl.route_tokens(logits, top_k, scores, bias, normalize, scale)
+
+
+def sort_by_expert(experts: Tensor, num_experts: int) -> Tuple[Tensor, Tensor]:
+    """Groups the slots of all tokens by expert, stably. Slot t·K + k is token t's k-th choice.
+
+    Args:
+        experts (Tensor[T, K]): int32 or int64, in [0, E]; fewer than 2^31 entries. E itself is a sentinel, "no expert here": it
+            sorts last and contributes zeros to `expert_mlp`.
+        num_experts (int): E, at least 1.
+
+    Returns:
+        row_order (Tensor[N], int32), the slot that stands at each row, and offsets (Tensor[E + 1], int32): expert e owns the
+        rows offsets[e] to offsets[e + 1]; offsets[E] is the number of rows without sentinels.
+
+    Raises:
+        ValueError: a wrong shape or type.
+        IndexError: an id outside [0, E] (on the CPU; elsewhere with EDL_CHECK=1).
+    """
+    if not torch.jit.is_scripting():
+        _refuse_dtensor("sort_by_expert", experts)
+    return torch.ops.edl.sort_by_expert(experts, num_experts)
+
+
+def dispatch_tokens(tokens: Tensor, row_order: Tensor, top_k: int) -> Tensor:
+    """Copies tokens into the order of the experts: row i is token `row_order[i] // top_k`.
+
+    The slots of sentinels are copied like all others and stand last. Differentiable in `tokens`, to any order; the gradient is
+    `combine_tokens` without weights, so rows of sentinels must get zero gradients.
+
+    Args:
+        tokens (Tensor[T, H]): float32, float64, bfloat16 or float16.
+        row_order (Tensor[N]): int32, as `sort_by_expert` gives it: each slot once.
+        top_k (int): K, at least 1.
+
+    Returns:
+        rows (Tensor[N, H]) in the type of tokens.
+
+    Raises:
+        ValueError: a wrong shape, type or device.
+        IndexError: `row_order` does not name each slot once (on the CPU).
+    """
+    if not torch.jit.is_scripting():
+        _refuse_dtensor("dispatch_tokens", tokens, row_order)
+    return torch.ops.edl.dispatch_tokens(tokens, row_order, top_k)
+
+
+def combine_tokens(rows: Tensor, weights: Optional[Tensor], row_order: Tensor, top_k: int) -> Tensor:
+    """Brings rows back to their tokens: the sum, weighted if weights are given, of each token's rows.
+
+    A row whose weight is exactly 0 is not read; without weights, rows of sentinels must be zeros. Differentiable in `rows` and
+    `weights`; without weights the gradient is `dispatch_tokens`, to any order.
+
+    Args:
+        rows (Tensor[N, H]): float32, float64, bfloat16 or float16.
+        weights (Tensor[T, K], optional): in the type of rows, or float32 beside 16-bit rows; None: a plain sum.
+        row_order (Tensor[N]): int32, as `sort_by_expert` gives it: each slot once.
+        top_k (int): K, at least 1.
+
+    Returns:
+        tokens (Tensor[T, H]) in the type of rows, T = N / K.
+
+    Raises:
+        ValueError: a wrong shape, type or device.
+        IndexError: `row_order` does not name each slot once (on the CPU).
+    """
+    if not torch.jit.is_scripting():
+        _refuse_dtensor("combine_tokens", rows, weights, row_order)
+    return torch.ops.edl.combine_tokens(rows, weights, row_order, top_k)
+
+
+def expert_mlp(
+    tokens: Tensor, weights: Tensor, row_order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """Runs each expert's SwiGLU network on the tokens that chose it, and sums the weighted results per token.
+
+    output[t] = sum over k of weights[t, k] · down[e] (silu(g) * u), with [g; u] = gate_up[e] tokens[t] and e the k-th choice of
+    token t. Differentiable in tokens, weights, gate_up and down; an expert without tokens gets exact zeros. Under autocast,
+    tokens, gate_up and down are cast as `torch.nn.functional.linear` casts its arguments.
+
+    Args:
+        tokens (Tensor[T, H]): float32, float64, bfloat16 or float16.
+        weights (Tensor[T, K]): in the type of tokens, or float32 beside 16-bit tokens.
+        row_order (Tensor[N]): int32, from `sort_by_expert`.
+        offsets (Tensor[E + 1]): int32, from `sort_by_expert`; slots behind offsets[E] contribute zeros.
+        gate_up (Tensor[E, 2I, H]): in the type of tokens; each expert's first I rows are the gate's.
+        down (Tensor[E, H, I]): in the type of tokens.
+
+    Returns:
+        output (Tensor[T, H]) in the type of tokens.
+
+    Raises:
+        ValueError: a wrong shape, type or device.
+        IndexError: `offsets` or `row_order` name rows that do not exist (on the CPU).
+    """
+    if not torch.jit.is_scripting():
+        _refuse_dtensor("expert_mlp", tokens, weights, row_order, offsets, gate_up, down)
+    return torch.ops.edl.expert_mlp(tokens, weights, row_order, offsets, gate_up, down)
+
+
+def inject(carrier: Tensor, loss: Tensor, scale: Optional[Tensor] = None) -> Tensor:
+    """Returns a copy of `carrier` that carries a loss which cannot be returned, for example from a pipeline stage.
+
+    In the backward pass the carrier's gradient passes unchanged, and `loss` receives the gradient `scale`. Attach it to a small
+    tensor that the final loss depends on, such as the routing weights.
+
+    Args:
+        carrier (Tensor): of any shape.
+        loss (Tensor): a scalar.
+        scale (Tensor, optional): a scalar, the factor of a gradient scaler. Default: 1.
+
+    Returns:
+        A copy of carrier.
+
+    Raises:
+        ValueError: `loss` or `scale` is no scalar.
+    """
+    if not torch.jit.is_scripting():
+        _refuse_dtensor("inject", carrier, loss, scale)
+    return torch.ops.edl.inject(carrier, loss, torch.ones_like(loss) if scale is None else scale)

@@ -8,6 +8,7 @@ import itertools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # ---- the loss: token → sequence → domain → pairs ----
@@ -153,3 +154,76 @@ def pairwise_divergence(sums: Tensor, squares: Tensor, counts: Tensor, bias_corr
                     value = value - divergence_bias(means[j], spreads[j], means[k], spreads[k])
                 result[at][j, k] = value
     return result
+
+
+# ---- the layer: token → expert → token ----
+
+
+def route_tokens(
+    logits: Tensor,
+    top_k: int,
+    scores: str,
+    bias: Tensor | None = None,
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The weights and experts [T, K] that each token of logits [T, E] gets."""
+    score = logits.softmax(dim=-1) if scores == "softmax" else logits.sigmoid()
+    # Scores rise with the logits, and logits keep apart what rounding would make equal.
+    order = logits if bias is None else score + bias
+    experts = order.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    weights = score.gather(1, experts)
+    if normalize:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + (1e-20 if scores == "sigmoid" else 0.0))
+    return weights * scale, experts
+
+
+def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The slots of experts [T, K] in the order of their experts [N], and where each expert begins [E + 1]."""
+    ids = experts.flatten().long()
+    offsets = (ids[None, :] < torch.arange(num_experts + 1, device=ids.device)[:, None]).sum(dim=1)
+    return ids.argsort(stable=True).int(), offsets.int()
+
+
+def dispatch_tokens(tokens: Tensor, row_order: Tensor, top_k: int) -> Tensor:
+    """Tokens [T, H] in the order of the experts [N, H]."""
+    return tokens[row_order.long() // top_k]
+
+
+def combine_tokens(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_k: int) -> Tensor:
+    """The sum [T, H], weighted or plain, of each token's rows [N, H]; rows of weight 0 are left out."""
+    slots = torch.zeros_like(rows).index_copy(0, row_order.long(), rows).view(-1, top_k, rows.shape[1])
+    if weights is not None:
+        used = (weights != 0).unsqueeze(-1)
+        slots = weights.unsqueeze(-1) * torch.where(used, slots, slots.detach().nan_to_num())
+    return slots.sum(dim=1)
+
+
+def expert_mlp(
+    tokens: Tensor, weights: Tensor, row_order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """Tokens [T, H] through their experts' SwiGLU networks, weighted and summed [T, H]."""
+    top_k = weights.shape[1]
+    output = torch.zeros_like(tokens)
+    for expert in range(gate_up.shape[0]):
+        slots = row_order[offsets[expert] : offsets[expert + 1]].long()
+        gate, up = F.linear(tokens[slots // top_k], gate_up[expert]).chunk(2, dim=-1)
+        rows = F.linear(F.silu(gate) * up, down[expert])
+        output = output.index_add(0, slots // top_k, rows * weights.flatten()[slots].unsqueeze(-1))
+    return output
+
+
+class _Inject(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, carrier, loss, scale):
+        ctx.save_for_backward(scale.to(loss))
+        return carrier.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, ctx.saved_tensors[0].clone(), None
+
+
+def inject(carrier: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+    """A copy of the carrier whose backward pass hands `scale` to the loss."""
+    return _Inject.apply(carrier, loss, scale)

@@ -18,6 +18,8 @@
 #include "common/errors.h"
 #include "cpu/indices.h"
 #include "cpu/isa/aggregate_routing.h"
+#include "cpu/rows.h"
+#include "cpu/storage.h"
 
 namespace edl {
 namespace {
@@ -37,19 +39,6 @@ struct Plan {
   std::vector<int32_t> order; // [T'] rows by segment; empty where pieces are ranges of rows
   std::vector<int64_t> first_piece; // [S + 1]
 };
-
-RoutingStorage storage_of(const at::Tensor& routing) {
-  switch (routing.scalar_type()) {
-    case at::kDouble:
-      return RoutingStorage::float64;
-    case at::kBFloat16:
-      return RoutingStorage::bfloat16;
-    case at::kHalf:
-      return RoutingStorage::float16;
-    default:
-      return RoutingStorage::float32;
-  }
-}
 
 int score_index(Scores scores) {
   return scores == Scores::softmax ? 0 : scores == Scores::sigmoid ? 1 : 2;
@@ -182,9 +171,9 @@ void check_form(const std::vector<RowCensus>& censuses, Scores scores, int64_t n
 }
 
 template <typename Acc>
-void sum_pieces(const Plan& plan, RoutingRows rows, Scores scores, RoutingStorage storage, int64_t num_segments, Acc* sums) {
+void sum_pieces(const Plan& plan, RoutingRows rows, Scores scores, StorageType storage, int64_t num_segments, Acc* sums) {
   const auto sum_rows = aggregate_routing_loops().sum_rows[static_cast<int>(storage)][score_index(scores)];
-  const bool is_16_bit = storage == RoutingStorage::bfloat16 || storage == RoutingStorage::float16;
+  const bool is_16_bit = storage == StorageType::bfloat16 || storage == StorageType::float16;
   const double tolerance = is_16_bit ? 1e-2 : 1e-3;
   const int64_t num_experts = rows.num_experts;
   const int64_t num_pieces = static_cast<int64_t>(plan.pieces.size());
@@ -202,11 +191,6 @@ void sum_pieces(const Plan& plan, RoutingRows rows, Scores scores, RoutingStorag
   });
   check_form(censuses, scores, num_experts);
   add_up_pieces(plan, partial.data(), num_experts, num_segments, sums);
-}
-
-// Rows may have any stride, entries of a row stand side by side.
-at::Tensor with_dense_rows(const at::Tensor& routing) {
-  return routing.stride(1) == 1 || routing.size(1) == 1 ? routing : routing.contiguous();
 }
 
 std::tuple<at::Tensor, at::Tensor> aggregate_routing_cpu(

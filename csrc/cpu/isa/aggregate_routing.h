@@ -3,10 +3,9 @@
 #include <cstdint>
 
 #include "cpu/isa/dispatch.h"
+#include "cpu/isa/storage.h"
 
 namespace edl {
-
-enum class RoutingStorage { float32, float64, bfloat16, float16 };
 
 // What a pass saw of its rows, to tell logits from probabilities.
 struct RowCensus {

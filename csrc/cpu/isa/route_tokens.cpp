@@ -1,0 +1,252 @@
+// Inner loops of route_tokens: logits [T, E] in float32, float64, bfloat16 or float16, everything computed in float32
+// (float64 for float64). Cost: one read of the logits, K scans of a row in cache; the scores of a whole row are formed only
+// where its choice or its weights need them.
+#include "cpu/isa/route_tokens.h"
+
+#include "cpu/isa/row_scores.h"
+#include "cpu/isa/simd.h"
+
+namespace edl::EDL_ISA {
+namespace {
+
+// ---- the choice: values become integers of the same order, so that "already taken" is lower than any value ----
+
+template <typename Acc>
+struct KeyOf {
+  using type = int32_t;
+};
+template <>
+struct KeyOf<double> {
+  using type = int64_t;
+};
+template <typename Acc>
+using Key = typename KeyOf<Acc>::type;
+
+template <typename Integer>
+inline constexpr Integer kLowest = std::numeric_limits<Integer>::min();
+
+template <typename Integer>
+EDL_INLINE Vector<Integer> load_keys(const Integer* data) {
+  Vector<Integer> x;
+  std::memcpy(&x, data, sizeof(x));
+  return x;
+}
+template <typename Integer>
+EDL_INLINE void store_keys(Vector<Integer> x, Integer* out) {
+  std::memcpy(out, &x, sizeof(x));
+}
+
+// The order of the values; -0 equals 0, NaN is highest.
+template <typename Acc>
+EDL_INLINE Vector<Key<Acc>> key_of(Vector<Acc> x) {
+  using Integer = Key<Acc>;
+  constexpr Integer highest = std::numeric_limits<Integer>::max();
+  const Vector<Acc> positive_zero = x + Acc(0);
+  Vector<Integer> bits;
+  std::memcpy(&bits, &positive_zero, sizeof(bits));
+  bits ^= (bits >> (8 * sizeof(Integer) - 1)) & highest;
+  return x != x ? broadcast<Integer>(highest) : bits;
+}
+
+// Takes the first of the highest keys, `top_k` times. `keys` is padded with kLowest.
+template <typename Integer>
+EDL_INLINE void take_highest(Integer* keys, int64_t padded, int64_t top_k, int64_t* chosen) {
+  constexpr int64_t lanes = kLanes<Integer>;
+  for (int64_t k = 0; k < top_k; ++k) {
+    Vector<Integer> best = load_keys(keys);
+    Vector<Integer> block{};
+    for (int64_t v = 1; v < padded / lanes; ++v) {
+      const Vector<Integer> x = load_keys(keys + v * lanes);
+      const auto higher = x > best;
+      best = higher ? x : best;
+      block = higher ? broadcast<Integer>(static_cast<Integer>(v)) : block;
+    }
+    Integer lane_best[lanes];
+    Integer lane_block[lanes];
+    store_keys<Integer>(best, lane_best);
+    store_keys<Integer>(block, lane_block);
+    int64_t winner = 0;
+    for (int64_t lane = 1; lane < lanes; ++lane) {
+      const bool higher = lane_best[lane] > lane_best[winner];
+      const bool earlier = lane_best[lane] == lane_best[winner] && lane_block[lane] < lane_block[winner];
+      winner = higher || earlier ? lane : winner;
+    }
+    chosen[k] = lane_block[winner] * lanes + winner;
+    keys[chosen[k]] = kLowest<Integer>;
+  }
+}
+
+// The buffers of one thread.
+template <typename Acc>
+struct RouteScratch {
+  RouteScratch(int64_t num_experts, int64_t top_k)
+      : row(num_experts), scores(num_experts), bias(num_experts), keys(num_experts), few(top_k) {}
+  RowBuffer<Acc> row; //       logits
+  RowBuffer<Acc> scores; //    unnormalised, of the whole row, where needed
+  RowBuffer<Acc> bias;
+  RowBuffer<Key<Acc>> keys;
+  RowBuffer<Acc> few; //       the chosen ones
+};
+
+template <typename Acc>
+EDL_INLINE void fill_keys_with_logits(RouteScratch<Acc>* scratch) {
+  for (int64_t e = 0; e < scratch->row.padded; e += kLanes<Acc>) {
+    store_keys<Key<Acc>>(key_of<Acc>(load(scratch->row.values + e)), scratch->keys.values + e);
+  }
+}
+
+template <typename Acc>
+EDL_INLINE void fill_keys_with_bias(Acc factor, RouteScratch<Acc>* scratch) {
+  for (int64_t e = 0; e < scratch->row.padded; e += kLanes<Acc>) {
+    const Vector<Acc> score = load(scratch->scores.values + e) * factor;
+    store_keys<Key<Acc>>(key_of<Acc>(score + load(scratch->bias.values + e)), scratch->keys.values + e);
+  }
+}
+
+// Fills `chosen` for the row in scratch.row, and returns the sum of the row's scores where that was formed.
+template <Score score, typename Acc>
+EDL_INLINE Acc choose(const RouteTask& task, RouteScratch<Acc>* scratch, int64_t* chosen) {
+  Acc sum = 0;
+  if (task.bias != nullptr || (score == Score::softmax && !task.normalize)) {
+    std::memcpy(scratch->scores.values, scratch->row.values, scratch->row.padded * sizeof(Acc));
+    sum = score_row<score>(scratch->scores.values, scratch->scores.padded);
+  }
+  if (task.bias != nullptr) {
+    fill_keys_with_bias<Acc>(score == Score::softmax ? 1 / sum : Acc(1), scratch);
+  } else {
+    fill_keys_with_logits<Acc>(scratch);
+  }
+  for (int64_t e = task.num_experts; e < scratch->keys.padded; ++e) {
+    scratch->keys.values[e] = kLowest<Key<Acc>>;
+  }
+  take_highest(scratch->keys.values, scratch->keys.padded, task.top_k, chosen);
+  return sum;
+}
+
+// ---- the weights ----
+
+// The chosen entries of `values`, padded like a row.
+template <typename Acc>
+EDL_INLINE void gather_chosen(const Acc* values, const int64_t* chosen, int64_t top_k, RowBuffer<Acc>* few) {
+  for (int64_t k = 0; k < top_k; ++k) {
+    few->values[k] = values[chosen[k]];
+  }
+  for (int64_t k = top_k; k < few->padded; ++k) {
+    few->values[k] = -std::numeric_limits<Acc>::infinity();
+  }
+}
+
+template <Score score, typename Acc>
+EDL_INLINE void weigh(const RouteTask& task, const int64_t* chosen, Acc row_sum, RouteScratch<Acc>* scratch, Acc* weights) {
+  RowBuffer<Acc>& few = scratch->few;
+  Acc factor = static_cast<Acc>(task.scale);
+  if (score == Score::softmax && !task.normalize) {
+    gather_chosen(scratch->scores.values, chosen, task.top_k, &few);
+    factor /= row_sum;
+  } else {
+    // Softmax over the chosen logits alone is the same quotient, and cannot underflow to 0 / 0.
+    gather_chosen(scratch->row.values, chosen, task.top_k, &few);
+    const Acc sum = score_row<score>(few.values, few.padded);
+    factor *= task.normalize ? normaliser<score>(sum) : Acc(1);
+    factor = row_sum != row_sum ? row_sum : factor; // a NaN that a bias kept out of the choice
+  }
+  for (int64_t k = 0; k < task.top_k; ++k) {
+    weights[k] = few.values[k] * factor;
+  }
+}
+
+template <typename Storage, Score score>
+void route_rows(const RouteTask& task, int64_t begin, int64_t end) {
+  using Acc = Accumulation<Storage>;
+  const auto* logits = static_cast<const Storage*>(task.logits);
+  RouteScratch<Acc> scratch(task.num_experts, task.top_k);
+  if (task.bias != nullptr) {
+    load_row(static_cast<const Acc*>(task.bias), task.num_experts, scratch.bias.values);
+  }
+  for (int64_t t = begin; t < end; ++t) {
+    int64_t* chosen = task.experts + t * task.top_k;
+    load_row(logits + t * task.row_stride, task.num_experts, scratch.row.values);
+    const Acc row_sum = choose<score, Acc>(task, &scratch, chosen);
+    weigh<score, Acc>(task, chosen, row_sum, &scratch, static_cast<Acc*>(task.weights) + t * task.top_k);
+  }
+}
+
+// ---- backward ----
+
+// few: chosen logits in, their gradient out, where no other logit enters the weights: all cases but the plain softmax.
+// Normalised softmax: w_k (g_k - <g, w>); sigmoid: s_k (1 - s_k) (g_k - <g, s> / sum) / sum, or s_k (1 - s_k) g_k.
+template <Score score, typename Acc>
+EDL_INLINE void backward_of_chosen(const RouteGradient& task, const Acc* grad, RowBuffer<Acc>* few) {
+  const Acc sum = score_row<score>(few->values, few->padded);
+  const Acc inverse = task.normalize ? normaliser<score>(sum) : Acc(1);
+  Acc dot = 0;
+  for (int64_t k = 0; task.normalize && k < task.top_k; ++k) {
+    dot += grad[k] * few->values[k] * inverse;
+  }
+  for (int64_t k = 0; k < task.top_k; ++k) {
+    const Acc s = few->values[k];
+    const Acc slope = score == Score::sigmoid ? s * (1 - s) : s;
+    few->values[k] = slope * inverse * (grad[k] - dot) * static_cast<Acc>(task.scale);
+  }
+}
+
+// row: logits in, gradient out: p_e (g_e - <g, p>), g_e = 0 for an expert that was not chosen.
+template <typename Acc>
+EDL_INLINE void backward_of_row(
+    const RouteGradient& task, const Acc* grad, const int64_t* chosen, RowBuffer<Acc>* row, RowBuffer<Acc>* few) {
+  const Acc inverse = static_cast<Acc>(1) / score_row<Score::softmax>(row->values, row->padded);
+  Acc dot = 0;
+  for (int64_t k = 0; k < task.top_k; ++k) {
+    few->values[k] = row->values[chosen[k]] * inverse * grad[k] * static_cast<Acc>(task.scale);
+    dot += few->values[k];
+  }
+  const Acc factor = -dot * inverse;
+  for (int64_t e = 0; e < row->padded; e += kLanes<Acc>) {
+    store(load(row->values + e) * factor, row->values + e);
+  }
+  for (int64_t k = 0; k < task.top_k; ++k) {
+    row->values[chosen[k]] += few->values[k];
+  }
+}
+
+template <typename Storage, Score score>
+void spread_rows(const RouteGradient& task, int64_t begin, int64_t end) {
+  using Acc = Accumulation<Storage>;
+  const bool whole_row = score == Score::softmax && !task.normalize;
+  RowBuffer<Acc> row(task.num_experts);
+  RowBuffer<Acc> few(task.top_k);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t* chosen = task.experts + t * task.top_k;
+    const Acc* grad = static_cast<const Acc*>(task.grad_weights) + t * task.top_k;
+    load_row(static_cast<const Storage*>(task.logits) + t * task.row_stride, task.num_experts, row.values);
+    if (whole_row) {
+      backward_of_row<Acc>(task, grad, chosen, &row, &few);
+    } else {
+      gather_chosen(row.values, chosen, task.top_k, &few);
+      backward_of_chosen<score, Acc>(task, grad, &few);
+      std::memset(row.values, 0, row.padded * sizeof(Acc));
+      for (int64_t k = 0; k < task.top_k; ++k) {
+        row.values[chosen[k]] = few.values[k];
+      }
+    }
+    write_row(row.values, task.num_experts, static_cast<Storage*>(task.grad_logits) + t * task.num_experts);
+  }
+}
+
+} // namespace
+
+#define EDL_BOTH_SCORES(loop, Storage) \
+  { loop<Storage, Score::softmax>, loop<Storage, Score::sigmoid> }
+
+extern const RouteTokensLoops route_tokens_loops = {
+    {EDL_BOTH_SCORES(route_rows, float),
+     EDL_BOTH_SCORES(route_rows, double),
+     EDL_BOTH_SCORES(route_rows, BFloat16),
+     EDL_BOTH_SCORES(route_rows, Float16)},
+    {EDL_BOTH_SCORES(spread_rows, float),
+     EDL_BOTH_SCORES(spread_rows, double),
+     EDL_BOTH_SCORES(spread_rows, BFloat16),
+     EDL_BOTH_SCORES(spread_rows, Float16)},
+};
+
+} // namespace edl::EDL_ISA

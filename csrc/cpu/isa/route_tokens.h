@@ -1,0 +1,43 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa/dispatch.h"
+#include "cpu/isa/storage.h"
+
+namespace edl {
+
+// "Accumulation type": float, or double for double logits.
+struct RouteTask {
+  const void* logits; //      [T, E], storage type
+  int64_t row_stride; //      elements
+  int64_t num_experts; //     E
+  int64_t top_k; //           K
+  const void* bias; //        [E] accumulation type, or null
+  bool normalize;
+  double scale;
+  void* weights; //           [T, K] accumulation type
+  int64_t* experts; //        [T, K]
+};
+
+struct RouteGradient {
+  const void* grad_weights; // [T, K] accumulation type
+  const void* logits; //       [T, E], storage type
+  int64_t row_stride; //       elements
+  int64_t num_experts; //      E
+  int64_t top_k; //            K
+  const int64_t* experts; //   [T, K], in [0, E)
+  bool normalize;
+  double scale;
+  void* grad_logits; //        [T, E] contiguous, storage type
+};
+
+// Indexed by storage and by score (softmax, sigmoid); rows begin..end.
+struct RouteTokensLoops {
+  void (*route_rows[kStorageTypes][2])(const RouteTask& task, int64_t begin, int64_t end);
+  void (*spread_rows[kStorageTypes][2])(const RouteGradient& gradient, int64_t begin, int64_t end);
+};
+
+EDL_ISA_LOOPS(RouteTokensLoops, route_tokens_loops)
+
+} // namespace edl

@@ -1,0 +1,203 @@
+// row → token: the (weighted) sum of a token's rows.
+#include "ops/combine_tokens.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "common/dtypes.h"
+#include "common/errors.h"
+#include "ops/dispatch_tokens.h"
+
+namespace edl {
+namespace {
+
+constexpr const char* kOp = "edl::combine_tokens";
+
+} // namespace
+
+void check_routing_weights(const char* op, const at::Tensor& weights, const at::Tensor& values, const char* values_name) {
+  EDL_CHECK(weights.dim() == 2, op, ": weights must have the shape [T, K] (got ", weights.dim(), " dimensions)");
+  EDL_CHECK(
+      weights.scalar_type() == values.scalar_type() ||
+          weights.scalar_type() == accumulation_type(values.scalar_type()),
+      op, ": weights must have the type of ", values_name, ", or be float32 beside 16-bit ", values_name, " (got ",
+      weights.scalar_type(), " beside ", values.scalar_type(), ")");
+  EDL_CHECK(
+      weights.device() == values.device(), op, ": weights must be on the device of ", values_name, " (got ",
+      weights.device(), " and ", values.device(), ")");
+}
+
+void check_combine_tokens(
+    const at::Tensor& rows,
+    const std::optional<at::Tensor>& weights,
+    const at::Tensor& row_order,
+    int64_t top_k) {
+  EDL_CHECK(rows.dim() == 2, kOp, ": rows must have the shape [N, H] (got ", rows.dim(), " dimensions)");
+  EDL_CHECK(
+      is_storage_type(rows.scalar_type()), kOp, ": rows must be float32, float64, bfloat16 or float16 (got ",
+      rows.scalar_type(), ")");
+  EDL_CHECK(
+      row_order.dim() == 1 && row_order.scalar_type() == at::kInt, kOp,
+      ": row_order must be an int32 vector, as sort_by_expert gives it (got ", row_order.dim(), " dimensions of ",
+      row_order.scalar_type(), ")");
+  EDL_CHECK(
+      row_order.device() == rows.device(), kOp, ": row_order must be on the device of rows (got ", row_order.device(),
+      " and ", rows.device(), ")");
+  EDL_CHECK(
+      row_order.sym_size(0).sym_eq(rows.sym_size(0)), kOp, ": row_order must have one entry per row (got ",
+      row_order.sym_size(0), " for ", rows.sym_size(0), " rows)");
+  EDL_CHECK(top_k >= 1, kOp, ": top_k must be at least 1 (got ", top_k, ")");
+  EDL_CHECK(
+      (rows.sym_size(0) % top_k).sym_eq(0), kOp, ": rows must be top_k per token (got ", rows.sym_size(0),
+      " rows and top_k ", top_k, ")");
+  if (weights.has_value()) {
+    check_routing_weights(kOp, *weights, rows, "rows");
+    EDL_CHECK(
+        weights->sym_size(1).sym_eq(top_k), kOp, ": weights must have top_k columns (got ", weights->sym_size(1),
+        " and top_k ", top_k, ")");
+    EDL_CHECK(
+        (weights->sym_size(0) * top_k).sym_eq(rows.sym_size(0)), kOp, ": weights must have one entry per row (got ",
+        weights->sym_size(0), " by ", top_k, " for ", rows.sym_size(0), " rows)");
+  }
+}
+
+void check_combine_tokens_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& rows,
+    const std::optional<at::Tensor>& weights,
+    const at::Tensor& row_order,
+    int64_t top_k) {
+  check_combine_tokens(rows, weights, row_order, top_k);
+  EDL_CHECK(
+      grad_output.dim() == 2 && grad_output.scalar_type() == rows.scalar_type(), kOp,
+      ": the gradient of the output must be a matrix in the type of rows (got ", grad_output.dim(), " dimensions of ",
+      grad_output.scalar_type(), ")");
+  EDL_CHECK(
+      (grad_output.sym_size(0) * top_k).sym_eq(rows.sym_size(0)) &
+          grad_output.sym_size(1).sym_eq(rows.sym_size(1)),
+      kOp, ": the gradient of the output must have the shape [T, H] (got ", grad_output.sym_size(0), " by ",
+      grad_output.sym_size(1), ")");
+}
+
+at::Tensor combine_tokens(
+    const at::Tensor& rows,
+    const std::optional<at::Tensor>& weights,
+    const at::Tensor& row_order,
+    int64_t top_k) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("edl::combine_tokens", "")
+          .typed<at::Tensor(const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, int64_t)>();
+  return op.call(rows, weights, row_order, top_k);
+}
+
+namespace {
+
+using TwoGradients = std::tuple<at::Tensor, at::Tensor>;
+
+TwoGradients combine_tokens_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& rows,
+    const std::optional<at::Tensor>& weights,
+    const at::Tensor& row_order,
+    int64_t top_k,
+    std::array<bool, 2> needed) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("edl::_combine_tokens_backward", "")
+                             .typed<TwoGradients(
+                                 const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                                 const at::Tensor&, int64_t, std::array<bool, 2>)>();
+  return op.call(grad_output, rows, weights, row_order, top_k, needed);
+}
+
+at::Tensor combine_tokens_meta(
+    const at::Tensor& rows,
+    const std::optional<at::Tensor>& weights,
+    const at::Tensor& row_order,
+    int64_t top_k) {
+  check_combine_tokens(rows, weights, row_order, top_k);
+  const c10::SymInt num_tokens = weights.has_value() ? weights->sym_size(0) : rows.sym_size(0) / top_k;
+  return at::empty_symint({num_tokens, rows.sym_size(1)}, rows.options());
+}
+
+TwoGradients combine_tokens_backward_meta(
+    const at::Tensor& grad_output,
+    const at::Tensor& rows,
+    const std::optional<at::Tensor>& weights,
+    const at::Tensor& row_order,
+    int64_t top_k,
+    std::array<bool, 2> needed) {
+  check_combine_tokens_backward(grad_output, rows, weights, row_order, top_k);
+  const auto nothing = {c10::SymInt(0)};
+  const at::Tensor& like_weights = weights.has_value() ? *weights : rows;
+  return {
+      at::empty_symint(needed[0] ? rows.sym_sizes() : c10::SymIntArrayRef(nothing), rows.options()),
+      at::empty_symint(
+          needed[1] && weights.has_value() ? weights->sym_sizes() : c10::SymIntArrayRef(nothing),
+          like_weights.options())};
+}
+
+struct CombineTokensFunction : torch::autograd::Function<CombineTokensFunction> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(
+      torch::autograd::AutogradContext* context,
+      const at::Tensor& rows,
+      const std::optional<at::Tensor>& weights,
+      const at::Tensor& row_order,
+      int64_t top_k) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    if (weights.has_value()) {
+      context->save_for_backward({row_order, rows, *weights});
+    } else {
+      context->save_for_backward({row_order});
+    }
+    context->saved_data["top_k"] = top_k;
+    return combine_tokens(rows, weights, row_order, top_k);
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* context,
+      const torch::autograd::variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const int64_t top_k = context->saved_data["top_k"].toInt();
+    if (saved.size() == 1) { // no weights: the op is linear in its rows
+      return {context->needs_input_grad(0) ? dispatch_tokens(grads[0], saved[0], top_k) : at::Tensor(), {}, {}, {}};
+    }
+    const std::array<bool, 2> needed = {context->needs_input_grad(0), context->needs_input_grad(1)};
+    auto [grad_rows, grad_weights] =
+        combine_tokens_backward(grads[0], saved[1], saved[2], saved[0], top_k, needed);
+    return {needed[0] ? grad_rows : at::Tensor(), needed[1] ? grad_weights : at::Tensor(), {}, {}};
+  }
+};
+
+at::Tensor combine_tokens_autograd(
+    const at::Tensor& rows,
+    const std::optional<at::Tensor>& weights,
+    const at::Tensor& row_order,
+    int64_t top_k) {
+  return CombineTokensFunction::apply(rows, weights, row_order, top_k);
+}
+
+} // namespace
+} // namespace edl
+
+TORCH_LIBRARY_FRAGMENT(edl, m) {
+  m.def("combine_tokens(Tensor rows, Tensor? weights, Tensor row_order, int top_k) -> Tensor");
+  m.def(
+      "_combine_tokens_backward(Tensor grad_output, Tensor rows, Tensor? weights, Tensor row_order, int top_k, "
+      "bool[2] needed) -> (Tensor grad_rows, Tensor grad_weights)");
+}
+
+TORCH_LIBRARY_IMPL(edl, Meta, m) {
+  m.impl("combine_tokens", edl::combine_tokens_meta);
+  m.impl("_combine_tokens_backward", edl::combine_tokens_backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(edl, Autograd, m) {
+  m.impl("combine_tokens", edl::combine_tokens_autograd);
+  m.impl("_combine_tokens_backward", torch::autograd::autogradNotImplementedFallback());
+}

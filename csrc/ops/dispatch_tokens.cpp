@@ -1,0 +1,96 @@
+// token → row: each token once for every expert that it chose, in the order of the experts.
+#include "ops/dispatch_tokens.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "common/dtypes.h"
+#include "common/errors.h"
+#include "ops/combine_tokens.h"
+
+namespace edl {
+namespace {
+
+constexpr const char* kOp = "edl::dispatch_tokens";
+
+} // namespace
+
+void check_dispatch_tokens(const at::Tensor& tokens, const at::Tensor& row_order, int64_t top_k) {
+  EDL_CHECK(tokens.dim() == 2, kOp, ": tokens must have the shape [T, H] (got ", tokens.dim(), " dimensions)");
+  EDL_CHECK(
+      is_storage_type(tokens.scalar_type()), kOp, ": tokens must be float32, float64, bfloat16 or float16 (got ",
+      tokens.scalar_type(), ")");
+  EDL_CHECK(
+      row_order.dim() == 1 && row_order.scalar_type() == at::kInt, kOp,
+      ": row_order must be an int32 vector, as sort_by_expert gives it (got ", row_order.dim(), " dimensions of ",
+      row_order.scalar_type(), ")");
+  EDL_CHECK(
+      row_order.device() == tokens.device(), kOp, ": row_order must be on the device of tokens (got ",
+      row_order.device(), " and ", tokens.device(), ")");
+  EDL_CHECK(top_k >= 1, kOp, ": top_k must be at least 1 (got ", top_k, ")");
+  EDL_CHECK(
+      row_order.sym_size(0).sym_eq(tokens.sym_size(0) * top_k), kOp,
+      ": row_order must have top_k entries per token (got ", row_order.sym_size(0), " for ", tokens.sym_size(0),
+      " tokens and top_k ", top_k, ")");
+}
+
+at::Tensor dispatch_tokens(const at::Tensor& tokens, const at::Tensor& row_order, int64_t top_k) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("edl::dispatch_tokens", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t)>();
+  return op.call(tokens, row_order, top_k);
+}
+
+namespace {
+
+at::Tensor dispatch_tokens_meta(const at::Tensor& tokens, const at::Tensor& row_order, int64_t top_k) {
+  check_dispatch_tokens(tokens, row_order, top_k);
+  return at::empty_symint({row_order.sym_size(0), tokens.sym_size(1)}, tokens.options());
+}
+
+struct DispatchTokensFunction : torch::autograd::Function<DispatchTokensFunction> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(
+      torch::autograd::AutogradContext* context,
+      const at::Tensor& tokens,
+      const at::Tensor& row_order,
+      int64_t top_k) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    context->save_for_backward({row_order});
+    context->saved_data["top_k"] = top_k;
+    return dispatch_tokens(tokens, row_order, top_k);
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* context,
+      const torch::autograd::variable_list& grads) {
+    at::Tensor grad_tokens;
+    if (grads[0].defined() && context->needs_input_grad(0)) {
+      grad_tokens = combine_tokens(
+          grads[0], std::nullopt, context->get_saved_variables()[0], context->saved_data["top_k"].toInt());
+    }
+    return {grad_tokens, {}, {}};
+  }
+};
+
+at::Tensor dispatch_tokens_autograd(const at::Tensor& tokens, const at::Tensor& row_order, int64_t top_k) {
+  return DispatchTokensFunction::apply(tokens, row_order, top_k);
+}
+
+} // namespace
+} // namespace edl
+
+TORCH_LIBRARY_FRAGMENT(edl, m) {
+  m.def("dispatch_tokens(Tensor tokens, Tensor row_order, int top_k) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(edl, Meta, m) {
+  m.impl("dispatch_tokens", edl::dispatch_tokens_meta);
+}
+
+TORCH_LIBRARY_IMPL(edl, Autograd, m) {
+  m.impl("dispatch_tokens", edl::dispatch_tokens_autograd);
+}

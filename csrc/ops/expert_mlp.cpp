@@ -1,0 +1,305 @@
+// tokens → experts → tokens, without a dispatched copy of the tokens.
+#include "ops/expert_mlp.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "common/autocast.h"
+#include "common/dtypes.h"
+#include "common/errors.h"
+#include "ops/combine_tokens.h"
+
+namespace edl {
+namespace {
+
+constexpr const char* kOp = "edl::expert_mlp";
+
+void check_parameter(const at::Tensor& parameter, const char* name, const char* shape, const at::Tensor& tokens) {
+  EDL_CHECK(parameter.dim() == 3, kOp, ": ", name, " must have the shape ", shape, " (got ", parameter.dim(), " dimensions)");
+  EDL_CHECK(
+      parameter.scalar_type() == tokens.scalar_type(), kOp, ": ", name, " must have the type of tokens (got ",
+      parameter.scalar_type(), " beside ", tokens.scalar_type(), ")");
+  EDL_CHECK(
+      parameter.device() == tokens.device(), kOp, ": ", name, " must be on the device of tokens (got ",
+      parameter.device(), " and ", tokens.device(), ")");
+}
+
+void check_indices(const at::Tensor& indices, const char* name, const at::Tensor& tokens) {
+  EDL_CHECK(
+      indices.dim() == 1 && indices.scalar_type() == at::kInt, kOp, ": ", name,
+      " must be an int32 vector, as sort_by_expert gives it (got ", indices.dim(), " dimensions of ",
+      indices.scalar_type(), ")");
+  EDL_CHECK(
+      indices.device() == tokens.device(), kOp, ": ", name, " must be on the device of tokens (got ", indices.device(),
+      " and ", tokens.device(), ")");
+}
+
+} // namespace
+
+void check_expert_mlp(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down) {
+  EDL_CHECK(tokens.dim() == 2, kOp, ": tokens must have the shape [T, H] (got ", tokens.dim(), " dimensions)");
+  EDL_CHECK(
+      is_storage_type(tokens.scalar_type()), kOp, ": tokens must be float32, float64, bfloat16 or float16 (got ",
+      tokens.scalar_type(), ")");
+  check_routing_weights(kOp, weights, tokens, "tokens");
+  check_indices(row_order, "row_order", tokens);
+  check_indices(offsets, "offsets", tokens);
+  check_parameter(gate_up, "gate_up", "[E, 2I, H]", tokens);
+  check_parameter(down, "down", "[E, H, I]", tokens);
+  EDL_CHECK(
+      weights.sym_size(0).sym_eq(tokens.sym_size(0)), kOp, ": weights must have one row per token (got ",
+      weights.sym_size(0), " for ", tokens.sym_size(0), " tokens)");
+  EDL_CHECK(
+      weights.sym_size(1).sym_ge(1), kOp, ": weights must have at least one column (got ", weights.sym_size(1), ")");
+  EDL_CHECK(
+      row_order.sym_size(0).sym_eq(weights.sym_numel()), kOp, ": row_order must have one entry per weight (got ",
+      row_order.sym_size(0), " for ", weights.sym_numel(), " weights)");
+  EDL_CHECK(gate_up.sym_size(0).sym_ge(1), kOp, ": gate_up must have at least one expert (got ", gate_up.sym_size(0), ")");
+  EDL_CHECK(
+      offsets.sym_size(0).sym_eq(gate_up.sym_size(0) + 1), kOp, ": offsets must have one entry more than there are experts (got ",
+      offsets.sym_size(0), " for ", gate_up.sym_size(0), " experts)");
+  EDL_CHECK(
+      gate_up.sym_size(2).sym_eq(tokens.sym_size(1)), kOp, ": gate_up must have one column per entry of a token (got ",
+      gate_up.sym_size(2), " for tokens of ", tokens.sym_size(1), ")");
+  EDL_CHECK(
+      down.sym_size(0).sym_eq(gate_up.sym_size(0)), kOp, ": down must have as many experts as gate_up (got ",
+      down.sym_size(0), " and ", gate_up.sym_size(0), ")");
+  EDL_CHECK(
+      down.sym_size(1).sym_eq(tokens.sym_size(1)), kOp, ": down must have one row per entry of a token (got ",
+      down.sym_size(1), " for tokens of ", tokens.sym_size(1), ")");
+  EDL_CHECK(
+      gate_up.sym_size(1).sym_eq(down.sym_size(2) * 2), kOp, ": gate_up must have twice as many rows as down has columns (got ",
+      gate_up.sym_size(1), " and ", down.sym_size(2), ")");
+}
+
+void check_expert_mlp_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down,
+    const at::Tensor& pre_activation) {
+  check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
+  EDL_CHECK(
+      grad_output.dim() == 2 && grad_output.scalar_type() == tokens.scalar_type(), kOp,
+      ": the gradient of the output must be a matrix in the type of tokens (got ", grad_output.dim(),
+      " dimensions of ", grad_output.scalar_type(), ")");
+  EDL_CHECK(
+      grad_output.sym_size(0).sym_eq(tokens.sym_size(0)) & grad_output.sym_size(1).sym_eq(tokens.sym_size(1)), kOp,
+      ": the gradient of the output must have the shape of tokens (got ", grad_output.sym_size(0), " by ",
+      grad_output.sym_size(1), ")");
+  EDL_CHECK(
+      pre_activation.dim() == 2 && pre_activation.scalar_type() == tokens.scalar_type(), kOp,
+      ": pre_activation must be a matrix in the type of tokens (got ", pre_activation.dim(), " dimensions of ",
+      pre_activation.scalar_type(), ")");
+  EDL_CHECK(
+      pre_activation.sym_size(0).sym_eq(row_order.sym_size(0)) & pre_activation.sym_size(1).sym_eq(gate_up.sym_size(1)),
+      kOp, ": pre_activation must have the shape [N, 2I] (got ", pre_activation.sym_size(0), " by ",
+      pre_activation.sym_size(1), ")");
+}
+
+at::Tensor expert_mlp(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("edl::expert_mlp", "")
+                             .typed<at::Tensor(
+                                 const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                 const at::Tensor&, const at::Tensor&)>();
+  return op.call(tokens, weights, row_order, offsets, gate_up, down);
+}
+
+namespace {
+
+using Forward = std::tuple<at::Tensor, at::Tensor>;
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Forward expert_mlp_forward(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("edl::_expert_mlp_forward", "")
+                             .typed<Forward(
+                                 const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                 const at::Tensor&, const at::Tensor&)>();
+  return op.call(tokens, weights, row_order, offsets, gate_up, down);
+}
+
+Gradients expert_mlp_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down,
+    const at::Tensor& pre_activation,
+    std::array<bool, 4> needed) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("edl::_expert_mlp_backward", "")
+                             .typed<Gradients(
+                                 const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                 const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                 std::array<bool, 4>)>();
+  return op.call(grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation, needed);
+}
+
+at::Tensor expert_mlp_meta(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down) {
+  check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
+  return at::empty_symint(tokens.sym_sizes(), tokens.options());
+}
+
+Forward expert_mlp_forward_meta(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down) {
+  return {
+      expert_mlp_meta(tokens, weights, row_order, offsets, gate_up, down),
+      at::empty_symint({row_order.sym_size(0), gate_up.sym_size(1)}, tokens.options())};
+}
+
+Gradients expert_mlp_backward_meta(
+    const at::Tensor& grad_output,
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down,
+    const at::Tensor& pre_activation,
+    std::array<bool, 4> needed) {
+  check_expert_mlp_backward(grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation);
+  const auto gradient_of = [](const at::Tensor& input, bool is_needed) {
+    const auto nothing = {c10::SymInt(0)};
+    return at::empty_symint(is_needed ? input.sym_sizes() : c10::SymIntArrayRef(nothing), input.options());
+  };
+  return {
+      gradient_of(tokens, needed[0]), gradient_of(weights, needed[1]), gradient_of(gate_up, needed[2]),
+      gradient_of(down, needed[3])};
+}
+
+struct ExpertMlpFunction : torch::autograd::Function<ExpertMlpFunction> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(
+      torch::autograd::AutogradContext* context,
+      const at::Tensor& tokens,
+      const at::Tensor& weights,
+      const at::Tensor& row_order,
+      const at::Tensor& offsets,
+      const at::Tensor& gate_up,
+      const at::Tensor& down) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [output, pre_activation] = expert_mlp_forward(tokens, weights, row_order, offsets, gate_up, down);
+    context->save_for_backward({tokens, weights, row_order, offsets, gate_up, down, pre_activation});
+    return output;
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* context,
+      const torch::autograd::variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const std::array<bool, 4> needed = {
+        context->needs_input_grad(0), context->needs_input_grad(1), context->needs_input_grad(4),
+        context->needs_input_grad(5)};
+    auto [grad_tokens, grad_weights, grad_gate_up, grad_down] = expert_mlp_backward(
+        grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], needed);
+    const auto if_needed = [&](size_t i, const at::Tensor& gradient) { return needed[i] ? gradient : at::Tensor(); };
+    return {
+        if_needed(0, grad_tokens), if_needed(1, grad_weights), {}, {}, if_needed(2, grad_gate_up),
+        if_needed(3, grad_down)};
+  }
+};
+
+at::Tensor expert_mlp_autograd(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down) {
+  const bool needs_gradient = at::GradMode::is_enabled() &&
+      (tokens.requires_grad() || weights.requires_grad() || gate_up.requires_grad() || down.requires_grad());
+  if (!needs_gradient) { // nothing to save
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
+  }
+  return ExpertMlpFunction::apply(tokens, weights, row_order, offsets, gate_up, down);
+}
+
+template <at::DeviceType device, c10::DispatchKey key>
+at::Tensor expert_mlp_autocast(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down) {
+  c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const auto type = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const at::Tensor& tensor) { return at::autocast::cached_cast(type, tensor, device); };
+  return expert_mlp(cast(tokens), weights, row_order, offsets, cast(gate_up), cast(down));
+}
+
+} // namespace
+} // namespace edl
+
+TORCH_LIBRARY_FRAGMENT(edl, m) {
+  m.def(
+      "expert_mlp(Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, Tensor gate_up, Tensor down) "
+      "-> Tensor");
+  m.def(
+      "_expert_mlp_forward(Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, Tensor gate_up, Tensor down) "
+      "-> (Tensor output, Tensor pre_activation)");
+  m.def(
+      "_expert_mlp_backward(Tensor grad_output, Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, "
+      "Tensor gate_up, Tensor down, Tensor pre_activation, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(edl, Meta, m) {
+  m.impl("expert_mlp", edl::expert_mlp_meta);
+  m.impl("_expert_mlp_forward", edl::expert_mlp_forward_meta);
+  m.impl("_expert_mlp_backward", edl::expert_mlp_backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(edl, Autograd, m) {
+  m.impl("expert_mlp", edl::expert_mlp_autograd);
+  m.impl("_expert_mlp_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_expert_mlp_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(edl, AutocastCPU, m) {
+  m.impl("expert_mlp", (edl::expert_mlp_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>));
+}
+
+TORCH_LIBRARY_IMPL(edl, Autocast, m) { // CUDA
+  m.impl("expert_mlp", (edl::expert_mlp_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>));
+}

@@ -1,0 +1,88 @@
+// carrier + 0 · loss, where the backward pass hands `scale` to the loss. A copy needs no kernel of its own.
+#include "ops/inject.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/clone.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "common/dtypes.h"
+#include "common/errors.h"
+
+namespace edl {
+namespace {
+
+constexpr const char* kOp = "edl::inject";
+
+void check_scalar(const at::Tensor& value, const char* name) {
+  EDL_CHECK(value.dim() == 0, kOp, ": ", name, " must be a scalar tensor (got ", value.dim(), " dimensions)");
+  EDL_CHECK(
+      is_storage_type(value.scalar_type()), kOp, ": ", name, " must be float32, float64, bfloat16 or float16 (got ",
+      value.scalar_type(), ")");
+}
+
+} // namespace
+
+void check_inject(const at::Tensor& carrier, const at::Tensor& loss, const at::Tensor& scale) {
+  EDL_CHECK(
+      is_storage_type(carrier.scalar_type()), kOp, ": carrier must be float32, float64, bfloat16 or float16 (got ",
+      carrier.scalar_type(), ")");
+  check_scalar(loss, "loss");
+  check_scalar(scale, "scale");
+}
+
+at::Tensor inject(const at::Tensor& carrier, const at::Tensor& loss, const at::Tensor& scale) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("edl::inject", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
+  return op.call(carrier, loss, scale);
+}
+
+namespace {
+
+at::Tensor inject_copy(const at::Tensor& carrier, const at::Tensor& loss, const at::Tensor& scale) {
+  check_inject(carrier, loss, scale);
+  return at::clone(carrier);
+}
+
+struct InjectFunction : torch::autograd::Function<InjectFunction> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(
+      torch::autograd::AutogradContext* context,
+      const at::Tensor& carrier,
+      const at::Tensor& loss,
+      const at::Tensor& scale) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    at::Tensor copy = inject(carrier, loss, scale);
+    context->save_for_backward({scale.to(loss.options())});
+    return copy;
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* context,
+      const torch::autograd::variable_list& grads) {
+    // A copy: autograd may add to a gradient in place.
+    return {grads[0], at::clone(context->get_saved_variables()[0]), {}};
+  }
+};
+
+at::Tensor inject_autograd(const at::Tensor& carrier, const at::Tensor& loss, const at::Tensor& scale) {
+  check_inject(carrier, loss, scale);
+  return InjectFunction::apply(carrier, loss, scale.detach());
+}
+
+} // namespace
+} // namespace edl
+
+TORCH_LIBRARY_FRAGMENT(edl, m) {
+  m.def("inject(Tensor carrier, Tensor loss, Tensor scale) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(edl, CompositeExplicitAutograd, m) {
+  m.impl("inject", edl::inject_copy);
+}
+
+TORCH_LIBRARY_IMPL(edl, Autograd, m) {
+  m.impl("inject", edl::inject_autograd);
+}

@@ -1,0 +1,257 @@
+"""A Mixture-of-Experts feed-forward layer on the operators of edl."""
+
+import math
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from edl import ops
+
+
+class Routing(NamedTuple):
+    """What a layer's router decided for the T tokens of one call, in the order of the flattened input."""
+
+    logits: Tensor
+    """`Tensor[T, E]` in the router's type: what the auxiliary losses take."""
+    weights: Tensor
+    """`Tensor[T, K]`: the weight of each chosen expert."""
+    experts: Tensor
+    """`Tensor[T, K]` int64: the chosen experts, best first."""
+    tokens_per_expert: Tensor
+    """`Tensor[E]` int64: how often each expert was chosen."""
+
+
+# torch.export saves a program only if it can name the structure of its outputs.
+_pytree._register_namedtuple(Routing, serialized_type_name="edl.moe.Routing")
+
+
+class Router(nn.Module):
+    """A linear layer from tokens to one logit per expert, in a type of its own also under autocast.
+
+    Args:
+        hidden_size: H.
+        num_experts: E.
+        router_dtype: Type of the computation; float64 for float64 tokens.
+        device: Where the weight is created.
+        dtype: Type of the weight.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        router_dtype: torch.dtype = torch.float32,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        self.router_dtype = router_dtype
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in ±1/√H, as `nn.Linear`."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`Tensor[T, H]` → logits `Tensor[T, E]`."""
+        return torch.ops.edl._router_logits(tokens, self.weight, self.router_dtype)
+
+    def extra_repr(self) -> str:
+        num_experts, hidden_size = self.weight.shape
+        return f"hidden_size={hidden_size}, num_experts={num_experts}, router_dtype={self.router_dtype}"
+
+
+class SharedExpert(nn.Module):
+    """A SwiGLU network that every token passes: down(silu(gate(x)) * up(x)).
+
+    Args:
+        hidden_size: H.
+        intermediate_size: I of all shared experts together.
+        device: Where the parameters are created.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device=device, dtype=dtype)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, device=device, dtype=dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`Tensor[T, H]` → `Tensor[T, H]`."""
+        return self.down_proj(F.silu(self.gate_proj(tokens)) * self.up_proj(tokens))
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"edl.MoELayer: {name} must be at least 1 (got {size})")
+
+
+class MoELayer(nn.Module):
+    """A Mixture-of-Experts layer: each token passes the `top_k` of `num_experts` SwiGLU networks that its router chooses.
+
+    output = Σ_k w_k · down_e(silu(gate_e(x)) * up_e(x)), e the k-th choice, plus the shared expert where there is one. The
+    parameters are `router.weight [E, H]`, `gate_up_proj [E, 2I, H]` (the gate's rows first) and `down_proj [E, H, I]`, the
+    layout of transformers v5; the shared expert's are `shared_expert.{gate,up,down}_proj.weight`, its gate's
+    `shared_expert_gate.weight`. All are initialised like `nn.Linear` weights, uniform in ±1/√(inputs).
+
+    Compiles with `fullgraph=True`, exports and scripts. Under autocast the experts run in its type, the router does not.
+
+    Args:
+        hidden_size: H, size of a token.
+        intermediate_size: I, size inside an expert.
+        num_experts: E.
+        top_k: K, experts per token, in [1, E].
+        scores: `"softmax"` over all experts (Switch, Mixtral, Qwen, OLMoE) or `"sigmoid"` of each logit (DeepSeek-V3).
+        normalize_top_k: Divide a token's weights by their sum.
+        routed_scaling_factor: Factor of the weights (DeepSeek-V3: 2.5).
+        expert_bias: Keep a buffer `expert_bias [E]`, zero at first, that shifts the choice and never enters a weight;
+            `edl.update_expert_bias` balances the experts with it. Stays float32 in a 16-bit model.
+        num_shared_experts: Experts that every token passes, run as one network.
+        shared_intermediate_size: Size inside one shared expert. Default `intermediate_size`.
+        shared_expert_gate: Multiply the shared output by a learned sigmoid per token (Qwen2-MoE).
+        router_dtype: Type of the router's computation; float64 tokens are always routed in float64.
+        return_routing: Return (output, `Routing`); False returns the output alone, as any feed-forward module does.
+        device: Where the parameters are created.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: A size below 1, `top_k` beyond `num_experts`, or an unknown option.
+    """
+
+    expert_bias: Optional[Tensor]
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        scores: str = "softmax",
+        normalize_top_k: bool = True,
+        routed_scaling_factor: float = 1.0,
+        expert_bias: bool = False,
+        num_shared_experts: int = 0,
+        shared_intermediate_size: Optional[int] = None,
+        shared_expert_gate: bool = False,
+        router_dtype: torch.dtype = torch.float32,
+        return_routing: bool = True,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        _check_positive(
+            hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts, top_k=top_k
+        )
+        if top_k > num_experts:
+            raise ValueError(f"edl.MoELayer: top_k must not exceed num_experts (got {top_k} of {num_experts})")
+        if scores not in ("softmax", "sigmoid"):
+            raise ValueError(f"edl.MoELayer: scores must be 'softmax' or 'sigmoid' (got {scores!r})")
+        if router_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"edl.MoELayer: router_dtype must be torch.float32, torch.bfloat16 or torch.float16 (got {router_dtype})"
+            )
+        if num_shared_experts < 0:
+            raise ValueError(f"edl.MoELayer: num_shared_experts must not be negative (got {num_shared_experts})")
+        if num_shared_experts == 0 and (shared_expert_gate or shared_intermediate_size is not None):
+            raise ValueError(
+                "edl.MoELayer: shared_intermediate_size and shared_expert_gate need num_shared_experts of at least 1 (got 0)"
+            )
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.scores = scores
+        self.normalize_top_k = normalize_top_k
+        self.routed_scaling_factor = float(routed_scaling_factor)
+        self.num_shared_experts = num_shared_experts
+        self.return_routing = return_routing
+        where = {"device": device, "dtype": dtype}
+        self.router = Router(hidden_size, num_experts, router_dtype, **where)
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size, **where))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **where))
+        bias_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        bias = torch.zeros(num_experts, device=device, dtype=bias_dtype) if expert_bias else None
+        self.register_buffer("expert_bias", bias)
+        self.shared_expert = None
+        self.shared_expert_gate = None
+        if num_shared_experts > 0:
+            width = intermediate_size if shared_intermediate_size is None else shared_intermediate_size
+            _check_positive(shared_intermediate_size=width)
+            self.shared_expert = SharedExpert(hidden_size, num_shared_experts * width, **where)
+            if shared_expert_gate:
+                self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, **where)
+        self._reset_experts()
+
+    def _reset_experts(self) -> None:
+        for weight in (self.gate_up_proj, self.down_proj):
+            bound = 1 / math.sqrt(weight.shape[2])
+            nn.init.uniform_(weight, -bound, bound)
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters again, and sets the expert bias to zero."""
+        self._reset_experts()
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
+
+    def _apply(self, fn, recurse=True):
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        # Steps of the bias are smaller than a 16-bit type resolves.
+        if bias is not None and self.expert_bias.dtype in (torch.bfloat16, torch.float16):
+            moved = self.expert_bias
+            self.expert_bias = moved.float() if bias.is_meta else bias.to(moved.device)
+        return self
+
+    def forward(self, hidden: Tensor):
+        """Runs the layer.
+
+        Args:
+            hidden: `Tensor[..., H]`.
+
+        Returns:
+            output `Tensor[..., H]`, and the `Routing` of the T = product(...) tokens unless `return_routing` is False.
+        """
+        if hidden.shape[-1] != self.hidden_size:
+            raise ValueError(f"edl.MoELayer: hidden must end in {self.hidden_size}, the hidden size (got {hidden.shape[-1]})")
+        tokens = hidden.reshape(-1, self.hidden_size)
+        logits = self.router(tokens)
+        weights, experts = ops.route_tokens(
+            logits, self.top_k, self.scores, self.expert_bias, self.normalize_top_k, self.routed_scaling_factor
+        )
+        row_order, offsets = ops.sort_by_expert(experts, self.num_experts)
+        output = ops.expert_mlp(tokens, weights, row_order, offsets, self.gate_up_proj, self.down_proj)
+        if self.shared_expert is not None:
+            shared = self.shared_expert(tokens)
+            if self.shared_expert_gate is not None:
+                shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
+            output = output + shared
+        output = output.reshape(hidden.shape)
+        if self.return_routing:
+            tokens_per_expert = (offsets[1:] - offsets[:-1]).to(torch.int64)
+            return output, Routing(logits, weights, experts, tokens_per_expert)
+        return output
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, num_experts={self.num_experts}, "
+            f"top_k={self.top_k}, scores={self.scores!r}, normalize_top_k={self.normalize_top_k}, "
+            f"routed_scaling_factor={self.routed_scaling_factor}, expert_bias={self.expert_bias is not None}, "
+            f"num_shared_experts={self.num_shared_experts}, return_routing={self.return_routing}"
+        )

@@ -6,16 +6,25 @@ _extension.load()
 
 from edl import ops, reference, segments  # noqa: E402
 from edl._build import version as __version__  # noqa: E402  (load() turns a missing build into a sentence)
+from edl.balance import load_balancing_loss, router_z_loss, update_expert_bias  # noqa: E402
 from edl.divergence import ExpertDivergenceLoss, expert_divergence_loss  # noqa: E402
+from edl.moe import MoELayer, Routing  # noqa: E402
+from edl.ops import inject  # noqa: E402
 
 cmake_prefix_path = _extension.CMAKE_PREFIX_PATH
 
 __all__ = [
     "ExpertDivergenceLoss",
+    "MoELayer",
+    "Routing",
     "__version__",
     "cmake_prefix_path",
     "expert_divergence_loss",
+    "inject",
+    "load_balancing_loss",
     "ops",
     "reference",
+    "router_z_loss",
     "segments",
+    "update_expert_bias",
 ]

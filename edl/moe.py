@@ -1,7 +1,7 @@
 """A Mixture-of-Experts feed-forward layer on the operators of edl."""
 
 import math
-from typing import NamedTuple, Optional
+from typing import Final, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,19 @@ from edl import ops
 
 
 class Routing(NamedTuple):
-    """What a layer's router decided for the T tokens of one call, in the order of the flattened input."""
+    """What a layer's router decided for the T tokens of one call, in the order of the flattened input.
+
+    Attributes:
+        logits (Tensor[T, E]): in the router's type; what the auxiliary losses take.
+        weights (Tensor[T, K]): the weight of each chosen expert.
+        experts (Tensor[T, K]): int64, the chosen experts, best first.
+        tokens_per_expert (Tensor[E]): int64, how often each expert was chosen.
+    """
 
     logits: Tensor
-    """`Tensor[T, E]` in the router's type: what the auxiliary losses take."""
     weights: Tensor
-    """`Tensor[T, K]`: the weight of each chosen expert."""
     experts: Tensor
-    """`Tensor[T, K]` int64: the chosen experts, best first."""
     tokens_per_expert: Tensor
-    """`Tensor[E]` int64: how often each expert was chosen."""
 
 
 # torch.export saves a program only if it can name the structure of its outputs.
@@ -32,11 +35,11 @@ class Router(nn.Module):
     """A linear layer from tokens to one logit per expert, in a type of its own also under autocast.
 
     Args:
-        hidden_size: H.
-        num_experts: E.
-        router_dtype: Type of the computation; float64 for float64 tokens.
-        device: Where the weight is created.
-        dtype: Type of the weight.
+        hidden_size (int): H.
+        num_experts (int): E.
+        router_dtype (torch.dtype): type of the computation; float64 for float64 tokens. Default: torch.float32.
+        device (torch.device, optional): where the weight is created.
+        dtype (torch.dtype, optional): type of the weight.
     """
 
     def __init__(
@@ -70,10 +73,10 @@ class SharedExpert(nn.Module):
     """A SwiGLU network that every token passes: down(silu(gate(x)) * up(x)).
 
     Args:
-        hidden_size: H.
-        intermediate_size: I of all shared experts together.
-        device: Where the parameters are created.
-        dtype: Type of the parameters.
+        hidden_size (int): H.
+        intermediate_size (int): I of all shared experts together.
+        device (torch.device, optional): where the parameters are created.
+        dtype (torch.dtype, optional): type of the parameters.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class SharedExpert(nn.Module):
 def _check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"edl.MoELayer: {name} must be at least 1 (got {size})")
+            raise ValueError(f"edl::MoELayer: {name} must be at least 1 (got {size})")
 
 
 class MoELayer(nn.Module):
@@ -110,28 +113,32 @@ class MoELayer(nn.Module):
     Compiles with `fullgraph=True`, exports and scripts. Under autocast the experts run in its type, the router does not.
 
     Args:
-        hidden_size: H, size of a token.
-        intermediate_size: I, size inside an expert.
-        num_experts: E.
-        top_k: K, experts per token, in [1, E].
-        scores: `"softmax"` over all experts (Switch, Mixtral, Qwen, OLMoE) or `"sigmoid"` of each logit (DeepSeek-V3).
-        normalize_top_k: Divide a token's weights by their sum.
-        routed_scaling_factor: Factor of the weights (DeepSeek-V3: 2.5).
-        expert_bias: Keep a buffer `expert_bias [E]`, zero at first, that shifts the choice and never enters a weight;
-            `edl.update_expert_bias` balances the experts with it. Stays float32 in a 16-bit model.
-        num_shared_experts: Experts that every token passes, run as one network.
-        shared_intermediate_size: Size inside one shared expert. Default `intermediate_size`.
-        shared_expert_gate: Multiply the shared output by a learned sigmoid per token (Qwen2-MoE).
-        router_dtype: Type of the router's computation; float64 tokens are always routed in float64.
-        return_routing: Return (output, `Routing`); False returns the output alone, as any feed-forward module does.
-        device: Where the parameters are created.
-        dtype: Type of the parameters.
+        hidden_size (int): H, size of a token.
+        intermediate_size (int): I, size inside an expert.
+        num_experts (int): E.
+        top_k (int): K, experts per token, in [1, E].
+        scores (str): "softmax" over all experts (default; Switch, Mixtral, Qwen, OLMoE) or "sigmoid" of each logit (DeepSeek-V3).
+        normalize_top_k (bool): divide a token's weights by their sum. Default: True.
+        routed_scaling_factor (float): factor of the weights (DeepSeek-V3: 2.5). Default: 1.
+        expert_bias (bool): keep a buffer `expert_bias [E]`, zero at first, that shifts the choice and never enters a weight;
+            `edl.update_expert_bias` balances the experts with it. It stays float32 in a 16-bit model. Default: False.
+        num_shared_experts (int): experts that every token passes, run as one network. Default: 0.
+        shared_intermediate_size (int, optional): size inside one shared expert. Default: `intermediate_size`.
+        shared_expert_gate (bool): multiply the shared output by a learned sigmoid per token (Qwen2-MoE). Default: False.
+        router_dtype (torch.dtype): type of the router's computation, torch.float32 (default), torch.bfloat16 or
+            torch.float16; float64 tokens are always routed in float64.
+        return_routing (bool): return (output, `Routing`), the default; False returns the output alone, as any feed-forward
+            module does.
+        device (torch.device, optional): where the parameters are created.
+        dtype (torch.dtype, optional): type of the parameters.
 
     Raises:
-        ValueError: A size below 1, `top_k` beyond `num_experts`, or an unknown option.
+        ValueError: a size below 1, `top_k` beyond `num_experts`, or an unknown option.
     """
 
     expert_bias: Optional[Tensor]
+    return_routing: Final[bool]  # decides the type that a scripted layer returns
+    transformers_family = None  # the model type of the block that the layer was made from
 
     def __init__(
         self,
@@ -157,18 +164,18 @@ class MoELayer(nn.Module):
             hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts, top_k=top_k
         )
         if top_k > num_experts:
-            raise ValueError(f"edl.MoELayer: top_k must not exceed num_experts (got {top_k} of {num_experts})")
+            raise ValueError(f"edl::MoELayer: top_k must not exceed num_experts (got {top_k} of {num_experts})")
         if scores not in ("softmax", "sigmoid"):
-            raise ValueError(f"edl.MoELayer: scores must be 'softmax' or 'sigmoid' (got {scores!r})")
+            raise ValueError(f"edl::MoELayer: scores must be 'softmax' or 'sigmoid' (got {scores!r})")
         if router_dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(
-                f"edl.MoELayer: router_dtype must be torch.float32, torch.bfloat16 or torch.float16 (got {router_dtype})"
+                f"edl::MoELayer: router_dtype must be torch.float32, torch.bfloat16 or torch.float16 (got {router_dtype})"
             )
         if num_shared_experts < 0:
-            raise ValueError(f"edl.MoELayer: num_shared_experts must not be negative (got {num_shared_experts})")
+            raise ValueError(f"edl::MoELayer: num_shared_experts must not be negative (got {num_shared_experts})")
         if num_shared_experts == 0 and (shared_expert_gate or shared_intermediate_size is not None):
             raise ValueError(
-                "edl.MoELayer: shared_intermediate_size and shared_expert_gate need num_shared_experts of at least 1 (got 0)"
+                "edl::MoELayer: shared_intermediate_size and shared_expert_gate need num_shared_experts of at least 1 (got 0)"
             )
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -223,13 +230,16 @@ class MoELayer(nn.Module):
         """Runs the layer.
 
         Args:
-            hidden: `Tensor[..., H]`.
+            hidden (Tensor[..., H]): the tokens, T in all.
 
         Returns:
-            output `Tensor[..., H]`, and the `Routing` of the T = product(...) tokens unless `return_routing` is False.
+            output (Tensor[..., H]), and the `Routing` of the T tokens unless `return_routing` is False.
+
+        Raises:
+            ValueError: a last dimension other than H, or a type other than that of the experts.
         """
         if hidden.shape[-1] != self.hidden_size:
-            raise ValueError(f"edl.MoELayer: hidden must end in {self.hidden_size}, the hidden size (got {hidden.shape[-1]})")
+            raise ValueError(f"edl::MoELayer: hidden must end in {self.hidden_size}, the hidden size (got {hidden.shape[-1]})")
         tokens = hidden.reshape(-1, self.hidden_size)
         logits = self.router(tokens)
         weights, experts = ops.route_tokens(
@@ -247,6 +257,48 @@ class MoELayer(nn.Module):
             tokens_per_expert = (offsets[1:] - offsets[:-1]).to(torch.int64)
             return output, Routing(logits, weights, experts, tokens_per_expert)
         return output
+
+    @classmethod
+    def from_transformers(
+        cls, block: nn.Module, return_routing: bool = True, router_dtype: torch.dtype = torch.float32
+    ) -> "MoELayer":
+        """Makes a layer of the Mixture-of-Experts block of a Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE model (transformers v5).
+
+        The layer shares the block's parameters and gives the same output and gradients; put it in the block's place with
+        `return_routing=False`.
+
+        Args:
+            block (nn.Module): `MixtralSparseMoeBlock`, `Qwen2MoeSparseMoeBlock`, `Qwen3MoeSparseMoeBlock` or `OlmoeSparseMoeBlock`.
+            return_routing (bool): as for the constructor. Default: True.
+            router_dtype (torch.dtype): as for the constructor. transformers runs a 16-bit model's router in 16 bits, so that a few
+                tokens with nearly equal logits choose otherwise there; pass the model's type to follow it. Default: torch.float32.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ValueError: another kind of module, an activation other than SiLU, or router jitter noise.
+        """
+        from edl.integrations.transformers import layer_from_block
+
+        return layer_from_block(block, return_routing, router_dtype)
+
+    def to_transformers(self, family: Optional[str] = None) -> nn.Module:
+        """Makes a block of transformers v5 that shares the layer's parameters and gives the same output.
+
+        Args:
+            family (str, optional): "mixtral", "qwen2_moe", "qwen3_moe" or "olmoe". Default: that of the block which the layer was
+                made from, else "qwen2_moe" with a shared expert and "qwen3_moe" without.
+
+        Returns:
+            The block, an nn.Module of transformers.
+
+        Raises:
+            ValueError: an unknown family, or one that cannot express the layer.
+        """
+        from edl.integrations.transformers import block_from_layer
+
+        return block_from_layer(self, family)
 
     def extra_repr(self) -> str:
         return (

@@ -3,7 +3,6 @@
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
-
 namespace edl {
 namespace {
 

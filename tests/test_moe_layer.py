@@ -1,0 +1,203 @@
+"""MoELayer: its values and gradients, its options, and its ways of use."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+import edl
+from edl import reference
+
+LAYERS = {
+    "softmax": {},
+    "unnormalised": {"normalize_top_k": False, "return_routing": False},
+    "deepseek": {
+        "scores": "sigmoid",
+        "expert_bias": True,
+        "routed_scaling_factor": 2.5,
+        "num_shared_experts": 2,
+        "shared_intermediate_size": 10,
+    },
+    "qwen2": {"num_shared_experts": 1, "shared_intermediate_size": 40, "shared_expert_gate": True},
+}
+
+
+def make_layer(name, **more):
+    layer = edl.MoELayer(16, 24, 6, 2, **LAYERS[name], **more)
+    if layer.expert_bias is not None:
+        layer.expert_bias.copy_(torch.linspace(-0.2, 0.2, 6))
+    return layer
+
+
+def output_of(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+def by_definition(layer, hidden):
+    """The layer in plain torch."""
+    tokens = hidden.reshape(-1, layer.hidden_size)
+    logits = tokens @ layer.router.weight.T
+    weights, experts = reference.route_tokens(
+        logits, layer.top_k, layer.scores, layer.expert_bias, layer.normalize_top_k, layer.routed_scaling_factor
+    )
+    row_order, offsets = reference.sort_by_expert(experts, layer.num_experts)
+    output = reference.expert_mlp(tokens, weights, row_order, offsets, layer.gate_up_proj, layer.down_proj)
+    if layer.shared_expert is not None:
+        shared = layer.shared_expert(tokens)
+        if layer.shared_expert_gate is not None:
+            shared = layer.shared_expert_gate(tokens).sigmoid() * shared
+        output = output + shared
+    return output.reshape(hidden.shape)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_output_and_gradients_are_those_of_the_definition(name):
+    layer = make_layer(name, dtype=torch.float64)
+    hidden = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
+    inputs = [hidden, *layer.parameters()]
+    output, expected = output_of(layer(hidden)), by_definition(layer, hidden)
+    grad = torch.randn_like(output)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(output, inputs, grad), torch.autograd.grad(expected, inputs, grad), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("shape", [(16,), (0, 16), (1, 16), (2, 0, 16), (2, 3, 4, 16)])
+def test_any_leading_shape(shape):
+    layer = make_layer("softmax")
+    hidden = torch.randn(shape)
+    output, routing = layer(hidden)
+    tokens = hidden.numel() // 16
+    assert output.shape == hidden.shape
+    assert routing.logits.shape == (tokens, 6) and routing.weights.shape == routing.experts.shape == (tokens, 2)
+    assert routing.tokens_per_expert.tolist() == torch.bincount(routing.experts.flatten(), minlength=6).tolist()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_script_save_and_load(name):
+    layer = make_layer(name)
+    saved = io.BytesIO()
+    torch.jit.save(torch.jit.script(layer), saved)
+    saved.seek(0)
+    hidden = torch.randn(4, 16)
+    torch.testing.assert_close(torch.jit.load(saved)(hidden), tuple(layer(hidden)) if layer.return_routing else layer(hidden))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_export_save_load_with_another_batch(name):
+    layer = make_layer(name)
+    saved = io.BytesIO()
+    program = torch.export.export(layer, (torch.randn(3, 5, 16),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, saved)
+    saved.seek(0)
+    hidden = torch.randn(7, 5, 16)
+    result = torch.export.load(saved).module()(hidden)
+    torch.testing.assert_close(result, layer(hidden))
+    assert type(result) is type(layer(hidden))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_compile_fullgraph_with_dynamic_shapes(name):
+    layer = make_layer(name)
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 5):
+        hidden = torch.randn(batch, 3, 16)
+        output, expected = output_of(compiled(hidden)), output_of(layer(hidden))
+        torch.testing.assert_close(output, expected)
+        output.square().sum().backward()
+        expected.square().sum().backward()
+    torch.testing.assert_close([p.grad for p in compiled.parameters()], [p.grad for p in layer.parameters()])
+
+
+def test_experts_without_tokens_get_exact_zero_gradients():
+    layer = make_layer("softmax")
+    with torch.no_grad():
+        layer.router.weight[3:] = -layer.router.weight[:3].abs() - 1
+        layer.router.weight[:3] = layer.router.weight[:3].abs()
+    hidden = torch.rand(9, 16)
+    output, routing = layer(hidden)
+    assert routing.tokens_per_expert[3:].sum() == 0
+    output.square().sum().backward()
+    for gradient in (layer.gate_up_proj.grad, layer.down_proj.grad):
+        assert (gradient[3:] == 0).all() and gradient[:3].isfinite().all()
+
+
+def test_autocast_runs_the_experts_in_its_type_and_the_router_in_float32():
+    layer = make_layer("qwen2")
+    hidden = torch.randn(8, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, routing = layer(hidden)
+    assert output.dtype == torch.bfloat16
+    assert routing.logits.dtype == routing.weights.dtype == torch.float32
+    torch.testing.assert_close(routing.logits, layer(hidden)[1].logits, rtol=0, atol=0)
+    output.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+def test_the_expert_bias_stays_float32_in_a_16_bit_layer():
+    layer = make_layer("deepseek")
+    before = layer.expert_bias.clone()
+    layer.bfloat16()
+    assert layer.expert_bias.dtype == torch.float32 and layer.expert_bias.equal(before)
+    assert layer.gate_up_proj.dtype == torch.bfloat16
+    assert layer.double().expert_bias.dtype == torch.float64
+
+
+def test_the_expert_bias_shifts_the_choice_and_no_weight():
+    layer = make_layer("deepseek")
+    hidden = torch.randn(50, 16)
+    before = layer(hidden)[1]
+    layer.expert_bias[4] += 10
+    after = layer(hidden)[1]
+    assert (after.experts[:, 0] == 4).all()
+    assert after.logits.equal(before.logits)
+    scores = after.logits.sigmoid().gather(1, after.experts)
+    torch.testing.assert_close(after.weights, 2.5 * scores / scores.sum(-1, keepdim=True))
+
+
+def test_reset_parameters():
+    layer = make_layer("deepseek")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(float("nan"))
+    layer.reset_parameters()
+    assert (layer.expert_bias == 0).all()
+    for parameter in layer.parameters():
+        bound = parameter.shape[-1] ** -0.5
+        assert parameter.abs().max() <= bound and parameter.std() > bound / 3
+
+
+REFUSALS = {
+    "top_k": ((16, 24, 6, 7), {}, "edl::MoELayer: top_k must not exceed num_experts (got 7 of 6)"),
+    "size": ((16, 0, 6, 2), {}, "edl::MoELayer: intermediate_size must be at least 1 (got 0)"),
+    "scores": ((16, 24, 6, 2), {"scores": "none"}, "edl::MoELayer: scores must be 'softmax' or 'sigmoid' (got 'none')"),
+    "router_dtype": (
+        (16, 24, 6, 2),
+        {"router_dtype": torch.float64},
+        "edl::MoELayer: router_dtype must be torch.float32, torch.bfloat16 or torch.float16 (got torch.float64)",
+    ),
+    "shared": (
+        (16, 24, 6, 2),
+        {"shared_expert_gate": True},
+        "edl::MoELayer: shared_intermediate_size and shared_expert_gate need num_shared_experts of at least 1 (got 0)",
+    ),
+    "negative": ((16, 24, 6, 2), {"num_shared_experts": -1}, "edl::MoELayer: num_shared_experts must not be negative (got -1)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_wrong_options_are_one_sentence(name):
+    arguments, options, sentence = REFUSALS[name]
+    with pytest.raises(ValueError) as error:
+        edl.MoELayer(*arguments, **options)
+    assert str(error.value) == sentence
+
+
+def test_wrong_input_is_one_sentence():
+    with pytest.raises(ValueError) as error:
+        make_layer("softmax")(torch.randn(3, 15))
+    assert str(error.value) == "edl::MoELayer: hidden must end in 16, the hidden size (got 15)"
+    with pytest.raises(ValueError, match="edl::expert_mlp: gate_up must have the type of tokens"):
+        make_layer("softmax")(torch.randn(3, 16).bfloat16())

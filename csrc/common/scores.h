@@ -4,16 +4,9 @@
 
 #include <string_view>
 
+#include "common/score_function.h"
+
 namespace edl {
-
-// How a router turns logits into a distribution over experts.
-enum class Scores {
-  softmax, // exp(z_i) / sum_j exp(z_j)
-  sigmoid, // sigmoid(z_i) / (sum_j sigmoid(z_j) + 1e-20)
-  none, //    the input is a distribution already
-};
-
-inline constexpr double kSigmoidSumEpsilon = 1e-20;
 
 inline Scores parse_scores(const char* op, std::string_view name) {
   if (name == "softmax") {

@@ -1,0 +1,59 @@
+#include "cuda/device.h"
+
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdlib>
+#include <string_view>
+
+#include "common/errors.h"
+
+namespace edl {
+
+StorageType storage_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble:
+      return StorageType::float64;
+    case at::kBFloat16:
+      return StorageType::bfloat16;
+    case at::kHalf:
+      return StorageType::float16;
+    default:
+      return StorageType::float32;
+  }
+}
+
+at::Tensor with_dense_rows(const at::Tensor& matrix) {
+  return matrix.stride(1) == 1 || matrix.size(1) == 1 ? matrix : matrix.contiguous();
+}
+
+int64_t layers_of(const at::Tensor& tensor) {
+  int64_t layers = 1;
+  for (int64_t i = 0; i + 2 < tensor.dim(); ++i) {
+    layers *= tensor.size(i);
+  }
+  return layers;
+}
+
+bool is_capturing() {
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+}
+
+bool values_are_checked(const char* op) {
+  const char* wanted = std::getenv("EDL_CHECK");
+  if (wanted == nullptr || std::string_view(wanted) != "1") {
+    return false;
+  }
+  EDL_CHECK(
+      !is_capturing(), op,
+      ": EDL_CHECK=1 reads values on the host, which a CUDA graph cannot capture (got a stream that is being captured; unset "
+      "EDL_CHECK)");
+  return true;
+}
+
+void check_launch(const char* op) {
+  const cudaError_t error = cudaGetLastError();
+  TORCH_CHECK(error == cudaSuccess, op, ": the kernel could not be launched (got ", cudaGetErrorString(error), ")");
+}
+
+} // namespace edl

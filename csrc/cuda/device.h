@@ -1,0 +1,36 @@
+#pragma once
+
+// What the host side of every CUDA operator shares. No operator waits for the device, except to check values where EDL_CHECK=1
+// asks for it.
+
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "cuda/kernels/storage.h"
+
+namespace edl {
+
+// The current stream of a tensor's device.
+inline cudaStream_t stream_of(const at::Tensor& tensor) {
+  return c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
+}
+
+StorageType storage_of(const at::Tensor& tensor);
+
+// Entries of a row stand side by side; rows may have any stride.
+at::Tensor with_dense_rows(const at::Tensor& matrix);
+
+// Leading dimensions of [..., *, *] folded into one.
+int64_t layers_of(const at::Tensor& tensor);
+
+// Whether the current stream is being captured into a CUDA graph, so that the host cannot wait for the device.
+bool is_capturing();
+
+// Whether EDL_CHECK=1 asks for the checks of values that the CPU makes. Refused while a graph is captured.
+bool values_are_checked(const char* op);
+
+// Raises what went wrong in launching the kernels of an op.
+void check_launch(const char* op);
+
+} // namespace edl

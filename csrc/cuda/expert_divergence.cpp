@@ -1,0 +1,87 @@
+// expert_divergence on CUDA, host side; the kernels' plan stands in kernels/expert_divergence.cu.
+#include "ops/expert_divergence.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "cuda/device.h"
+#include "cuda/moments.h"
+
+namespace edl {
+namespace {
+
+constexpr const char* kOp = "edl::expert_divergence";
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_and_gradient(
+    const at::Tensor& sums,
+    const at::Tensor& squares,
+    const at::Tensor& counts,
+    double eps,
+    PairReduction reduction,
+    bool bias_correction,
+    bool with_gradient) {
+  const c10::cuda::CUDAGuard guard(sums.device());
+  const DenseMoments dense(sums, squares, counts, bias_correction);
+  const auto options = dense.sums.options();
+  const auto empty_if = [&](bool wanted) {
+    return wanted ? at::empty(sums.sizes(), options) : at::empty({0}, options);
+  };
+  at::Tensor grad_sums = empty_if(with_gradient);
+  at::Tensor grad_squares = empty_if(with_gradient && bias_correction);
+  if (sums.numel() == 0) { // no domain or no expert: nothing to push apart
+    return {at::zeros(sums.sizes().slice(0, sums.dim() - 2), options), grad_sums, grad_squares};
+  }
+  const int64_t layers = layers_of(sums);
+  const int64_t domains = sums.size(-2);
+  at::Tensor loss = at::empty(sums.sizes().slice(0, sums.dim() - 2), options);
+  at::Tensor means = at::empty({layers}, options);
+  at::Tensor divergences = at::empty({layers, domains, domains}, options);
+  at::Tensor biases = at::empty({bias_correction ? layers : 0, domains, domains}, options);
+  double* biases_data = bias_correction ? biases.mutable_data_ptr<double>() : nullptr;
+  const cudaStream_t stream = stream_of(sums);
+  launch_pair_divergences(dense.view(), false, divergences.mutable_data_ptr<double>(), biases_data, stream);
+  launch_divergence_loss(
+      dense.view(),
+      {.eps = eps,
+       .log_of_mean = reduction == PairReduction::log_of_mean,
+       .divergences = divergences.const_data_ptr<double>(),
+       .biases = biases_data,
+       .means = means.mutable_data_ptr<double>(),
+       .loss = loss.mutable_data_ptr<double>(),
+       .grad_sums = with_gradient ? grad_sums.mutable_data_ptr<double>() : nullptr,
+       .grad_squares = with_gradient && bias_correction ? grad_squares.mutable_data_ptr<double>() : nullptr},
+      stream);
+  check_launch(kOp);
+  return {loss, grad_sums, grad_squares};
+}
+
+at::Tensor expert_divergence_cuda(
+    const at::Tensor& sums,
+    const at::Tensor& squares,
+    const at::Tensor& counts,
+    double eps,
+    std::string_view reduction,
+    bool bias_correction) {
+  const PairReduction parsed = check_expert_divergence(sums, squares, counts, eps, reduction, bias_correction);
+  return std::get<0>(divergence_and_gradient(sums, squares, counts, eps, parsed, bias_correction, false));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient_cuda(
+    const at::Tensor& sums,
+    const at::Tensor& squares,
+    const at::Tensor& counts,
+    double eps,
+    std::string_view reduction,
+    bool bias_correction) {
+  const PairReduction parsed = check_expert_divergence(sums, squares, counts, eps, reduction, bias_correction);
+  return divergence_and_gradient(sums, squares, counts, eps, parsed, bias_correction, true);
+}
+
+} // namespace
+} // namespace edl
+
+TORCH_LIBRARY_IMPL(edl, CUDA, m) {
+  m.impl("expert_divergence", edl::expert_divergence_cuda);
+  m.impl("_expert_divergence_with_gradient", edl::expert_divergence_with_gradient_cuda);
+}

@@ -1,0 +1,220 @@
+// expert_mlp on CUDA, host side: tokens [T, H], weights [T, K], row_order [N], offsets [E + 1], gate_up [E, 2I, H],
+// down [E, H, I] → output [T, H].
+//
+// Gather the tokens' rows, one product for all experts, SwiGLU, one product, add up the rows of each token in float32 (float64
+// for float64) in the order of its choices. The products are those of expert_products.h; all else are our kernels, which zero
+// what no expert owns, so that no uninitialised memory is read. Backward gathers the tokens again rather than saving their
+// rows, and needs no expert's output: with G the gradient of the rows before their weights w, and A the activation,
+// <G down, A> is the gradient of w. Scratch: N (2 H + 3 I) elements forward, N (3 H + 4 I) backward.
+#include "ops/expert_mlp.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "common/dtypes.h"
+#include "cuda/device.h"
+#include "cuda/expert_products.h"
+#include "cuda/kernels/expert_mlp.h"
+#include "cuda/rows.h"
+
+namespace edl {
+namespace {
+
+constexpr const char* kOp = "edl::expert_mlp";
+
+// The index space and the weights, dense.
+struct Rows {
+  Rows(const at::Tensor& row_order, const at::Tensor& all_offsets, const at::Tensor& all_weights)
+      : order(row_order.contiguous()),
+        offsets(all_offsets.contiguous()),
+        weights(all_weights.to(accumulation_type(all_weights.scalar_type())).contiguous()) {}
+
+  int64_t count() const {
+    return order.size(0);
+  }
+  int64_t top_k() const {
+    return weights.size(1);
+  }
+  const int32_t* num_used() const { // offsets[E], on the device
+    return offsets.const_data_ptr<int32_t>() + offsets.size(0) - 1;
+  }
+
+  at::Tensor order;
+  at::Tensor offsets;
+  at::Tensor weights; // [T, K], accumulation type
+};
+
+// EDL_CHECK=1: the CPU's checks of the indices, on experts of size 1.
+void check_values(const at::Tensor& weights, const at::Tensor& row_order, const at::Tensor& offsets) {
+  const int64_t num_experts = offsets.size(0) - 1;
+  expert_mlp(
+      at::zeros({weights.size(0), 1}), at::ones({weights.size(0), weights.size(1)}), row_order.cpu(), offsets.cpu(),
+      at::zeros({num_experts, 2, 1}), at::zeros({num_experts, 1, 1}));
+}
+
+void check_call(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down) {
+  check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
+  if (values_are_checked(kOp)) {
+    check_values(weights, row_order, offsets);
+  }
+}
+
+bool is_empty(const at::Tensor& tokens, const Rows& rows, const at::Tensor& down) {
+  return rows.count() == 0 || tokens.size(1) == 0 || down.size(2) == 0;
+}
+
+// silu(gate) * up, [N, I]; zeros the rows of pre_activation that have no expert.
+at::Tensor activate(const Rows& rows, at::Tensor& pre_activation) {
+  const int64_t width = pre_activation.size(1) / 2;
+  at::Tensor activation = at::empty({rows.count(), width}, pre_activation.options());
+  launch_swiglu(
+      {.pre_activation = pre_activation.mutable_data_ptr(),
+       .storage = storage_of(pre_activation),
+       .num_rows = rows.count(),
+       .num_used = rows.num_used(),
+       .width = width,
+       .activation = activation.mutable_data_ptr()},
+      stream_of(activation));
+  return activation;
+}
+
+std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cuda(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down) {
+  check_call(tokens, weights, row_order, offsets, gate_up, down);
+  const c10::cuda::CUDAGuard guard(tokens.device());
+  const Rows rows(row_order, offsets, weights);
+  if (is_empty(tokens, rows, down)) {
+    return {
+        at::zeros(tokens.sizes(), tokens.options()), at::zeros({rows.count(), gate_up.size(1)}, tokens.options())};
+  }
+  const at::Tensor first = gate_up.contiguous();
+  const at::Tensor second = down.contiguous();
+  const ExpertProducts products(kOp, rows.offsets, first, second);
+  const at::Tensor inputs = gather_rows(tokens, rows.order, rows.top_k(), rows.num_used());
+  at::Tensor pre_activation = products.by_row(inputs, first.transpose(1, 2));
+  const at::Tensor activation = activate(rows, pre_activation);
+  const at::Tensor outputs = products.by_row(activation, second.transpose(1, 2));
+  const at::Tensor output =
+      combine_rows(outputs, rows_of_slots(rows.order, rows.num_used()), rows.weights, rows.top_k());
+  check_launch(kOp);
+  return {output, pre_activation};
+}
+
+at::Tensor expert_mlp_cuda(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down) {
+  return std::get<0>(expert_mlp_forward_cuda(tokens, weights, row_order, offsets, gate_up, down));
+}
+
+// What the SwiGLU's backward pass leaves for the products after it.
+struct ActivationGradients {
+  at::Tensor activation; //          [N, I], with the weights
+  at::Tensor grad_pre_activation; // [N, 2I], with the weights
+  at::Tensor grad_weights; //        [T, K], accumulation type
+};
+
+ActivationGradients activate_backward(
+    const Rows& rows,
+    const at::Tensor& pre_activation, //    [N, 2I]
+    const at::Tensor& grad_activation) { // [N, I]
+  ActivationGradients gradients = {
+      at::empty(grad_activation.sizes(), grad_activation.options()),
+      at::empty(pre_activation.sizes(), grad_activation.options()),
+      at::zeros(rows.weights.sizes(), rows.weights.options())}; // zero for sentinels
+  launch_swiglu_backward(
+      {.pre_activation = pre_activation.const_data_ptr(),
+       .grad_activation = grad_activation.const_data_ptr(),
+       .storage = storage_of(pre_activation),
+       .row_order = rows.order.const_data_ptr<int32_t>(),
+       .weights = rows.weights.const_data_ptr(),
+       .num_rows = rows.count(),
+       .num_used = rows.num_used(),
+       .width = grad_activation.size(1),
+       .activation = gradients.activation.mutable_data_ptr(),
+       .grad_pre_activation = gradients.grad_pre_activation.mutable_data_ptr(),
+       .grad_weights = gradients.grad_weights.mutable_data_ptr()},
+      stream_of(pre_activation));
+  return gradients;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> zero_gradients(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& gate_up,
+    const at::Tensor& down,
+    std::array<bool, 4> needed) {
+  const auto zeros_if = [](bool wanted, const at::Tensor& like) {
+    return wanted ? at::zeros(like.sizes(), like.options()) : at::empty({0}, like.options());
+  };
+  return {
+      zeros_if(needed[0], tokens), zeros_if(needed[1], weights), zeros_if(needed[2], gate_up), zeros_if(needed[3], down)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_cuda(
+    const at::Tensor& grad_output,
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down,
+    const at::Tensor& pre_activation,
+    std::array<bool, 4> needed) {
+  check_expert_mlp_backward(grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation);
+  const c10::cuda::CUDAGuard guard(tokens.device());
+  const Rows rows(row_order, offsets, weights);
+  if (is_empty(tokens, rows, down)) {
+    return zero_gradients(tokens, weights, gate_up, down, needed);
+  }
+  const at::Tensor first = gate_up.contiguous();
+  const at::Tensor second = down.contiguous();
+  const ExpertProducts products(kOp, rows.offsets, first, second);
+  const at::Tensor grad_rows = gather_rows(grad_output, rows.order, rows.top_k(), rows.num_used());
+  const at::Tensor grad_activation = products.by_row(grad_rows, second);
+  const ActivationGradients own = activate_backward(rows, pre_activation.contiguous(), grad_activation);
+  at::Tensor grad_tokens = at::empty({0}, tokens.options());
+  at::Tensor grad_gate_up = at::empty({0}, gate_up.options());
+  at::Tensor grad_down = at::empty({0}, down.options());
+  if (needed[3]) {
+    grad_down = products.by_expert(grad_rows, own.activation);
+  }
+  if (needed[2]) {
+    const at::Tensor inputs = gather_rows(tokens, rows.order, rows.top_k(), rows.num_used());
+    grad_gate_up = products.by_expert(own.grad_pre_activation, inputs);
+  }
+  if (needed[0]) {
+    const at::Tensor grad_inputs = products.by_row(own.grad_pre_activation, first);
+    grad_tokens =
+        combine_rows(grad_inputs, rows_of_slots(rows.order, rows.num_used()), at::Tensor(), rows.top_k());
+  }
+  check_launch(kOp);
+  return {
+      grad_tokens, needed[1] ? own.grad_weights.to(weights.scalar_type()) : at::empty({0}, weights.options()),
+      grad_gate_up, grad_down};
+}
+
+} // namespace
+} // namespace edl
+
+TORCH_LIBRARY_IMPL(edl, CUDA, m) {
+  m.impl("expert_mlp", edl::expert_mlp_cuda);
+  m.impl("_expert_mlp_forward", edl::expert_mlp_forward_cuda);
+  m.impl("_expert_mlp_backward", edl::expert_mlp_backward_cuda);
+}

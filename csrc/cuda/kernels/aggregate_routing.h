@@ -1,0 +1,46 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "common/score_function.h"
+#include "cuda/kernels/storage.h"
+
+namespace edl {
+
+struct AggregateRoutingTask {
+  const void* routing; //      [T, E], storage type, entries of a row side by side
+  StorageType storage;
+  int64_t row_stride; //       elements
+  const void* segment_ids; //  [T] int32 or int64
+  bool ids_are_64_bit;
+  int64_t num_tokens; //       T, at least 1
+  int64_t num_experts; //      E, at least 1
+  int64_t num_segments; //     S, in [1, 2^31)
+  Scores scores;
+  void* scratch; //            aggregate_routing_scratch_bytes(...), aligned to 16 bytes
+  void* sums; //               [S, E], accumulation type
+  void* counts; //             [S], accumulation type
+};
+
+int64_t aggregate_routing_scratch_bytes(int64_t num_tokens, int64_t num_experts, StorageType storage);
+void launch_aggregate_routing(const AggregateRoutingTask& task, cudaStream_t stream);
+
+struct AggregateRoutingGradient {
+  const void* grad_sums; //    [S, E], accumulation type
+  const void* segment_ids; //  [T] int32 or int64
+  bool ids_are_64_bit;
+  const void* routing; //      [T, E], storage type; not read without scores
+  StorageType storage;
+  int64_t row_stride; //       elements
+  int64_t num_tokens; //       T, at least 1
+  int64_t num_experts; //      E, at least 1
+  int64_t num_segments; //     S
+  Scores scores;
+  void* grad_routing; //       [T, E] contiguous, storage type
+};
+
+void launch_aggregate_routing_backward(const AggregateRoutingGradient& gradient, cudaStream_t stream);
+
+} // namespace edl

@@ -1,0 +1,189 @@
+// What expert_mlp does between its matrix products, on rows in the order of the experts: SwiGLU and its gradient, everything
+// in float32 (float64 for float64). A warp per row, 16 bytes per lane where width and alignment allow it; each element is read
+// and written once. Rows from *num_used on have no expert: their memory was never written, so it is not read either.
+#include "cuda/kernels/expert_mlp.h"
+
+#include "cuda/kernels/elements.cuh"
+#include "cuda/kernels/score_rows.cuh"
+#include "cuda/kernels/warps.cuh"
+
+namespace edl {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+
+template <typename Storage>
+__device__ inline void zero_row(Storage* row, int64_t length, int lane) {
+  for (int64_t c = lane; c < length; c += kWarp) {
+    row[c] = narrow<Storage>(Accumulation<Storage>(0));
+  }
+}
+
+template <typename Storage, int width>
+__global__ void __launch_bounds__(kThreads, 4)
+    swiglu(Storage* pre_activation, int64_t num_rows, const int32_t* num_used, int64_t columns, Storage* activation) {
+  using Acc = Accumulation<Storage>;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (i >= num_rows) {
+    return;
+  }
+  const int lane = threadIdx.x % kWarp;
+  Storage* gate = pre_activation + i * 2 * columns;
+  Storage* out = activation + i * columns;
+  if (i >= *num_used) {
+    zero_row(gate, 2 * columns, lane);
+    zero_row(out, columns, lane);
+    return;
+  }
+  for (int64_t c = lane * width; c < columns; c += kWarp * width) {
+    const Pack<Storage, width> g = load_pack<width>(gate + c);
+    const Pack<Storage, width> u = load_pack<width>(gate + columns + c);
+    Pack<Storage, width> a;
+#pragma unroll
+    for (int j = 0; j < width; ++j) {
+      const Acc x = widen(g.values[j]);
+      a.values[j] = narrow<Storage>(x * sigmoid(x) * widen(u.values[j]));
+    }
+    store_pack<width>(a, out + c);
+  }
+}
+
+template <typename Storage>
+struct Backward {
+  const Storage* pre_activation;
+  const Storage* grad_activation;
+  const int32_t* row_order;
+  const Accumulation<Storage>* weights;
+  int64_t num_rows;
+  const int32_t* num_used;
+  int64_t columns; // I
+  Storage* activation;
+  Storage* grad_pre_activation;
+  Accumulation<Storage>* grad_weights;
+};
+
+template <typename Storage, int width>
+__global__ void __launch_bounds__(kThreads, 4) swiglu_backward(Backward<Storage> task) {
+  using Acc = Accumulation<Storage>;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (i >= task.num_rows) {
+    return;
+  }
+  const int lane = threadIdx.x % kWarp;
+  const int64_t columns = task.columns;
+  const Storage* gate = task.pre_activation + i * 2 * columns;
+  const Storage* grad = task.grad_activation + i * columns;
+  Storage* grad_gate = task.grad_pre_activation + i * 2 * columns;
+  Storage* activation = task.activation + i * columns;
+  const int64_t slot = task.row_order[i];
+  if (i >= *task.num_used || slot < 0 || slot >= task.num_rows) {
+    zero_row(grad_gate, 2 * columns, lane);
+    zero_row(activation, columns, lane);
+    return;
+  }
+  const Acc weight = task.weights[slot];
+  Acc dot = 0;
+  for (int64_t c = lane * width; c < columns; c += kWarp * width) {
+    const Pack<Storage, width> g = load_pack<width>(gate + c);
+    const Pack<Storage, width> u = load_pack<width>(gate + columns + c);
+    const Pack<Storage, width> d = load_pack<width>(grad + c);
+    Pack<Storage, width> a, dg, du;
+#pragma unroll
+    for (int j = 0; j < width; ++j) {
+      const Acc x = widen(g.values[j]);
+      const Acc up = widen(u.values[j]);
+      const Acc slope = widen(d.values[j]);
+      const Acc s = sigmoid(x);
+      const Acc silu = x * s;
+      dot += slope * silu * up;
+      a.values[j] = narrow<Storage>(weight * silu * up);
+      dg.values[j] = narrow<Storage>(weight * slope * up * (s * (1 + x * (1 - s))));
+      du.values[j] = narrow<Storage>(weight * slope * silu);
+    }
+    store_pack<width>(a, activation + c);
+    store_pack<width>(dg, grad_gate + c);
+    store_pack<width>(du, grad_gate + columns + c);
+  }
+  dot = team_sum(dot, kWarp);
+  if (lane == 0) {
+    task.grad_weights[slot] = dot;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    zero_unused(uint4* matrices, int64_t packs_per_matrix, const int32_t* offsets) {
+  const int64_t expert = blockIdx.x;
+  if (offsets[expert] != offsets[expert + 1]) {
+    return;
+  }
+  uint4* matrix = matrices + expert * packs_per_matrix;
+  const int64_t stride = static_cast<int64_t>(gridDim.y) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; i < packs_per_matrix; i += stride) {
+    matrix[i] = {0, 0, 0, 0};
+  }
+}
+
+// Calls `function.template operator()<width>()` with the pack that rows of I columns allow.
+template <typename Storage, typename Function>
+void with_pack(bool aligned, const Function& function) {
+  if (aligned) {
+    function.template operator()<kPackWidth<Storage>>();
+  } else {
+    function.template operator()<1>();
+  }
+}
+
+unsigned blocks_for(int64_t rows) {
+  return static_cast<unsigned>(divide_up(rows, kWarps));
+}
+
+} // namespace
+
+void launch_swiglu(const SwigluTask& task, cudaStream_t stream) {
+  const bool aligned = task.width * size_of(task.storage) % 16 == 0 && is_aligned_to_16(task.pre_activation) &&
+      is_aligned_to_16(task.activation);
+  with_storage(task.storage, [&]<typename Storage>() {
+    with_pack<Storage>(aligned, [&]<int width>() {
+      EDL_LAUNCH(
+          (swiglu<Storage, width>), blocks_for(task.num_rows), kThreads, 0, stream,
+          static_cast<Storage*>(task.pre_activation), task.num_rows, task.num_used, task.width,
+          static_cast<Storage*>(task.activation));
+    });
+  });
+}
+
+void launch_swiglu_backward(const SwigluGradient& gradient, cudaStream_t stream) {
+  const bool aligned = gradient.width * size_of(gradient.storage) % 16 == 0 &&
+      is_aligned_to_16(gradient.pre_activation) && is_aligned_to_16(gradient.grad_activation) &&
+      is_aligned_to_16(gradient.activation) && is_aligned_to_16(gradient.grad_pre_activation);
+  with_storage(gradient.storage, [&]<typename Storage>() {
+    using Acc = Accumulation<Storage>;
+    const Backward<Storage> problem = {
+        static_cast<const Storage*>(gradient.pre_activation),
+        static_cast<const Storage*>(gradient.grad_activation),
+        gradient.row_order,
+        static_cast<const Acc*>(gradient.weights),
+        gradient.num_rows,
+        gradient.num_used,
+        gradient.width,
+        static_cast<Storage*>(gradient.activation),
+        static_cast<Storage*>(gradient.grad_pre_activation),
+        static_cast<Acc*>(gradient.grad_weights)};
+    with_pack<Storage>(aligned, [&]<int width>() {
+      EDL_LAUNCH((swiglu_backward<Storage, width>), blocks_for(gradient.num_rows), kThreads, 0, stream, problem);
+    });
+  });
+}
+
+void launch_zero_unused(
+    void* matrices, int64_t num_experts, int64_t matrix_bytes, const int32_t* offsets, cudaStream_t stream) {
+  constexpr int64_t kMostBlocks = 64; // per expert; nearly all of them have nothing to do
+  const int64_t packs = matrix_bytes / 16;
+  const int64_t wanted = divide_up(packs, kThreads);
+  const dim3 blocks(
+      static_cast<unsigned>(num_experts), static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks));
+  EDL_LAUNCH(zero_unused, blocks, kThreads, 0, stream, static_cast<uint4*>(matrices), packs, offsets);
+}
+
+} // namespace edl

@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/kernels/storage.h"
+
+namespace edl {
+
+struct SwigluTask {
+  void* pre_activation; //     [N, 2I] contiguous, first the gate's I columns; rows without an expert become zeros
+  StorageType storage;
+  int64_t num_rows; //         N, at least 1
+  const int32_t* num_used; //  on the device: rows from here on have no expert
+  int64_t width; //            I, at least 1
+  void* activation; //         [N, I]
+};
+
+// activation = silu(gate) * up.
+void launch_swiglu(const SwigluTask& task, cudaStream_t stream);
+
+struct SwigluGradient {
+  const void* pre_activation; //   [N, 2I] contiguous
+  const void* grad_activation; //  [N, I], before the weights
+  StorageType storage;
+  const int32_t* row_order; //     [N]
+  const void* weights; //          [T, K] accumulation type
+  int64_t num_rows; //             N, at least 1
+  const int32_t* num_used; //      on the device
+  int64_t width; //                I, at least 1
+  void* activation; //             [N, I]: weight · silu(gate) * up
+  void* grad_pre_activation; //    [N, 2I], with the weights
+  void* grad_weights; //           [T, K] accumulation type: <grad_activation, silu(gate) * up>
+};
+
+// Rows without an expert become zeros, and leave their grad_weights as it is.
+void launch_swiglu_backward(const SwigluGradient& gradient, cudaStream_t stream);
+
+// Zeros matrices[e] where expert e has no rows. matrix_bytes is a multiple of 16.
+void launch_zero_unused(
+    void* matrices, //          [E, matrix_bytes]
+    int64_t num_experts,
+    int64_t matrix_bytes,
+    const int32_t* offsets, //  [E + 1]
+    cudaStream_t stream);
+
+} // namespace edl

@@ -1,0 +1,336 @@
+// route_tokens on CUDA: logits [T, E] → weights, experts [T, K]. A warp per token; everything in float32 (float64 for
+// float64).
+//
+// What orders the experts (the logit, or score + bias) becomes an integer of the same order, NaN highest and -0 equal to 0,
+// in shared memory; then K times the highest is taken, the lowest expert among equals. The weights need only the chosen
+// logits, and the sum over the row for a plain softmax. Cost: one read of the logits, K scans of a row in shared memory.
+//
+// Backward: one write of grad_logits; the logits are read whole only for a plain softmax.
+#include "cuda/kernels/route_tokens.h"
+
+#include <cstring>
+
+#include "cuda/kernels/elements.cuh"
+#include "cuda/kernels/score_rows.cuh"
+#include "cuda/kernels/warps.cuh"
+
+namespace edl {
+namespace {
+
+constexpr int kMostWarps = 8; //               of a block
+constexpr int64_t kSharedBytes = 48 * 1024; // that every device has without asking
+
+template <typename Acc>
+struct KeyOf {
+  using type = int32_t;
+};
+template <>
+struct KeyOf<double> {
+  using type = int64_t;
+};
+template <typename Acc>
+using Key = typename KeyOf<Acc>::type;
+
+template <typename Acc>
+inline constexpr Key<Acc> kTaken = std::numeric_limits<Key<Acc>>::min(); // below every value
+
+template <typename Acc>
+__device__ inline Key<Acc> key_of(Acc x) {
+  using Integer = Key<Acc>;
+  constexpr Integer highest = std::numeric_limits<Integer>::max();
+  const Acc positive_zero = x + Acc(0);
+  Integer bits;
+  memcpy(&bits, &positive_zero, sizeof(bits));
+  bits ^= (bits >> (8 * sizeof(Integer) - 1)) & highest;
+  return x != x ? highest : bits;
+}
+
+template <typename Integer>
+__device__ inline Integer warp_max(Integer x) {
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const Integer other = __shfl_xor_sync(kAllLanes, x, step);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <>
+__device__ inline int32_t warp_max<int32_t>(int32_t x) {
+  return __reduce_max_sync(kAllLanes, x);
+}
+#endif
+
+template <typename Storage>
+struct Problem {
+  const Storage* logits;
+  int64_t row_stride;
+  int64_t num_tokens;
+  int num_experts;
+  int64_t top_k;
+  Scores scores;
+  const Accumulation<Storage>* bias;
+  bool normalize;
+  Accumulation<Storage> scale;
+  Accumulation<Storage>* weights;
+  int64_t* experts;
+};
+
+// The position of the first of the highest keys. Lane l looks at l, l + 32, ….
+template <typename Acc>
+__device__ inline int first_highest(const Key<Acc>* keys, int num_experts, int lane) {
+  Key<Acc> best = kTaken<Acc>;
+  int at = num_experts;
+  for (int e = lane; e < num_experts; e += kWarp) {
+    if (keys[e] > best) {
+      best = keys[e];
+      at = e;
+    }
+  }
+  const Key<Acc> highest = warp_max(best);
+  return num_experts - warp_max(best == highest ? num_experts - at : 0);
+}
+
+// Fills keys [E] with what orders the experts of one token.
+template <typename Storage, typename Acc = Accumulation<Storage>>
+__device__ void fill_keys(
+    const Problem<Storage>& problem, const Storage* row, const RowStatistics<Acc>& of_row, int lane, Key<Acc>* keys) {
+  for (int e = lane; e < problem.num_experts; e += kWarp) {
+    Acc value = widen(row[e]);
+    if (problem.bias != nullptr) {
+      value = unnormalised(value, problem.scores, of_row.highest);
+      value = (problem.scores == Scores::softmax ? value * of_row.factor : value) + problem.bias[e];
+    }
+    keys[e] = key_of(value);
+  }
+}
+
+// Unnormalised scores of the chosen experts of one token, against their own highest logit.
+template <typename Storage, typename Acc = Accumulation<Storage>>
+struct Chosen {
+  __device__ Chosen(const Storage* row, const int64_t* experts, int64_t top_k, Scores scores, int lane)
+      : row(row), experts(experts), scores(scores), highest(0) {
+    if (scores == Scores::softmax) {
+      Acc own = -kInfinity<Acc>;
+      for (int64_t k = lane; k < top_k; k += kWarp) {
+        const Acc z = widen(row[experts[k]]);
+        own = z > own ? z : own;
+      }
+      highest = team_max(own, kWarp);
+    }
+    Acc own = 0;
+    for (int64_t k = lane; k < top_k; k += kWarp) {
+      own += score(k);
+    }
+    sum = team_sum(own, kWarp);
+  }
+  __device__ Acc score(int64_t k) const {
+    return unnormalised(static_cast<Acc>(widen(row[experts[k]])), scores, highest);
+  }
+
+  const Storage* row;
+  const int64_t* experts; // [K]
+  Scores scores;
+  Acc highest;
+  Acc sum;
+};
+
+template <typename Storage, typename Acc = Accumulation<Storage>>
+__device__ void write_weights(
+    const Problem<Storage>& problem,
+    const Storage* row,
+    const int64_t* experts,
+    const RowStatistics<Acc>& of_row,
+    int lane,
+    Acc* weights) {
+  if (problem.scores == Scores::softmax && !problem.normalize) {
+    for (int64_t k = lane; k < problem.top_k; k += kWarp) {
+      const Acc score = unnormalised(static_cast<Acc>(widen(row[experts[k]])), problem.scores, of_row.highest);
+      weights[k] = score * (of_row.factor * problem.scale);
+    }
+    return;
+  }
+  const Chosen<Storage> chosen(row, experts, problem.top_k, problem.scores, lane);
+  Acc factor = problem.normalize ? problem.scale * factor_of(chosen.sum, problem.scores) : problem.scale;
+  if (of_row.factor != of_row.factor) { // a NaN that a bias kept out of the choice
+    factor = of_row.factor;
+  }
+  for (int64_t k = lane; k < problem.top_k; k += kWarp) {
+    weights[k] = chosen.score(k) * factor;
+  }
+}
+
+template <typename Storage>
+__global__ void __launch_bounds__(kMostWarps* kWarp, 4) route_rows(Problem<Storage> problem) {
+  using Acc = Accumulation<Storage>;
+  EDL_DYNAMIC_SHARED(Key<Acc>, shared_keys);
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp;
+  if (t >= problem.num_tokens) {
+    return; // the whole warp; no barrier of the block follows
+  }
+  Key<Acc>* keys = shared_keys + static_cast<int64_t>(warp) * problem.num_experts;
+  const Storage* row = problem.logits + t * problem.row_stride;
+  int64_t* experts = problem.experts + t * problem.top_k;
+  RowStatistics<Acc> of_row = {0, 1};
+  if (problem.bias != nullptr || (problem.scores == Scores::softmax && !problem.normalize)) {
+    of_row = statistics_of_row(row, problem.num_experts, problem.scores);
+  }
+  fill_keys(problem, row, of_row, lane, keys);
+  for (int64_t k = 0; k < problem.top_k; ++k) {
+    const int expert = first_highest<Acc>(keys, problem.num_experts, lane); // a lane reads only keys that it wrote
+    if (expert % kWarp == lane) {
+      keys[expert] = kTaken<Acc>;
+    }
+    if (lane == 0) {
+      experts[k] = expert;
+    }
+  }
+  __syncwarp(); // experts are read by all lanes
+  write_weights(problem, row, experts, of_row, lane, problem.weights + t * problem.top_k);
+}
+
+// ---- backward ----
+
+template <typename Storage>
+struct GradientProblem {
+  const Accumulation<Storage>* grad_weights;
+  const Storage* logits;
+  int64_t row_stride;
+  int64_t num_tokens;
+  int64_t num_experts;
+  int64_t top_k;
+  const int64_t* experts;
+  Scores scores;
+  bool normalize;
+  Accumulation<Storage> scale;
+  Storage* grad_logits;
+};
+
+// Plain softmax: p_e (g_e - <g, p>), g_e = 0 for an expert that was not chosen.
+template <typename Storage, typename Acc = Accumulation<Storage>>
+__device__ void spread_over_row(
+    const GradientProblem<Storage>& problem,
+    const Storage* row,
+    const int64_t* experts,
+    const Acc* grad,
+    int lane,
+    Storage* out) {
+  const RowStatistics<Acc> of_row = statistics_of_row(row, problem.num_experts, problem.scores);
+  const auto probability = [&](int64_t e) {
+    return unnormalised(static_cast<Acc>(widen(row[e])), problem.scores, of_row.highest) * of_row.factor;
+  };
+  Acc dot = 0;
+  for (int64_t k = lane; k < problem.top_k; k += kWarp) {
+    dot += probability(experts[k]) * (grad[k] * problem.scale);
+  }
+  dot = team_sum(dot, kWarp);
+  for (int64_t e = lane; e < problem.num_experts; e += kWarp) {
+    out[e] = narrow<Storage>(probability(e) * -dot);
+  }
+  __syncwarp(); // the chosen are written over
+  for (int64_t k = lane; k < problem.top_k; k += kWarp) {
+    out[experts[k]] = narrow<Storage>(probability(experts[k]) * (grad[k] * problem.scale - dot));
+  }
+}
+
+// All other weights depend on the chosen logits alone. Normalised softmax: w_k (g_k - <g, w>); sigmoid: s_k (1 - s_k)
+// (g_k - <g, s> / sum) / sum, or s_k (1 - s_k) g_k.
+template <typename Storage, typename Acc = Accumulation<Storage>>
+__device__ void spread_over_chosen(
+    const GradientProblem<Storage>& problem,
+    const Storage* row,
+    const int64_t* experts,
+    const Acc* grad,
+    int lane,
+    Storage* out) {
+  const Chosen<Storage> chosen(row, experts, problem.top_k, problem.scores, lane);
+  const Acc inverse = problem.normalize ? factor_of(chosen.sum, problem.scores) : Acc(1);
+  Acc dot = 0;
+  if (problem.normalize) {
+    for (int64_t k = lane; k < problem.top_k; k += kWarp) {
+      dot += grad[k] * chosen.score(k) * inverse;
+    }
+    dot = team_sum(dot, kWarp);
+  }
+  for (int64_t e = lane; e < problem.num_experts; e += kWarp) {
+    out[e] = narrow<Storage>(Acc(0));
+  }
+  __syncwarp(); // the chosen are written over
+  for (int64_t k = lane; k < problem.top_k; k += kWarp) {
+    const Acc s = chosen.score(k);
+    const Acc slope = problem.scores == Scores::sigmoid ? s * (1 - s) : s;
+    out[experts[k]] = narrow<Storage>(slope * inverse * (grad[k] - dot) * problem.scale);
+  }
+}
+
+template <typename Storage>
+__global__ void __launch_bounds__(kMostWarps* kWarp, 4) spread_rows(GradientProblem<Storage> problem) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * kMostWarps + threadIdx.x / kWarp;
+  if (t >= problem.num_tokens) {
+    return; // the whole warp; no barrier of the block follows
+  }
+  const Storage* row = problem.logits + t * problem.row_stride;
+  const int64_t* experts = problem.experts + t * problem.top_k;
+  const Accumulation<Storage>* grad = problem.grad_weights + t * problem.top_k;
+  Storage* out = problem.grad_logits + t * problem.num_experts;
+  if (problem.scores == Scores::softmax && !problem.normalize) {
+    spread_over_row(problem, row, experts, grad, lane, out);
+  } else {
+    spread_over_chosen(problem, row, experts, grad, lane, out);
+  }
+}
+
+} // namespace
+
+int64_t most_experts_to_route(StorageType storage) {
+  return kSharedBytes / accumulation_size_of(storage);
+}
+
+void launch_route_tokens(const RouteTask& task, cudaStream_t stream) {
+  with_storage(task.storage, [&]<typename Storage>() {
+    using Acc = Accumulation<Storage>;
+    const Problem<Storage> problem = {
+        static_cast<const Storage*>(task.logits),
+        task.row_stride,
+        task.num_tokens,
+        static_cast<int>(task.num_experts),
+        task.top_k,
+        task.scores,
+        static_cast<const Acc*>(task.bias),
+        task.normalize,
+        static_cast<Acc>(task.scale),
+        static_cast<Acc*>(task.weights),
+        task.experts};
+    const int64_t row_bytes = task.num_experts * static_cast<int64_t>(sizeof(Key<Acc>));
+    const int64_t fitting = kSharedBytes / row_bytes;
+    const int64_t warps = fitting < kMostWarps ? fitting : kMostWarps;
+    const auto blocks = static_cast<unsigned>(divide_up(task.num_tokens, warps));
+    const auto threads = static_cast<unsigned>(warps * kWarp);
+    EDL_LAUNCH(route_rows<Storage>, blocks, threads, static_cast<size_t>(warps * row_bytes), stream, problem);
+  });
+}
+
+void launch_route_tokens_backward(const RouteGradient& gradient, cudaStream_t stream) {
+  with_storage(gradient.storage, [&]<typename Storage>() {
+    using Acc = Accumulation<Storage>;
+    const GradientProblem<Storage> problem = {
+        static_cast<const Acc*>(gradient.grad_weights),
+        static_cast<const Storage*>(gradient.logits),
+        gradient.row_stride,
+        gradient.num_tokens,
+        gradient.num_experts,
+        gradient.top_k,
+        gradient.experts,
+        gradient.scores,
+        gradient.normalize,
+        static_cast<Acc>(gradient.scale),
+        static_cast<Storage*>(gradient.grad_logits)};
+    const auto blocks = static_cast<unsigned>(divide_up(gradient.num_tokens, kMostWarps));
+    EDL_LAUNCH(spread_rows<Storage>, blocks, kMostWarps * kWarp, 0, stream, problem);
+  });
+}
+
+} // namespace edl

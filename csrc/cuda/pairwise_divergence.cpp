@@ -1,0 +1,34 @@
+// pairwise_divergence on CUDA, host side; the kernel stands in kernels/expert_divergence.cu.
+#include "ops/pairwise_divergence.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "cuda/device.h"
+#include "cuda/moments.h"
+
+namespace edl {
+namespace {
+
+at::Tensor pairwise_divergence_cuda(
+    const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction) {
+  check_pairwise_divergence(sums, squares, counts, bias_correction);
+  const c10::cuda::CUDAGuard guard(sums.device());
+  const DenseMoments dense(sums, squares, counts, bias_correction);
+  at::DimVector shape(sums.sizes().begin(), sums.sizes().end());
+  shape.back() = sums.size(-2);
+  at::Tensor out = at::empty(shape, dense.sums.options());
+  if (out.numel() == 0) {
+    return out;
+  }
+  launch_pair_divergences(dense.view(), bias_correction, out.mutable_data_ptr<double>(), nullptr, stream_of(sums));
+  check_launch("edl::pairwise_divergence");
+  return out;
+}
+
+} // namespace
+} // namespace edl
+
+TORCH_LIBRARY_IMPL(edl, CUDA, m) {
+  m.impl("pairwise_divergence", edl::pairwise_divergence_cuda);
+}

@@ -151,7 +151,7 @@ def extensions():
     make_extension = cpp_extension.CppExtension
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
-        sources += glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu")
+        sources += glob("csrc/cuda/*.cpp") + glob("csrc/cuda/kernels/*.cu")
         flags["nvcc"] = ["-std=c++20", "-O3", "-lineinfo"]
         make_extension = cpp_extension.CUDAExtension
     library = make_extension(

@@ -1,10 +1,16 @@
-"""What all tests share: poisoned memory, devices, seeds, and the check for a CUDA device."""
+"""What all tests share: poisoned memory, devices, seeds, and the packages that a user would install."""
 
 import os
+import shutil
+import sys
+import tarfile
+import venv
+from pathlib import Path
 
 import pytest
 import torch
 
+from commands import ROOT, run
 from edl import _build
 
 # Children that torch.compile and AOTInductor start should not compete with the tests for two cores.
@@ -40,3 +46,41 @@ def poisoned_memory():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(scope="session")
+def source_archive(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})", cwd=ROOT)
+    return next(folder.glob("edl-*.tar.gz"))
+
+
+@pytest.fixture(scope="session")
+def wheel(source_archive, tmp_path_factory):
+    """The wheel that pip builds from the source archive, in a folder that stays, so that only changes are compiled again."""
+    unpacked = ROOT / "build" / "source-archive"
+    project = unpacked / source_archive.name.removesuffix(".tar.gz")
+    if project.exists():
+        for path in project.iterdir():
+            if path.name != "build":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with tarfile.open(source_archive) as files:
+        files.extractall(unpacked, filter="data")
+    folder = tmp_path_factory.mktemp("wheel")
+    run(
+        *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"),
+        *("--wheel-dir", folder, project),
+    )
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    """The Python of a new environment that sees this torch, with the wheel installed."""
+    folder = tmp_path_factory.mktemp("installed") / "venv"
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    site_packages = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
+    (site_packages / "torch_of_the_tests.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel)
+    return python

@@ -1,38 +1,21 @@
 """The cases of tests/cpp, built once against the library that pip built, each a test of its own here."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 import edl
+from commands import ROOT, build_with_cmake, run
 
-SOURCES = Path(__file__).parent / "cpp"
-BUILD = SOURCES.parents[1] / "build" / "cpp-tests"
+SOURCES = ROOT / "tests" / "cpp"
+BUILD = ROOT / "build" / "cpp-tests"
 NAMES = [name for path in sorted(SOURCES.glob("test_*.cpp")) for name in re.findall(r'CATCH_TEST_CASE\("(.+?)"', path.read_text())]
-
-
-# The environment's cmake and ninja, whether or not it is activated.
-TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-
-
-def run(*command):
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, env={**os.environ, "PATH": TOOLS})
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
 
 
 @pytest.fixture(scope="session")
 def program():
     """The program with all cases."""
-    cmake = shutil.which("cmake", path=TOOLS)
-    assert cmake, "the C++ tests need cmake and ninja: run `pip install -r tests/requirements.txt`"
-    run(cmake, "-G", "Ninja", "-S", SOURCES, "-B", BUILD, f"-DCMAKE_PREFIX_PATH={edl.cmake_prefix_path}")
-    run(cmake, "--build", BUILD)
+    build_with_cmake(SOURCES, BUILD, edl.cmake_prefix_path)
     return BUILD / "edl_cpp_tests"
 
 

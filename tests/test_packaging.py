@@ -1,64 +1,15 @@
 """From the source archive to an installation in a new environment, as a newcomer makes it."""
 
-import os
-import shutil
 import subprocess
-import sys
 import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 
 import edl
-
-ROOT = Path(__file__).parents[1]
-UNPACKED = ROOT / "build" / "source-archive"
-
-
-def run(*command, **options):
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-@pytest.fixture(scope="session")
-def source_archive(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sdist")
-    run(sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})", cwd=ROOT)
-    return next(folder.glob("edl-*.tar.gz"))
-
-
-@pytest.fixture(scope="session")
-def wheel(source_archive, tmp_path_factory):
-    """The wheel that pip builds from the source archive, in a folder that stays, so that only changes are compiled again."""
-    project = UNPACKED / source_archive.name.removesuffix(".tar.gz")
-    if project.exists():
-        for path in project.iterdir():
-            if path.name != "build":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with tarfile.open(source_archive) as files:
-        files.extractall(UNPACKED, filter="data")
-    folder = tmp_path_factory.mktemp("wheel")
-    run(
-        *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"),
-        *("--wheel-dir", folder, project),
-    )
-    return next(folder.glob("*.whl"))
-
-
-@pytest.fixture(scope="session")
-def installed(wheel, tmp_path_factory):
-    """The Python of a new environment that sees this torch, with the wheel installed."""
-    folder = tmp_path_factory.mktemp("installed") / "venv"
-    venv.create(folder, with_pip=False, symlinks=True)
-    python = folder / "bin" / "python"
-    site_packages = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
-    (site_packages / "torch_of_the_tests.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel)
-    return python
+from commands import ENVIRONMENT, ROOT, run
 
 
 def test_source_archive_has_all_sources_and_no_build_products(source_archive):
@@ -116,7 +67,7 @@ def test_pip_install_without_torch_is_one_sentence_and_fetches_no_torch(tmp_path
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "NO_COLOR": "1"},
+        env=ENVIRONMENT,
     )
     output = result.stdout + result.stderr
     assert result.returncode != 0

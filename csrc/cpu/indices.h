@@ -12,22 +12,21 @@ namespace edl {
 class Indices {
  public:
   explicit Indices(const at::Tensor& contiguous)
-      : narrow_(contiguous.scalar_type() == at::kInt ? contiguous.const_data_ptr<int32_t>() : nullptr),
-        wide_(narrow_ == nullptr ? contiguous.const_data_ptr<int64_t>() : nullptr) {}
+      : data_(contiguous.const_data_ptr()), are_64_bit_(contiguous.scalar_type() == at::kLong) {}
 
   int64_t operator[](int64_t i) const {
-    return narrow_ != nullptr ? narrow_[i] : wide_[i];
+    return are_64_bit_ ? static_cast<const int64_t*>(data_)[i] : static_cast<const int32_t*>(data_)[i];
   }
   bool are_64_bit() const {
-    return narrow_ == nullptr;
+    return are_64_bit_;
   }
   const void* data() const {
-    return narrow_ != nullptr ? static_cast<const void*>(narrow_) : wide_;
+    return data_;
   }
 
  private:
-  const int32_t* narrow_;
-  const int64_t* wide_;
+  const void* data_; // null where there are no ids
+  bool are_64_bit_;
 };
 
 } // namespace edl

@@ -109,19 +109,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient(
 }
 
 std::tuple<at::Tensor, at::Tensor> expert_divergence_backward(
-    const at::Tensor& grad_loss, const at::Tensor& grad_sums, const at::Tensor& grad_squares) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::_expert_divergence_backward", "")
-                             .typed<std::tuple<at::Tensor, at::Tensor>(
-                                 const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
-  return op.call(grad_loss, grad_sums, grad_squares);
+    const at::Tensor& grad_loss,
+    const at::Tensor& grad_sums,
+    const at::Tensor& grad_squares,
+    const at::Tensor& sums,
+    const at::Tensor& squares) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("edl::_expert_divergence_backward", "")
+          .typed<std::tuple<at::Tensor, at::Tensor>(
+              const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
+  return op.call(grad_loss, grad_sums, grad_squares, sums, squares);
 }
 
-// The same on every device: the work was done in the forward pass.
+// The same on every device: the work was done in the forward pass. `sums` and `squares` are not read; they are arguments
+// so that a second derivative finds its way to them and is refused, instead of taking the matrices for constants.
 std::tuple<at::Tensor, at::Tensor> expert_divergence_backward_kernel(
     const at::Tensor& grad_loss, //    [...]
     const at::Tensor& grad_sums, //    [..., D, E]
-    const at::Tensor& grad_squares) { // [..., D, E] or 0 elements
+    const at::Tensor& grad_squares, // [..., D, E] or 0 elements
+    const at::Tensor& sums, //         [..., D, E]
+    const at::Tensor& squares) {
   const at::Tensor scale = grad_loss.unsqueeze(-1).unsqueeze(-1);
   return {
       at::mul(scale, grad_sums),
@@ -166,7 +174,7 @@ struct ExpertDivergenceFunction : torch::autograd::Function<ExpertDivergenceFunc
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [loss, grad_sums, grad_squares] =
         expert_divergence_with_gradient(sums, squares, counts, eps, reduction, bias_correction);
-    context->save_for_backward({grad_sums, grad_squares});
+    context->save_for_backward({grad_sums, grad_squares, sums, squares});
     return loss;
   }
 
@@ -174,7 +182,7 @@ struct ExpertDivergenceFunction : torch::autograd::Function<ExpertDivergenceFunc
       torch::autograd::AutogradContext* context,
       const torch::autograd::variable_list& grads) {
     const auto saved = context->get_saved_variables();
-    auto [grad_sums, grad_squares] = expert_divergence_backward(grads[0], saved[0], saved[1]);
+    auto [grad_sums, grad_squares] = expert_divergence_backward(grads[0], saved[0], saved[1], saved[2], saved[3]);
     const bool has_squares = saved[1].dim() == saved[0].dim();
     return {grad_sums, has_squares ? grad_squares : at::Tensor(), {}, {}, {}, {}};
   }
@@ -209,7 +217,7 @@ TORCH_LIBRARY_FRAGMENT(edl, m) {
       "_expert_divergence_with_gradient(Tensor sums, Tensor squares, Tensor counts, float eps, str reduction, "
       "bool bias_correction) -> (Tensor loss, Tensor grad_sums, Tensor grad_squares)");
   m.def(
-      "_expert_divergence_backward(Tensor grad_loss, Tensor grad_sums, Tensor grad_squares) "
+      "_expert_divergence_backward(Tensor grad_loss, Tensor grad_sums, Tensor grad_squares, Tensor sums, Tensor squares) "
       "-> (Tensor grad_sums, Tensor grad_squares)");
 }
 

@@ -71,7 +71,8 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     log_mean = mean.clamp(min=tiny).log()
     log_p = (p.clamp(min=tiny).log() - log_mean).clamp(min=LOWEST_LOG_RATIO)
     log_q = (q.clamp(min=tiny).log() - log_mean).clamp(min=LOWEST_LOG_RATIO)
-    terms = torch.where(u.abs() < 0.1, mean * series, p * log_p + q * log_q)
+    # The slopes are dD/dp = log(p / mean) / 2: the logarithms' own derivatives cancel, and have no place where p is 0.
+    terms = torch.where(u.abs() < 0.1, mean * series, p * log_p.detach() + q * log_q.detach())
     return terms.sum() / 2
 
 
@@ -87,73 +88,79 @@ def _present(counts: Tensor, bias_correction: bool) -> list[int]:
     return [d for d, n in enumerate(counts.tolist()) if not (n < 2 if bias_correction else n <= 0)]
 
 
-def _means(sums: Tensor, counts: Tensor) -> Tensor:
-    """The domains' distributions [D, E]; the sums as they are where a domain has no segment."""
-    return sums / counts.masked_fill(counts <= 0, 1.0).unsqueeze(-1)
-
-
 def _spreads(sums: Tensor, squares: Tensor, counts: Tensor) -> Tensor:
-    """Unbiased variance between a domain's segments over their number [D, E], for domains of two segments or more."""
-    n = counts.clamp(min=2).unsqueeze(-1)
+    """Unbiased variance between a domain's segments over their number [D, E], of domains of two segments or more."""
+    n = counts.unsqueeze(-1)
     return (squares - sums.square() / n) / (n - 1) / n
 
 
-def _layer_divergence(
+def _pair_divergences(
+    sums: Tensor, squares: Tensor, counts: Tensor, bias_correction: bool
+) -> list[tuple[int, int, Tensor, Tensor]]:
+    """Domains j < k, divergence [] and, with correction, its bias [] of all pairs of one layer [D, E]."""
+    present = _present(counts, bias_correction)
+    sums, counts = sums[present], counts[present]
+    means = sums / counts.unsqueeze(-1)
+    spreads = _spreads(sums, squares[present], counts) if bias_correction else None
+    pairs = []
+    for a, b in itertools.combinations(range(len(present)), 2):
+        divergence = jensen_shannon(means[a], means[b])
+        bias = divergence.new_zeros(()) if spreads is None else divergence_bias(means[a], spreads[a], means[b], spreads[b])
+        pairs.append((present[a], present[b], divergence, bias))
+    return pairs
+
+
+def _layers(sums: Tensor, squares: Tensor, counts: Tensor, bias_correction: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Moments [..., D, E] as a list of layers [D, E]; squares are those of sums where nothing reads them."""
+    num_layers = math.prod(sums.shape[:-2])
+    return list(
+        zip(
+            sums.reshape(num_layers, *sums.shape[-2:]),
+            (squares if bias_correction else sums).reshape(num_layers, *sums.shape[-2:]),
+            counts.reshape(num_layers, counts.shape[-1]),
+            strict=True,
+        )
+    )
+
+
+def _layer_loss(
     sums: Tensor, squares: Tensor, counts: Tensor, eps: float, reduction: str, bias_correction: bool
 ) -> Tensor:
-    present = _present(counts, bias_correction)
-    if len(present) < 2:
-        return sums.sum() * 0
-    means = _means(sums, counts)
-    spreads = _spreads(sums, squares, counts) if bias_correction else None
+    pairs = _pair_divergences(sums, squares, counts, bias_correction)
+    if not pairs:
+        return sums[:0].sum()
+    if reduction == "log_of_mean":
+        return -(torch.stack([divergence for _, _, divergence, _ in pairs]).mean() + eps).log()
     terms = []
-    for index, j in enumerate(present):
-        for k in present[index + 1 :]:
-            divergence = jensen_shannon(means[j], means[k])
-            if reduction == "log_of_mean":
-                terms.append(divergence)
-                continue
-            term = -(divergence + eps).log()
-            if spreads is not None:
-                bias = divergence_bias(means[j], spreads[j], means[k], spreads[k])
-                corrected = divergence - bias
-                scale = torch.maximum(divergence, bias) + bias + eps
-                term = term.detach() - (corrected - corrected.detach()) / scale.detach()
-            terms.append(term)
-    mean = torch.stack(terms).mean()
-    return -(mean + eps).log() if reduction == "log_of_mean" else mean
+    for _, _, divergence, bias in pairs:
+        term = -(divergence + eps).log()
+        if bias_correction:
+            corrected = divergence - bias
+            scale = torch.maximum(divergence, bias) + bias + eps
+            term = term.detach() - (corrected - corrected.detach()) / scale.detach()
+        terms.append(term)
+    return torch.stack(terms).mean()
 
 
 def expert_divergence(
     sums: Tensor, squares: Tensor, counts: Tensor, eps: float, reduction: str, bias_correction: bool
 ) -> Tensor:
     """The Expert Divergence loss [...] of domain moments [..., D, E]."""
-    leading = sums.shape[:-2]
-    flat = sums.reshape(-1, *sums.shape[-2:])
-    flat_squares = squares.reshape(-1, *sums.shape[-2:]) if bias_correction else flat
-    flat_counts = counts.reshape(-1, counts.shape[-1])
-    losses = [
-        _layer_divergence(flat[i], flat_squares[i], flat_counts[i], eps, reduction, bias_correction)
-        for i in range(flat.shape[0])
-    ]
-    return torch.stack(losses).reshape(leading) if losses else sums.new_zeros(leading)
+    layers = _layers(sums, squares, counts, bias_correction)
+    losses = [_layer_loss(*layer, eps, reduction, bias_correction) for layer in layers]
+    return torch.stack(losses).reshape(sums.shape[:-2]) if losses else sums.sum(dim=(-2, -1))
 
 
 def pairwise_divergence(sums: Tensor, squares: Tensor, counts: Tensor, bias_correction: bool) -> Tensor:
     """Jensen-Shannon divergence of every pair of domains [..., D, D], less its bias where asked for."""
     num_domains = sums.shape[-2]
-    result = sums.new_full((*sums.shape[:-1], num_domains), math.nan)
-    for at in itertools.product(*map(range, sums.shape[:-2])):
-        means = _means(sums[at], counts[at])
-        present = _present(counts[at], bias_correction)
-        spreads = _spreads(sums[at], squares[at], counts[at]) if bias_correction else None
-        for j in present:
-            for k in present:
-                value = sums.new_zeros(()) if j == k else jensen_shannon(means[j], means[k])
-                if spreads is not None and j != k:
-                    value = value - divergence_bias(means[j], spreads[j], means[k], spreads[k])
-                result[at][j, k] = value
-    return result
+    result = sums.new_full((math.prod(sums.shape[:-2]), num_domains, num_domains), math.nan)
+    for matrix, layer in zip(result, _layers(sums, squares, counts, bias_correction), strict=True):
+        for d in _present(layer[2], bias_correction):
+            matrix[d, d] = 0.0
+        for j, k, divergence, bias in _pair_divergences(*layer, bias_correction):
+            matrix[j, k] = matrix[k, j] = divergence - bias
+    return result.reshape(*sums.shape[:-1], num_domains)
 
 
 # ---- the layer: token → expert → token ----

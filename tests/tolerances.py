@@ -17,13 +17,14 @@ def tolerance(dtype: torch.dtype, length: int) -> float:
     return torch.finfo(dtype).eps + 8 * torch.finfo(accumulation_type(dtype)).eps * math.sqrt(length + 1)
 
 
-def assert_close(actual: Tensor, reference: Tensor, relative: float) -> None:
-    """Holds `actual` to `relative` of the largest entry of the float64 `reference`; NaN and infinity must stand alike."""
+def assert_close(actual: Tensor, reference: Tensor, relative: float, scale: float = 0.0) -> None:
+    """Holds `actual` to `relative` of the largest entry of the float64 `reference`, or of `scale`, the size of terms that cancel,
+    where that is larger; NaN and infinity must stand alike."""
     assert actual.shape == reference.shape
     actual, reference = actual.detach().double().cpu(), reference.detach().double().cpu()
     finite = reference.isfinite()
     torch.testing.assert_close(actual[~finite], reference[~finite], equal_nan=True)
     if finite.any():
         error = (actual - reference)[finite].abs().max().item()
-        largest = reference[finite].abs().max().item()
+        largest = max(scale, reference[finite].abs().max().item())
         assert error <= relative * largest, f"error {error:.3g}, allowed {relative * largest:.3g}"

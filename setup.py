@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -74,9 +73,6 @@ X86_INSTRUCTION_SETS = {
     "avx2": (32, ["-mavx2", "-mfma", "-mf16c"]),
     "avx512": (64, ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]),
 }
-INSTRUCTION_SET_FLAGS = [
-    "-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized",
-]  # fmt: skip
 
 
 def is_x86():
@@ -110,22 +106,16 @@ if torch is not None:
 
         def compile_instruction_sets(self):
             sets = X86_INSTRUCTION_SETS if is_x86() else {"baseline": (16, [])}
-            jobs = [(source, name) for name in sets for source in glob("csrc/cpu/isa/*.cpp")]
-
-            def compile_one(job):
-                source, name = job
-                vector_bytes, flags = sets[name]
-                return self.compiler.compile(
-                    [source],
+            objects = []
+            for name, (vector_bytes, flags) in sets.items():
+                objects += self.compiler.compile(
+                    glob("csrc/cpu/isa/*.cpp"),
                     output_dir=os.path.join(self.build_temp, name),
                     include_dirs=[str(ROOT / "csrc")],
                     macros=[("EDL_ISA", name), ("EDL_VECTOR_BYTES", str(vector_bytes))],
-                    extra_postargs=[*INSTRUCTION_SET_FLAGS, *flags],
+                    extra_postargs=["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized", *flags],
                 )
-
-            # The compilers are processes of their own; threads only wait for them.
-            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-                return [path for paths in pool.map(compile_one, jobs) for path in paths]
+            return objects
 
         def copy_headers(self, package):
             shutil.rmtree(package / "include", ignore_errors=True)

@@ -80,6 +80,14 @@ def expert_divergence_loss(
         layers = [router_logits]
     else:
         layers = [layer for layer in router_logits]
+    if not torch.jit.is_scripting():
+        for layer in layers:
+            if not isinstance(layer, Tensor):
+                raise ValueError(
+                    "edl::expert_divergence_loss: router_logits must be a tensor, or a list of tensors "
+                    f"(got a list with {type(layer).__name__})"
+                )
+        ops._refuse_dtensor("expert_divergence_loss", *layers, domain_ids, attention_mask, padding_mask, cu_seqlens)
     _check_layers(layers)
     if bias_correction and domain_ids.is_floating_point():
         raise ValueError("edl::expert_divergence_loss: bias_correction needs one label per segment (got soft labels)")

@@ -117,6 +117,11 @@ AGGREGATE_ROUTING = [
     _aggregate_routing("int32-ids", 50, 8, 4, ids=torch.int32),
     _aggregate_routing("sliced", 20, 9, 4, layout="sliced", dtype=torch.float32),
     _aggregate_routing("transposed", 20, 9, 4, layout="transposed", dtype=torch.bfloat16),
+    _aggregate_routing("one-token", 1, 6, 3),
+    _aggregate_routing("no-token-int32", 0, 6, 3, ids=torch.int32),
+    _aggregate_routing("many-segments", 40, 6, 500, dtype=torch.float32),
+    _aggregate_routing("large-runs", 20000, 48, 9, dtype=torch.float32, layout="runs"),
+    _aggregate_routing("large-shuffled", 9001, 65, 9, scores="sigmoid", dtype=torch.bfloat16),
 ]
 
 AGGREGATE_ROUTING_REFUSALS = [
@@ -149,10 +154,17 @@ AGGREGATE_ROUTING_REFUSALS = [
     ),
 ]
 
+def _turned(matrices: Tensor) -> Tensor:
+    """The same numbers with columns that lie side by side."""
+    return matrices.mT.contiguous().mT
+
+
 # ---- domain_moments(segment_sums, segment_counts, labels, num_domains, squares) ----
 
 
-def _segments(num_segments, num_experts, num_domains, layers=(), counts="shared", labels=torch.int64, squares=True, dtype=torch.float64):
+def _segments(
+    num_segments, num_experts, num_domains, layers=(), counts="shared", labels=torch.int64, squares=True, dtype=torch.float64, turned=False
+):
     def make(inputs: Inputs) -> tuple:
         shape = (num_segments,) if counts == "shared" else (*layers, num_segments)
         tokens = inputs.ids(*shape, low=0, high=6).to(dtype)  # some segments have none
@@ -161,7 +173,8 @@ def _segments(num_segments, num_experts, num_domains, layers=(), counts="shared"
             weights = inputs.distributions(num_segments, num_domains, dtype=labels)
         else:
             weights = inputs.ids(num_segments, low=-1, high=num_domains, dtype=labels)
-        return sums.to(dtype), tokens, weights, num_domains, squares
+        sums = sums.to(dtype)
+        return _turned(sums) if turned else sums, tokens, weights, num_domains, squares
 
     return make
 
@@ -180,6 +193,12 @@ DOMAIN_MOMENTS = [
     _domain_moments("fp32-int32", 70, 33, 5, labels=torch.int32, dtype=torch.float32),
     _domain_moments("no-segment", 0, 4, 2),
     _domain_moments("many-domains", 120, 16, 1000, dtype=torch.float32),
+    _domain_moments("one-segment", 1, 5, 2),
+    _domain_moments("one-domain", 9, 5, 1),
+    _domain_moments("no-segment-int32", 0, 4, 2, labels=torch.int32),
+    _domain_moments("soft-bf16", 12, 7, 3, labels=torch.bfloat16, dtype=torch.float32),
+    _domain_moments("turned", 9, 5, 3, layers=(2,), turned=True),
+    _domain_moments("large", 300, 130, 49, layers=(3,), counts="own", dtype=torch.float32),
 ]
 
 DOMAIN_MOMENTS_REFUSALS = [
@@ -202,13 +221,14 @@ DOMAIN_MOMENTS_REFUSALS = [
 # ---- expert_divergence(sums, squares, counts, eps, reduction, bias_correction), pairwise_divergence ----
 
 
-def _moments(inputs: Inputs, num_domains, num_experts, layers=(), absent=0):
+def _moments(inputs: Inputs, num_domains, num_experts, layers=(), absent=0, turned=False):
     """Sums, squares and counts of domains of 1 to 4 segments each, the first `absent` without any."""
     segments = inputs.distributions(*layers, num_domains, 4, num_experts)
     counts = inputs.ids(*layers, num_domains, low=1, high=5).double()
     counts[..., :absent] = 0
     used = (torch.arange(4, device=inputs.device) < counts.unsqueeze(-1)).unsqueeze(-1)
-    return (segments * used).sum(-2), (segments.square() * used).sum(-2), counts
+    sums, squares = (segments * used).sum(-2), (segments.square() * used).sum(-2)
+    return (_turned(sums), _turned(squares), counts) if turned else (sums, squares, counts)
 
 
 def _expert_divergence(case, *shape, reduction="mean_of_logs", bias_correction=False, eps=1e-6, **options):
@@ -233,6 +253,12 @@ EXPERT_DIVERGENCE = [
     _expert_divergence("one-domain", 1, 9),
     _expert_divergence("one-expert", 3, 1),
     _expert_divergence("large", 49, 128),
+    _expert_divergence("many-experts", 3, 2048),
+    _expert_divergence("eps-zero", 3, 5, eps=0.0),
+    _expert_divergence("layers-log-of-mean", 4, 8, layers=(2,), reduction="log_of_mean"),
+    _expert_divergence("turned", 4, 8, layers=(2,), turned=True),
+    _expert_divergence("turned-corrected", 4, 8, layers=(2,), turned=True, bias_correction=True),
+    _expert_divergence("corrected-absent", 6, 9, absent=3, bias_correction=True),
 ]
 
 EXPERT_DIVERGENCE_REFUSALS = [
@@ -268,6 +294,8 @@ PAIRWISE_DIVERGENCE = [
     _pairwise_divergence("plain", 3, 5),
     _pairwise_divergence("corrected", 5, 8, layers=(2,), bias_correction=True),
     _pairwise_divergence("absent", 4, 33, absent=2),
+    _pairwise_divergence("one-domain", 1, 5),
+    _pairwise_divergence("turned", 4, 8, layers=(2,), turned=True, bias_correction=True),
 ]
 
 PAIRWISE_DIVERGENCE_REFUSALS = [

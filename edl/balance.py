@@ -127,6 +127,8 @@ def router_z_loss(
         logits, batch_size = _flat(layer)
         counted = _counted(logits.shape[0], batch_size, logits.device, attention_mask, padding_mask)
         wide = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
+        if attention_mask is not None or padding_mask is not None:
+            wide = torch.where((counted == 0).unsqueeze(1), wide, torch.zeros_like(wide))  # padding may hold NaN
         terms = torch.where(counted == 0, torch.logsumexp(wide, dim=-1).square(), torch.zeros_like(wide[:, 0]))
         # A sum of ones per token that counts, by the operator that refuses mask values which are not allowed.
         tokens, _ = ops.aggregate_routing(torch.ones_like(wide[:, :1]), counted, 1, "none")

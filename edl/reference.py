@@ -199,7 +199,8 @@ def dispatch_tokens(tokens: Tensor, row_order: Tensor, top_k: int) -> Tensor:
 
 def combine_tokens(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_k: int) -> Tensor:
     """The sum [T, H], weighted or plain, of each token's rows [N, H]; rows of weight 0 are left out."""
-    slots = torch.zeros_like(rows).index_copy(0, row_order.long(), rows).view(-1, top_k, rows.shape[1])
+    slots = torch.zeros_like(rows).index_copy(0, row_order.long(), rows)
+    slots = slots.view(rows.shape[0] // top_k, top_k, rows.shape[1])
     if weights is not None:
         used = (weights != 0).unsqueeze(-1)
         slots = weights.unsqueeze(-1) * torch.where(used, slots, slots.detach().nan_to_num())

@@ -31,9 +31,9 @@ def with_gradients(sample: Sample, arguments: tuple) -> tuple:
 
 
 def cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """The same random gradient of an output whatever its dtype, device and process."""
+    """The same random gradient of an output whatever its dtype, device and process: numbers that every dtype has."""
     generator = torch.Generator().manual_seed(17)
-    return [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs]
+    return [torch.randn(x.shape, generator=generator, dtype=torch.float64).bfloat16().to(x) for x in outputs]
 
 
 def gradients(sample: Sample, function, arguments: tuple) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -11,10 +11,10 @@ def accumulation_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def tolerance(dtype: torch.dtype, length: int) -> float:
-    """Error of a result of `dtype` relative to the largest, for sums of `length` terms: one rounding of the result, and
-    roundings of the accumulation that add up like a random walk (a factor of 8 covers exp, log and division)."""
-    return torch.finfo(dtype).eps + 8 * torch.finfo(accumulation_type(dtype)).eps * math.sqrt(length + 1)
+def tolerance(dtype: torch.dtype, length: int, roundings: int = 1) -> float:
+    """Error of a result of `dtype` relative to the largest, for sums of `length` terms: the roundings to `dtype` on the way,
+    and roundings of the accumulation that add up like a random walk (a factor of 8 covers exp, log and division)."""
+    return roundings * torch.finfo(dtype).eps + 8 * torch.finfo(accumulation_type(dtype)).eps * math.sqrt(length + 1)
 
 
 def assert_close(actual: Tensor, reference: Tensor, relative: float, scale: float = 0.0) -> None:

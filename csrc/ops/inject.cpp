@@ -53,10 +53,10 @@ struct InjectFunction : torch::autograd::Function<InjectFunction> {
       const at::Tensor& carrier,
       const at::Tensor& loss,
       const at::Tensor& scale) {
+    const at::Tensor factor = scale.to(loss.scalar_type());
+    context->save_for_backward({factor.device() == loss.device() ? factor : factor.to(loss.device())});
     at::AutoDispatchBelowADInplaceOrView guard;
-    at::Tensor copy = inject(carrier, loss, scale);
-    context->save_for_backward({scale.to(loss.options())});
-    return copy;
+    return inject(carrier, loss, scale);
   }
 
   static torch::autograd::variable_list backward(

@@ -1,0 +1,236 @@
+"""Load balancing, z-loss and the expert bias: their values, masks, forms of input, and effect."""
+
+import pytest
+import torch
+
+import edl
+
+# p of three tokens and four experts; K = 2. Loss and z-loss were computed from the papers' formulas in double precision.
+PROBABILITIES = [[0.5, 0.3, 0.1, 0.1], [0.4, 0.4, 0.1, 0.1], [0.1, 0.2, 0.6, 0.1]]
+BALANCE = 1.2222222222222222
+LOGITS = [[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]
+Z_LOSS = 6.409363684864748
+
+
+def tolerance(dtype):
+    return 1e-10 if dtype == torch.float64 else 1e-6
+
+
+def random_routing(num_tokens=24, num_experts=6, top_k=2, dtype=torch.float64):
+    logits = torch.randn(num_tokens, num_experts, dtype=dtype, requires_grad=True)
+    weights, experts = edl.ops.route_tokens(logits, top_k, "softmax")
+    return edl.Routing(logits, weights, experts, torch.bincount(experts.flatten(), minlength=num_experts))
+
+
+def balance_by_definition(logits, experts, scores="softmax"):
+    probabilities = edl.reference.routing_scores(logits, scores)
+    num_experts = logits.shape[1]
+    fractions = torch.stack([(experts == e).double().mean() for e in range(num_experts)])
+    return num_experts * (fractions * probabilities.mean(0)).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_of_the_papers_formulas(dtype):
+    logits = torch.tensor(PROBABILITIES, dtype=dtype).log()
+    assert abs(edl.load_balancing_loss(logits, top_k=2).item() - BALANCE) < tolerance(dtype)
+    loss = edl.router_z_loss(torch.tensor(LOGITS, dtype=dtype))
+    assert loss.dtype == dtype and abs(loss.item() - Z_LOSS) < tolerance(dtype) * Z_LOSS
+
+
+def test_perfect_balance_is_1_and_collapse_is_the_number_of_experts():
+    even = torch.eye(8).repeat(5, 1) * 30
+    assert edl.load_balancing_loss(even, top_k=1).item() == pytest.approx(1, abs=1e-6)
+    collapsed = torch.zeros(40, 8)
+    collapsed[:, 3] = 30
+    assert edl.load_balancing_loss(collapsed, top_k=1).item() == pytest.approx(8, abs=1e-5)
+
+
+def test_transformers_value_is_top_k_times_ours():
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    logits = torch.randn(30, 6)
+    theirs = modeling.load_balancing_loss_func((logits,), 6, 2)
+    torch.testing.assert_close(2 * edl.load_balancing_loss(logits, top_k=2), theirs)
+    mask = torch.randint(0, 2, (5, 6))
+    theirs = modeling.load_balancing_loss_func((logits,), 6, 2, mask)
+    torch.testing.assert_close(2 * edl.load_balancing_loss(logits, mask, top_k=2), theirs)
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_value_and_gradient_are_those_of_the_definition(scores):
+    routing = random_routing()
+    loss = edl.load_balancing_loss(routing, scores=scores)
+    expected = balance_by_definition(routing.logits, routing.experts, scores)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(x, routing.logits)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-15)
+    assert torch.autograd.gradcheck(lambda z: edl.router_z_loss(z), routing.logits)
+
+
+def test_the_mean_over_layers_of_every_form_of_input():
+    routings = [random_routing(dtype=torch.float32) for _ in range(3)]
+    alone = torch.stack([edl.load_balancing_loss(routing) for routing in routings]).mean()
+    logits = [routing.logits for routing in routings]
+    for form in (routings, tuple(routings)):
+        torch.testing.assert_close(edl.load_balancing_loss(form), alone)
+    for form in (logits, tuple(logits), [z.view(4, 6, 6) for z in logits]):
+        torch.testing.assert_close(edl.load_balancing_loss(form, top_k=2), alone)
+    alone = torch.stack([edl.router_z_loss(z) for z in logits]).mean()
+    for form in (logits, tuple(logits), routings, [z.view(4, 6, 6) for z in logits]):
+        torch.testing.assert_close(edl.router_z_loss(form), alone)
+
+
+def masked_losses(routing, **mask):
+    return torch.stack([edl.load_balancing_loss(routing, **mask), edl.router_z_loss(routing, **mask)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.float32])
+def test_padding_takes_no_part_whatever_it_holds(dtype):
+    routing = random_routing()
+    kept = torch.arange(24) % 3 != 1
+    few = edl.Routing(routing.logits[kept], routing.weights[kept], routing.experts[kept], routing.tokens_per_expert)
+    expected = masked_losses(few)
+    poisoned = routing._replace(logits=routing.logits.detach().masked_fill(~kept[:, None], float("nan")).requires_grad_())
+    for attention_mask in (kept.to(dtype), kept.view(4, 6).to(dtype)):
+        losses = masked_losses(poisoned, attention_mask=attention_mask)
+        torch.testing.assert_close(losses, expected)
+        (gradient,) = torch.autograd.grad(losses.sum(), poisoned.logits)
+        assert (gradient[~kept] == 0).all() and (gradient[kept] != 0).any()
+    torch.testing.assert_close(masked_losses(poisoned, padding_mask=~kept), expected)
+
+
+def test_without_any_token_both_are_zero_with_zero_gradient():
+    routing = random_routing()
+    losses = masked_losses(routing, attention_mask=torch.zeros(24))
+    assert losses.tolist() == [0, 0]
+    assert (torch.autograd.grad(losses.sum(), routing.logits)[0] == 0).all()
+    assert masked_losses(random_routing(num_tokens=0)).tolist() == [0, 0]
+
+
+def test_16_bit_logits_give_float32_losses():
+    routing = random_routing(dtype=torch.bfloat16)
+    wide = routing._replace(logits=routing.logits.float())
+    assert masked_losses(routing).dtype == torch.float32
+    torch.testing.assert_close(masked_losses(routing), masked_losses(wide))
+
+
+def test_large_logits_stay_finite():
+    logits = (torch.randn(50, 8) * 1e4).requires_grad_()
+    loss = edl.load_balancing_loss(logits, top_k=2) + edl.router_z_loss(logits)
+    assert loss.isfinite() and torch.autograd.grad(loss, logits)[0].isfinite().all()
+
+
+def test_both_losses_script():
+    balance, z_loss = torch.jit.script(edl.load_balancing_loss), torch.jit.script(edl.router_z_loss)
+    routing = random_routing(dtype=torch.float32)
+    mask = torch.arange(24) % 5 != 0
+    torch.testing.assert_close(balance([routing], mask), edl.load_balancing_loss(routing, mask))
+    torch.testing.assert_close(z_loss([routing.logits], mask), edl.router_z_loss(routing, mask))
+
+
+@pytest.mark.parametrize("form", ["routing", "logits"])
+def test_both_losses_compile_into_one_graph(form):
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def losses(logits, experts, mask):
+        if form == "routing":
+            routings = [edl.Routing(logits, experts, experts, experts)]
+            return edl.load_balancing_loss(routings, mask) + edl.router_z_loss(routings, mask)
+        return edl.load_balancing_loss([logits], mask, top_k=2) + edl.router_z_loss([logits], mask)
+
+    for num_tokens in (24, 31):
+        routing = random_routing(num_tokens, dtype=torch.float32)
+        mask = torch.arange(num_tokens) % 5 != 0
+        loss = losses(routing.logits, routing.experts, mask)
+        expected = masked_losses(routing, attention_mask=mask).sum()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(x, routing.logits)[0] for x in (loss, expected)))
+
+
+def test_minimising_the_loss_balances_a_skewed_router():
+    torch.manual_seed(1)
+    tokens = torch.randn(512, 16) + 1
+    weight = (torch.randn(8, 16) * 0.1).requires_grad_()
+    optimizer = torch.optim.Adam([weight], lr=1e-2)
+
+    def violation():
+        counts = edl.ops.route_tokens(tokens @ weight.T, 2, "softmax")[1].flatten().bincount(minlength=8).double()
+        return (counts.max() / counts.mean() - 1).item()
+
+    before = violation()
+    for _ in range(150):
+        optimizer.zero_grad()
+        edl.load_balancing_loss(tokens @ weight.T, top_k=2).backward()
+        optimizer.step()
+    assert before > 1 and violation() < before / 4
+
+
+def test_the_expert_bias_moves_by_the_rate_towards_balance():
+    layer = edl.MoELayer(8, 8, 4, 1, expert_bias=True)
+    edl.update_expert_bias(layer, torch.tensor([10, 0, 5, 5]), rate=0.1)
+    torch.testing.assert_close(layer.expert_bias, torch.tensor([-0.1, 0.1, 0.0, 0.0]))
+    edl.update_expert_bias([layer], [torch.zeros(4, dtype=torch.int64)])
+    torch.testing.assert_close(layer.expert_bias, torch.tensor([-0.1, 0.1, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_updating_the_expert_bias_balances_a_skewed_router(scores):
+    layer = edl.MoELayer(16, 8, 8, 2, scores=scores, expert_bias=True)
+    tokens = torch.randn(512, 16) + 1
+
+    def violation():
+        counts = layer(tokens)[1].tokens_per_expert.double()
+        return (counts.max() / counts.mean() - 1).item()
+
+    before = violation()
+    for _ in range(300):
+        edl.update_expert_bias(layer, layer(tokens)[1], rate=2e-3)
+    assert before > 0.5 and violation() < 0.15
+
+
+REFUSALS = {
+    "no-layer": (
+        lambda r: edl.load_balancing_loss([]),
+        "edl::load_balancing_loss: routings must hold at least one layer (got an empty list)",
+    ),
+    "no-logits": (
+        lambda r: edl.router_z_loss([]),
+        "edl::router_z_loss: router_logits must hold at least one layer (got an empty list)",
+    ),
+    "no-top_k": (
+        lambda r: edl.load_balancing_loss(r.logits),
+        "edl::load_balancing_loss: router logits need top_k, the experts per token (got None)",
+    ),
+    "scores": (
+        lambda r: edl.load_balancing_loss(r, scores="tanh"),
+        "edl::aggregate_routing: scores must be 'softmax', 'sigmoid' or 'none' (got 'tanh')",
+    ),
+    "both-masks": (
+        lambda r: edl.router_z_loss(r, attention_mask=torch.ones(24), padding_mask=torch.zeros(24)),
+        "edl::segments: give attention_mask (1 = keep) or padding_mask (True = padding), not both (got both)",
+    ),
+    "no-bias": (
+        lambda r: edl.update_expert_bias(edl.MoELayer(8, 8, 4, 1), torch.zeros(4)),
+        "edl::update_expert_bias: layers must be made with expert_bias=True (got one without)",
+    ),
+    "counts": (
+        lambda r: edl.update_expert_bias(edl.MoELayer(8, 8, 4, 1, expert_bias=True), torch.zeros(5)),
+        "edl::update_expert_bias: tokens_per_expert must have the shape [4] (got [5])",
+    ),
+    "layers": (
+        lambda r: edl.update_expert_bias([edl.MoELayer(8, 8, 4, 1, expert_bias=True)], [torch.zeros(4)] * 2),
+        "edl::update_expert_bias: tokens_per_expert must have one entry per layer (got 2 for 1)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_wrong_arguments_are_one_sentence(name):
+    call, sentence = REFUSALS[name]
+    with pytest.raises(ValueError) as error:
+        call(random_routing())
+    assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize("loss", [edl.load_balancing_loss, edl.router_z_loss])
+def test_a_mask_value_other_than_0_and_1_is_refused(loss):
+    with pytest.raises(IndexError, match="a token whose label or mask value is not allowed"):
+        loss(random_routing(), attention_mask=torch.full((24,), 2))

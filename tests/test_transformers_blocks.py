@@ -1,0 +1,226 @@
+"""MoELayer and the blocks of transformers: equal outputs and gradients, shared parameters, there and back."""
+
+import copy
+
+import pytest
+import torch
+
+import edl
+
+pytest.importorskip("transformers")
+
+from transformers.models.mixtral import configuration_mixtral, modeling_mixtral  # noqa: E402
+from transformers.models.olmoe import configuration_olmoe, modeling_olmoe  # noqa: E402
+from transformers.models.qwen2_moe import configuration_qwen2_moe, modeling_qwen2_moe  # noqa: E402
+from transformers.models.qwen3_moe import configuration_qwen3_moe, modeling_qwen3_moe  # noqa: E402
+
+SIZES = {"hidden_size": 32, "num_experts_per_tok": 3, "num_attention_heads": 2, "num_key_value_heads": 2}
+BLOCKS = {
+    "mixtral": lambda: modeling_mixtral.MixtralSparseMoeBlock(
+        configuration_mixtral.MixtralConfig(**SIZES, intermediate_size=48, num_local_experts=8)
+    ),
+    "qwen2_moe": lambda: modeling_qwen2_moe.Qwen2MoeSparseMoeBlock(
+        configuration_qwen2_moe.Qwen2MoeConfig(
+            **SIZES, moe_intermediate_size=48, num_experts=8, shared_expert_intermediate_size=56
+        )
+    ),
+    "qwen2_moe-normalised": lambda: modeling_qwen2_moe.Qwen2MoeSparseMoeBlock(
+        configuration_qwen2_moe.Qwen2MoeConfig(
+            **SIZES, moe_intermediate_size=48, num_experts=8, shared_expert_intermediate_size=56, norm_topk_prob=True
+        )
+    ),
+    "qwen3_moe": lambda: modeling_qwen3_moe.Qwen3MoeSparseMoeBlock(
+        configuration_qwen3_moe.Qwen3MoeConfig(**SIZES, moe_intermediate_size=48, num_experts=8, norm_topk_prob=True)
+    ),
+    "qwen3_moe-unnormalised": lambda: modeling_qwen3_moe.Qwen3MoeSparseMoeBlock(
+        configuration_qwen3_moe.Qwen3MoeConfig(**SIZES, moe_intermediate_size=48, num_experts=8, norm_topk_prob=False)
+    ),
+    "olmoe": lambda: modeling_olmoe.OlmoeSparseMoeBlock(
+        configuration_olmoe.OlmoeConfig(**SIZES, intermediate_size=48, num_experts=8)
+    ),
+}
+
+
+def make_block(name, dtype=torch.float32):
+    block = BLOCKS[name]().to(dtype)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        block.gate.weight.mul_(3)  # a router with opinions
+    return block
+
+
+def outputs_and_gradients(module, hidden, parameters, grad):
+    hidden = hidden.detach().requires_grad_()
+    output = module(hidden)
+    return [output.detach(), *torch.autograd.grad(output, [hidden, *parameters], grad)]
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected.double()).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_float32_output_and_all_gradients_are_equal(name):
+    block = make_block(name)
+    layer = edl.MoELayer.from_transformers(block, return_routing=False)
+    hidden, grad = torch.randn(2, 4, 31, 32)
+    parameters = list(block.parameters())
+    theirs = outputs_and_gradients(block, hidden.unsqueeze(0)[0], parameters, grad)
+    ours = outputs_and_gradients(layer, hidden, parameters, grad)
+    for expected, actual in zip(theirs, ours, strict=True):
+        assert relative_error(actual, expected) < 5e-6
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_float64_output_and_all_gradients_are_equal(name):
+    block = make_block(name, torch.float64)
+    layer = edl.MoELayer.from_transformers(block, return_routing=False)
+    hidden, grad = torch.randn(2, 4, 31, 32, dtype=torch.float64)
+    parameters = list(block.parameters())
+    # transformers weighs in float32, so its float64 output is right to float32 only.
+    for expected, actual in zip(
+        outputs_and_gradients(block, hidden, parameters, grad),
+        outputs_and_gradients(layer, hidden, parameters, grad),
+        strict=True,
+    ):
+        assert relative_error(actual, expected) < 5e-6
+
+
+class FixedRouting(torch.nn.Module):
+    """A router of transformers whose choice is given; the weights of that choice come from its own logits."""
+
+    def __init__(self, gate, experts):
+        super().__init__()
+        self.weight, self.experts = gate.weight, experts
+        self.normalizes = getattr(gate, "norm_topk_prob", True)
+
+    def forward(self, hidden):
+        logits = torch.nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]), self.weight)
+        weights = logits.softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        weights = weights.gather(1, self.experts)
+        if self.normalizes:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights.to(logits.dtype), self.experts
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_bfloat16_on_the_same_routing_is_as_close_to_float64_as_transformers(name):
+    block = make_block(name, torch.bfloat16)
+    layer = edl.MoELayer.from_transformers(block)
+    hidden, grad = torch.randn(2, 4, 31, 32).bfloat16()
+    experts = layer(hidden)[1].experts
+    layer.return_routing = False
+    exact = copy.deepcopy(block).double()
+    exact.gate = FixedRouting(exact.gate, experts)
+    fixed = copy.copy(block)
+    fixed._modules = dict(block._modules, gate=FixedRouting(block.gate, experts))
+    wanted = outputs_and_gradients(exact, hidden.double(), exact.parameters(), grad.double())
+    ours = outputs_and_gradients(layer, hidden, block.parameters(), grad)
+    theirs = outputs_and_gradients(fixed, hidden, block.parameters(), grad)
+    for ours_i, theirs_i, wanted_i in zip(ours, theirs, wanted, strict=True):
+        bound = max(1.5 * relative_error(theirs_i, wanted_i), 4 * torch.finfo(torch.bfloat16).eps)
+        assert relative_error(ours_i, wanted_i) < bound
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_there_and_back_share_every_parameter(name):
+    block = make_block(name).eval()
+    layer = edl.MoELayer.from_transformers(block)
+    assert not layer.training
+    assert {id(p) for p in layer.parameters()} == {id(p) for p in block.parameters()}
+    back = layer.to_transformers()
+    assert type(back) is type(block) and not back.training
+    hidden = torch.randn(2, 9, 32)
+    assert back(hidden).equal(block(hidden))
+    for (key, ours), (their_key, theirs) in zip(back.named_parameters(), block.named_parameters(), strict=True):
+        assert key == their_key and ours is theirs
+    assert back.state_dict().keys() == block.state_dict().keys()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_a_layer_of_our_own_becomes_a_block(family):
+    shared = {"num_shared_experts": 1, "shared_intermediate_size": 40, "shared_expert_gate": True}
+    layer = edl.MoELayer(16, 24, 6, 2, return_routing=False, **(shared if family == "qwen2_moe" else {}))
+    hidden = torch.randn(2, 9, 16)
+    torch.testing.assert_close(layer.to_transformers(family)(hidden), layer(hidden))
+
+
+def test_the_family_follows_from_the_layer():
+    assert type(edl.MoELayer(16, 24, 6, 2).to_transformers()).__name__ == "Qwen3MoeSparseMoeBlock"
+    layer = edl.MoELayer(16, 24, 6, 2, num_shared_experts=1, shared_expert_gate=True)
+    assert type(layer.to_transformers()).__name__ == "Qwen2MoeSparseMoeBlock"
+
+
+def test_a_layer_takes_a_blocks_place_in_its_model():
+    config = configuration_mixtral.MixtralConfig(
+        **SIZES, intermediate_size=48, num_local_experts=8, num_hidden_layers=2, vocab_size=99
+    )
+    model = modeling_mixtral.MixtralForCausalLM(config).eval()
+    tokens = torch.randint(0, 99, (2, 7))
+    before = model(tokens, labels=tokens)
+    for decoder in model.model.layers:
+        decoder.mlp = edl.MoELayer.from_transformers(decoder.mlp, return_routing=False)
+    after = model(tokens, labels=tokens)
+    torch.testing.assert_close(after.logits, before.logits, rtol=1e-5, atol=1e-5)
+    after.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def mixtral_with(**options):
+    block = make_block("mixtral")
+    for name, value in options.items():
+        setattr(block.experts if name == "act_fn" else block, name, value)
+    return block
+
+
+BAD_BLOCKS = {
+    "other": (
+        lambda: torch.nn.Linear(2, 2),
+        "edl::MoELayer.from_transformers: block must be the Mixture-of-Experts block of a Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE "
+        "model (got Linear)",
+    ),
+    "activation": (
+        lambda: mixtral_with(act_fn=torch.nn.GELU()),
+        "edl::MoELayer.from_transformers: the activation must be SiLU (got GELU)",
+    ),
+    "jitter": (
+        lambda: mixtral_with(jitter_noise=0.1),
+        "edl::MoELayer.from_transformers: router_jitter_noise must be 0, edl has none (got 0.1)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BLOCKS)
+def test_blocks_that_a_layer_cannot_express_are_refused(name):
+    make, sentence = BAD_BLOCKS[name]
+    with pytest.raises(ValueError) as error:
+        edl.MoELayer.from_transformers(make())
+    assert str(error.value) == sentence
+
+
+BAD_LAYERS = {
+    "unknown": ({}, "gpt", "family must be one of ['mixtral', 'qwen2_moe', 'qwen3_moe', 'olmoe'] (got 'gpt')"),
+    "sigmoid": ({"scores": "sigmoid"}, "olmoe", "a olmoe block cannot express the layer (got scores='sigmoid')"),
+    "bias": ({"expert_bias": True}, "olmoe", "a olmoe block cannot express the layer (got an expert bias)"),
+    "factor": (
+        {"routed_scaling_factor": 2.5},
+        "qwen3_moe",
+        "a qwen3_moe block cannot express the layer (got a routed_scaling_factor other than 1)",
+    ),
+    "unnormalised": (
+        {"normalize_top_k": False},
+        "mixtral",
+        "a mixtral block cannot express the layer (got weights that are not normalised)",
+    ),
+    "shared": ({"num_shared_experts": 1}, "mixtral", "a mixtral block cannot express the layer (got a shared expert)"),
+    "not-shared": ({}, "qwen2_moe", "a qwen2_moe block cannot express the layer (got no gated shared expert)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LAYERS)
+def test_layers_that_a_block_cannot_express_are_refused(name):
+    options, family, sentence = BAD_LAYERS[name]
+    with pytest.raises(ValueError) as error:
+        edl.MoELayer(16, 24, 6, 2, **options).to_transformers(family)
+    assert str(error.value) == f"edl::MoELayer.to_transformers: {sentence}"

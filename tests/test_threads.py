@@ -38,11 +38,25 @@ def test_bitwise_equal_for_any_number_of_threads_and_across_runs(sample):
             assert torch.equal(bits(actual), bits(expected)), f"{num_threads} threads"
 
 
+# Every operator's samples, and the numbers on which instruction sets are most likely to differ.
+ON_EVERY_INSTRUCTION_SET = [
+    "test_reference.py",
+    "ops/test_aggregate_routing.py::test_every_number_of_experts",
+    "ops/test_aggregate_routing.py::test_logits_of_large_magnitude",
+    "ops/test_aggregate_routing.py::test_a_counted_nan_reaches_its_segment_and_no_other",
+    "ops/test_aggregate_routing.py::test_every_16_bit_number_is_read_right",
+    "ops/test_aggregate_routing.py::test_gradients_are_rounded_to_16_bits_like_torch_does",
+    "ops/test_expert_divergence.py::test_from_nearly_equal_to_nearly_disjoint",
+    "test_near_equal_domains.py::test_divergence_of_given_sums_and_counts",
+]
+
+
 @pytest.mark.parametrize("capability", _build.instruction_sets)
 def test_every_instruction_set_gives_right_values_and_gradients(capability):
     tests = Path(__file__).parent
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not cuda", tests / "test_reference.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not cuda"]
+        + [str(tests / claim) for claim in ON_EVERY_INSTRUCTION_SET],
         capture_output=True,
         text=True,
         cwd=tests.parent,

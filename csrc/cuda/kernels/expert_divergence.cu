@@ -226,7 +226,7 @@ __device__ void write_gradient(
   loss.grad_sums[at] = grad_sum;
 }
 
-__global__ void __launch_bounds__(kThreads) divergence_gradients(DomainMoments moments, DivergenceLoss loss) {
+__global__ void __launch_bounds__(kThreads, 3) divergence_gradients(DomainMoments moments, DivergenceLoss loss) {
   __shared__ Slopes shared[kWarps][kWarp];
   const int64_t rows = moments.num_layers * moments.num_domains;
   if (blockIdx.x >= rows) { // the further block of a layer; not there for log_of_mean

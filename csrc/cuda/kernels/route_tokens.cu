@@ -266,7 +266,7 @@ __device__ void spread_over_chosen(
 }
 
 template <typename Storage>
-__global__ void __launch_bounds__(kMostWarps* kWarp, 4) spread_rows(GradientProblem<Storage> problem) {
+__global__ void __launch_bounds__(kMostWarps* kWarp, 3) spread_rows(GradientProblem<Storage> problem) {
   const int lane = threadIdx.x % kWarp;
   const int64_t t = static_cast<int64_t>(blockIdx.x) * kMostWarps + threadIdx.x / kWarp;
   if (t >= problem.num_tokens) {

@@ -11,7 +11,7 @@ MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export MAX_JOBS
 
 VENV := .venv
-VENV_PYTHON := $(CURDIR)/$(VENV)/bin/python
+VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install
 STAMPS := $(VENV)/stamps
 
@@ -40,7 +40,8 @@ $(STAMPS)/torch-wanted: always | $(VENV_PYTHON)
 	@echo "$(TORCH)" | cmp -s - $@ || echo "$(TORCH)" > $@
 
 $(STAMPS)/torch: $(STAMPS)/torch-wanted
-	$(PIP_INSTALL) $(TORCH) numpy 'setuptools>=77' wheel ninja
+	$(PIP_INSTALL) $(TORCH)
+	$(PIP_INSTALL) numpy 'setuptools>=77' wheel ninja
 	@touch $@
 
 $(STAMPS)/edl: setup.py pyproject.toml $(shell find csrc edl/share -type f) $(STAMPS)/torch

@@ -32,7 +32,7 @@ class BuildWithoutTorch(build_ext):
     """Says what to do where there is no torch; a source archive needs none."""
 
     def run(self):
-        sys.exit(f"{INSTALL_HINT} (no torch found in {sys.executable})")
+        sys.exit(f"{INSTALL_HINT} (without that option pip hides an installed torch from the build)")
 
 
 class MetadataWithoutTorch(dist_info):
@@ -160,7 +160,7 @@ def extensions():
         include_dirs=[str(ROOT / "csrc")],
         define_macros=macros,
         extra_compile_args=flags,
-        extra_link_args=["-Wl,-rpath,$ORIGIN/../../torch/lib", "-Wl,--no-undefined"],
+        extra_link_args=["-Wl,-soname,libedl.so", "-Wl,-rpath,$ORIGIN/../../torch/lib", "-Wl,--no-undefined"],
     )
     library.libraries.remove("torch_python")  # C++ programs need no Python
     facts = Extension(

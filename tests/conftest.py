@@ -75,10 +75,10 @@ def wheel(source_archive, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def installed(wheel, tmp_path_factory):
+def installed(wheel):
     """The Python of a new environment that sees this torch, with the wheel installed."""
-    folder = tmp_path_factory.mktemp("installed") / "venv"
-    venv.create(folder, with_pip=False, symlinks=True)
+    folder = ROOT / "build" / "installed"
+    venv.create(folder, with_pip=False, symlinks=True, clear=True)
     python = folder / "bin" / "python"
     site_packages = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
     (site_packages / "torch_of_the_tests.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")

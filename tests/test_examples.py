@@ -66,10 +66,12 @@ def test_torchscript(scripted_model):
 
 
 @pytest.fixture(scope="session")
-def cpp_programs(installed):
+def cpp_programs(installed, folder):
     """The programs of examples/libtorch, built on the wheel as it is installed in another environment."""
     build = ROOT / "build" / "examples-libtorch"
-    build_with_cmake(EXAMPLES / "libtorch", build, run(installed, "-c", "import edl; print(edl.cmake_prefix_path)").strip())
+    prefix_path = run(installed, "-c", "import edl; print(edl.cmake_prefix_path)", cwd=folder).strip()
+    assert prefix_path.startswith(str(installed.parents[1]))
+    build_with_cmake(EXAMPLES / "libtorch", build, prefix_path)
     return build
 
 

@@ -186,6 +186,22 @@ def test_updating_the_expert_bias_balances_a_skewed_router(scores):
     assert before > 0.5 and violation() < 0.15
 
 
+def update_on_one_rank(rank, folder, size):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    layers = [edl.MoELayer(8, 8, 3, 1, expert_bias=True) for _ in range(2)]
+    counts = [torch.tensor([4, 0, 2]), torch.tensor([0, 1, 1])] if rank == 0 else [torch.tensor([0, 4, 2]), torch.tensor([0, 3, 3])]
+    edl.update_expert_bias(layers, counts, rate=0.5, group=torch.distributed.group.WORLD)
+    torch.save([layer.expert_bias for layer in layers], f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_that_count_together_move_alike(tmp_path):
+    torch.multiprocessing.spawn(update_on_one_rank, (str(tmp_path), 2), nprocs=2)
+    for rank in range(2):
+        biases = torch.load(tmp_path / str(rank))
+        assert [bias.tolist() for bias in biases] == [[0, 0, 0], [0.5, -0.5, -0.5]]
+
+
 REFUSALS = {
     "no-layer": (
         lambda r: edl.load_balancing_loss([]),

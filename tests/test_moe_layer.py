@@ -114,8 +114,8 @@ def test_compile_fullgraph_with_dynamic_shapes(name):
 def test_experts_without_tokens_get_exact_zero_gradients():
     layer = make_layer("softmax")
     with torch.no_grad():
-        layer.router.weight[3:] = -layer.router.weight[:3].abs() - 1
-        layer.router.weight[:3] = layer.router.weight[:3].abs()
+        layer.router.weight[:3].abs_()
+        layer.router.weight[3:] = -1
     hidden = torch.rand(9, 16)
     output, routing = layer(hidden)
     assert routing.tokens_per_expert[3:].sum() == 0
@@ -155,6 +155,69 @@ def test_the_expert_bias_shifts_the_choice_and_no_weight():
     assert after.logits.equal(before.logits)
     scores = after.logits.sigmoid().gather(1, after.experts)
     torch.testing.assert_close(after.weights, 2.5 * scores / scores.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 1, 1), (8, 4, 2048, 8), (1, 1, 3, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_expert_many_experts_and_all_of_them(sizes, dtype):
+    layer = edl.MoELayer(*sizes, dtype=dtype)
+    hidden = torch.randn(3, 40, sizes[0]).to(dtype).transpose(0, 1).requires_grad_()  # not contiguous
+    output, routing = layer(hidden)
+    assert output.shape == hidden.shape and output.dtype == dtype and output.isfinite().all()
+    assert routing.logits.dtype == torch.float32
+    assert routing.tokens_per_expert.sum() == 120 * sizes[3]
+    output.float().square().sum().backward()
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in [hidden, *layer.parameters()])
+
+
+def test_layers_of_huge_logits_stay_finite():
+    layer = make_layer("softmax")
+    with torch.no_grad():
+        layer.router.weight.mul_(1e6)
+    output, routing = layer(torch.randn(30, 16))
+    (output.square().sum() + edl.load_balancing_loss(routing)).backward()
+    assert routing.weights.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_checkpointing_gives_the_same_gradients():
+    layer = make_layer("qwen2")
+    hidden = torch.randn(30, 16, requires_grad=True)
+
+    def total(result):
+        return result[0].square().sum() + edl.load_balancing_loss(result[1])
+
+    inputs = [hidden, *layer.parameters()]
+    expected = torch.autograd.grad(total(layer(hidden)), inputs)
+    checkpointed = torch.utils.checkpoint.checkpoint(layer, hidden, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(total(checkpointed), inputs), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_copies_and_state_dicts_carry_everything(name):
+    layer, other = make_layer(name), edl.MoELayer(16, 24, 6, 2, **LAYERS[name], device="meta").to_empty(device="cpu")
+    other.load_state_dict(layer.state_dict())
+    hidden = torch.randn(9, 16)
+    expected = output_of(layer(hidden))
+    assert output_of(other(hidden)).equal(expected)
+    assert output_of(copy.deepcopy(layer)(hidden)).equal(expected)
+    if name == "deepseek":
+        assert "expert_bias" in layer.state_dict()
+        with torch.device("meta"):
+            assert edl.MoELayer(16, 24, 6, 2, expert_bias=True).bfloat16().expert_bias.dtype == torch.float32
+
+
+def test_the_router_takes_the_type_it_is_told():
+    layer = make_layer("softmax", router_dtype=torch.bfloat16)
+    assert layer(torch.randn(3, 16))[1].logits.dtype == torch.bfloat16
+    assert layer.double()(torch.randn(3, 16, dtype=torch.float64))[1].logits.dtype == torch.float64
+    layer = make_layer("softmax").bfloat16()
+    assert layer(torch.randn(3, 16).bfloat16())[1].logits.dtype == torch.float32
+
+
+def test_it_says_what_it_is():
+    text = repr(make_layer("deepseek"))
+    for part in ("num_experts=6", "top_k=2", "scores='sigmoid'", "expert_bias=True", "(router): Router(", "(shared_expert): SharedExpert("):
+        assert part in text
 
 
 def test_reset_parameters():

@@ -7,6 +7,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "common/autocast.h"
 #include "common/dtypes.h"
 #include "common/errors.h"
@@ -246,8 +249,10 @@ at::Tensor expert_mlp_autograd(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down) {
-  const bool needs_gradient = at::GradMode::is_enabled() &&
-      (tokens.requires_grad() || weights.requires_grad() || gate_up.requires_grad() || down.requires_grad());
+  const std::initializer_list<at::Tensor> differentiable = {tokens, weights, gate_up, down};
+  const bool needs_gradient = std::any_of(differentiable.begin(), differentiable.end(), [](const at::Tensor& x) {
+    return (at::GradMode::is_enabled() && x.requires_grad()) || x._fw_grad(/*level=*/0).defined();
+  });
   if (!needs_gradient) { // nothing to save
     at::AutoDispatchBelowADInplaceOrView guard;
     return expert_mlp(tokens, weights, row_order, offsets, gate_up, down);

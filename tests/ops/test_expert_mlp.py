@@ -146,6 +146,32 @@ def test_autocast_casts_tokens_and_experts_and_leaves_the_routing_weights():
         assert ops.expert_mlp(*make()).dtype == torch.float64
 
 
+def test_forward_mode_is_refused_instead_of_dropping_the_tangent():
+    arguments = [x.detach() for x in make()]
+    with torch.autograd.forward_ad.dual_level():
+        arguments[4] = torch.autograd.forward_ad.make_dual(arguments[4], torch.ones_like(arguments[4]))
+        with pytest.raises(RuntimeError, match="jvp is not implemented"):
+            ops.expert_mlp(*arguments)
+
+
+def test_random_indices_are_refused_or_right_and_never_leave_the_tensors():
+    """Whatever row_order and offsets hold, nothing is read or written outside: it is a sentence or a finite result."""
+    arguments = [x.detach() for x in make(num_tokens=8)]
+    refused = 0
+    for _ in range(300):
+        row_order, offsets = arguments[2].clone(), arguments[3].clone()
+        for indices in (row_order, offsets):
+            position = torch.randint(len(indices), ())
+            indices[position] = torch.tensor([0, 1, 7, 15, 16, 17, -1, -(2**31), 2**31 - 1])[torch.randint(9, ())]
+        try:
+            output = ops.expert_mlp(*arguments[:2], row_order, offsets, *arguments[4:])
+            assert output.isfinite().all()
+        except IndexError as error:
+            assert str(error).startswith("edl::expert_mlp: ")
+            refused += 1
+    assert 100 < refused < 300
+
+
 def test_second_derivatives_are_refused():
     arguments = make()
     output = ops.expert_mlp(*arguments).square().sum()

@@ -16,10 +16,9 @@
 
 #include "common/dtypes.h"
 #include "common/errors.h"
+#include "common/tensors.h"
 #include "cpu/indices.h"
 #include "cpu/isa/aggregate_routing.h"
-#include "cpu/rows.h"
-#include "cpu/storage.h"
 
 namespace edl {
 namespace {

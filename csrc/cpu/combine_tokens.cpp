@@ -12,10 +12,9 @@
 #include <algorithm>
 
 #include "common/dtypes.h"
+#include "common/tensors.h"
 #include "cpu/isa/combine_tokens.h"
 #include "cpu/row_order.h"
-#include "cpu/rows.h"
-#include "cpu/storage.h"
 
 namespace edl {
 namespace {

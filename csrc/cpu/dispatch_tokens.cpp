@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/tensors.h"
 #include "cpu/row_order.h"
-#include "cpu/rows.h"
 
 namespace edl {
 namespace {

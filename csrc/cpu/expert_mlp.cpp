@@ -18,10 +18,9 @@
 
 #include "common/dtypes.h"
 #include "common/errors.h"
+#include "common/tensors.h"
 #include "cpu/isa/expert_mlp.h"
 #include "cpu/row_order.h"
-#include "cpu/rows.h"
-#include "cpu/storage.h"
 
 namespace edl {
 namespace {

@@ -11,9 +11,8 @@
 
 #include "common/dtypes.h"
 #include "common/errors.h"
+#include "common/tensors.h"
 #include "cpu/isa/route_tokens.h"
-#include "cpu/rows.h"
-#include "cpu/storage.h"
 
 namespace edl {
 namespace {

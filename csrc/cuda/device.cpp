@@ -10,23 +10,6 @@
 
 namespace edl {
 
-StorageType storage_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble:
-      return StorageType::float64;
-    case at::kBFloat16:
-      return StorageType::bfloat16;
-    case at::kHalf:
-      return StorageType::float16;
-    default:
-      return StorageType::float32;
-  }
-}
-
-at::Tensor with_dense_rows(const at::Tensor& matrix) {
-  return matrix.stride(1) == 1 || matrix.size(1) == 1 ? matrix : matrix.contiguous();
-}
-
 int64_t layers_of(const at::Tensor& tensor) {
   int64_t layers = 1;
   for (int64_t i = 0; i + 2 < tensor.dim(); ++i) {

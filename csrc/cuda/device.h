@@ -7,7 +7,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "cuda/kernels/storage.h"
+#include "common/tensors.h"
 
 namespace edl {
 
@@ -15,11 +15,6 @@ namespace edl {
 inline cudaStream_t stream_of(const at::Tensor& tensor) {
   return c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
 }
-
-StorageType storage_of(const at::Tensor& tensor);
-
-// Entries of a row stand side by side; rows may have any stride.
-at::Tensor with_dense_rows(const at::Tensor& matrix);
 
 // Leading dimensions of [..., *, *] folded into one.
 int64_t layers_of(const at::Tensor& tensor);

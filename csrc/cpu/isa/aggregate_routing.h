@@ -2,8 +2,8 @@
 
 #include <cstdint>
 
+#include "common/storage_type.h"
 #include "cpu/isa/dispatch.h"
-#include "cpu/isa/storage.h"
 
 namespace edl {
 

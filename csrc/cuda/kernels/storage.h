@@ -2,12 +2,11 @@
 
 #include <cstdint>
 
+#include "common/storage_type.h"
+
 namespace edl {
 
-// The element types that kernels read and write. 16-bit types are for storage: everything is computed in float32, float64
-// input in float64.
-enum class StorageType { float32, float64, bfloat16, float16 };
-
+// 16-bit types are for storage: everything is computed in float32, float64 input in float64.
 inline constexpr int64_t size_of(StorageType type) {
   return type == StorageType::float64 ? 8 : type == StorageType::float32 ? 4 : 2;
 }

@@ -2,7 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "cpu/isa/storage.h"
+#include "common/storage_type.h"
 
 namespace edl {
 
@@ -17,6 +17,11 @@ inline StorageType storage_of(const at::Tensor& tensor) {
     default:
       return StorageType::float32;
   }
+}
+
+// Rows may have any stride, entries of a row stand side by side.
+inline at::Tensor with_dense_rows(const at::Tensor& matrix) {
+  return matrix.stride(1) == 1 || matrix.size(1) == 1 ? matrix : matrix.contiguous();
 }
 
 } // namespace edl

@@ -2,7 +2,7 @@
 
 namespace edl {
 
-// The element types of a tensor that a loop reads or writes; loops are tables indexed by it.
+// The element types of a tensor that a loop or a kernel reads or writes. Without torch headers.
 enum class StorageType { float32, float64, bfloat16, float16 };
 inline constexpr int kStorageTypes = 4;
 

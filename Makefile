@@ -1,7 +1,8 @@
-# make venv    .venv with torch, the build tools and edl (editable)
-# make test    everything: pytest, with the C++ cases (Catch2) as items
-# make demo    pre-trains a small language model on real text; DATA=folder takes the sub-folders of your own text
-# make clean   back to a fresh clone
+# make venv        .venv with torch, the build tools and edl (editable)
+# make test        everything: pytest, with the C++ cases (Catch2) as items
+# make demo        pre-trains a small language model on real text; DATA=folder takes the sub-folders of your own text
+# make check-cuda  compiles every CUDA source with nvcc; needs no GPU
+# make clean       back to a fresh clone
 #
 # PYTHON makes .venv; TORCH is what pip installs there, options included; MAX_JOBS compilers run at once.
 PYTHON ?= python3
@@ -15,7 +16,7 @@ VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install
 STAMPS := $(VENV)/stamps
 
-.PHONY: venv test demo clean preconditions always
+.PHONY: venv test demo check-cuda clean preconditions always
 
 venv: $(STAMPS)/edl
 
@@ -24,6 +25,9 @@ test: $(STAMPS)/test
 
 demo: $(STAMPS)/demo
 	$(VENV_PYTHON) examples/pretrain/train.py $(if $(DATA),--data "$(DATA)")
+
+check-cuda: $(STAMPS)/torch
+	$(VENV_PYTHON) tools/check_cuda.py
 
 clean:
 	rm -rf $(VENV) build dist demo demo-text edl/include edl/lib edl/_build*.so *.egg-info .pytest_cache .hypothesis

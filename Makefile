@@ -2,6 +2,7 @@
 # make test        everything: pytest, with the C++ cases (Catch2) as items
 # make demo        pre-trains a small language model on real text; DATA=folder takes the sub-folders of your own text
 # make check-cuda  compiles every CUDA source with nvcc; needs no GPU
+# make gpu         on a CUDA machine: builds, tests, sanitises and measures with PYTHON and its torch, without network
 # make clean       back to a fresh clone
 #
 # PYTHON makes .venv; TORCH is what pip installs there, options included; MAX_JOBS compilers run at once.
@@ -16,7 +17,7 @@ VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install
 STAMPS := $(VENV)/stamps
 
-.PHONY: venv test demo check-cuda clean preconditions always
+.PHONY: venv test demo check-cuda gpu clean preconditions always
 
 venv: $(STAMPS)/edl
 
@@ -28,6 +29,10 @@ demo: $(STAMPS)/demo
 
 check-cuda: $(STAMPS)/torch
 	$(VENV_PYTHON) tools/check_cuda.py
+
+# PYTHON's own environment, which has the CUDA torch: no .venv.
+gpu:
+	$(PYTHON) tools/gpu.py
 
 clean:
 	rm -rf $(VENV) build dist demo demo-text edl/include edl/lib edl/_build*.so *.egg-info .pytest_cache .hypothesis

@@ -1,0 +1,286 @@
+"""Pre-trains a small byte-level Mixture-of-Experts model five times and compares what the experts learned.
+
+    python examples/pretrain/train.py --output demo
+
+All arms start from the same weights and see the same text in the same order; they differ in the loss alone.
+`--data` takes a folder whose sub-folders are domains of your own text; without it the text comes from Debian's
+documentation packages, or from the Python environment where Debian's tools are not installed.
+"""
+
+import argparse
+import copy
+import math
+import os
+import pathlib
+import statistics
+import sys
+import time
+from typing import NamedTuple
+
+import openmp  # noqa: F401  (before torch)
+
+import torch
+import torch.nn.functional as F
+import tqdm
+
+import data
+import edl
+import measures
+import model as models
+import report
+
+HELD_OUT_TOKENS = 72 * 1024  # in all domains together; what evaluation costs follows from it
+WARM_UP_SHARE = 0.08
+FINAL_LEARNING_RATE = 0.1  # share of the highest one
+
+
+class Arm(NamedTuple):
+    """One way to train: with or without expert divergence, on true or random labels, with or without the correction."""
+
+    key: str
+    title: str
+    meaning: str
+    divergence: bool = True
+    random_labels: bool = False
+    bias_correction: bool = False
+
+
+ARMS = (
+    Arm("baseline", "baseline", "no expert divergence, load balancing only.", divergence=False),
+    Arm("divergence", "expert divergence", "the loss of the paper, which pushes the routing of the domains apart."),
+    Arm(
+        "random",
+        "random labels",
+        "the same loss, but the labels are shuffled within each step; the control of the paper, which shows what the "
+        "loss does without knowing the domains.",
+        random_labels=True,
+    ),
+    Arm(
+        "corrected",
+        "bias-corrected",
+        "expert divergence on true labels, without the part that mere variety between sequences would earn.",
+        bias_correction=True,
+    ),
+    Arm(
+        "corrected_random",
+        "bias-corrected, random labels",
+        "that, on shuffled labels.",
+        random_labels=True,
+        bias_correction=True,
+    ),
+)
+
+
+class Result(NamedTuple):
+    """What became of an arm.
+
+    Attributes:
+        arm: Arm.
+        curves: name -> list of one value per step: `language_model` (bits per byte), `balance` (load balancing loss),
+            `divergence` (expert divergence loss on the arm's own labels; watched, not trained on, in the baseline) and
+            `domains` (mean Jensen-Shannon divergence between the true domains of the batch).
+        measures: measures.Measures.
+        step_seconds: median time of a training step.
+        loss_seconds: median time of the divergence loss in it, forward and backward; NaN where the arm has none.
+    """
+
+    arm: Arm
+    curves: dict
+    measures: measures.Measures
+    step_seconds: float
+    loss_seconds: float
+
+
+def main(arguments=None):
+    """Runs the demo; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that lacks a character should show a question mark
+    settings = parse(arguments)
+    torch.set_num_threads(settings.threads)
+    output = pathlib.Path(settings.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        domains = data.load(settings.data, settings.cache, settings.sequence_length)
+    except data.DataError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"Cannot write to or read from {error.filename}: {error.strerror}.", file=sys.stderr)
+        return 1
+    start = time.perf_counter()
+    results, sizes = compare(domains, settings)
+    run = report.Run(domains, settings, results, sizes, time.perf_counter() - start)
+    print(report.write(run, output))
+    return 0
+
+
+def parse(arguments):
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--data", default="", help="folder with a sub-folder of text per domain; or `debian`; or `python`"
+    )
+    parser.add_argument("--output", default="demo", help="folder for report.html, heatmaps.png and results.json")
+    parser.add_argument("--cache", default="demo-text", help="folder for downloaded packages")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, the data order and the random labels")
+    parser.add_argument("--threads", type=_positive, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--steps", type=_positive, default=250, help="per arm")
+    parser.add_argument("--batch-size", type=_positive, default=18, help="sequences per step")
+    parser.add_argument("--sequence-length", type=_positive, default=256, help="bytes")
+    parser.add_argument("--layers", type=_positive, default=2)
+    parser.add_argument("--hidden-size", type=_positive, default=96)
+    parser.add_argument("--intermediate-size", type=_positive, default=96, help="of an expert")
+    parser.add_argument("--experts", type=_positive, default=8)
+    parser.add_argument("--top-k", type=_positive, default=2, help="experts per token")
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--balance-weight", type=float, default=1e-2, help="alpha")
+    parser.add_argument("--divergence-weight", type=float, default=1e-2, help="beta")
+    settings = parser.parse_args(arguments)
+    if settings.top_k >= settings.experts:
+        parser.error("--top-k must be smaller than --experts, or there is nothing to choose")
+    if settings.hidden_size % 8:
+        parser.error("--hidden-size must be a multiple of 8 (four heads with an even number of channels)")
+    return settings
+
+
+def _positive(word):
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1 (got {number})")
+    return number
+
+
+def compare(domains, settings):
+    """Trains and measures every arm from the same start.
+
+    Arguments:
+        domains: list of D data.Domain.
+        settings: parsed command line.
+
+    Returns:
+        (list of Result, dict of sizes for the report).
+    """
+    batches = data.Batches(domains, settings.steps, settings.batch_size, settings.sequence_length, settings.seed)
+    number = max(8, HELD_OUT_TOKENS // (settings.sequence_length * len(domains)))
+    held_out, labels = data.held_out_sequences(domains, number, settings.sequence_length)
+    torch.manual_seed(settings.seed)
+    start = models.LanguageModel(
+        models.ModelSettings(
+            sequence_length=settings.sequence_length,
+            layers=settings.layers,
+            hidden_size=settings.hidden_size,
+            intermediate_size=settings.intermediate_size,
+            experts=settings.experts,
+            top_k=settings.top_k,
+        )
+    )
+    results = []
+    for place, arm in enumerate(ARMS, 1):
+        model = copy.deepcopy(start)
+        loss = edl.ExpertDivergenceLoss(len(domains), bias_correction=arm.bias_correction)
+        curves, step_seconds = train(model, loss, arm, batches, settings, f"{place}/{len(ARMS)} {arm.title}")
+        found = measures.measure(model, held_out, labels, len(domains))
+        loss_seconds = time_loss(model, loss, batches) if arm.divergence else math.nan
+        results.append(Result(arm, curves, found, step_seconds, loss_seconds))
+    sizes = {
+        "parameters": sum(parameter.numel() for parameter in start.parameters()),
+        "sequences per step": batches.labels.shape[1],
+        "training bytes per arm": batches.labels.numel() * settings.sequence_length,
+        "held-out sequences per domain": len(held_out) // len(domains),
+    }
+    return results, sizes
+
+
+def train(model, divergence_loss, arm, batches, settings, title):
+    """Trains a model for the fixed number of steps.
+
+    Arguments:
+        model: LanguageModel, changed in place.
+        divergence_loss: edl.ExpertDivergenceLoss.
+        arm: Arm.
+        batches: data.Batches.
+        settings: parsed command line.
+        title: words in front of the progress bar.
+
+    Returns:
+        (curves as in Result, median seconds per step).
+    """
+    optimizer, schedule = optimizer_for(model, settings)
+    curves = {"language_model": [], "balance": [], "divergence": [], "domains": []}
+    seconds = []
+    # Where nobody watches, one line now and then instead of ten a second.
+    patience = 0.1 if sys.stderr.isatty() else 20
+    with tqdm.trange(len(batches), desc=title, unit="step", mininterval=patience, dynamic_ncols=True) as progress:
+        for step in progress:
+            labels = (batches.random_labels if arm.random_labels else batches.labels)[step]
+            start = time.perf_counter()
+            sequences = batches.sequences(step)
+            logits, routings = model(sequences[:, :-1])
+            language_model = F.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten())
+            balance = edl.load_balancing_loss(routings)
+            total = language_model + settings.balance_weight * balance
+            with torch.set_grad_enabled(arm.divergence):
+                divergence = divergence_loss([routing.logits for routing in routings], labels)
+            if arm.divergence:
+                total = total + settings.divergence_weight * divergence
+            optimizer.zero_grad()
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            seconds.append(time.perf_counter() - start)
+
+            curves["language_model"].append(language_model.item() / math.log(2))
+            curves["balance"].append(balance.item())
+            curves["divergence"].append(divergence.item())
+            curves["domains"].append(divergence_of_true_domains(routings, batches.labels[step], len(batches.domains)))
+            progress.set_postfix(latest(curves), refresh=False)
+    return curves, statistics.median(seconds)
+
+
+def latest(curves):
+    """Returns the newest values for the progress bar."""
+    return {
+        "bits/byte": f"{curves['language_model'][-1]:.2f}",
+        "balance": f"{curves['balance'][-1]:.2f}",
+        "divergence": f"{curves['domains'][-1]:.3f}",
+    }
+
+
+def optimizer_for(model, settings):
+    """Returns AdamW and the schedule of its learning rate."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_at(step, settings.steps))
+
+
+def learning_rate_at(step, steps):
+    """Returns the share of the highest learning rate: a linear rise, then half a cosine down to a tenth."""
+    rise = max(1, round(WARM_UP_SHARE * steps))
+    if step < rise:
+        return (step + 1) / rise
+    done = (step - rise) / max(1, steps - rise)
+    return FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * (1 + math.cos(math.pi * done)) / 2
+
+
+@torch.no_grad()
+def divergence_of_true_domains(routings, labels, num_domains):
+    """Returns the mean divergence between the domains that a batch holds, over pairs and layers."""
+    probabilities = torch.stack([routing.logits.softmax(dim=-1) for routing in routings])
+    divergence = measures.domain_divergence(probabilities, labels, num_domains)
+    present = labels.unique()
+    first, second = torch.triu_indices(len(present), len(present), offset=1)
+    return divergence[:, present[first], present[second]].mean().item()
+
+
+def time_loss(model, divergence_loss, batches):
+    """Returns the seconds that the divergence loss takes on the model's own router logits."""
+    with torch.no_grad():
+        _, routings = model(batches.sequences(0)[:, :-1])
+    return measures.seconds_of_loss(divergence_loss, [routing.logits for routing in routings], batches.labels[0])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -66,13 +66,13 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     tiny = torch.finfo(p.dtype).tiny
     u = (p - q) / (p + q).clamp(min=tiny)
     series = torch.zeros_like(u)
-    for n in range(1, 9):
+    for n in range(1, 17):
         series = series + u.square() ** n / (n * (2 * n - 1))
     log_mean = mean.clamp(min=tiny).log()
     log_p = (p.clamp(min=tiny).log() - log_mean).clamp(min=LOWEST_LOG_RATIO)
     log_q = (q.clamp(min=tiny).log() - log_mean).clamp(min=LOWEST_LOG_RATIO)
     # The slopes are dD/dp = log(p / mean) / 2: the logarithms' own derivatives cancel, and have no place where p is 0.
-    terms = torch.where(u.abs() < 0.1, mean * series, p * log_p.detach() + q * log_q.detach())
+    terms = torch.where(u.abs() < 0.3, mean * series, p * log_p.detach() + q * log_q.detach())
     return terms.sum() / 2
 
 

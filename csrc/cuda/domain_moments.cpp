@@ -75,8 +75,8 @@ at::Tensor domain_moments_backward_cuda(
     const at::Tensor& segment_sums,
     const at::Tensor& segment_counts,
     const at::Tensor& labels) {
+  check_domain_moments_backward(grad_sums, grad_squares, segment_sums, segment_counts, labels);
   const int64_t num_domains = grad_sums.size(-2);
-  check_domain_moments(segment_sums, segment_counts, labels, num_domains);
   const c10::cuda::CUDAGuard guard(segment_sums.device());
   const DenseSegments dense(segment_sums, segment_counts, labels);
   at::Tensor grad_segment_sums = at::empty(dense.sums.sizes(), dense.sums.options());

@@ -7,7 +7,7 @@
 //    the gradient needs that sum first, so `divergence_losses` runs in between.
 // With m = (p + q)/2 and u = (p - q)/(p + q), as on the CPU:
 //   D = 1/2 Σ m φ(u),  φ(u) = (1+u) log(1+u) + (1-u) log(1-u) = Σ_n u^2n / (n (2n - 1)),  dD/dp = 1/2 log(p/m);
-// the series where |u| < 0.1, where the logarithms cancel; a log ratio is at least log(2^-126), so that a probability of zero
+// the series where |u| < 0.3, where the logarithms cancel; a log ratio is at least log(2^-126), so that a probability of zero
 // has a finite slope. Cost: D²/2 pairs of 2 E logarithms, D² E for the gradient.
 #include "cuda/kernels/expert_divergence.h"
 
@@ -21,6 +21,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr double kSmallest = std::numeric_limits<double>::min();
 constexpr double kLowestLogRatio = -87.33654475055310; // log(2^-126)
+constexpr double kSeriesBelow = 0.09; // of u²: above it the logarithms cancel little
 
 // Written so that a NaN count takes part and shows.
 __device__ inline bool takes_part(double count, bool with_variance) {
@@ -41,16 +42,15 @@ __device__ inline double spread_of(double sum, double square, double count) {
   return variance < 0 ? 0.0 : variance / count; // below 0 by rounding alone
 }
 
-// φ(u) / u² for u² < 0.01.
+// φ(u) / u² for u² < kSeriesBelow: Σ_n s^(n-1) / (n (2n - 1)), s = u².
 __device__ inline double series(double s) {
-  double sum = 1.0 / 120;
-  sum = sum * s + 1.0 / 91;
-  sum = sum * s + 1.0 / 66;
-  sum = sum * s + 1.0 / 45;
-  sum = sum * s + 1.0 / 28;
-  sum = sum * s + 1.0 / 15;
-  sum = sum * s + 1.0 / 6;
-  return sum * s + 1.0;
+  constexpr int kTerms = 14;
+  double sum = 0;
+#pragma unroll
+  for (int n = kTerms; n > 0; --n) {
+    sum = sum * s + 1.0 / (n * (2 * n - 1));
+  }
+  return sum;
 }
 
 // (p - q) / (p + q); NaN for a negative p or q, which is no probability.
@@ -58,17 +58,21 @@ __device__ inline double asymmetry(double p, double q) {
   return p < 0 || q < 0 ? kNan<double> : (p - q) / at_least(p + q, kSmallest);
 }
 
-// log(p / m), accurate near 0.
+// log(p / m), accurate near 0. A probability below the smallest normal number counts as that number.
 __device__ inline double log_ratio(double p, double q) {
   const double u = asymmetry(p, q);
-  return u * u < 0.01 ? log1p(u) : at_least(log(p / (0.5 * (p + q))), kLowestLogRatio) + 0 * u;
+  if (u * u < kSeriesBelow && p >= kSmallest && q >= kSmallest) {
+    return log1p(u);
+  }
+  const double ratio = at_least(p, kSmallest) / at_least(0.5 * (p + q), kSmallest);
+  return at_least(log(ratio), kLowestLogRatio) + 0 * u; // keeps a NaN
 }
 
 // The term of one expert in 2 D.
 __device__ inline double divergence_term(double p, double q) {
   const double u = asymmetry(p, q);
   const double s = u * u;
-  return s < 0.01 ? 0.5 * (p + q) * s * series(s) : p * log_ratio(p, q) + q * log_ratio(q, p);
+  return s < kSeriesBelow ? 0.5 * (p + q) * s * series(s) : p * log_ratio(p, q) + q * log_ratio(q, p);
 }
 
 // One over 8 m; an expert that neither domain uses has no variance either.

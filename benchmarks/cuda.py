@@ -1,0 +1,134 @@
+"""The operators on a CUDA device, as a training step runs them: inside a CUDA graph, over buffers larger than the caches.
+
+    python benchmarks/cuda.py [--save benchmarks/results/NAME.md]
+
+First table: the three operators of the loss, forward and backward, from ready segment ids (64 segments, 49 domains), beside
+the floor: the bytes of one read and one write of the routing at the copy bandwidth measured in this run. Second: the experts,
+forward and backward, in TFLOP/s, where one kernel serves all of them.
+"""
+
+import argparse
+from typing import Callable
+
+import torch
+from measure import markdown_table, report
+from torch import Tensor
+
+from edl import ops
+
+SEGMENTS, DOMAINS = 64, 49
+LOSS_SHAPES = [(8192, 128), (32768, 128), (131072, 128), (1048576, 128)]
+EXPERT_SHAPES = {"OLMoE": (2048, 1024, 64, 8), "Qwen3-30B-A3B": (2048, 768, 128, 8)}  # H, I, E, K
+CACHE_BYTES = 256 << 20  # work on more than this, so that nothing stays in the caches
+DEVICE = torch.device("cuda")
+
+
+def microseconds(function: Callable[[], object], replays: int = 20) -> float:
+    """Median time of a graph of the function."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    times = []
+    for _ in range(replays + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return sorted(times[3:])[replays // 2]
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by torch's copy."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (microseconds(lambda: target.copy_(source)) * 1e-6)
+
+
+def loss_of(routing: Tensor, ids: Tensor, labels: Tensor, scores: str) -> Tensor:
+    sums, counts = ops.aggregate_routing(routing, ids, SEGMENTS, scores)
+    moments = ops.domain_moments(sums, counts, labels, DOMAINS, False)
+    return ops.expert_divergence(*moments, 1e-6, "mean_of_logs", False)
+
+
+def measure_loss(shape: tuple[int, int], dtype: torch.dtype, scores: str, bandwidth: float) -> list[str]:
+    """One row: microseconds of a step and of its first operator alone, and the floor."""
+    num_tokens, num_experts = shape
+    size = num_tokens * num_experts * dtype.itemsize
+    copies = max(1, CACHE_BYTES // size)
+    logits = [torch.randn(num_tokens, num_experts, device=DEVICE) * 2 for _ in range(copies)]
+    leaves = [(x.softmax(dim=1) if scores == "none" else x).to(dtype).requires_grad_() for x in logits]
+    ids = torch.arange(num_tokens, device=DEVICE) * SEGMENTS // num_tokens
+    labels = torch.arange(SEGMENTS, device=DEVICE) % DOMAINS
+
+    def step() -> None:
+        for leaf in leaves:
+            torch.autograd.grad(loss_of(leaf, ids, labels, scores), leaf)
+
+    def first_operator() -> None:
+        for leaf in leaves:
+            ops.aggregate_routing(leaf.detach(), ids, SEGMENTS, scores)
+
+    reads = 1 if scores == "none" else 2  # the backward pass needs the logits again
+    floor = (reads + 1) * size / bandwidth * 1e6
+    total, first = microseconds(step) / copies, microseconds(first_operator) / copies
+    name = f"{str(dtype).removeprefix('torch.')}, {scores}"
+    return [str(num_tokens), name, f"{floor:.1f}", f"{total:.1f} ({total / floor:.1f}x)", f"{first:.1f}"]
+
+
+def measure_experts(name: str, num_tokens: int) -> list[str]:
+    """One row: TFLOP/s of the experts alone, forward, and forward with backward."""
+    hidden, intermediate, num_experts, top_k = EXPERT_SHAPES[name]
+
+    def normal(*shape: int) -> Tensor:
+        return (torch.randn(shape, device=DEVICE) * shape[-1] ** -0.5).to(torch.bfloat16).requires_grad_()
+
+    tokens, gate_up = normal(num_tokens, hidden), normal(num_experts, 2 * intermediate, hidden)
+    down = normal(num_experts, hidden, intermediate)
+    weights, experts = ops.route_tokens(torch.randn(num_tokens, num_experts, device=DEVICE), top_k, "softmax")
+    row_order, offsets = ops.sort_by_expert(experts, num_experts)
+    leaves = [tokens, weights.requires_grad_(), gate_up, down]
+    upstream = torch.randn_like(tokens)
+
+    def forward() -> Tensor:
+        return ops.expert_mlp(tokens, weights, row_order, offsets, gate_up, down)
+
+    def both() -> None:
+        torch.autograd.grad(forward(), leaves, upstream)
+
+    operations = 6 * num_tokens * top_k * hidden * intermediate
+    with torch.no_grad():
+        once = microseconds(forward)
+    return [name, str(num_tokens), f"{operations / once * 1e-6:.0f}", f"{3 * operations / microseconds(both) * 1e-6:.0f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--save", help="also write the report to this file")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    kinds = [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.float32, "softmax"), (torch.bfloat16, "softmax")]
+    losses = markdown_table(
+        ["T", "routing", "floor µs", "three operators", "aggregate_routing forward"],
+        [measure_loss(shape, *kind, bandwidth) for shape in LOSS_SHAPES for kind in kinds],
+    )
+    tables = [f"Loss, forward + backward, E = 128, copies at {bandwidth / 1e12:.2f} TB/s:\n\n{losses}"]
+    if torch.cuda.get_device_capability()[0] in (9, 10):
+        experts = markdown_table(
+            ["experts", "T", "forward TFLOP/s", "with backward"],
+            [measure_experts(name, num_tokens) for name in EXPERT_SHAPES for num_tokens in (8192, 32768)],
+        )
+        tables.append(f"Experts, bfloat16:\n\n{experts}")
+    report("Operators under a CUDA graph", DEVICE, tables, arguments.save)
+
+
+if __name__ == "__main__":
+    main()

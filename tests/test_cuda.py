@@ -1,0 +1,337 @@
+"""What only a CUDA device can show: graphs, streams, the same bits every time, values that no kernel can refuse, and sizes at
+which the kernels change their plan. Everything else runs on CUDA through the `device` fixture of the other tests."""
+
+import math
+
+import pytest
+import torch
+
+import edl
+from edl import ops, reference
+from samples import REFUSALS, operator
+from support import as_tuple, cotangents, first_samples, with_gradients
+from tolerances import assert_close, tolerance
+
+pytestmark = pytest.mark.cuda
+CUDA = torch.device("cuda")
+
+
+def has_grouped_kernel() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
+
+
+needs_grouped_kernel = pytest.mark.skipif(not has_grouped_kernel(), reason="needs compute capability 9 or 10")
+
+
+# ---- CUDA graphs ----
+
+
+def capture(function):
+    """A graph of `function`, and the outputs that its replays write."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+    return graph, outputs
+
+
+def forward_and_backward(function, leaves, grads):
+    """Outputs, and gradients of those leaves that have one."""
+    outputs = as_tuple(function(*leaves))
+    pairs = [(y, g) for y, g in zip(outputs, grads) if y.requires_grad]
+    inputs = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
+    found = torch.autograd.grad([y for y, _ in pairs], inputs, [g for _, g in pairs]) if pairs else ()
+    return [x.detach() for x in (*outputs, *found)]
+
+
+def assert_replays_follow_inputs(function, leaves):
+    """The graph of forward and backward, replayed on rolled inputs, gives the bits of eager calls."""
+    grads = [g.to(CUDA) for g in cotangents(as_tuple(function(*leaves)))]
+    graph, captured = capture(lambda: forward_and_backward(function, leaves, grads))
+    for _ in range(3):
+        with torch.no_grad():
+            for x in leaves:
+                if isinstance(x, torch.Tensor) and x.dim() > 0:
+                    x.copy_(x.roll(1, 0))
+        graph.replay()
+        for replayed, eager in zip(captured, forward_and_backward(function, leaves, grads), strict=True):
+            assert torch.equal(replayed.nan_to_num(), eager.nan_to_num()) and replayed.isnan().equal(eager.isnan())
+
+
+@pytest.mark.parametrize("sample", [s for s in first_samples(2) if s.op != "expert_mlp"], ids=str)
+def test_graphs_replay_with_changed_inputs(sample):
+    arguments = [x.clone() if isinstance(x, torch.Tensor) else x for x in sample.arguments(CUDA)]
+    assert_replays_follow_inputs(operator(sample.op), with_gradients(sample, arguments))
+
+
+def experts_arguments(num_tokens=300, hidden_size=64, intermediate_size=40, num_experts=9, top_k=3, dtype=torch.bfloat16):
+    """Arguments of expert_mlp on CUDA: some experts have no tokens, some slots no expert."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(shape, generator=generator) * scale).to(CUDA, dtype).requires_grad_()
+
+    experts = torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1)[:, :top_k]
+    experts[experts == 2] = num_experts  # nobody chooses expert 2
+    weights = torch.rand(num_tokens, top_k, generator=generator).to(CUDA).requires_grad_()
+    row_order, offsets = ops.sort_by_expert(experts.to(CUDA), num_experts)
+    gate_up = normal(num_experts, 2 * intermediate_size, hidden_size, scale=hidden_size**-0.5)
+    down = normal(num_experts, hidden_size, intermediate_size, scale=intermediate_size**-0.5)
+    return [normal(num_tokens, hidden_size), weights, row_order, offsets, gate_up, down]
+
+
+@needs_grouped_kernel
+def test_graph_of_the_experts():
+    arguments = experts_arguments()
+    moved = {0, 1}  # the index space and the experts stay
+    function = lambda tokens, weights: ops.expert_mlp(tokens, weights, *arguments[2:])  # noqa: E731
+    assert_replays_follow_inputs(function, [arguments[i] for i in moved])
+
+
+def test_experts_without_a_grouped_kernel_refuse_a_graph():
+    arguments = experts_arguments(dtype=torch.float32)
+    with pytest.raises((ValueError, RuntimeError), match="edl::expert_mlp: a CUDA graph can capture the experts only where"):
+        capture(lambda: ops.expert_mlp(*arguments))
+    torch.cuda.synchronize()
+
+
+def test_reduce_overhead_of_the_loss():
+    module = edl.ExpertDivergenceLoss(num_domains=3)
+    compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
+    labels = torch.arange(12, device=CUDA) % 3
+    for step in range(4):
+        logits = torch.randn(12 * 16, 8, device=CUDA)
+        eager, graphed = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        torch.compiler.cudagraph_mark_step_begin()
+        actual, expected = compiled(graphed, labels), module(eager, labels)
+        actual.backward()
+        expected.backward()
+        assert_close(actual, expected.double(), tolerance(torch.float32, 16))
+        assert_close(graphed.grad, eager.grad.double(), tolerance(torch.float32, 16))
+
+
+# ---- reproducible ----
+
+
+def repeat(function, leaves, times=20):
+    grads = [g.to(CUDA) for g in cotangents(as_tuple(function(*leaves)))]
+    first = forward_and_backward(function, leaves, grads)
+    side = torch.cuda.Stream()
+    busy = torch.randn(512, 512, device=CUDA)
+    for _ in range(times):
+        with torch.cuda.stream(side):  # blocks are dealt out differently beside other work
+            busy @ busy
+        for once, again in zip(first, forward_and_backward(function, leaves, grads), strict=True):
+            assert once.equal(again)
+
+
+@pytest.mark.parametrize("order", ["runs", "shuffled"])
+@pytest.mark.parametrize("scores", ["softmax", "none"])
+def test_sums_have_the_same_bits_every_time(scores, order):
+    ids = torch.randint(-1, 50, (70000,), device=CUDA)
+    ids = ids.sort().values if order == "runs" else ids
+    routing = torch.randn(70000, 64, device=CUDA).softmax(dim=1).requires_grad_()
+    repeat(lambda x: ops.aggregate_routing(x, ids, 50, scores), [routing])
+
+
+@pytest.mark.parametrize("reduction, corrected", [("mean_of_logs", False), ("log_of_mean", False), ("mean_of_logs", True)])
+def test_loss_has_the_same_bits_every_time(reduction, corrected):
+    sums = torch.rand(2, 400, 64, device=CUDA)
+    counts = torch.full((2, 400), 1.0, device=CUDA)
+    labels = torch.randint(-1, 30, (400,), device=CUDA)
+
+    def loss(segment_sums):
+        moments = ops.domain_moments(segment_sums, counts, labels, 30, corrected)
+        return ops.expert_divergence(*moments, 1e-6, reduction, corrected)
+
+    repeat(loss, [sums.requires_grad_()])
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_routing_has_the_same_bits_every_time(scores):
+    logits = torch.randn(5000, 96, device=CUDA).round(decimals=1).requires_grad_()  # with ties
+
+    def route(x):
+        weights, experts = ops.route_tokens(x, 6, scores)
+        return weights, experts, *ops.sort_by_expert(experts, 96)
+
+    repeat(route, [logits])
+
+
+# ---- wrong values ----
+
+
+@pytest.mark.parametrize("refusal", [r for r in REFUSALS if r.by_value], ids=str)
+def test_checked_values_are_refused_with_the_sentence_of_the_cpu(refusal, monkeypatch):
+    monkeypatch.setenv("EDL_CHECK", "1")
+    with pytest.raises(refusal.error) as error:
+        operator(refusal.op)(*refusal.arguments(CUDA))
+    assert str(error.value).startswith(refusal.sentence)
+
+
+def test_checking_is_refused_while_a_graph_is_captured(monkeypatch):
+    routing, ids = torch.randn(8, 4, device=CUDA), torch.zeros(8, dtype=torch.int64, device=CUDA)
+    ops.aggregate_routing(routing, ids, 1)
+    monkeypatch.setenv("EDL_CHECK", "1")
+    with pytest.raises((ValueError, RuntimeError), match="edl::aggregate_routing: EDL_CHECK=1 reads values on the host"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            ops.aggregate_routing(routing, ids, 1)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("bad", [-2, 3, 2**33])
+@pytest.mark.parametrize("num_tokens", [5, 70000])
+def test_a_wrong_segment_makes_sums_counts_and_gradients_nan(num_tokens, bad):
+    routing = torch.randn(num_tokens, 6, device=CUDA)
+    ids = torch.zeros(num_tokens, dtype=torch.int64, device=CUDA)
+    ids[num_tokens // 2] = bad
+    sums, counts = ops.aggregate_routing(routing, ids, 3)
+    assert sums.isnan().all() and counts.isnan().all()
+    grad = torch.ops.edl._aggregate_routing_backward(torch.ones(3, 6, device=CUDA), routing, ids, "none")
+    assert grad.isnan().all(dim=1).nonzero().flatten().tolist() == [num_tokens // 2]
+
+
+@pytest.mark.parametrize("bad", [-2, 3])
+def test_a_wrong_label_makes_the_loss_nan(bad):
+    module = edl.ExpertDivergenceLoss(num_domains=3)
+    labels = torch.tensor([0, 1, 2, bad], device=CUDA)
+    assert module(torch.randn(4, 5, 8, device=CUDA), labels).isnan()
+    assert module(torch.randn(4, 5, 8, device=CUDA), labels.unsqueeze(1).expand(4, 5)).isnan()
+
+
+def test_a_wrong_expert_makes_its_token_nan():
+    tokens, experts = torch.randn(3, 8, device=CUDA), torch.tensor([[0, 1], [7, 1], [1, 0]], device=CUDA)
+    row_order, offsets = ops.sort_by_expert(experts, 2)
+    gate_up, down = torch.randn(2, 16, 8, device=CUDA), torch.randn(2, 8, 8, device=CUDA)
+    output = ops.expert_mlp(tokens, torch.ones(3, 2, device=CUDA), row_order, offsets, gate_up, down)
+    assert output.isnan().all(dim=1).tolist() == [False, True, False]
+    assert output[[0, 2]].isfinite().all()
+
+
+def test_more_experts_than_shared_memory_holds_are_refused():
+    with pytest.raises(ValueError, match="edl::route_tokens: on CUDA the number of experts must be at most"):
+        ops.route_tokens(torch.zeros(1, 20000, device=CUDA), 1, "softmax")
+    with pytest.raises(ValueError, match="edl::sort_by_expert: on CUDA num_experts must be at most"):
+        ops.sort_by_expert(torch.zeros(1, 1, dtype=torch.int64, device=CUDA), 20000)
+
+
+# ---- sizes at which the kernels change their plan ----
+
+ORDERS = {
+    "runs": lambda t, s: torch.arange(t) * s // t,
+    "interleaved": lambda t, s: torch.arange(t) % s,
+    "shuffled": lambda t, s: torch.randint(-1, s, (t,)),
+    "falling": lambda t, s: s - 1 - torch.arange(t) * s // t,
+    "padded": lambda t, s: (torch.arange(t) * s // t).masked_fill(torch.arange(t) % 100 < 9, -1),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
+@pytest.mark.parametrize("num_tokens", [63, 64, 65, 16384, 16385, 65536, 65537, 300001])
+@pytest.mark.parametrize("num_segments", [1, 7, 64, 3000])
+def test_sums_at_every_chunk_size(num_segments, num_tokens, order):
+    ids = order(num_tokens, num_segments).to(CUDA)
+    for num_experts, dtype, scores in ((128, torch.float32, "none"), (20, torch.bfloat16, "softmax")):
+        logits = torch.randn(num_tokens, num_experts, device=CUDA)
+        routing = (logits.softmax(dim=1) if scores == "none" else logits).to(dtype)
+        sums, counts = ops.aggregate_routing(routing, ids, num_segments, scores)
+        expected, expected_counts = reference.aggregate_routing(routing.double(), ids, num_segments, scores)
+        # Accumulated in float32 over a chunk at most, then in float64.
+        assert_close(sums, expected, tolerance(torch.float32, 256))
+        assert counts.double().equal(expected_counts)
+
+
+def test_more_than_2_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free device memory")
+    torch.use_deterministic_algorithms(False)  # poisoning the memory would take longer than the test
+    num_tokens, num_experts = 2**23 + 5, 512  # 2^32 elements
+    routing = torch.zeros(num_tokens, num_experts, dtype=torch.bfloat16, device=CUDA)
+    routing[-1] = 1
+    ids = torch.zeros(num_tokens, dtype=torch.int32, device=CUDA)
+    ids[-1] = 1
+    sums, counts = ops.aggregate_routing(routing, ids, 2, "none")
+    assert counts.tolist() == [num_tokens - 1, 1]
+    assert (sums[0] == 0).all() and (sums[1] == 1).all()
+    grad_sums = torch.tensor([[0.0], [1.0]], device=CUDA).expand(2, num_experts)
+    grad = torch.ops.edl._aggregate_routing_backward(grad_sums, routing, ids, "none")
+    assert (grad[-1] == 1).all() and not grad[:-1].any()
+
+
+@pytest.mark.parametrize("num_experts", [1, 8, 128, 1000])
+@pytest.mark.parametrize("num_slots", [1, 1023, 1024, 1025, 300000])
+def test_sort_at_every_number_of_chunks(num_slots, num_experts):
+    experts = torch.randint(0, num_experts + 1, (num_slots, 1), device=CUDA)
+    row_order, offsets = ops.sort_by_expert(experts, num_experts)
+    assert row_order.equal(experts.flatten().argsort(stable=True).int())
+    assert offsets.equal((experts.flatten()[None] < torch.arange(num_experts + 1, device=CUDA)[:, None]).sum(1).int())
+
+
+# ---- experts ----
+
+
+@needs_grouped_kernel
+@pytest.mark.parametrize("num_tokens", [1, 9, 300, 4000])
+@pytest.mark.parametrize("hidden_size, intermediate_size", [(8, 8), (64, 40), (256, 512)])
+def test_grouped_experts_against_float64(hidden_size, intermediate_size, num_tokens):
+    arguments = experts_arguments(num_tokens, hidden_size, intermediate_size)
+    doubles = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in arguments]
+    grads = [torch.randn(num_tokens, hidden_size, device=CUDA, dtype=torch.bfloat16)]
+    actual = forward_and_backward(ops.expert_mlp, arguments, grads)
+    expected = forward_and_backward(reference.expert_mlp, doubles, [grads[0].double()])
+    # The rows between the products are stored in bfloat16: four roundings on the longest way.
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, other, 4 * tolerance(torch.bfloat16, num_tokens + hidden_size))
+    offsets = arguments[3].tolist()
+    for e in range(len(offsets) - 1):
+        if offsets[e] == offsets[e + 1]:
+            assert (actual[3][e] == 0).all() and (actual[4][e] == 0).all()
+
+
+@needs_grouped_kernel
+def test_grouped_experts_do_not_wait_for_the_device():
+    arguments = experts_arguments()
+    gradient = torch.ones_like(arguments[0])
+    forward_and_backward(ops.expert_mlp, arguments, [gradient])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        forward_and_backward(ops.expert_mlp, arguments, [gradient])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("sample", [s for s in first_samples() if s.op != "expert_mlp"], ids=str)
+def test_no_operator_waits_for_the_device(sample):
+    leaves = with_gradients(sample, sample.arguments(CUDA))
+    grads = [g.to(CUDA) for g in cotangents(as_tuple(operator(sample.op)(*leaves)))]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        forward_and_backward(operator(sample.op), leaves, grads)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_operators_follow_the_current_stream():
+    routing = torch.zeros(50000, 64, device=CUDA)
+    ids = torch.zeros(50000, dtype=torch.int64, device=CUDA)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # whoever does not queue behind this reads zeros
+        routing.fill_(1.0)
+        sums, counts = ops.aggregate_routing(routing, ids, 1, "none")
+    torch.cuda.current_stream().wait_stream(stream)
+    assert (sums == 50000).all() and counts.item() == 50000
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_operators_run_on_the_device_of_their_arguments():
+    other = torch.device("cuda:1")
+    sums, _ = ops.aggregate_routing(torch.ones(9, 4, device=other), torch.zeros(9, dtype=torch.int32, device=other), 1, "none")
+    assert sums.device == other and math.isclose(sums.sum().item(), 36)
+
+

@@ -57,7 +57,7 @@ $(STAMPS)/edl: setup.py pyproject.toml $(shell find csrc edl/share -type f) $(ST
 	$(PIP_INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(STAMPS)/test: tests/requirements.txt $(STAMPS)/edl
+$(STAMPS)/test: tests/requirements.txt examples/pretrain/requirements.txt $(STAMPS)/edl
 	$(PIP_INSTALL) --requirement tests/requirements.txt
 	@touch $@
 

@@ -23,6 +23,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL_SECONDS = 570  # for everything: a call of this script ends within ten minutes
+SLOW_TESTS = ["aoti", "cmake_config", "cpp", "examples", "packaging", "pretrain_example", "setup"]  # they say little of the device
 
 
 @dataclass
@@ -60,8 +61,8 @@ def build() -> Stage:
     return Stage("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 240, environment)
 
 
-def pytest(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", *arguments]
+def pytest(marks: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "-m", marks, "-p", "no:cacheprovider", *arguments]
 
 
 def sanitizer_stages() -> list[Stage]:
@@ -69,7 +70,7 @@ def sanitizer_stages() -> list[Stage]:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         return []
-    tests = pytest("tests/test_reference.py", "-x")
+    tests = pytest("cuda", "tests/test_reference.py")
 
     def check(tool: str, seconds: int) -> Stage:
         command = [sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "99", *tests]
@@ -81,13 +82,15 @@ def sanitizer_stages() -> list[Stage]:
 def stages(output: Path, device: str) -> list[Stage]:
     """Everything after the build, what matters most first."""
     python = sys.executable
-    side_by_side = ["-n", "6"] if importlib.util.find_spec("xdist") else []
+    side_by_side = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    slow = [f"--ignore=tests/test_{name}.py" for name in SLOW_TESTS]
     operators = [python, "benchmarks/cuda.py", "--save", str(output / f"operators-{device}.md")]
     loss = [python, "benchmarks/loss.py", "--device", "cuda", "--save", str(output / f"loss-{device}.md")]
     return [
-        Stage("tests", pytest(*side_by_side), 150),
+        Stage("tests", pytest("cuda", *side_by_side), 150),
         Stage("benchmark of the operators", operators, 60),
         *sanitizer_stages(),
+        Stage("quick tests without the device", pytest("not cuda and not network", *side_by_side, *slow), 60),
         Stage("benchmark of the loss", loss, 100),
     ]
 

@@ -1,9 +1,11 @@
 """What all tests share: poisoned memory, devices, seeds, and the packages that a user would install."""
 
+import atexit
 import os
 import shutil
 import sys
 import tarfile
+import tempfile
 import venv
 from pathlib import Path
 
@@ -15,6 +17,9 @@ from edl import _build
 
 # Children that torch.compile and AOTInductor start should not compete with the tests for two cores.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# A graph cached by another build of edl may call an operator by an older schema.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="edl-inductor-")
+atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -84,7 +84,7 @@ def stages(output: Path, device: str) -> list[Stage]:
     python = sys.executable
     side_by_side = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     slow = [f"--ignore=tests/test_{name}.py" for name in SLOW_TESTS]
-    operators = [python, "benchmarks/cuda.py", "--save", str(output / f"operators-{device}.md")]
+    operators = [python, "benchmarks/operators.py", "--save", str(output / f"operators-{device}.md")]
     loss = [python, "benchmarks/loss.py", "--device", "cuda", "--save", str(output / f"loss-{device}.md")]
     return [
         Stage("tests", pytest("cuda", *side_by_side), 150),

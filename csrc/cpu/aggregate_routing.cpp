@@ -25,7 +25,10 @@ namespace {
 
 constexpr int64_t kPieceRows = 256;
 constexpr int64_t kGrainElements = 1 << 15; // work below this is not worth a thread
-constexpr int64_t kCacheBytes = 4 << 20; // gradients larger than this are streamed past the caches
+// Gradients of this size are streamed past the caches. Smaller ones fit them; larger ones are fresh pages (the C library's
+// allocator keeps no block of 32 MiB), which the kernel's zeroing has just brought into the caches: streaming halved the speed.
+constexpr int64_t kStreamFromBytes = 4 << 20;
+constexpr int64_t kStreamBelowBytes = 32 << 20;
 
 struct Piece {
   int64_t segment;
@@ -234,9 +237,10 @@ at::Tensor aggregate_routing_backward_cpu(
   const Indices ids(dense_ids);
   at::Tensor grad_routing = at::empty(routing.sizes(), routing.options().memory_format(at::MemoryFormat::Contiguous));
   const int64_t num_experts = rows.size(1);
+  const auto bytes = static_cast<int64_t>(grad_routing.nbytes());
   const RoutingGradient gradient{
       dense_grad.const_data_ptr(), ids.data(), ids.are_64_bit(), rows.const_data_ptr(), rows.stride(0), num_experts,
-      grad_routing.mutable_data_ptr(), static_cast<int64_t>(grad_routing.nbytes()) > kCacheBytes};
+      grad_routing.mutable_data_ptr(), bytes > kStreamFromBytes && bytes < kStreamBelowBytes};
   const auto spread_rows =
       aggregate_routing_loops().spread_rows[static_cast<int>(storage_of(rows))][score_index(scores)];
   at::parallel_for(0, rows.size(0), std::max<int64_t>(1, kGrainElements / num_experts), [&](int64_t begin, int64_t end) {

@@ -1,6 +1,6 @@
 """The operators on a CUDA device, as a training step runs them: inside a CUDA graph, over buffers larger than the caches.
 
-    python benchmarks/cuda.py [--save benchmarks/results/NAME.md]
+    python benchmarks/operators.py [--save benchmarks/results/NAME.md]
 
 First table: the three operators of the loss, forward and backward, from ready segment ids (64 segments, 49 domains), beside
 the floor: the bytes of one read and one write of the routing at the copy bandwidth measured in this run. Second: the experts,

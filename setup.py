@@ -146,7 +146,8 @@ def extensions():
     ]
     if is_x86():
         macros.append(("EDL_WITH_X86", None))
-    host_flags = ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    # at::parallel_for is a template: without -fopenmp here it would quietly run on one thread.
+    host_flags = ["-std=c++20", "-O2", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     flags = {"cxx": host_flags}
     make_extension = cpp_extension.CppExtension
     if with_cuda:
@@ -160,7 +161,7 @@ def extensions():
         include_dirs=[str(ROOT / "csrc")],
         define_macros=macros,
         extra_compile_args=flags,
-        extra_link_args=["-Wl,-soname,libedl.so", "-Wl,-rpath,$ORIGIN/../../torch/lib", "-Wl,--no-undefined"],
+        extra_link_args=["-fopenmp", "-Wl,-soname,libedl.so", "-Wl,-rpath,$ORIGIN/../../torch/lib", "-Wl,--no-undefined"],
     )
     library.libraries.remove("torch_python")  # C++ programs need no Python
     facts = Extension(

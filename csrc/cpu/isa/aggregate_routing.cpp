@@ -287,6 +287,8 @@ template <typename Acc, typename Run>
 EDL_INLINE void with_fixed_length(int64_t num_experts, Run run) {
   constexpr int64_t lanes = kLanes<Acc>;
   switch (num_experts % lanes == 0 ? num_experts / lanes : 0) {
+    case 1:
+      return run(std::integral_constant<int64_t, 1>{});
     case 2:
       return run(std::integral_constant<int64_t, 2>{});
     case 4:

@@ -1,0 +1,157 @@
+"""Domain labels for routers that no argument reaches, bound to the forward pass they belong to.
+
+A router asks `current_labels()`. In a forward pass the answer is the open `domain_scope`; when activation checkpointing replays a
+forward pass in the backward pass, it is the scope in which that pass first ran. autograd numbers its nodes in the order of their
+creation, so the number of the node that asks for the replay tells the scope: exactly, for reentrant and other checkpointing,
+whatever order the backward passes come in, and with any number of micro-batches in flight.
+"""
+
+import collections
+import contextlib
+import contextvars
+import threading
+from typing import Iterator, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from edl import ops
+
+# Forward passes whose backward pass may still come: far above the micro-batches in flight of any pipeline schedule.
+REMEMBERED_SCOPES = 512
+
+
+class Labels(NamedTuple):
+    """What a scope says of the tokens of one forward pass; the arguments of `domain_scope`."""
+
+    domain_ids: Tensor
+    attention_mask: Optional[Tensor] = None
+    padding_mask: Optional[Tensor] = None
+    cu_seqlens: Optional[Tensor] = None
+
+
+class Scope:
+    """One forward pass: its labels, and the numbers of the autograd nodes made in it, from `first` up to `last`."""
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels = labels
+        self.thread = threading.get_ident()
+        self.first = torch._C._autograd._get_sequence_nr()
+        self.last: Optional[int] = None  # open
+
+    def close(self) -> None:
+        self.last = torch._C._autograd._get_sequence_nr()
+
+    def made(self, number: int) -> bool:
+        return self.first <= number and (self.last is None or number < self.last)
+
+
+class _Scopes:
+    """The latest scopes of all threads, newest first."""
+
+    def __init__(self) -> None:
+        self._scopes: collections.deque[Scope] = collections.deque(maxlen=REMEMBERED_SCOPES)
+        self._lock = threading.Lock()
+        self._forgotten_up_to = -1
+
+    def add(self, scope: Scope) -> None:
+        with self._lock:
+            if len(self._scopes) == REMEMBERED_SCOPES:
+                oldest = self._scopes[-1]
+                self._forgotten_up_to = max(self._forgotten_up_to, oldest.last or oldest.first)
+            self._scopes.appendleft(scope)
+
+    def find(self, number: int) -> Optional[Scope]:
+        """The scope in which the node of this number was made; None = in no scope."""
+        with self._lock:
+            found = [scope for scope in self._scopes if scope.made(number)]
+        if not found:
+            if number < self._forgotten_up_to:
+                raise RuntimeError(
+                    f"edl::domain_scope: at most {REMEMBERED_SCOPES} forward passes may wait for their backward pass "
+                    "(got a replay of an older one)"
+                )
+            return None
+        # Scopes of one thread only overlap where they are nested: the newest is the innermost. Numbers are counted per thread.
+        if len({scope.thread for scope in found}) > 1:
+            raise RuntimeError(
+                "edl::domain_scope: replays need forward passes in one thread (got a node that two threads may have made)"
+            )
+        return found[0]
+
+
+_SCOPES = _Scopes()
+_OPEN: contextvars.ContextVar[Optional[Scope]] = contextvars.ContextVar("edl_domain_scope", default=None)
+
+
+@contextlib.contextmanager
+def domain_scope(
+    domain_ids: Tensor,
+    *,
+    attention_mask: Optional[Tensor] = None,
+    padding_mask: Optional[Tensor] = None,
+    cu_seqlens: Optional[Tensor] = None,
+) -> Iterator[Labels]:
+    """Binds labels to the forward passes run inside: `with edl.domain_scope(domain_ids): output = model(tokens)`.
+
+    The backward pass may run inside or outside, in any order with those of other scopes; activation checkpointing gets the
+    labels of the pass it replays. A forward pass outside any scope has no labels, and so no divergence loss; nothing is left
+    set. Not for code under `torch.compile` or TorchScript: pass the labels as arguments there. Reentrant checkpointing must
+    not be nested in reentrant checkpointing.
+
+    Args:
+        domain_ids (Tensor): labels in any form that `ExpertDivergenceLoss` takes.
+        attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding (Hugging Face's sense).
+        padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
+        cu_seqlens (Tensor[N + 1], optional): boundaries of packed documents.
+
+    Returns:
+        A context manager that yields the `Labels`.
+
+    Raises:
+        ValueError: `domain_ids` is no tensor, or a DTensor.
+    """
+    if not isinstance(domain_ids, Tensor):
+        raise ValueError(f"edl::domain_scope: domain_ids must be a tensor (got {type(domain_ids).__name__})")
+    ops._refuse_dtensor("domain_scope", domain_ids, attention_mask, padding_mask, cu_seqlens)
+    scope = Scope(Labels(domain_ids, attention_mask, padding_mask, cu_seqlens))
+    _SCOPES.add(scope)
+    before = _OPEN.set(scope)
+    try:
+        yield scope.labels
+    finally:
+        _OPEN.reset(before)
+        scope.close()
+
+
+def current_scope() -> Optional[Scope]:
+    """The scope of the forward pass that the caller belongs to; see `current_labels`."""
+    node = torch._C._current_autograd_node()
+    if node is None:
+        return _OPEN.get()
+    scope = _SCOPES.find(node._sequence_nr())
+    if scope is not None and not torch.is_grad_enabled():
+        # The inner replay would come from a node made here, in no scope, and its loss would be missing without a word.
+        raise RuntimeError(
+            "edl::domain_scope: reentrant checkpointing cannot be nested, use use_reentrant=False "
+            "(got a replay that keeps no gradient)"
+        )
+    return scope
+
+
+@torch.compiler.disable
+def current_labels() -> Optional[Labels]:
+    """The labels of the forward pass that the calling code belongs to, also when it is replayed; None outside any scope.
+
+    A router asks in every forward pass while it trains, and computes its loss where the answer is not None and gradients are
+    recorded (the first pass of reentrant checkpointing records none, its replay does).
+
+    Returns:
+        `Labels` (domain_ids, attention_mask, padding_mask, cu_seqlens), or None.
+
+    Raises:
+        RuntimeError: a replay whose scope cannot be told: nested reentrant checkpointing, forward passes of several threads, or
+            more passes in flight than are remembered.
+    """
+    scope = current_scope()
+    return None if scope is None else scope.labels

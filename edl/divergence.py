@@ -1,12 +1,14 @@
 """Expert Divergence Learning (arXiv 2603.00054): the loss that pushes the routing of different domains apart."""
 
-from typing import List, Optional, Union
+from typing import Any, Callable, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
 from edl import ops
-from edl.segments import make_segments
+from edl.memory import DomainMemory, Moments
+from edl.parallel import Layout, Ranks, scale_gradient
+from edl.segments import Segments, make_segments
 
 
 def _check_choice(name: str, value: str, choices: List[str]) -> None:
@@ -57,6 +59,83 @@ def _check_layers(layers: List[Tensor]) -> None:
             )
 
 
+def _as_layers(router_logits: Union[Tensor, List[Tensor]]) -> List[Tensor]:
+    if isinstance(router_logits, Tensor):
+        layers = [router_logits]
+    else:
+        layers = [layer for layer in router_logits]
+    if not torch.jit.is_scripting():
+        for layer in layers:
+            if not isinstance(layer, Tensor):
+                raise ValueError(
+                    "edl::expert_divergence_loss: router_logits must be a tensor, or a list of tensors "
+                    f"(got a list with {type(layer).__name__})"
+                )
+        ops._refuse_dtensor("expert_divergence_loss", *layers)
+    _check_layers(layers)
+    return layers
+
+
+def _segments_of(
+    layer: Tensor,
+    domain_ids: Tensor,
+    num_domains: int,
+    sequence_reduction: str,
+    bias_correction: bool,
+    attention_mask: Optional[Tensor],
+    padding_mask: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+) -> Segments:
+    """What each token of a layer [T, E] or [B, S_len, E] counts for."""
+    if not torch.jit.is_scripting():
+        ops._refuse_dtensor("expert_divergence_loss", domain_ids, attention_mask, padding_mask, cu_seqlens)
+    if bias_correction and domain_ids.is_floating_point():
+        raise ValueError("edl::expert_divergence_loss: bias_correction needs one label per segment (got soft labels)")
+    if domain_ids.device != layer.device:
+        raise ValueError(
+            "edl::expert_divergence_loss: domain_ids must be on the device of router_logits "
+            f"(got {domain_ids.device} and {layer.device})"
+        )
+    batch_size = layer.shape[0] if layer.dim() == 3 else -1
+    num_tokens = layer.shape[0] * layer.shape[1] if layer.dim() == 3 else layer.shape[0]
+    return make_segments(
+        num_tokens, domain_ids, num_domains, sequence_reduction, attention_mask, padding_mask, cu_seqlens, batch_size
+    )
+
+
+def _sum_segments(layers: List[Tensor], segments: Segments, scores: str) -> Tuple[Tensor, Tensor]:
+    """Token → sequence: segment sums [L, S, E] and counts [S]."""
+    sums: List[Tensor] = []
+    counts: List[Tensor] = []
+    for layer in layers:
+        layer_sums, layer_counts = ops.aggregate_routing(
+            layer.flatten(0, 1) if layer.dim() == 3 else layer, segments.segment_ids, segments.num_segments, scores
+        )
+        sums.append(layer_sums)
+        counts.append(layer_counts)
+    return torch.stack(sums) if len(sums) > 1 else sums[0].unsqueeze(0), counts[0]
+
+
+def _sum_domains(
+    sums: Tensor, counts: Tensor, labels: Tensor, num_domains: int, sequence_reduction: str, squares: bool
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Sequence → domain: moments [L, D, E], [L, D, E] or no element, [L, D]."""
+    if sequence_reduction == "token":  # the segments are the domains
+        domain_sums = sums.double()
+        domain_counts = counts.double().expand(sums.shape[0], num_domains)
+        return domain_sums, domain_sums.new_empty([0]), domain_counts
+    return ops.domain_moments(sums, counts, labels, num_domains, squares)
+
+
+def _reduce_layers(loss: Tensor, dtype: torch.dtype, layer_reduction: str) -> Tensor:
+    loss = loss.to(dtype)
+    if layer_reduction == "mean":
+        return loss.mean()
+    if layer_reduction == "sum":
+        return loss.sum()
+    return loss
+
+
 def expert_divergence_loss(
     router_logits: Union[Tensor, List[Tensor]],
     domain_ids: Tensor,
@@ -72,64 +151,23 @@ def expert_divergence_loss(
     padding_mask: Optional[Tensor] = None,
     cu_seqlens: Optional[Tensor] = None,
 ) -> Tensor:
-    """The Expert Divergence loss of a batch; see `ExpertDivergenceLoss`, whose arguments these are."""
+    """The Expert Divergence loss of the batch of one process; see `ExpertDivergenceLoss`, whose arguments these are.
+
+    What needs a state between calls, process groups and a memory, only the module takes.
+    """
     _check_options(
         num_domains, eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction
     )
-    if isinstance(router_logits, Tensor):
-        layers = [router_logits]
-    else:
-        layers = [layer for layer in router_logits]
-    if not torch.jit.is_scripting():
-        for layer in layers:
-            if not isinstance(layer, Tensor):
-                raise ValueError(
-                    "edl::expert_divergence_loss: router_logits must be a tensor, or a list of tensors "
-                    f"(got a list with {type(layer).__name__})"
-                )
-        ops._refuse_dtensor("expert_divergence_loss", *layers, domain_ids, attention_mask, padding_mask, cu_seqlens)
-    _check_layers(layers)
-    if bias_correction and domain_ids.is_floating_point():
-        raise ValueError("edl::expert_divergence_loss: bias_correction needs one label per segment (got soft labels)")
-    first = layers[0]
-    if domain_ids.device != first.device:
-        raise ValueError(
-            "edl::expert_divergence_loss: domain_ids must be on the device of router_logits "
-            f"(got {domain_ids.device} and {first.device})"
-        )
-    batch_size = first.shape[0] if first.dim() == 3 else -1
-    num_tokens = first.shape[0] * first.shape[1] if first.dim() == 3 else first.shape[0]
-    segments = make_segments(
-        num_tokens, domain_ids, num_domains, sequence_reduction, attention_mask, padding_mask, cu_seqlens, batch_size
+    layers = _as_layers(router_logits)
+    segments = _segments_of(
+        layers[0], domain_ids, num_domains, sequence_reduction, bias_correction, attention_mask, padding_mask, cu_seqlens
     )
-
-    sums: List[Tensor] = []
-    counts: List[Tensor] = []
-    for layer in layers:
-        layer_sums, layer_counts = ops.aggregate_routing(
-            layer.flatten(0, 1) if layer.dim() == 3 else layer,
-            segments.segment_ids,
-            segments.num_segments,
-            scores if input == "logits" else "none",
-        )
-        sums.append(layer_sums)
-        counts.append(layer_counts)
-    stacked = torch.stack(sums) if len(sums) > 1 else sums[0].unsqueeze(0)
-    if sequence_reduction == "token":
-        domain_sums = stacked.double()
-        squares = domain_sums.new_empty([0])
-        domain_counts = counts[0].double().expand(len(layers), num_domains)
-    else:
-        domain_sums, squares, domain_counts = ops.domain_moments(
-            stacked, counts[0], segments.labels, num_domains, bias_correction
-        )
+    sums, counts = _sum_segments(layers, segments, scores if input == "logits" else "none")
+    domain_sums, squares, domain_counts = _sum_domains(
+        sums, counts, segments.labels, num_domains, sequence_reduction, bias_correction
+    )
     loss = ops.expert_divergence(domain_sums, squares, domain_counts, eps, pair_reduction, bias_correction)
-    loss = loss.to(stacked.dtype)
-    if layer_reduction == "mean":
-        return loss.mean()
-    if layer_reduction == "sum":
-        return loss.sum()
-    return loss
+    return _reduce_layers(loss, sums.dtype, layer_reduction)
 
 
 class ExpertDivergenceLoss(nn.Module):
@@ -151,9 +189,25 @@ class ExpertDivergenceLoss(nn.Module):
         layer_reduction (str): "mean" (default), "sum" or "none" (a loss per layer).
         bias_correction (bool): take the gradient of the divergence less what noise between the sequences of one domain
             contributes. The value stays. Domains with fewer than two segments in the batch do not count. Default: False.
+        sequence_group (ProcessGroup or DeviceMesh of one dimension, optional): ranks that hold parts of the same sequences
+            (context parallel; tensor parallel with sequence parallel). Segment sums are added over it: every rank of it passes
+            the same segments, that is the same labels [B] or `cu_seqlens` of the whole sequences.
+        group (ProcessGroup or DeviceMesh of one dimension, optional): ranks that share the batch, one of each
+            `sequence_group`. Domain moments are added over it, and the loss is that of all ranks' tokens, the same on every rank.
+        averaging_ranks (int, optional): the number of ranks over which the framework averages gradients; the gradient is
+            multiplied by it, once. Default: the size of `group`; required with `sequence_group`. DDP or FSDP with context
+            parallel: data ranks times context ranks; tensor parallel with sequence parallel, which sums: data ranks; Megatron:
+            data ranks, as its loss scale carries the context ranks.
+        memory (DomainMemory, optional): carries the moments over the micro-batches of a step.
+
+    With groups: **after the framework's own averaging, the gradients of the parameters equal those of one process that saw the
+    whole batch.** There is one all-reduce per seam forward, for all layers together, and none backward. All ranks must call
+    with the same layers, experts, domains, dtype and options; the first call outside torch.compile compares them. A rank that
+    finds an error takes part with NaN and raises afterwards; on the CPU, or with EDL_CHECK=1, all ranks raise and name it.
+    Compiles without graph breaks, but not together with a memory; groups and memory are not for TorchScript.
 
     Raises:
-        ValueError: an option outside its range, or options that exclude each other.
+        ValueError: an option outside its range, or options that exclude each other; no such groups.
 
     Source: arXiv 2603.00054. Where the paper is silent we chose: the natural logarithm, eps = 1e-6, the full softmax before
     top-k, the mean over layers. The bias correction is ours; the paper has none.
@@ -169,6 +223,10 @@ class ExpertDivergenceLoss(nn.Module):
         pair_reduction: str = "mean_of_logs",
         layer_reduction: str = "mean",
         bias_correction: bool = False,
+        sequence_group: Any = None,
+        group: Any = None,
+        averaging_ranks: Optional[int] = None,
+        memory: Optional[DomainMemory] = None,
     ) -> None:
         super().__init__()
         _check_options(
@@ -182,6 +240,11 @@ class ExpertDivergenceLoss(nn.Module):
         self.pair_reduction = pair_reduction
         self.layer_reduction = layer_reduction
         self.bias_correction = bias_correction
+        if memory is not None and not isinstance(memory, DomainMemory):
+            raise ValueError(f"edl::expert_divergence_loss: memory must be a DomainMemory (got {type(memory).__name__})")
+        self.memory = memory
+        self._ranks = Ranks(sequence_group, group, averaging_ranks)
+        self._is_local = memory is None and sequence_group is None and group is None and averaging_ranks is None
         self._values_checked = False
 
     def forward(
@@ -213,6 +276,20 @@ class ExpertDivergenceLoss(nn.Module):
         """
         if not torch.jit.is_scripting():
             self._check_values_once(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
+            if not self._is_local:
+                return self._joint_loss(
+                    router_logits,
+                    lambda layer: _segments_of(
+                        layer,
+                        domain_ids,
+                        self.num_domains,
+                        self.sequence_reduction,
+                        self.bias_correction,
+                        attention_mask,
+                        padding_mask,
+                        cu_seqlens,
+                    ),
+                )
         return expert_divergence_loss(
             router_logits,
             domain_ids,
@@ -228,6 +305,65 @@ class ExpertDivergenceLoss(nn.Module):
             padding_mask,
             cu_seqlens,
         )
+
+    @torch.jit.unused
+    def from_segments(self, router_logits: Union[Tensor, List[Tensor]], segments: Segments) -> Tensor:
+        """Computes the loss of tokens whose segments are known, for frameworks with an order of tokens of their own.
+
+        Args:
+            router_logits (Tensor[T, E], or a list or tuple of them): one per layer.
+            segments (edl.segments.Segments): what each row counts for.
+
+        Returns:
+            The loss, as `forward`.
+
+        Raises:
+            ValueError, IndexError: as `forward`.
+        """
+        return self._joint_loss(router_logits, lambda layer: segments)
+
+    @torch.jit.unused
+    def _joint_loss(
+        self, router_logits: Union[Tensor, List[Tensor]], segments_of: Callable[[Tensor], Segments]
+    ) -> Tensor:
+        """The loss over all ranks and micro-batches; `segments_of` makes the segments of a layer."""
+        ranks = self._ranks
+        memory = self.memory if self.memory is not None and self.memory.in_use else None
+        before = None if memory is None else memory.before_pass()
+        micro_batches = 1.0 if memory is None else memory.gradient_scale(before)
+        # Whatever goes wrong here, other ranks wait for this one's part: it is raised once they have it.
+        problem: Optional[Exception] = None
+        layout: Optional[Layout] = None
+        try:
+            layers = _as_layers(router_logits)
+            segments = segments_of(layers[0])
+            sums, counts = _sum_segments(layers, segments, self.scores if self.input == "logits" else "none")
+            layout = Layout(len(layers), self.num_domains, sums.shape[-1], sums.dtype, sums.device.type, self.extra_repr())
+        except Exception as error:
+            problem = error
+        problem = ranks.agree(layout, problem)
+        if problem is not None:
+            sums, counts = ranks.stand_in_segments()
+        sums, counts, problem = ranks.sum_segments(
+            scale_gradient(sums, ranks.averaging_ranks * micro_batches), counts, problem
+        )
+        try:
+            if problem is None:
+                moments = _sum_domains(
+                    sums, counts, segments.labels, self.num_domains, self.sequence_reduction, self.bias_correction
+                )
+        except Exception as error:
+            problem = error
+        if problem is not None:
+            moments = ranks.stand_in_moments(self.bias_correction)
+        if memory is None or not memory.has_collected:
+            moments, problem = ranks.sum_moments(moments, problem)
+        if problem is not None:
+            raise problem
+        if memory is not None:
+            moments = memory.add(before, Moments(*moments))
+        loss = ops.expert_divergence(*moments, self.eps, self.pair_reduction, self.bias_correction)
+        return _reduce_layers(loss, sums.dtype, self.layer_reduction)
 
     @torch.jit.unused
     def _check_values_once(

@@ -1,0 +1,245 @@
+"""Domain moments carried over the micro-batches of a step, so that a micro-batch with one domain still feels the others."""
+
+import contextlib
+import warnings
+from typing import Dict, Iterator, NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from edl.scope import Scope, current_scope
+
+
+class Moments(NamedTuple):
+    """Domain moments of L layers, float64, as `edl.ops.domain_moments` gives them."""
+
+    sums: Tensor  # [L, D, E]
+    squares: Tensor  # [L, D, E], or no element
+    counts: Tensor  # [L, D]
+
+    def plus(self, other: "Moments") -> "Moments":
+        return Moments(self.sums + other.sums, self.squares + other.squares, self.counts + other.counts)
+
+    def times(self, factor: float) -> "Moments":
+        return Moments(self.sums * factor, self.squares * factor, self.counts * factor)
+
+    def to(self, device: torch.device) -> "Moments":
+        return Moments(self.sums.to(device), self.squares.to(device), self.counts.to(device))
+
+    def detached(self) -> "Moments":
+        return Moments(self.sums.detach(), self.squares.detach(), self.counts.detach())
+
+
+class Carried(NamedTuple):
+    """What a memory holds: moments (None = nothing yet), and how many micro-batches they are worth."""
+
+    moments: Optional[Moments]
+    micro_batches: float
+
+
+_NOTHING = Carried(None, 0.0)
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(optimizer, args, kwargs) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+class DomainMemory(nn.Module):
+    """Carries detached domain moments over the micro-batches of a training step, and optionally over steps.
+
+    Give it to one `ExpertDivergenceLoss` (`memory=`) and call `step()` after each optimizer step. The loss of a micro-batch is then
+    that of its own moments plus those carried; its gradient passes the micro-batch's own part alone, and is multiplied by the
+    number of micro-batches that the moments are worth, so that losses *averaged* over micro-batches (as gradient accumulation
+    does) have the size of one batch's. In evaluation mode, or without gradients, the loss neither reads nor changes the memory.
+
+    One pass over the micro-batches approximates the gradient of the whole batch: the first micro-batches do not know the last.
+    Two passes give it exactly: `with memory.collect():` run all micro-batches once without gradients, then train on each as usual.
+    The mean of their gradients is the gradient of the batch, and the value of every loss is the batch's.
+
+    The state travels in `state_dict` (between steps; collected moments do not). Not for code under `torch.compile`. With
+    activation checkpointing labels must come from `edl.domain_scope`.
+
+    Args:
+        decay (float): factor of what is carried at each `step()`, in [0, 1): 0 (default) forgets, d > 0 keeps an exponential
+            average over steps (1 / (1 - d) steps long).
+
+    Raises:
+        ValueError: `decay` outside its range.
+
+    Source: the idea of balancing losses over the global batch (arXiv 2501.11873), for the moments of arXiv 2603.00054; ours.
+    """
+
+    def __init__(self, decay: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"edl::DomainMemory: decay must be at least 0 and below 1 (got {decay})")
+        self.decay = decay
+        self._carried = _NOTHING
+        self._collecting = False
+        self._collected = 0  # micro-batches of the first of two passes
+        self._trained_on = 0  # micro-batches since the last step
+        self._before_pass: Dict[Scope, Carried] = {}  # what each forward pass found, for its replay
+        self._optimizer_steps_seen = _optimizer_steps
+        self._warned = False
+        _watch_optimizers()
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[None]:
+        """The first of two passes: the losses computed inside, without gradients, only collect their moments.
+
+        Raises:
+            RuntimeError: micro-batches of this step were trained on already, or `decay` is not 0.
+        """
+        if self._trained_on or self._collecting or self._collected:
+            raise RuntimeError("edl::DomainMemory: collect() must come first in a step, once (got a second pass; call step() after each step)")
+        if self.decay:
+            raise RuntimeError(f"edl::DomainMemory: two passes are exact without decay only (got decay = {self.decay})")
+        self._collecting = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._collecting = False
+
+    def step(self) -> None:
+        """Ends a training step: forgets the moments, or multiplies them by `decay`.
+
+        Raises:
+            RuntimeError: after `collect()`, another number of micro-batches was trained on than collected.
+        """
+        collected, trained_on = self._collected, self._trained_on
+        moments, micro_batches = self._carried
+        self._collected = self._trained_on = 0
+        self._before_pass.clear()
+        self._optimizer_steps_seen = _optimizer_steps
+        self._carried = (
+            _NOTHING if moments is None or self.decay == 0 else Carried(moments.times(self.decay), micro_batches * self.decay)
+        )
+        if collected and collected != trained_on:
+            raise RuntimeError(
+                f"edl::DomainMemory: the second pass must train on every micro-batch that was collected (got {trained_on} of {collected})"
+            )
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a loss computed now belongs to the step."""
+        return self._collecting or (self.training and torch.is_grad_enabled())
+
+    @property
+    def has_collected(self) -> bool:
+        """Whether this is the second of two passes, in which the moments of the batch are known and nothing is summed over ranks."""
+        return self._collected > 0 and not self._collecting
+
+    def before_pass(self) -> Carried:
+        """What the calling forward pass adds to; in a replay, what it found the first time."""
+        if self.has_collected:
+            return self._carried
+        scope = current_scope()
+        if torch._C._current_autograd_node() is None:
+            return self._carried
+        if scope is None:
+            raise RuntimeError(
+                "edl::DomainMemory: under activation checkpointing labels must come from edl.domain_scope (got a replay in none)"
+            )
+        return self._before_pass.get(scope, self._carried)
+
+    def gradient_scale(self, before: Carried) -> float:
+        """The number of micro-batches that the moments of a pass are worth."""
+        return float(self._collected) if self.has_collected else before.micro_batches + 1.0
+
+    def add(self, before: Carried, live: Moments) -> Moments:
+        """The moments that a micro-batch's loss is computed from; remembers them for the next ones.
+
+        Args:
+            before (Carried): what `before_pass` returned for this pass.
+            live (Moments): of the micro-batch, over all ranks; in the second of two passes, of this rank alone.
+
+        Returns:
+            Moments with the gradient of the live ones.
+
+        Raises:
+            ValueError: moments of another shape than those carried.
+            RuntimeError: a second loss in one `domain_scope`.
+        """
+        self._check_shape(before, live)
+        if before.moments is not None:  # a restored state may lie elsewhere
+            before = before._replace(moments=before.moments.to(live.sums.device))
+        if self.has_collected:
+            self._trained_on += not self._is_known_replay()
+            return Moments(*(fixed + (part - part.detach()) for fixed, part in zip(before.moments, live)))
+        if not self._is_known_replay():
+            self._remember(before, live.detached())
+        return live if before.moments is None else before.moments.plus(live)
+
+    def _is_known_replay(self) -> bool:
+        """Whether the pass was counted already. (The replay of reentrant checkpointing is the first that knows gradients.)"""
+        replays = torch._C._current_autograd_node() is not None
+        scope = current_scope() if replays or not self._collecting else None
+        if scope is None:
+            return False
+        if scope in self._before_pass:
+            if not replays:
+                raise RuntimeError(
+                    "edl::DomainMemory: takes one loss per forward pass, give each router a memory of its own (got a second loss in one domain_scope)"
+                )
+            return True
+        self._before_pass[scope] = self._carried
+        return False
+
+    def _remember(self, before: Carried, live: Moments) -> None:
+        self._warn_where_step_was_forgotten()
+        if self._collecting:
+            self._collected += 1
+        else:
+            self._trained_on += 1
+        # A micro-batch that overflowed is skipped by gradient scalers; it must not stay here.
+        finite = torch.stack([part.isfinite().all() for part in live]).all()
+        live = Moments(*(torch.where(finite, part, torch.zeros_like(part)) for part in live))
+        total = live if before.moments is None else before.moments.plus(live)
+        self._carried = Carried(total, before.micro_batches + 1)
+
+    def _check_shape(self, before: Carried, live: Moments) -> None:
+        if before.moments is not None and before.moments.sums.shape != live.sums.shape:
+            raise ValueError(
+                "edl::DomainMemory: all micro-batches must have the same layers, domains and experts, "
+                f"{list(before.moments.sums.shape)} (got {list(live.sums.shape)})"
+            )
+
+    def _warn_where_step_was_forgotten(self) -> None:
+        counted = self._trained_on + self._collected
+        if counted and self._optimizer_steps_seen != _optimizer_steps and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "edl::DomainMemory: an optimizer stepped but memory.step() was not called: moments of several steps are added up",
+                stacklevel=4,
+            )
+        if not counted:
+            self._optimizer_steps_seen = _optimizer_steps
+
+    def get_extra_state(self) -> dict:
+        """What `state_dict` saves."""
+        moments, micro_batches = self._carried
+        return {} if moments is None else {**moments._asdict(), "micro_batches": micro_batches}
+
+    def set_extra_state(self, state: dict) -> None:
+        """What `load_state_dict` restores."""
+        state = dict(state)
+        micro_batches = state.pop("micro_batches", 0.0)
+        self._carried = Carried(Moments(**state), micro_batches) if state else _NOTHING
+
+    def extra_repr(self) -> str:
+        return f"decay={self.decay:g}"
+
+
+_watching = False
+
+
+def _watch_optimizers() -> None:
+    """Counts the steps of all optimizers, to tell a forgotten `step()`."""
+    global _watching
+    if not _watching:
+        register_optimizer_step_post_hook(_count_optimizer_step)
+        _watching = True

@@ -1,0 +1,212 @@
+"""The loss of a batch that several ranks hold: what is added over them, by whom, and what becomes of a rank that fails.
+
+Two seams, each one all-reduce forward and nothing backward: segment sums over the ranks that hold parts of the same sequences,
+domain moments over the ranks that share the batch. Every rank then has the loss of the whole batch and differentiates its own
+contribution to it.
+"""
+
+import os
+from typing import List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def process_group(name: str, group) -> Optional["dist.ProcessGroup"]:
+    """The process group of a ProcessGroup or of a DeviceMesh of one dimension; None stays None."""
+    if group is None:
+        return None
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError(f"edl::parallel: {name} needs torch.distributed to be initialised (got a {type(group).__name__} before)")
+    if isinstance(group, dist.DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"edl::parallel: {name} must be one dimension of a DeviceMesh, as mesh['dp'] (got {group.ndim})")
+        return group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"edl::parallel: {name} must be a ProcessGroup of this rank or a DeviceMesh of one dimension (got {type(group).__name__})"
+        )
+    return group
+
+
+class Layout(NamedTuple):
+    """What all ranks must agree on; segments may differ in number between ranks of `group`, and from call to call."""
+
+    layers: int
+    domains: int
+    experts: int
+    dtype: torch.dtype  # of the segment sums
+    device: str
+    options: str
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Adds tensors of one dtype over a group in one all-reduce. Backward is local: a rank differentiates what it put in."""
+
+    @staticmethod
+    def forward(ctx, group_name: str, failed: bool, *parts: Tensor):
+        ctx.set_materialize_grads(False)
+        if failed:
+            parts = tuple(torch.full_like(part, float("nan")) for part in parts)
+        failures = parts[0].new_full((1,), float(failed))
+        flat = torch.cat([*(part.reshape(-1) for part in parts), failures])
+        total = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(flat, "sum", group_name))
+        pieces = total.split([*(part.numel() for part in parts), 1])
+        sums = tuple(piece.view(part.shape) for piece, part in zip(pieces, parts))
+        constant = [out for out, differentiable in zip(sums, ctx.needs_input_grad[2:]) if not differentiable]
+        ctx.mark_non_differentiable(*constant, pieces[-1])
+        return (*sums, pieces[-1])
+
+    @staticmethod
+    def backward(ctx, *grads: Optional[Tensor]):
+        return (None, None, *grads[:-1])
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """A view of a tensor whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.scale, None
+
+
+def scale_gradient(tensor: Tensor, scale: float) -> Tensor:
+    """The tensor itself, with its gradient multiplied by `scale`."""
+    return tensor if scale == 1.0 else _ScaleGradient.apply(tensor, scale)
+
+
+class Ranks:
+    """The ranks a loss spans.
+
+    Args:
+        sequence_group (ProcessGroup or DeviceMesh of one dimension, optional): ranks that hold parts of the same sequences.
+        group (ProcessGroup or DeviceMesh of one dimension, optional): ranks that share the batch, one per `sequence_group`.
+        averaging_ranks (int, optional): how many ranks the framework averages gradients over; default: the size of `group`.
+
+    Raises:
+        ValueError: no such group, groups that share another rank than this one, `averaging_ranks` below 1, or missing with
+            `sequence_group`.
+    """
+
+    def __init__(self, sequence_group, group, averaging_ranks: Optional[int]) -> None:
+        self.sequence_group = process_group("sequence_group", sequence_group)
+        self.group = process_group("group", group)
+        self.averaging_ranks = self._averaging_ranks(averaging_ranks)
+        self._check_disjoint()
+        self._layout: Optional[Layout] = None
+        self._num_segments = 0
+
+    def _averaging_ranks(self, averaging_ranks: Optional[int]) -> int:
+        if averaging_ranks is None:
+            if self.sequence_group is not None:
+                raise ValueError(
+                    "edl::parallel: averaging_ranks is required with sequence_group: the number of ranks over which the framework "
+                    "averages gradients (got None)"
+                )
+            return 1 if self.group is None else dist.get_world_size(self.group)
+        if averaging_ranks < 1:
+            raise ValueError(f"edl::parallel: averaging_ranks must be at least 1 (got {averaging_ranks})")
+        return averaging_ranks
+
+    def _check_disjoint(self) -> None:
+        if self.sequence_group is None or self.group is None:
+            return
+        ranks = set(dist.get_process_group_ranks(self.sequence_group))
+        shared = ranks.intersection(dist.get_process_group_ranks(self.group)) - {dist.get_rank()}
+        if shared:
+            raise ValueError(
+                "edl::parallel: group must hold one rank of each sequence_group, or tokens are counted twice "
+                f"(got ranks {sorted(shared)} in both)"
+            )
+
+    def _gather(self, group, item: object) -> List[Tuple[int, object]]:
+        """(rank, item) of every rank of a group."""
+        if group is None:
+            return []
+        items: List[object] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(items, item, group=group)
+        return list(zip(dist.get_process_group_ranks(group), items))
+
+    def agree(self, layout: Optional[Layout], problem: Optional[Exception]) -> Optional[Exception]:
+        """Compares layouts: among the ranks at the first call, with what was agreed at later ones.
+
+        Args:
+            layout (Layout, optional): of this rank's call; None where it failed.
+            problem (Exception, optional): why it failed.
+
+        Returns:
+            This rank's problem, if any.
+
+        Raises:
+            Exception: at the first call: the problem of any rank, or layouts that differ, on all ranks.
+        """
+        if torch.compiler.is_compiling() or (self.sequence_group is None and self.group is None):
+            if problem is not None:
+                raise problem
+            return None
+        if self._layout is not None:
+            if problem is None and layout != self._layout:
+                return ValueError(
+                    f"edl::parallel: a loss over several ranks must be given one layout, {self._layout} (got {layout})"
+                )
+            return problem
+        # What the first exchange finds travels in the second, so that every rank of every group learns it.
+        for group in (self.sequence_group, self.group):
+            for rank, (sentence, other) in self._gather(group, (None if problem is None else str(problem), layout)):
+                if problem is not None or rank == dist.get_rank():
+                    continue
+                if sentence is not None:
+                    problem = RuntimeError(f"edl::parallel: rank {rank} failed: {sentence}")
+                elif other != layout:
+                    problem = ValueError(f"edl::parallel: all ranks must have one layout (got {layout}, and {other} on rank {rank})")
+        if problem is not None:
+            raise problem
+        self._layout = layout
+        return None
+
+    def stand_in_segments(self) -> Tuple[Tensor, Tensor]:
+        """Segment sums and counts of a rank that has none to give, in the layout of its last call."""
+        layout = self._layout
+        sums = torch.zeros(layout.layers, self._num_segments, layout.experts, dtype=layout.dtype, device=layout.device)
+        return sums, sums.new_zeros(self._num_segments)
+
+    def stand_in_moments(self, squares: bool) -> Tuple[Tensor, Tensor, Tensor]:
+        """Domain moments of a rank that has none to give."""
+        layout = self._layout
+        sums = torch.zeros(layout.layers, layout.domains, layout.experts, dtype=torch.float64, device=layout.device)
+        return sums, sums if squares else sums.new_empty([0]), sums.new_zeros(layout.layers, layout.domains)
+
+    def sum_segments(
+        self, sums: Tensor, counts: Tensor, problem: Optional[Exception]
+    ) -> Tuple[Tensor, Tensor, Optional[Exception]]:
+        """Adds segment sums [L, S, E] and counts [S] over `sequence_group`; NaN, and a problem, where a rank of it failed."""
+        self._num_segments = counts.shape[0]
+        (sums, counts), problem = self._sum(self.sequence_group, (sums, counts), problem)
+        return sums, counts, problem
+
+    def sum_moments(
+        self, moments: Tuple[Tensor, Tensor, Tensor], problem: Optional[Exception]
+    ) -> Tuple[Tuple[Tensor, Tensor, Tensor], Optional[Exception]]:
+        """Adds domain moments (sums, squares, counts) over `group`; NaN, and a problem, where a rank of it failed."""
+        return self._sum(self.group, moments, problem)
+
+    def _sum(self, group, parts: tuple, problem: Optional[Exception]) -> Tuple[tuple, Optional[Exception]]:
+        if group is None:
+            return parts, problem
+        *parts, failures = _SumOverRanks.apply(group.group_name, problem is not None, *parts)
+        if not torch.compiler.is_compiling() and reads_values(failures) and failures.item() > 0:
+            for rank, sentence in self._gather(group, None if problem is None else str(problem)):
+                if problem is None and sentence is not None:
+                    problem = RuntimeError(f"edl::parallel: rank {rank} failed: {sentence}")
+        return tuple(parts), problem
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Whether looking at a value costs no wait for a device, or is asked for by EDL_CHECK=1."""
+    return tensor.device.type == "cpu" or os.environ.get("EDL_CHECK") == "1"

@@ -1,0 +1,77 @@
+"""Runs a function on several gloo ranks and brings back what each of them returned, or the traceback of the first that failed."""
+
+import datetime
+import multiprocessing
+import multiprocessing.connection
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.distributed as dist
+
+SECONDS = 120
+
+# One process imports torch once; ranks are forked from it.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor", "edl"])
+
+
+def _rank(rank: int, world_size: int, folder: Path, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory holds NaN
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(str(folder / "store"), world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=SECONDS),
+        )
+        torch.save(function(*arguments), folder / f"result{rank}")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        (folder / f"failure{rank}").write_text(traceback.format_exc())
+        raise SystemExit(1) from None
+
+
+def on_ranks(world_size: int, function: Callable, *arguments) -> list:
+    """Calls `function(*arguments)`, a function of a module, on every rank of a gloo group.
+
+    Args:
+        world_size (int): number of ranks, each a process with one thread and seed 0.
+        function (Callable): what each rank runs; torch.distributed is initialised.
+        arguments: picklable.
+
+    Returns:
+        What the ranks returned, in their order.
+
+    Raises:
+        AssertionError: a rank failed, with its traceback; or they did not end in time.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        processes = [
+            _context.Process(target=_rank, args=(rank, world_size, folder, function, arguments), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + SECONDS
+        running = list(processes)
+        while running and time.monotonic() < deadline and not any(process.exitcode for process in processes):
+            multiprocessing.connection.wait([process.sentinel for process in running], timeout=1)
+            running = [process for process in running if process.exitcode is None]
+        if running:
+            time.sleep(0.5)  # a rank that failed for another's sake may still say so
+        for process in processes:
+            process.kill()
+            process.join()
+        failures = "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(folder.glob("failure*")))
+        assert not failures, failures
+        assert not running, f"ranks still ran after {SECONDS} s"
+        return [torch.load(folder / f"result{rank}", weights_only=False) for rank in range(world_size)]

@@ -277,19 +277,9 @@ class ExpertDivergenceLoss(nn.Module):
         if not torch.jit.is_scripting():
             self._check_values_once(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
             if not self._is_local:
-                return self._joint_loss(
-                    router_logits,
-                    lambda layer: _segments_of(
-                        layer,
-                        domain_ids,
-                        self.num_domains,
-                        self.sequence_reduction,
-                        self.bias_correction,
-                        attention_mask,
-                        padding_mask,
-                        cu_seqlens,
-                    ),
-                )
+                return self._forward_jointly(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
+        elif not self._is_local:
+            raise ValueError("edl::expert_divergence_loss: groups and memory are not for TorchScript")
         return expert_divergence_loss(
             router_logits,
             domain_ids,
@@ -323,6 +313,29 @@ class ExpertDivergenceLoss(nn.Module):
         return self._joint_loss(router_logits, lambda layer: segments)
 
     @torch.jit.unused
+    def _forward_jointly(
+        self,
+        router_logits: Union[Tensor, List[Tensor]],
+        domain_ids: Tensor,
+        attention_mask: Optional[Tensor],
+        padding_mask: Optional[Tensor],
+        cu_seqlens: Optional[Tensor],
+    ) -> Tensor:
+        def segments_of(layer: Tensor) -> Segments:
+            return _segments_of(
+                layer,
+                domain_ids,
+                self.num_domains,
+                self.sequence_reduction,
+                self.bias_correction,
+                attention_mask,
+                padding_mask,
+                cu_seqlens,
+            )
+
+        return self._joint_loss(router_logits, segments_of)
+
+    @torch.jit.unused
     def _joint_loss(
         self, router_logits: Union[Tensor, List[Tensor]], segments_of: Callable[[Tensor], Segments]
     ) -> Tensor:
@@ -338,6 +351,9 @@ class ExpertDivergenceLoss(nn.Module):
             layers = _as_layers(router_logits)
             segments = segments_of(layers[0])
             sums, counts = _sum_segments(layers, segments, self.scores if self.input == "logits" else "none")
+            if ranks.compares_values(counts) and self.sequence_reduction == "sequence":
+                # Labels are looked at with the domains; the ranks of sequence_group must hear of wrong ones before.
+                ops.domain_moments(torch.ones_like(counts).unsqueeze(1), counts, segments.labels, self.num_domains)
             layout = Layout(len(layers), self.num_domains, sums.shape[-1], sums.dtype, sums.device.type, self.extra_repr())
         except Exception as error:
             problem = error

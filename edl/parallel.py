@@ -133,6 +133,10 @@ class Ranks:
         dist.all_gather_object(items, item, group=group)
         return list(zip(dist.get_process_group_ranks(group), items))
 
+    def compares_values(self, tensor: Tensor) -> bool:
+        """Whether wrong values are looked for before segments are summed."""
+        return self.sequence_group is not None and reads_values(tensor)
+
     def agree(self, layout: Optional[Layout], problem: Optional[Exception]) -> Optional[Exception]:
         """Compares layouts: among the ranks at the first call, with what was agreed at later ones.
 
@@ -200,7 +204,7 @@ class Ranks:
         if group is None:
             return parts, problem
         *parts, failures = _SumOverRanks.apply(group.group_name, problem is not None, *parts)
-        if not torch.compiler.is_compiling() and reads_values(failures) and failures.item() > 0:
+        if reads_values(failures) and failures.item() > 0:
             for rank, sentence in self._gather(group, None if problem is None else str(problem)):
                 if problem is None and sentence is not None:
                     problem = RuntimeError(f"edl::parallel: rank {rank} failed: {sentence}")
@@ -208,5 +212,7 @@ class Ranks:
 
 
 def reads_values(tensor: Tensor) -> bool:
-    """Whether looking at a value costs no wait for a device, or is asked for by EDL_CHECK=1."""
+    """Whether the host may look at values: never while compiling, and where it means to wait for a device if EDL_CHECK=1 asks."""
+    if torch.compiler.is_compiling():
+        return False
     return tensor.device.type == "cpu" or os.environ.get("EDL_CHECK") == "1"

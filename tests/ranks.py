@@ -11,6 +11,7 @@ from typing import Callable
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SECONDS = 120
 
@@ -75,3 +76,17 @@ def on_ranks(world_size: int, function: Callable, *arguments) -> list:
         assert not failures, failures
         assert not running, f"ranks still ran after {SECONDS} s"
         return [torch.load(folder / f"result{rank}", weights_only=False) for rank in range(world_size)]
+
+
+class Collectives(TorchDispatchMode):
+    """Notes, of each collective called inside, how many numbers this rank puts in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("_c10d_functional", "c10d") and "wait" not in str(function):
+            tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+            self.numbers.append(sum(x.numel() for x in tensors if isinstance(x, torch.Tensor)))
+        return function(*args, **(kwargs or {}))

@@ -1,0 +1,268 @@
+"""DomainMemory: micro-batches that know of each other."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+import edl
+from ranks import Collectives, on_ranks
+from tolerances import assert_close, tolerance
+
+B, LENGTH, H, E, D = 12, 6, 5, 8, 3
+L = 2
+HIDDEN = torch.randn(L, B, LENGTH, H, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+ROUTER = torch.randn(L, E, H, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+# Sorted: with four micro-batches none has three domains, and with twelve each has one.
+LABELS = torch.arange(B) // 4
+
+
+def losses_and_gradient(divergence, micro_batches: int, order=None, hidden=HIDDEN, labels=LABELS):
+    """Trains on micro-batches of one router: their losses, and the mean of their gradients."""
+    order = torch.arange(len(labels)) if order is None else order
+    router = ROUTER.clone().requires_grad_(True)
+    losses = []
+    for rows in order.chunk(micro_batches):
+        loss = divergence([h[rows] @ w.T for h, w in zip(hidden, router)], labels[rows])
+        (loss / micro_batches).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses), router.grad
+
+
+def collect(memory, divergence, micro_batches: int, hidden=HIDDEN, labels=LABELS) -> None:
+    with memory.collect():
+        for rows in torch.arange(len(labels)).chunk(micro_batches):
+            assert not divergence([h[rows] @ w.T for h, w in zip(hidden, ROUTER)], labels[rows]).requires_grad
+
+
+ALLOWED = tolerance(torch.float64, B * LENGTH, roundings=4) * 10  # divided by the root of a divergence of 0.01
+OPTIONS = [{}, {"bias_correction": True}, {"sequence_reduction": "token"}, {"pair_reduction": "log_of_mean"}]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3, 4, 12])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_two_passes_give_the_gradient_of_the_whole_batch(options, micro_batches):
+    expected_loss, expected = losses_and_gradient(edl.ExpertDivergenceLoss(D, **options), 1)
+    memory = edl.DomainMemory()
+    divergence = edl.ExpertDivergenceLoss(D, memory=memory, **options)
+    for _ in range(2):  # the second step starts afresh
+        collect(memory, divergence, micro_batches)
+        losses, gradient = losses_and_gradient(divergence, micro_batches)
+        memory.step()
+        assert_close(losses, expected_loss.expand(micro_batches), ALLOWED)
+        assert_close(gradient, expected, ALLOWED)
+
+
+def test_one_pass_sees_the_micro_batches_before():
+    """The loss of each micro-batch is that of all up to it; its gradient is that loss's, through its own tokens, times their number."""
+    memory = edl.DomainMemory()
+    divergence = edl.ExpertDivergenceLoss(D, memory=memory)
+    losses, gradient = losses_and_gradient(divergence, 4)
+    expected_gradient = torch.zeros_like(ROUTER)
+    for number in range(1, 5):
+        rows = torch.arange(3 * number)
+        router = ROUTER.clone().requires_grad_(True)
+        earlier, own = [h[rows[:-3]] @ w.T for h, w in zip(HIDDEN, ROUTER)], [h[rows[-3:]] @ w.T for h, w in zip(HIDDEN, router)]
+        loss = edl.ExpertDivergenceLoss(D)([torch.cat(parts) for parts in zip(earlier, own)], LABELS[rows])
+        assert_close(losses[number - 1], loss, ALLOWED)
+        if loss.requires_grad and loss.item() != 0:
+            expected_gradient += torch.autograd.grad(loss, router)[0] * number / 4
+    assert_close(gradient, expected_gradient, ALLOWED)
+
+
+def test_a_micro_batch_with_one_domain_has_a_gradient_once_another_domain_was_seen():
+    memory = edl.DomainMemory()
+    plain, _ = losses_and_gradient(edl.ExpertDivergenceLoss(D), 12)
+    losses, gradient = losses_and_gradient(edl.ExpertDivergenceLoss(D, memory=memory), 12)
+    assert plain.eq(0).all()
+    assert losses[:4].eq(0).all() and losses[4:].ne(0).all() and gradient.ne(0).any()
+
+
+def test_decay_keeps_an_exponential_average_over_steps():
+    memory = edl.DomainMemory(decay=0.5)
+    divergence = edl.ExpertDivergenceLoss(D, memory=memory)
+    halves = torch.arange(B).chunk(3)  # one domain each
+    for rows in halves[:2]:
+        losses_and_gradient(divergence, 1, rows)
+        memory.step()
+    # Domains 0 and 1 are worth a quarter and a half of a batch, which moves no mean.
+    loss, gradient = losses_and_gradient(divergence, 1, halves[2])
+    expected, expected_gradient = losses_and_gradient(edl.ExpertDivergenceLoss(D), 1)
+    assert_close(loss, expected, ALLOWED)
+    router = ROUTER.clone().requires_grad_(True)
+    whole = [torch.cat([h[:8] @ w.detach().T, h[8:] @ w.T]) for h, w in zip(HIDDEN, router)]
+    through_own = torch.autograd.grad(edl.ExpertDivergenceLoss(D)(whole, LABELS), router)[0]
+    assert_close(gradient, through_own * 1.75, ALLOWED)
+
+
+def two_passes_over_ranks(data_ranks: int, micro_batches: int):
+    """Averaged gradient over data ranks and micro-batches, and the collectives of the second pass."""
+    rank, share = dist.get_rank(), B // data_ranks
+    hidden, labels = HIDDEN[:, rank * share : (rank + 1) * share], LABELS[rank * share : (rank + 1) * share]
+    memory = edl.DomainMemory()
+    divergence = edl.ExpertDivergenceLoss(D, group=dist.group.WORLD, memory=memory)
+    collect(memory, divergence, micro_batches, hidden, labels)
+    with Collectives() as second_pass:
+        losses, gradient = losses_and_gradient(divergence, micro_batches, hidden=hidden, labels=labels)
+    memory.step()
+    dist.all_reduce(gradient)
+    return losses, gradient / data_ranks, second_pass.numbers
+
+
+def test_two_passes_over_ranks_and_micro_batches_give_the_gradient_of_the_whole_batch():
+    expected_loss, expected = losses_and_gradient(edl.ExpertDivergenceLoss(D), 1)
+    for losses, gradient, collectives in on_ranks(2, two_passes_over_ranks, 2, 3):
+        assert_close(losses, expected_loss.expand(3), ALLOWED)
+        assert_close(gradient, expected, ALLOWED)
+        assert collectives == []  # the batch's moments are known
+
+
+# ---- activation checkpointing ----
+
+
+def in_flight(divergence, use_reentrant) -> torch.Tensor:
+    """Gradient of three micro-batches whose forward passes all run before any backward pass."""
+    router = ROUTER[0].clone().requires_grad_(True)
+
+    def block(hidden):
+        logits = hidden @ router.T
+        weights = logits.softmax(-1)
+        labels = edl.current_labels()
+        if torch.is_grad_enabled() and labels is not None:
+            weights = edl.inject(weights, divergence(logits, labels.domain_ids))
+        return hidden.sum(-1) + 0 * weights.sum(-1)
+
+    outputs = []
+    for rows in torch.arange(B).chunk(3):
+        hidden = HIDDEN[0][rows].clone().requires_grad_(True)
+        with edl.domain_scope(LABELS[rows]):
+            output = block(hidden) if use_reentrant is None else checkpoint(block, hidden, use_reentrant=use_reentrant)
+        outputs.append(output.sum())
+    for output in outputs:
+        output.backward()
+    return router.grad
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_replay_finds_what_its_forward_pass_found(use_reentrant):
+    memory = edl.DomainMemory()
+    divergence = edl.ExpertDivergenceLoss(D, memory=memory)
+    expected = in_flight(divergence, None)
+    memory.step()
+    actual = in_flight(divergence, use_reentrant)
+    assert memory._carried.micro_batches == 3
+    memory.step()
+    assert expected.ne(0).any()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_replay_without_a_scope_is_refused():
+    divergence = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory())
+    router = ROUTER[0].clone().requires_grad_(True)
+    loss = checkpoint(lambda hidden: divergence(hidden @ router.T, LABELS), HIDDEN[0].clone().requires_grad_(True), use_reentrant=True)
+    with pytest.raises(RuntimeError) as error:
+        loss.backward()
+    assert str(error.value) == (
+        "edl::DomainMemory: under activation checkpointing labels must come from edl.domain_scope (got a replay in none)"
+    )
+
+
+# ---- life of a memory ----
+
+
+def test_evaluation_neither_reads_nor_changes_the_memory():
+    memory = edl.DomainMemory()
+    divergence = edl.ExpertDivergenceLoss(D, memory=memory)
+    losses_and_gradient(divergence, 12)
+    before = copy.deepcopy(memory.state_dict())
+    one_domain = [h[:4] @ w.T for h, w in zip(HIDDEN, ROUTER)]
+    with torch.no_grad():
+        assert divergence(one_domain, LABELS[:4]) == 0
+    divergence.eval()
+    assert divergence(one_domain, LABELS[:4]) == 0
+    torch.testing.assert_close(memory.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_state_dict_resumes_the_average():
+    def two_steps(divergence, resume: bool):
+        losses_and_gradient(divergence, 1, torch.arange(0, 8))
+        divergence.memory.step()
+        if resume:
+            saved = io.BytesIO()
+            torch.save(divergence.state_dict(), saved)
+            saved.seek(0)
+            divergence = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory(decay=0.9))
+            divergence.load_state_dict(torch.load(saved))
+        return losses_and_gradient(divergence, 1, torch.arange(8, 12))
+
+    expected, actual = (
+        two_steps(edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory(decay=0.9)), resume) for resume in (False, True)
+    )
+    assert expected[0].ne(0).all()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_micro_batch_that_overflowed_does_not_stay():
+    memory = edl.DomainMemory(decay=0.9)
+    divergence = edl.ExpertDivergenceLoss(D, memory=memory)
+    assert divergence([torch.full((B, LENGTH, E), float("nan"), requires_grad=True)] * L, LABELS).isnan()
+    memory.step()
+    losses, gradient = losses_and_gradient(divergence, 1)
+    assert losses.isfinite().all() and gradient.isfinite().all()
+
+
+def test_forgetting_step_warns_once():
+    router = torch.nn.Parameter(ROUTER[0].clone())
+    optimizer = torch.optim.SGD([router], lr=0.1)
+
+    def train(divergence, steps: bool):
+        for _ in range(3):
+            divergence(HIDDEN[0] @ router.T, LABELS).backward()
+            optimizer.step()
+            if steps:
+                divergence.memory.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory()), True)
+    with pytest.warns(UserWarning, match="an optimizer stepped but memory.step\\(\\) was not called") as caught:
+        train(edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory()), False)
+    assert len(caught) == 1
+
+
+def refused(call) -> str:
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        call()
+    return str(error.value)
+
+
+def test_wrong_use_is_refused():
+    divergence = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory())
+    memory = divergence.memory
+    assert refused(lambda: edl.DomainMemory(decay=1.0)) == "edl::DomainMemory: decay must be at least 0 and below 1 (got 1.0)"
+    assert refused(lambda: edl.ExpertDivergenceLoss(D, memory={})) == (
+        "edl::expert_divergence_loss: memory must be a DomainMemory (got dict)"
+    )
+    assert "two passes are exact without decay only (got decay = 0.5)" in refused(
+        lambda: edl.DomainMemory(decay=0.5).collect().__enter__()
+    )
+    losses_and_gradient(divergence, 1)
+    assert "collect() must come first in a step, once" in refused(lambda: memory.collect().__enter__())
+    assert "all micro-batches must have the same layers, domains and experts, [2, 3, 8] (got [1, 3, 8])" in refused(
+        lambda: divergence((HIDDEN[0] @ ROUTER[0].T).requires_grad_(True), LABELS)
+    )
+    memory.step()
+    collect(memory, divergence, 3)
+    losses_and_gradient(divergence, 4)
+    assert refused(memory.step) == (
+        "edl::DomainMemory: the second pass must train on every micro-batch that was collected (got 4 of 3)"
+    )
+    with edl.domain_scope(LABELS):
+        losses_and_gradient(divergence, 1)
+        assert "takes one loss per forward pass, give each router a memory of its own" in refused(
+            lambda: losses_and_gradient(divergence, 1)
+        )

@@ -1,0 +1,179 @@
+"""domain_scope: labels belong to a forward pass, whenever it is replayed."""
+
+import threading
+
+import pytest
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import edl
+
+D, E, H = 3, 8, 5
+DIVERGENCE = edl.ExpertDivergenceLoss(D)
+BOTH = torch.tensor([0, 1, 2, 0, 1, 2])
+ONE = torch.zeros(6, dtype=torch.long)
+
+
+class Block(torch.nn.Module):
+    """A router whose loss is injected, as in a pipeline stage: no argument carries labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = torch.nn.Linear(H, E, bias=False, dtype=torch.float64)
+        torch.nn.init.normal_(self.router.weight, generator=torch.Generator().manual_seed(0))
+        self.seen: list = []
+
+    def forward(self, hidden):
+        logits = self.router(hidden)
+        weights = logits.softmax(-1)
+        labels = edl.current_labels() if self.training else None
+        self.seen.append(None if labels is None else labels.domain_ids.tolist())
+        if labels is not None and torch.is_grad_enabled():
+            weights = edl.inject(weights, DIVERGENCE(logits, labels.domain_ids))
+        return hidden + weights.sum(-1, keepdim=True)
+
+
+def hidden_states(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(6, 4, H, generator=generator, dtype=torch.float64).requires_grad_(True)
+
+
+def plain(block, hidden):
+    return block(hidden)
+
+
+def reentrant(block, hidden):
+    return checkpoint(block, hidden, use_reentrant=True)
+
+
+def not_reentrant(block, hidden):
+    return checkpoint(block, hidden, use_reentrant=False)
+
+
+def selective(block, hidden):
+    def policy(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.mm.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return checkpoint(block, hidden, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
+
+
+def nested_inside_not_reentrant(block, hidden):
+    return checkpoint(lambda h: checkpoint(block, h, use_reentrant=False), hidden, use_reentrant=False)
+
+
+CHECKPOINTS = [reentrant, not_reentrant, selective, nested_inside_not_reentrant]
+ORDERS = {
+    "first in, first out": lambda outputs: [output.backward() for output in outputs],
+    "last in, first out": lambda outputs: [output.backward() for output in reversed(outputs)],
+    "one backward pass": lambda outputs: sum(outputs).backward(),
+}
+
+
+def router_gradient(run, labels: list, order, between=None) -> torch.Tensor:
+    """Gradient of a router after forward passes with the given labels (None: no scope), all in flight together."""
+    block = Block()
+    outputs = []
+    for number, ids in enumerate(labels):
+        hidden = hidden_states(number)
+        if ids is None:
+            outputs.append(run(block, hidden).sum())
+        else:
+            with edl.domain_scope(ids):
+                outputs.append(run(block, hidden).sum())
+        if between is not None:
+            between(block)
+    order(outputs)
+    return block.router.weight.grad
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=list(ORDERS))
+@pytest.mark.parametrize("run", CHECKPOINTS)
+def test_replays_get_the_labels_of_their_forward_pass(run, order):
+    labels = [BOTH, ONE, BOTH.flip(0), BOTH.roll(1)]
+    expected = router_gradient(plain, labels, ORDERS["first in, first out"])
+    torch.testing.assert_close(router_gradient(run, labels, order), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_two_micro_batches_in_flight_under_reentrant_checkpointing_the_second_with_one_domain():
+    """Labels set last would give the first replay those of the second pass, one domain, and the router no gradient at all."""
+    gradient = router_gradient(reentrant, [BOTH, ONE], ORDERS["first in, first out"])
+    first_alone = router_gradient(plain, [BOTH], ORDERS["first in, first out"])
+    assert first_alone.norm() > 0.1
+    torch.testing.assert_close(gradient, first_alone, rtol=1e-12, atol=1e-12)
+    set_last = router_gradient(plain, [ONE, ONE], ORDERS["first in, first out"])
+    assert set_last.norm() < 1e-12  # the rounding of the weights' sum
+
+
+@pytest.mark.parametrize("run", [plain, *CHECKPOINTS])
+def test_evaluation_in_between_changes_nothing(run):
+    def evaluate(block):
+        block.eval()
+        with torch.no_grad():
+            block(hidden_states(7))
+            with edl.domain_scope(BOTH):
+                block(hidden_states(8))
+        block.train()
+        with torch.no_grad():
+            block(hidden_states(9))
+
+    labels = [BOTH, ONE, BOTH.flip(0)]
+    fifo = ORDERS["first in, first out"]
+    torch.testing.assert_close(
+        router_gradient(run, labels, fifo, evaluate), router_gradient(plain, labels, fifo), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("run", CHECKPOINTS)
+def test_a_forward_pass_outside_any_scope_has_no_labels_also_when_replayed(run):
+    fifo = ORDERS["first in, first out"]
+    labels = [None, BOTH, None]
+    expected = router_gradient(plain, labels, fifo)
+    torch.testing.assert_close(router_gradient(run, labels, fifo), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_backward_inside_the_scope_of_another_pass():
+    block = Block()
+    with edl.domain_scope(BOTH):
+        first = reentrant(block, hidden_states(0)).sum()
+    with edl.domain_scope(ONE):
+        second = reentrant(block, hidden_states(1)).sum()
+        first.backward()
+    second.backward()
+    assert block.seen == [BOTH.tolist(), ONE.tolist(), BOTH.tolist(), ONE.tolist()]
+
+
+def test_nested_scopes_and_errors_restore_what_was_before():
+    assert edl.current_labels() is None
+    with edl.domain_scope(BOTH):
+        with pytest.raises(KeyError), edl.domain_scope(ONE, attention_mask=torch.ones(6, 4)):
+            assert edl.current_labels().domain_ids is ONE and edl.current_labels().attention_mask is not None
+            raise KeyError
+        assert edl.current_labels().domain_ids is BOTH and edl.current_labels().attention_mask is None
+    assert edl.current_labels() is None
+
+
+def test_another_thread_sees_no_open_scope():
+    found = []
+    with edl.domain_scope(BOTH):
+        thread = threading.Thread(target=lambda: found.append(edl.current_labels()))
+        thread.start()
+        thread.join()
+    assert found == [None]
+
+
+def test_what_cannot_be_told_is_refused(monkeypatch):
+    block = Block()
+    with edl.domain_scope(BOTH):
+        output = checkpoint(lambda h: reentrant(block, h), hidden_states(0), use_reentrant=True)
+    with pytest.raises(RuntimeError, match="^edl::domain_scope: reentrant checkpointing cannot be nested"):
+        output.sum().backward()
+    with edl.domain_scope(BOTH):
+        output = reentrant(block, hidden_states(0))
+    for _ in range(edl.scope.REMEMBERED_SCOPES):
+        with edl.domain_scope(ONE):
+            plain(block, hidden_states(1))
+    with pytest.raises(RuntimeError, match="^edl::domain_scope: at most 512 forward passes may wait"):
+        output.sum().backward()
+    for wrong in (None, [0, 1], 3):
+        with pytest.raises(ValueError, match="^edl::domain_scope: domain_ids must be a tensor"), edl.domain_scope(wrong):
+            pass

@@ -49,13 +49,15 @@ def glob(pattern):
 def build_cuda():
     """CUDA when torch has it and nvcc is found; never decided by a visible GPU, which build machines lack."""
     home = cpp_extension.CUDA_HOME
-    possible = torch.version.cuda is not None and home is not None and Path(home, "bin", "nvcc").exists()
+    # A wrapper called nvcc makes torch take its folder for the toolkit, whose headers may lie elsewhere.
+    toolkit = home is not None and Path(home, "bin", "nvcc").exists() and Path(home, "include", "cuda_runtime.h").exists()
+    possible = torch.version.cuda is not None and toolkit
     wanted = os.environ.get("EDL_BUILD_CUDA", "").strip()
     if wanted not in ("", "0", "1"):
         sys.exit(f"edl: EDL_BUILD_CUDA must be 0 or 1 (got {wanted!r})")
     if wanted == "1" and not possible:
         sys.exit(
-            "edl: EDL_BUILD_CUDA=1 needs a torch built with CUDA and nvcc "
+            "edl: EDL_BUILD_CUDA=1 needs a torch built with CUDA, and nvcc and cuda_runtime.h below CUDA_HOME "
             f"(got torch.version.cuda = {torch.version.cuda}, CUDA_HOME = {home})"
         )
     return possible and wanted != "0"

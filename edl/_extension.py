@@ -24,6 +24,24 @@ def check_build(built_torch: str, built_cuda: str, torch_version: str, torch_cud
         )
 
 
+def _refuse_cuda() -> None:
+    """Tells what is missing where an edl built without CUDA is given a CUDA tensor."""
+
+    def refuser(name: str):
+        def refuse(*arguments, **options):
+            raise ValueError(
+                f"{name}: edl was built without CUDA, {_REBUILD} where nvcc is found; `edl info` tells (got a CUDA tensor)"
+            )
+
+        return refuse
+
+    global _cuda_refusals  # they last as long as this object
+    _cuda_refusals = torch.library.Library("edl", "IMPL", "CUDA")
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("edl::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):
+            _cuda_refusals.impl(name, refuser(name.split(".")[0]))
+
+
 def load() -> None:
     """Loads libedl, which registers the operators `torch.ops.edl.*`."""
     try:
@@ -42,3 +60,5 @@ def load() -> None:
             f"edl's library, built for torch {_build.torch_version}, does not load with torch {torch.__version__}: "
             f"{_REBUILD} (got: {error})"
         ) from error
+    if not _build.cuda_version:
+        _refuse_cuda()

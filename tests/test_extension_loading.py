@@ -9,6 +9,8 @@ import torch
 
 import edl
 from edl import _build, _extension
+from samples import SAMPLES
+from support import all_operators
 
 
 def sentence(error):
@@ -109,3 +111,14 @@ def test_a_cpu_capability_that_does_not_exist_is_one_sentence():
 
 def test_version_is_that_of_the_library():
     assert edl.__version__ == _build.version
+
+
+@pytest.mark.skipif(bool(_build.cuda_version), reason="this edl is built with CUDA")
+def test_without_cuda_every_operator_tells_what_is_missing():
+    on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for name in all_operators():
+        operator = getattr(torch.ops.edl, name).default
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CPU"):
+            continue
+        with pytest.raises(ValueError, match=f"^edl::{name}: edl was built without CUDA, rebuild it with .* \\(got a CUDA tensor\\)$"):
+            operator.redispatch(on_cuda, *next(sample for sample in SAMPLES if sample.op == name).arguments())

@@ -25,14 +25,14 @@ def decisions(monkeypatch):
 def build_cuda(decisions, monkeypatch, tmp_path):
     """Calls build_cuda() of setup.py on a machine described by the arguments."""
 
-    def call(torch_cuda, has_home, has_nvcc, wanted=None):
+    def call(torch_cuda, has_home, has_nvcc, has_headers=True, wanted=None):
         monkeypatch.setattr(torch.version, "cuda", torch_cuda)
         monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path) if has_home else None)
-        nvcc = tmp_path / "bin" / "nvcc"
-        nvcc.parent.mkdir(exist_ok=True)
-        nvcc.unlink(missing_ok=True)
-        if has_nvcc:
-            nvcc.touch()
+        for name, present in (("bin/nvcc", has_nvcc), ("include/cuda_runtime.h", has_headers)):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).unlink(missing_ok=True)
+            if present:
+                (tmp_path / name).touch()
         monkeypatch.delenv("EDL_BUILD_CUDA", raising=False)
         if wanted is not None:
             monkeypatch.setenv("EDL_BUILD_CUDA", wanted)
@@ -46,6 +46,7 @@ def test_cuda_needs_a_torch_with_cuda_and_nvcc(build_cuda):
     assert not build_cuda(None, has_home=True, has_nvcc=True)
     assert not build_cuda("13.0", has_home=False, has_nvcc=False)
     assert not build_cuda("13.0", has_home=True, has_nvcc=False)
+    assert not build_cuda("13.0", has_home=True, has_nvcc=True, has_headers=False)
 
 
 @pytest.mark.parametrize("visible", [True, False])
@@ -61,7 +62,8 @@ def test_the_environment_overrides_the_choice(build_cuda):
     with pytest.raises(SystemExit) as error:
         build_cuda(None, has_home=True, has_nvcc=True, wanted="1")
     assert str(error.value).startswith(
-        "edl: EDL_BUILD_CUDA=1 needs a torch built with CUDA and nvcc (got torch.version.cuda = None, CUDA_HOME = "
+        "edl: EDL_BUILD_CUDA=1 needs a torch built with CUDA, and nvcc and cuda_runtime.h below CUDA_HOME (got "
+        "torch.version.cuda = None, CUDA_HOME = "
     )
 
 

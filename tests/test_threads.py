@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edl import _build
+from edl import _build, _extension
 from samples import SAMPLES, operator
 from support import gradients
 
@@ -28,6 +28,12 @@ def results(sample, num_threads):
 
 def bits(tensor):
     return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
+
+
+def test_the_library_runs_on_several_threads():
+    """Compiled without OpenMP, at::parallel_for quietly runs on one, and the tests below hold for nothing."""
+    library = _extension.LIBRARY.read_bytes()
+    assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library
 
 
 @pytest.mark.parametrize("sample", REPRODUCIBLE, ids=str)

@@ -297,12 +297,15 @@ class ExpertDivergenceLoss(nn.Module):
         )
 
     @torch.jit.unused
-    def from_segments(self, router_logits: Union[Tensor, List[Tensor]], segments: Segments) -> Tensor:
+    def from_segments(
+        self, router_logits: Union[Tensor, List[Tensor]], segments: Union[Segments, Callable[[], Segments]]
+    ) -> Tensor:
         """Computes the loss of tokens whose segments are known, for frameworks with an order of tokens of their own.
 
         Args:
             router_logits (Tensor[T, E], or a list or tuple of them): one per layer.
-            segments (edl.segments.Segments): what each row counts for.
+            segments (edl.segments.Segments, or a function that makes them): what each row counts for. Make them in a function
+                where ranks share the loss: an error in it then keeps no other rank waiting.
 
         Returns:
             The loss, as `forward`.
@@ -310,7 +313,7 @@ class ExpertDivergenceLoss(nn.Module):
         Raises:
             ValueError, IndexError: as `forward`.
         """
-        return self._joint_loss(router_logits, lambda layer: segments)
+        return self._joint_loss(router_logits, lambda layer: segments() if callable(segments) else segments)
 
     @torch.jit.unused
     def _forward_jointly(

@@ -41,6 +41,15 @@ def test_moe_layer(folder):
     assert "tokens per expert" in output
 
 
+def test_distributed_train(folder):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    output = run(*torchrun, EXAMPLES / "distributed" / "train.py", cwd=folder)
+    over_all, per_rank = (float(re.search(f"loss {loss} +differs by ([\\de.+-]+)", output)[1]) for loss in ("over all ranks", "per rank"))
+    assert over_all < 1e-4 and per_rank > 0.1
+    losses = numbers(f"loss of rank 0 {NUMBER}", output)
+    assert losses[-1] < losses[0]
+
+
 def test_compile(folder):
     assert run_example("compile.py", folder).count("of eager") == 3
 
@@ -111,5 +120,5 @@ def test_cpp_programs_link_no_python(cpp_programs, program):
 
 def test_every_example_is_run_here():
     this = (ROOT / "tests" / "test_examples.py").read_text()
-    names = [path.name for path in EXAMPLES.glob("*.py") if path.name != "small_model.py"]
+    names = [path.name for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("distributed/*.py")] if path.name != "small_model.py"]
     assert [name for name in names if f'"{name}"' not in this] == []

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from edl import ops
 from edl.moe import MoELayer, Routing
-from edl.segments import _masked
+from edl.segments import mask_segments
 
 
 def _counted(
@@ -15,7 +15,13 @@ def _counted(
 ) -> Tensor:
     """Segment ids [T]: 0 = the token counts, -1 = it does not, 1 = its mask value is not allowed (operators refuse it)."""
     ids = torch.zeros(num_tokens, dtype=torch.int32, device=device)
-    return _masked(ids, 1, batch_size, attention_mask, padding_mask)
+    return mask_segments(ids, 1, batch_size, attention_mask, padding_mask)
+
+
+def _refuse_dtensor(op: str, layers, attention_mask: Optional[Tensor], padding_mask: Optional[Tensor]) -> None:
+    for layer in layers:
+        ops._refuse_dtensor(op, *(layer if isinstance(layer, Routing) else [layer]))
+    ops._refuse_dtensor(op, attention_mask, padding_mask)
 
 
 def _flat(logits: Tensor) -> Tuple[Tensor, int]:
@@ -38,9 +44,7 @@ def _layer_balance(logits: Tensor, experts: Tensor, counted: Tensor, scores: str
 
 
 def _as_routings(routings, top_k: Optional[int], scores: str) -> List[Routing]:
-    """The layers' routings, from one or several, or from router logits."""
-    if isinstance(routings, (Routing, Tensor)):
-        routings = [routings]
+    """The layers' routings, from several, or from router logits."""
     layers = []
     for routing in routings:
         if not isinstance(routing, Routing):
@@ -78,12 +82,14 @@ def load_balancing_loss(
         The loss, a scalar, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: no layer, wrong shapes, both masks, logits without `top_k`.
+        ValueError: no layer, wrong shapes, both masks, logits without `top_k`, a DTensor.
         IndexError: a mask value other than 0 and 1 (on the CPU; elsewhere the loss is NaN).
 
     Source: arXiv 2101.03961, Eq. 4 to 6, with f over all K choices (GShard, arXiv 2006.16668); tokens of all sequences together.
     """
     if not torch.jit.is_scripting():
+        routings = [routings] if isinstance(routings, (Routing, Tensor)) else routings
+        _refuse_dtensor("load_balancing_loss", routings, attention_mask, padding_mask)
         routings = _as_routings(routings, top_k, scores)
     if len(routings) == 0:
         raise ValueError("edl::load_balancing_loss: routings must hold at least one layer (got an empty list)")
@@ -112,13 +118,14 @@ def router_z_loss(
         The loss, a scalar, float32 (float64 for float64 logits). 0 without any token that counts.
 
     Raises:
-        ValueError: no layer, wrong shapes, both masks.
+        ValueError: no layer, wrong shapes, both masks, a DTensor.
         IndexError: a mask value other than 0 and 1 (on the CPU; elsewhere the loss is NaN).
 
     Source: arXiv 2202.08906, Eq. 5.
     """
     if not torch.jit.is_scripting():
         layers = [router_logits] if isinstance(router_logits, (Routing, Tensor)) else router_logits
+        _refuse_dtensor("router_z_loss", layers, attention_mask, padding_mask)
         router_logits = [layer.logits if isinstance(layer, Routing) else layer for layer in layers]
     if len(router_logits) == 0:
         raise ValueError("edl::router_z_loss: router_logits must hold at least one layer (got an empty list)")
@@ -155,13 +162,14 @@ def update_expert_bias(
         group (ProcessGroup, optional): ranks whose tokens count together; one all-reduce for all layers.
 
     Raises:
-        ValueError: a layer without expert bias, another number of counts than layers, a wrong shape.
+        ValueError: a layer without expert bias, another number of counts than layers, a wrong shape, a DTensor.
 
     Source: arXiv 2408.15664, Algorithm 1; arXiv 2412.19437, section 2.1.2.
     """
     layers = [layers] if isinstance(layers, MoELayer) else list(layers)
     loads = [tokens_per_expert] if isinstance(tokens_per_expert, (Routing, Tensor)) else list(tokens_per_expert)
     loads = [load.tokens_per_expert if isinstance(load, Routing) else load for load in loads]
+    ops._refuse_dtensor("update_expert_bias", *loads)
     if len(layers) != len(loads):
         raise ValueError(
             f"edl::update_expert_bias: tokens_per_expert must have one entry per layer (got {len(loads)} for {len(layers)})"

@@ -1,14 +1,14 @@
 """A Mixture-of-Experts feed-forward layer on the operators of edl."""
 
 import math
-from typing import Final, NamedTuple, Optional
+from typing import Final, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from edl import ops
+from edl import expert_parallel, ops
 
 
 class Routing(NamedTuple):
@@ -112,6 +112,13 @@ class MoELayer(nn.Module):
 
     Compiles with `fullgraph=True`, exports and scripts. Under autocast the experts run in its type, the router does not.
 
+    With `expert_group` the experts are spread over its R ranks: rank r owns experts r·E/R to (r+1)·E/R, every other parameter is
+    replicated. All ranks call the layer together, forward and backward, each with tokens of its own (T may differ and be 0), and get
+    what one process would compute; the layer reads the exchanged sizes on the host once per forward. `gate_up_proj` and `down_proj`
+    are then DTensors of all experts that hold the local shards, initialised as in one process from the same seed. Their gradients
+    arrive summed over the group and are to be divided by all data ranks: see `edl.expert_parallel`. It compiles with
+    `fullgraph=True` under `torch._dynamo.config.capture_scalar_outputs`, and is neither exported nor scripted.
+
     Args:
         hidden_size (int): H, size of a token.
         intermediate_size (int): I, size inside an expert.
@@ -127,13 +134,15 @@ class MoELayer(nn.Module):
         shared_expert_gate (bool): multiply the shared output by a learned sigmoid per token (Qwen2-MoE). Default: False.
         router_dtype (torch.dtype): type of the router's computation, torch.float32 (default), torch.bfloat16 or
             torch.float16; float64 tokens are always routed in float64.
+        expert_group (ProcessGroup or one-dimensional DeviceMesh, optional): the R ranks over which the experts are spread; R divides
+            E. FSDP2 needs a dimension of the DeviceMesh that it shards over. Default: None, all experts are here.
         return_routing (bool): return (output, `Routing`), the default; False returns the output alone, as any feed-forward
             module does.
         device (torch.device, optional): where the parameters are created.
         dtype (torch.dtype, optional): type of the parameters.
 
     Raises:
-        ValueError: a size below 1, `top_k` beyond `num_experts`, or an unknown option.
+        ValueError: a size below 1, `top_k` beyond `num_experts`, an unknown option, or an `expert_group` that does not fit.
     """
 
     expert_bias: Optional[Tensor]
@@ -155,6 +164,7 @@ class MoELayer(nn.Module):
         shared_intermediate_size: Optional[int] = None,
         shared_expert_gate: bool = False,
         router_dtype: torch.dtype = torch.float32,
+        expert_group: Optional[Union["torch.distributed.ProcessGroup", "torch.distributed.DeviceMesh"]] = None,
         return_routing: bool = True,
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
@@ -188,8 +198,11 @@ class MoELayer(nn.Module):
         self.return_routing = return_routing
         where = {"device": device, "dtype": dtype}
         self.router = Router(hidden_size, num_experts, router_dtype, **where)
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size, **where))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **where))
+        self.expert_mesh = None
+        if expert_group is not None:
+            self.expert_mesh = expert_parallel.as_mesh(expert_group, self.router.weight.device)
+        self.gate_up_proj = self._empty_experts(2 * intermediate_size, hidden_size, **where)
+        self.down_proj = self._empty_experts(hidden_size, intermediate_size, **where)
         bias_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         bias = torch.zeros(num_experts, device=device, dtype=bias_dtype) if expert_bias else None
         self.register_buffer("expert_bias", bias)
@@ -203,10 +216,14 @@ class MoELayer(nn.Module):
                 self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, **where)
         self._reset_experts()
 
+    def _empty_experts(self, rows: int, columns: int, **where) -> nn.Parameter:
+        if self.expert_mesh is None:
+            return nn.Parameter(torch.empty(self.num_experts, rows, columns, **where))
+        return nn.Parameter(expert_parallel.empty_experts(self.num_experts, rows, columns, self.expert_mesh, **where))
+
     def _reset_experts(self) -> None:
         for weight in (self.gate_up_proj, self.down_proj):
-            bound = 1 / math.sqrt(weight.shape[2])
-            nn.init.uniform_(weight, -bound, bound)
+            expert_parallel.uniform_experts_(weight, 1 / math.sqrt(weight.shape[2]))
 
     def reset_parameters(self) -> None:
         """Initialises all parameters again, and sets the expert bias to zero."""
@@ -216,6 +233,12 @@ class MoELayer(nn.Module):
                 module.reset_parameters()
         if self.expert_bias is not None:
             self.expert_bias.zero_()
+
+    def __prepare_scriptable__(self):
+        """Called by torch.jit.script."""
+        if self.expert_mesh is not None:
+            raise ValueError("edl::MoELayer: a layer with expert_group cannot be scripted (got a call of torch.jit.script)")
+        return self
 
     def _apply(self, fn, recurse=True):
         bias = self.expert_bias
@@ -236,8 +259,10 @@ class MoELayer(nn.Module):
             output (Tensor[..., H]), and the `Routing` of the T tokens unless `return_routing` is False.
 
         Raises:
-            ValueError: a last dimension other than H, or a type other than that of the experts.
+            ValueError: a last dimension other than H, a type other than that of the experts, or a DTensor.
         """
+        if not torch.jit.is_scripting():
+            ops._refuse_dtensor("MoELayer", hidden)
         if hidden.shape[-1] != self.hidden_size:
             raise ValueError(f"edl::MoELayer: hidden must end in {self.hidden_size}, the hidden size (got {hidden.shape[-1]})")
         tokens = hidden.reshape(-1, self.hidden_size)
@@ -246,13 +271,19 @@ class MoELayer(nn.Module):
             logits, self.top_k, self.scores, self.expert_bias, self.normalize_top_k, self.routed_scaling_factor
         )
         row_order, offsets = ops.sort_by_expert(experts, self.num_experts)
-        output = ops.expert_mlp(tokens, weights, row_order, offsets, self.gate_up_proj, self.down_proj)
+        if self.expert_mesh is None:
+            output = ops.expert_mlp(tokens, weights, row_order, offsets, self.gate_up_proj, self.down_proj)
+        else:
+            output = expert_parallel.expert_mlp(
+                tokens, weights, row_order, offsets, self.gate_up_proj, self.down_proj, self.expert_mesh
+            )
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens)
             if self.shared_expert_gate is not None:
                 shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
             output = output + shared
-        output = output.reshape(hidden.shape)
+        # Not a view, like the output of nn.Linear: an in-place operation on a view would drop the hooks of FSDP2.
+        output = torch.ops.aten._unsafe_view(output, hidden.shape)
         if self.return_routing:
             tokens_per_expert = (offsets[1:] - offsets[:-1]).to(torch.int64)
             return output, Routing(logits, weights, experts, tokens_per_expert)
@@ -306,4 +337,5 @@ class MoELayer(nn.Module):
             f"top_k={self.top_k}, scores={self.scores!r}, normalize_top_k={self.normalize_top_k}, "
             f"routed_scaling_factor={self.routed_scaling_factor}, expert_bias={self.expert_bias is not None}, "
             f"num_shared_experts={self.num_shared_experts}, return_routing={self.return_routing}"
+            + (f", expert_group of {self.expert_mesh.size()} ranks" if self.expert_mesh is not None else "")
         )

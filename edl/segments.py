@@ -65,14 +65,28 @@ def _check_mask(name: str, mask: Tensor, num_tokens: int, batch_size: int) -> No
         )
 
 
-def _masked(
+def mask_segments(
     segment_ids: Tensor,
     num_segments: int,
-    batch_size: int,
-    attention_mask: Optional[Tensor],
-    padding_mask: Optional[Tensor],
+    batch_size: int = -1,
+    attention_mask: Optional[Tensor] = None,
+    padding_mask: Optional[Tensor] = None,
 ) -> Tensor:
-    """Segment ids [T] with -1 where a mask says padding, and with num_segments where it is neither 0 nor 1."""
+    """Takes the tokens that a mask calls padding out of their segments.
+
+    Args:
+        segment_ids (Tensor[T]): int32 or int64.
+        num_segments (int): S.
+        batch_size (int): B where the caller knows it, else -1 (default).
+        attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding (Hugging Face's sense).
+        padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
+
+    Returns:
+        Segment ids [T]: -1 where the mask says padding, and S, which `edl.ops.aggregate_routing` refuses, where it is neither 0 nor 1.
+
+    Raises:
+        ValueError: a wrong shape, both masks.
+    """
     if attention_mask is not None and padding_mask is not None:
         raise ValueError("edl::segments: give attention_mask (1 = keep) or padding_mask (True = padding), not both (got both)")
     keep_value = 1
@@ -285,5 +299,5 @@ def make_segments(
     flat_labels = sequence_reduction == "token" and domain_ids.dim() == 1 and domain_ids.shape[0] == num_tokens
     if mask_rows < 0 and cu_seqlens is None and not flat_labels:
         mask_rows = domain_ids.shape[0]
-    ids = _masked(segments.segment_ids, segments.num_segments, mask_rows, attention_mask, padding_mask)
+    ids = mask_segments(segments.segment_ids, segments.num_segments, mask_rows, attention_mask, padding_mask)
     return Segments(ids, segments.num_segments, segments.labels)

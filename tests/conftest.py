@@ -53,6 +53,23 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@pytest.fixture
+def group_of_one():
+    """This process as the only rank."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def as_dtensor(group_of_one):
+    """Makes a tensor one shard of one."""
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1,))
+    return lambda tensor: DTensor.from_local(tensor, mesh, [Shard(0)])
+
+
 @pytest.fixture(scope="session")
 def source_archive(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdist")

@@ -250,3 +250,26 @@ def test_wrong_arguments_are_one_sentence(name):
 def test_a_mask_value_other_than_0_and_1_is_refused(loss):
     with pytest.raises(IndexError, match="a token whose label or mask value is not allowed"):
         loss(random_routing(), attention_mask=torch.full((24,), 2))
+
+
+def test_dtensors_are_refused(as_dtensor):
+    routing, mask = random_routing(), as_dtensor(torch.ones(24))
+    layer = edl.MoELayer(8, 8, routing.logits.shape[1], 1, expert_bias=True)
+    calls = {
+        "load_balancing_loss": [
+            lambda: edl.load_balancing_loss(as_dtensor(routing.logits), top_k=2),
+            lambda: edl.load_balancing_loss([routing, routing._replace(experts=as_dtensor(routing.experts))]),
+            lambda: edl.load_balancing_loss(routing, padding_mask=mask),
+        ],
+        "router_z_loss": [
+            lambda: edl.router_z_loss([as_dtensor(routing.logits)]),
+            lambda: edl.router_z_loss(routing._replace(logits=as_dtensor(routing.logits))),
+            lambda: edl.router_z_loss(routing, attention_mask=mask),
+        ],
+        "update_expert_bias": [lambda: edl.update_expert_bias(layer, as_dtensor(routing.tokens_per_expert))],
+    }
+    for name, cases in calls.items():
+        for call in cases:
+            with pytest.raises(ValueError) as error:
+                call()
+            assert str(error.value) == f"edl::{name}: takes plain tensors, call to_local() on the shards first (got a DTensor)"

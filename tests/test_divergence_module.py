@@ -578,17 +578,6 @@ def test_probabilities_and_logits_are_not_taken_for_each_other():
     )
 
 
-@pytest.fixture
-def as_dtensor():
-    """One process as a mesh of one."""
-    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
-
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh("cpu", (1,))
-    yield lambda tensor: DTensor.from_local(tensor, mesh, [Shard(0)])
-    torch.distributed.destroy_process_group()
-
-
 def test_dtensors_are_refused(as_dtensor):
     module = ExpertDivergenceLoss(D)
     rule = "takes plain tensors, call to_local() on the shards first (got a DTensor)"

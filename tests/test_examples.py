@@ -64,6 +64,13 @@ def test_aot_inductor(folder):
     assert run_example("aot_inductor.py", folder).count("of eager") == 2
 
 
+def test_expert_parallel(folder):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    output = run(*launcher, EXAMPLES / "distributed" / "expert_parallel.py", cwd=folder, timeout=120)
+    difference, change = map(float, re.search(r"one process ([\d.e+-]+), largest change by training ([\d.e+-]+)", output).groups())
+    assert difference < change / 1000 and "each of 2 ranks holds 4 of 8 experts" in output
+
+
 @pytest.fixture(scope="session")
 def scripted_model(folder):
     run_example("torchscript.py", folder, "--output", "scripted.pt")

@@ -264,3 +264,9 @@ def test_wrong_input_is_one_sentence():
     assert str(error.value) == "edl::MoELayer: hidden must end in 16, the hidden size (got 15)"
     with pytest.raises(ValueError, match="edl::expert_mlp: gate_up must have the type of tokens"):
         make_layer("softmax")(torch.randn(3, 16).bfloat16())
+
+
+def test_dtensors_are_refused(as_dtensor):
+    with pytest.raises(ValueError) as error:
+        make_layer("softmax")(as_dtensor(torch.randn(3, 16)))
+    assert str(error.value) == "edl::MoELayer: takes plain tensors, call to_local() on the shards first (got a DTensor)"

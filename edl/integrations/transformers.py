@@ -106,6 +106,7 @@ def _check_expressible(layer: MoELayer, name: str) -> None:
         "a routed_scaling_factor other than 1": layer.routed_scaling_factor != 1.0,
         "weights that are not normalised": family.always_normalizes and not layer.normalize_top_k,
         "a shared expert": layer.shared_expert is not None and not family.has_shared_expert,
+        "experts spread over an expert_group": layer.expert_mesh is not None,
         "no gated shared expert": family.has_shared_expert and not has_gated_shared,
     }
     for obstacle, present in obstacles.items():

@@ -1,0 +1,131 @@
+"""The Expert Divergence loss in transformers' `Trainer`."""
+
+from typing import Any, Dict, Optional
+
+import torch
+from torch import Tensor, nn
+
+from edl.integrations.transformers.capture import attach
+from edl.memory import DomainMemory
+
+
+def _document_boundaries(position_ids: Tensor) -> Tensor:
+    """Boundaries [N + 1] in the flattened batch of the documents in `position_ids [B, S_len]`: at each row, and wherever a
+    position does not follow the one before it (transformers' own rule)."""
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=1) != 1
+    num_tokens = torch.tensor([starts.numel()], device=starts.device)
+    return torch.cat([starts.flatten().nonzero().flatten(), num_tokens])
+
+
+class EDTrainerMixin:
+    """Adds beta times the Expert Divergence loss to the training loss of a `Trainer`: `class EDTrainer(EDTrainerMixin, Trainer)`.
+
+    The dataset needs a column `domain_ids`: a label per example in [-1, D), -1 = not counted, or a list with one per token. The
+    column is kept, collated (any collator that keeps it; else `DomainCollator`), and taken out before the batch reaches the
+    model. Padding follows `attention_mask`. With labels per token, documents packed into a row are told apart by their
+    `position_ids`. Evaluation is left as it is.
+
+    The loss counts once per optimizer step, as the mean over its micro-batches, whatever `num_items_in_batch` or
+    `average_tokens_across_devices` do to the language-model loss. Under gradient accumulation each micro-batch is compared with
+    those before it in the step (`edl.DomainMemory`); over several processes the loss is that of their union (`group`).
+
+    What is logged as `loss` includes it; `expert_divergence_loss` is logged beside it, without beta, as the mean over the
+    micro-batches since the last log.
+
+    Args:
+        args: of the Trainer.
+        num_domains (int): D, at least 1.
+        beta (float): weight of the loss; `trainer.expert_divergence.beta` changes it, from a callback for instance.
+        divergence_options (dict, optional): further options of `edl.ExpertDivergenceLoss`.
+        kwargs: of the Trainer.
+
+    Raises:
+        ValueError: what `attach` raises; several devices in one process (DataParallel); tensor, context or sequence parallelism;
+            while training, a batch without `domain_ids`.
+    """
+
+    def __init__(
+        self, *args: Any, num_domains: int, beta: float, divergence_options: Optional[Dict[str, Any]] = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._check_parallelism()
+        self._divergence_options = {"num_domains": num_domains, "beta": beta, **(divergence_options or {})}
+        if self.args.world_size > 1:
+            self._divergence_options.setdefault("group", torch.distributed.group.WORLD)
+        if self.args.gradient_accumulation_steps > 1:
+            self._divergence_options.setdefault("memory", DomainMemory())
+        self.expert_divergence = attach(self.model, **self._divergence_options)
+        self._value_sum, self._num_values = 0.0, 0
+
+    def _check_parallelism(self) -> None:
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "edl::EDTrainerMixin: each process must have one device, start with torchrun or accelerate launch "
+                f"(got DataParallel over {self.args.n_gpu})"
+            )
+        sizes = (self.get_tp_size(), self.get_cp_size(), self.get_sp_size())
+        if max(sizes) > 1:
+            raise ValueError(
+                f"edl::EDTrainerMixin: ranks must not share sequences (got tensor, context and sequence parallel sizes {sizes})"
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "domain_ids" not in self._signature_columns:
+            self._signature_columns.append("domain_ids")
+
+    def training_step(self, model: nn.Module, inputs: Dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if self.expert_divergence.model is not self.model:  # model_init made a new one, or FSDP wrapped it
+            self.expert_divergence.remove()
+            self.expert_divergence = attach(self.model, **{**self._divergence_options, "beta": self.expert_divergence.beta})
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        memory = self.expert_divergence.divergence.memory
+        if memory is not None and self.accelerator.sync_gradients:  # the last micro-batch before the optimizer steps
+            memory.step()
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        domain_ids = inputs.get("domain_ids")
+        inputs = {name: value for name, value in inputs.items() if name != "domain_ids"}
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if not model.training:
+            return result
+        if domain_ids is None:
+            raise ValueError(
+                "edl::EDTrainerMixin: every training batch must have domain_ids, from a column of the dataset and a collator that "
+                f"keeps it, such as DomainCollator (got {sorted(inputs)})"
+            )
+        divergence = self._divergence_loss(inputs, domain_ids) / self._num_shares(num_items_in_batch)
+        return (result[0] + divergence, result[1]) if return_outputs else result + divergence
+
+    def _divergence_loss(self, inputs: Dict[str, Any], domain_ids: Tensor) -> Tensor:
+        cu_seqlens = None
+        position_ids = inputs.get("position_ids")
+        is_per_token = domain_ids.dim() == 2 and not domain_ids.is_floating_point()
+        if is_per_token and position_ids is not None and position_ids.shape == domain_ids.shape:
+            cu_seqlens = _document_boundaries(position_ids)
+        loss = self.expert_divergence.loss(domain_ids, inputs.get("attention_mask"), cu_seqlens=cu_seqlens)
+        self._value_sum, self._num_values = self._value_sum + self.expert_divergence.value, self._num_values + 1
+        return loss
+
+    def _num_shares(self, num_items_in_batch: Any) -> int:
+        """What a micro-batch's loss must be divided by: training_step divides by the number of micro-batches unless the loss is
+        already a sum over the items of the whole step."""
+        is_scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if is_scaled is None:
+            counts_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            is_scaled = counts_items or self.compute_loss_func is not None
+        return self.current_gradient_accumulation_steps if is_scaled else 1
+
+    def prediction_step(self, model: nn.Module, inputs: Dict[str, Any], *args: Any, **kwargs: Any):
+        inputs = {name: value for name, value in inputs.items() if name != "domain_ids"}
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: Dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._num_values > 0:
+            logs["expert_divergence_loss"] = (self._value_sum / self._num_values).item()
+            self._value_sum, self._num_values = 0.0, 0
+        super().log(logs, *args, **kwargs)

@@ -1,0 +1,483 @@
+"""EDTrainerMixin in the real Trainer: the gradient of each optimizer step is that of the plain Trainer plus beta times the mean of
+the micro-batches' divergence, however the Trainer scales its own loss; and labels reach it through every kind of batch."""
+
+import os
+import re
+import socket
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import edl
+from commands import ROOT, run
+from tolerances import assert_close, tolerance
+
+pytest.importorskip("accelerate")
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("transformers")
+
+from tokenizers import Tokenizer, models  # noqa: E402
+from transformers import (  # noqa: E402
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from edl.integrations.transformers import DomainCollator, EDTrainerMixin, pack_documents  # noqa: E402
+from transformers_models import VOCABULARY, make_model  # noqa: E402
+
+D, BETA = 3, 0.3
+# Losses and router weights pass float32 inside transformers, also in float64 models; sums over few tokens.
+PRECISION = tolerance(torch.float32, 32 * 24, roundings=4)
+
+
+class Gradients(TrainerCallback):
+    """The gradient of every optimizer step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+class EDTrainer(EDTrainerMixin, Trainer):
+    pass
+
+
+def make_dataset(num_rows=20, length=8, labels=True):
+    """Rows with some tokens that are no targets, so that micro-batches differ in their number of items."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(3, VOCABULARY, (num_rows, length), generator=generator)
+    targets = tokens.masked_fill(torch.rand(tokens.shape, generator=generator) < 0.3, -100)
+    columns = {"input_ids": tokens.tolist(), "labels": targets.tolist(), "notes": ["dropped"] * num_rows}
+    if labels:
+        columns["domain_ids"] = [(0, 1, 2, 1, 0, -1)[row % 6] for row in range(num_rows)]
+    return datasets.Dataset.from_dict(columns)
+
+
+def arguments(folder, **options):
+    defaults = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "optim": "sgd", "learning_rate": 0.0, "max_grad_norm": 0.0}
+    defaults |= {"lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    defaults |= {"train_sampling_strategy": "sequential", "use_cpu": True, "dataloader_pin_memory": False}
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+
+
+def seeded_model():
+    torch.manual_seed(0)
+    return make_model("mixtral", torch.float64)
+
+
+def train(kind, args, dataset=None, model=None, **options):
+    """A trainer after training, with the gradients of its steps. The learning rate is 0, so that runs stay comparable."""
+    dataset = make_dataset() if dataset is None else dataset
+    if kind is EDTrainer:
+        options = {"num_domains": D, "beta": BETA, **options}
+    if "model_init" not in options:
+        options["model"] = seeded_model() if model is None else model
+    recorded = Gradients()
+    trainer = kind(args=args, train_dataset=dataset, callbacks=[recorded], **options)
+    trainer.train()
+    trainer.gradients = recorded.steps
+    return trainer
+
+
+def added(trainer, plain):
+    """What one trainer's gradients have over the other's, per step."""
+    return [
+        {name: step[name] - before[name] for name in step} for step, before in zip(trainer.gradients, plain.gradients, strict=True)
+    ]
+
+
+def divergence_by_hand(micro_batches, memory=None):
+    """(mean value, gradient of beta times the mean of the losses) of the micro-batches of a step, from a model's own output."""
+    model = seeded_model()
+    loss = edl.ExpertDivergenceLoss(D, memory=memory)
+    values = []
+    for batch in micro_batches:
+        batch = {name: torch.tensor(batch[name]) for name in ("input_ids", "domain_ids")}
+        value = loss([*model(batch["input_ids"], output_router_logits=True).router_logits], batch["domain_ids"])
+        (BETA * value / len(micro_batches)).backward()
+        values.append(value.item())
+    return sum(values) / len(values), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_steps(steps, wanted, scale=0.0):
+    for step, reference in zip(steps, wanted, strict=True):
+        for name, gradient in step.items():
+            expected = reference.get(name, torch.zeros_like(gradient))
+            assert_close(gradient, expected, PRECISION, scale=max(scale, max(g.abs().max() for g in reference.values()).item()))
+
+
+def sum_of_items(outputs, labels, num_items_in_batch=None):
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+
+
+def mean_of_batch():
+    model = seeded_model()
+    model.accepts_loss_kwargs = False
+    return model
+
+
+# How the Trainer comes to its own loss, and whether training_step divides it by the number of micro-batches.
+LOSSES = {
+    "items of the step": {},
+    "mean of the batch": {"model": mean_of_batch},
+    "compute_loss_func": {"compute_loss_func": sum_of_items},
+    "label smoothing": {"label_smoothing_factor": 0.1},
+}
+
+
+@pytest.mark.parametrize("memory", ["memory", "none"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_gradient_of_every_step(tmp_path, loss, accumulation, memory):
+    """Five micro-batches: with three per step the last step has two."""
+    options = dict(LOSSES[loss])
+    make = options.pop("model", seeded_model)
+    smoothing = options.pop("label_smoothing_factor", 0.0)
+    args = arguments(tmp_path, gradient_accumulation_steps=accumulation, label_smoothing_factor=smoothing)
+    plain = train(Trainer, args, model=make(), **options)
+    ours = {"divergence_options": {"memory": None}} if memory == "none" else {}
+    trainer = train(EDTrainer, args, model=make(), **options, **ours)
+    dataset = make_dataset()
+    micro_batches = [dataset[4 * i : 4 * i + 4] for i in range(5)]
+    steps = [micro_batches[i : i + accumulation] for i in range(0, 5, accumulation)]
+    by_hand = []
+    for step in steps:
+        uses_memory = memory == "memory" and accumulation > 1
+        by_hand.append(divergence_by_hand(step, edl.DomainMemory() if uses_memory else None))
+    assert_steps(added(trainer, plain), [gradient for _, gradient in by_hand])
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    plain_logs = [entry for entry in plain.state.log_history if "loss" in entry]
+    for entry, before, (value, _) in zip(logs, plain_logs, by_hand, strict=True):
+        assert entry["expert_divergence_loss"] == pytest.approx(value, rel=1e-5)
+        assert entry["loss"] == pytest.approx(before["loss"] + BETA * value, rel=1e-4)
+
+
+def test_equal_micro_batches_have_the_gradient_of_one_batch(tmp_path):
+    """Accumulation of the same sequences, and one batch of them all."""
+    rows = make_dataset(4).select([0, 1, 2, 3] * 3)
+    accumulated = train(EDTrainer, arguments(tmp_path, gradient_accumulation_steps=3), rows)
+    at_once = train(EDTrainer, arguments(tmp_path, per_device_train_batch_size=12), rows)
+    assert_steps(accumulated.gradients, at_once.gradients)
+
+
+def test_a_domain_per_micro_batch_is_compared_with_the_others(tmp_path):
+    """Micro-batches of one sequence hold no pair of domains; the memory of the step does."""
+    args = arguments(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    dataset = make_dataset(4)
+    trainer = train(EDTrainer, args, dataset)
+    difference = added(trainer, train(Trainer, args, dataset))
+    assert max(gradient.abs().max() for gradient in difference[0].values()) > 1e-3
+    by_hand = divergence_by_hand([dataset[i : i + 1] for i in range(4)], edl.DomainMemory())
+    assert_steps(difference, [by_hand[1]])
+
+
+# ---- several processes ----
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+RANK_CASES = [(average, accumulation) for average in (True, False) for accumulation in (1, 2)]
+
+
+def train_rank(rank, port, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port)}
+    results = {}
+    for average, accumulation in RANK_CASES:
+        for kind in (Trainer, EDTrainer):
+            args = arguments(
+                folder,
+                ddp_backend="gloo",
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=accumulation,
+                average_tokens_across_devices=average,
+            )
+            trainer = train(kind, args, make_dataset(16))
+            results[average, accumulation, kind.__name__] = trainer.gradients, trainer.state.log_history
+    torch.save(results, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    processes = torch.multiprocessing.spawn(train_rank, (free_port(), tmp_path), nprocs=2, join=False)
+    deadline = time.monotonic() + 120
+    try:
+        while not processes.join(timeout=1):
+            assert time.monotonic() < deadline, "the processes take longer than two minutes"
+    finally:
+        for process in processes.processes:
+            process.kill()
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    dataset = make_dataset(16)
+    for average, accumulation in RANK_CASES:
+        args = arguments(tmp_path, gradient_accumulation_steps=accumulation)
+        plain, trainer = train(Trainer, args, dataset), train(EDTrainer, args, dataset)
+        alone = added(trainer, plain)
+        for results in ranks:
+            (before, _), (after, log) = (results[average, accumulation, kind] for kind in ("Trainer", "EDTrainer"))
+            if average:  # then the language-model loss, too, is that of one process
+                assert_steps(after, trainer.gradients)
+            together = [{name: a[name] - b[name] for name in a} for a, b in zip(after, before, strict=True)]
+            assert_steps(together, alone)
+            key = "expert_divergence_loss"
+            values, expected = ([x[key] for x in entries if key in x] for entries in (log, trainer.state.log_history))
+            assert values == pytest.approx(expected, rel=1e-5) and len(values) == 4 // accumulation
+
+
+# ---- batches ----
+
+
+def make_tokenizer(side="right"):
+    vocabulary = {str(i): i for i in range(VOCABULARY)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="0")), pad_token="2", padding_side=side
+    )
+
+
+def make_documents(kind):
+    """Documents that fill rows of 8 tokens, with a label each, or labels that change inside."""
+    lengths = [5, 3, 4, 4, 6, 2]
+    tokens = [torch.randint(3, VOCABULARY, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    labels = [0, 1, 2, 1, -1, 0]
+    if kind == "token":
+        labels = [[label] * (n - 2) + [2, 0] for label, n in zip(labels, lengths)]
+    targets = [[-100, *document[1:]] for document in tokens]  # left padding precedes the first token
+    return datasets.Dataset.from_dict({"input_ids": tokens, "labels": targets, "domain_ids": labels})
+
+
+@pytest.mark.parametrize("kind", ["document", "token"])
+def test_padded_flattened_and_packed_documents_are_the_same(tmp_path, kind):
+    documents = make_documents(kind)
+    packed = documents.map(pack_documents, batched=True, fn_kwargs={"length": 8}, remove_columns=documents.column_names)
+    padding = {side: DomainCollator(DataCollatorForSeq2Seq(make_tokenizer(side))) for side in ("right", "left")}
+    batches = {
+        "right": (documents, 6, padding["right"]),
+        "left": (documents, 6, padding["left"]),
+        "flattened": (documents, 6, DomainCollator(DataCollatorWithFlattening())),
+        "packed": (packed, 3, None),
+    }
+    results = {
+        name: train(EDTrainer, arguments(tmp_path, per_device_train_batch_size=size), dataset, data_collator=collator)
+        for name, (dataset, size, collator) in batches.items()
+    }
+    value = results["right"].state.log_history[0]["expert_divergence_loss"]
+    assert value != 0.0
+    for trainer in results.values():
+        assert trainer.state.log_history[0]["expert_divergence_loss"] == pytest.approx(value, rel=1e-5)
+        assert_steps(trainer.gradients, results["right"].gradients)
+
+
+def test_packing_keeps_labels_positions_and_targets():
+    documents = {
+        "input_ids": [[10, 11, 12], [], [20, 21, 22, 23, 24], [30, 31]],
+        "domain_ids": [0, 1, [1, 1, 2, 2, 2], -1],
+        "labels": [[10, -100, 12], [], [20, 21, 22, 23, 24], [30, 31]],
+    }
+    assert pack_documents(documents, length=4) == {
+        "input_ids": [[10, 11, 12, 20], [21, 22, 23, 24]],
+        "labels": [[-100, -100, 12, -100], [21, 22, 23, 24]],
+        "position_ids": [[0, 1, 2, 0], [0, 1, 2, 3]],
+        "domain_ids": [[0, 0, 0, 1], [1, 2, 2, 2]],
+    }
+    del documents["labels"]
+    assert pack_documents(documents, length=5)["labels"] == [[-100, 11, 12, -100, 21], [22, 23, 24, -100, 31]]
+    assert pack_documents(documents, length=11) == {"input_ids": [], "labels": [], "position_ids": [], "domain_ids": []}
+
+
+def collate(labels, lengths=(2, 3), collator=None, **features):
+    examples = [
+        {"input_ids": list(range(3, 3 + n)), **({} if label is None else {"domain_ids": label}), **features}
+        for n, label in zip(lengths, labels, strict=True)
+    ]
+    return DomainCollator(collator or DataCollatorForSeq2Seq(make_tokenizer()))(examples)
+
+
+def test_collator_keeps_every_kind_of_label():
+    flattening = DataCollatorWithFlattening()
+    assert collate([1, 2])["domain_ids"].tolist() == [1, 2]
+    assert collate([torch.tensor(1), torch.tensor(2)])["domain_ids"].tolist() == [1, 2]
+    assert collate([[0, 1], [2, 2, 0]])["domain_ids"].tolist() == [[0, 1, -1], [2, 2, 0]]
+    assert collate([1, [2, 2, 0]])["domain_ids"].tolist() == [[1, 1, -1], [2, 2, 0]]
+    left = DataCollatorForSeq2Seq(make_tokenizer("left"))
+    assert collate([[0, 1], [2, 2, 0]], collator=left)["domain_ids"].tolist() == [[-1, 0, 1], [2, 2, 0]]
+    assert collate([[0.25, 0.75], [1.0, 0.0]])["domain_ids"].tolist() == [[0.25, 0.75], [1.0, 0.0]]
+    assert collate([1, 2], collator=flattening)["domain_ids"].tolist() == [[1, 1, 2, 2, 2]]
+    assert collate([[0, 1], [2, 2, 0]], collator=flattening)["domain_ids"].tolist() == [[0, 1, 2, 2, 0]]
+    assert collate([1], lengths=[3], collator=flattening)["domain_ids"].tolist() == [1]
+    assert "domain_ids" not in collate([None, None])
+
+
+def shorten(examples):
+    return {"input_ids": torch.zeros(len(examples), 2, dtype=torch.int64)}
+
+
+BAD_BATCHES = {
+    "some": (lambda: collate([1, None]), "DomainCollator: every example must have domain_ids (got 1 in 2 examples)"),
+    "soft": (
+        lambda: collate([[0.5, 0.5], [1.0, 0.0]], collator=DataCollatorWithFlattening()),
+        "DomainCollator: soft labels need one row per example (got examples flattened into one row)",
+    ),
+    "other tokens": (
+        lambda: collate([[0, 1], [2, 2, 0]], collator=shorten),
+        "DomainCollator: the collator must pad each example to a row with an attention_mask, or flatten all into one row (got 2 rows "
+        "of 2 for examples of [2, 3] tokens)",
+    ),
+    "label list": (
+        lambda: collate([[0, 1], [2, 2]]),
+        "DomainCollator: domain_ids must be one label per example or per token (got 2 for 3 tokens)",
+    ),
+    "pack length": (lambda: pack_documents({}, 0), "pack_documents: length must be at least 1 (got 0)"),
+    "pack labels": (
+        lambda: pack_documents({"input_ids": [[1, 2, 3]], "domain_ids": [[0, 1]]}, 2),
+        "pack_documents: domain_ids must have one entry per token (got 2 for 3)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BATCHES)
+def test_what_collator_and_packing_refuse(name):
+    make, sentence = BAD_BATCHES[name]
+    with pytest.raises(ValueError) as error:
+        make()
+    assert str(error.value) == f"edl::{sentence}"
+
+
+@pytest.mark.parametrize("remove_unused_columns", [True, False])
+def test_columns(tmp_path, remove_unused_columns):
+    """The label column survives, and does not reach the model; lists of examples work as datasets do."""
+    dataset = make_dataset(4).remove_columns("notes")
+    args = arguments(tmp_path, remove_unused_columns=remove_unused_columns)
+    wanted = train(EDTrainer, args, dataset).gradients
+    assert_steps(train(EDTrainer, args, dataset.to_list()).gradients, wanted)
+
+
+# ---- the rest of a run ----
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_evaluation_and_prediction_are_left_as_they_are(tmp_path, labels):
+    """Also in the middle of training, and whether or not the evaluation set has labels."""
+    held_out = make_dataset(6, labels=labels)
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=1)
+    plain = train(Trainer, args, eval_dataset=make_dataset(6, labels=False))
+    trainer = train(EDTrainer, args, eval_dataset=held_out)
+    losses, plain_losses = ([x["eval_loss"] for x in t.state.log_history if "eval_loss" in x] for t in (trainer, plain))
+    assert losses == plain_losses and len(losses) == 5
+    unlabelled = held_out.remove_columns("labels")
+    assert (trainer.predict(unlabelled).predictions[0] == plain.predict(unlabelled.select_columns("input_ids")).predictions[0]).all()
+
+
+def test_training_lowers_the_divergence_loss(tmp_path):
+    args = arguments(tmp_path, optim="adamw_torch", learning_rate=1e-2, num_train_epochs=4)
+    trainer = train(EDTrainer, args)
+    values = [entry["expert_divergence_loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert values[-1] < values[0] - 0.5
+
+
+def test_logs_average_over_micro_batches_since_the_last_log(tmp_path):
+    every = train(EDTrainer, arguments(tmp_path)).state.log_history
+    values = [entry["expert_divergence_loss"] for entry in every if "loss" in entry]
+    rare = train(EDTrainer, arguments(tmp_path, logging_steps=5)).state.log_history
+    assert rare[0]["expert_divergence_loss"] == pytest.approx(sum(values) / 5, rel=1e-5)
+
+
+def test_beta_follows_a_callback(tmp_path):
+    class Off(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.trainer.expert_divergence.beta = BETA if state.global_step == 0 else 0.0
+
+    off = Off()
+
+    class Scheduled(EDTrainer):
+        def train(self, *args, **kwargs):
+            off.trainer = self
+            self.add_callback(off)
+            return super().train(*args, **kwargs)
+
+    plain, full = (train(kind, arguments(tmp_path, max_steps=2)) for kind in (Trainer, EDTrainer))
+    scheduled = train(Scheduled, arguments(tmp_path, max_steps=2), num_domains=D, beta=BETA)
+    assert_steps(scheduled.gradients, [full.gradients[0], plain.gradients[1]])
+
+
+def test_checkpointing_compilation_and_model_init_change_nothing(tmp_path):
+    wanted = train(EDTrainer, arguments(tmp_path, max_steps=2)).gradients
+    checkpointed = train(EDTrainer, arguments(tmp_path, max_steps=2, gradient_checkpointing=True))
+    assert_steps(checkpointed.gradients, wanted)
+    args = arguments(tmp_path, max_steps=2, torch_compile=True, torch_compile_backend="eager")
+    assert_steps(train(EDTrainer, args).gradients, wanted)
+    made_anew = train(EDTrainer, arguments(tmp_path, max_steps=2), model_init=seeded_model)
+    assert_steps(made_anew.gradients, wanted)
+    assert made_anew.expert_divergence.model is made_anew.model
+
+
+# ---- what it refuses ----
+
+
+def test_batches_without_labels_are_an_error(tmp_path):
+    with pytest.raises(ValueError) as error:
+        train(EDTrainer, arguments(tmp_path), make_dataset(labels=False))
+    assert str(error.value) == (
+        "edl::EDTrainerMixin: every training batch must have domain_ids, from a column of the dataset and a collator that keeps it, "
+        "such as DomainCollator (got ['input_ids', 'labels'])"
+    )
+
+
+def test_reentrant_checkpointing_is_an_error(tmp_path):
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match="activation checkpointing must be non-reentrant"):
+        train(EDTrainer, arguments(tmp_path, **options))
+
+
+@pytest.mark.parametrize("parallel", ["DataParallel", "tensor"])
+def test_parallelism_that_shares_sequences_is_an_error(tmp_path, parallel, monkeypatch):
+    args = arguments(tmp_path)
+    if parallel == "DataParallel":
+        args._n_gpu = 2
+        sentence = "each process must have one device, start with torchrun or accelerate launch (got DataParallel over 2)"
+    else:
+        monkeypatch.setattr(Trainer, "get_tp_size", lambda self: 2)
+        sentence = "ranks must not share sequences (got tensor, context and sequence parallel sizes (2, 1, 1))"
+    with pytest.raises(ValueError) as error:
+        EDTrainer(seeded_model(), args, train_dataset=make_dataset(), num_domains=D, beta=BETA)
+    assert str(error.value) == f"edl::EDTrainerMixin: {sentence}"
+
+
+def test_models_without_routers_are_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="model must hold routers"):
+        EDTrainer(nn.Linear(2, 2), arguments(tmp_path), num_domains=D, beta=BETA)
+
+
+# ---- the documentation ----
+
+
+def diff_of_the_documentation():
+    return re.search(r"```diff\n(.*?)```", (ROOT / "docs" / "transformers.md").read_text(), re.DOTALL).group(1).splitlines()
+
+
+@pytest.mark.parametrize("marker", "-+")
+def test_the_diff_of_the_documentation_runs(tmp_path, marker):
+    """The script before and after, on a model and data set as it expects them."""
+    lines = diff_of_the_documentation()
+    assert sum(line.startswith("+") for line in lines) <= 5
+    script = "\n".join(line[1:] for line in lines if not line or line[0] in f" {marker}")
+    assert ("edl" in script) == (marker == "+")
+    make_model("mixtral").save_pretrained(tmp_path / "model")
+    make_dataset().rename_column("domain_ids", "source").save_to_disk(tmp_path / "data")
+    (tmp_path / "script.py").write_text(script)
+    output = run(sys.executable, tmp_path / "script.py", cwd=tmp_path)
+    assert ("expert_divergence_loss" in output) == (marker == "+")

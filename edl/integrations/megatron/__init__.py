@@ -1,0 +1,15 @@
+"""Expert Divergence in Megatron-LM and other trainers on megatron-core (0.16 or later): see docs/megatron.md."""
+
+try:
+    import megatron.core  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"edl.integrations.megatron: megatron-core 0.16 or later must be installed, pip install 'edl[megatron]' (got {error})"
+    ) from error
+
+from edl.integrations.megatron.arguments import add_arguments, options
+from edl.integrations.megatron.data import with_domain_ids
+from edl.integrations.megatron.router import EDTopKRouter
+from edl.integrations.megatron.spec import patch_spec
+
+__all__ = ["EDTopKRouter", "add_arguments", "options", "patch_spec", "with_domain_ids"]

@@ -1,0 +1,77 @@
+"""The router, its spec, its labels and its log, each on ranks of its own."""
+
+import importlib.util
+
+import pytest
+import torch
+
+import one_rank
+from ranks import on_ranks
+from tolerances import assert_close, tolerance
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron.core") is None, reason="needs megatron-core")
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_two_micro_batches_in_flight_keep_their_own_labels(newest_first):
+    together, alone, second = on_ranks(1, one_rank.in_flight, newest_first)[0]
+    assert second.abs().max() == 0  # one domain: no pair, and all that a global "current labels" would leave of both
+    assert alone.norm() > 0.1
+    assert_close(together, alone, tolerance(torch.float64, 128))
+
+
+@pytest.mark.parametrize("pp, moe_layers", [(1, [1, 1]), (2, [1, 1]), (2, [1, 0])])
+def test_log_shows_the_mean_over_layers_and_micro_batches(pp, moe_layers):
+    shown = on_ranks(pp, one_rank.logged, pp, moe_layers)
+    assert len(set(shown)) == 1
+    if moe_layers == [1, 1]:
+        values = torch.tensor(on_ranks(1, one_rank.divergences)[0])
+        assert shown[0] == pytest.approx(values.mean().item(), rel=tolerance(torch.float32, 4))
+
+
+def test_specs():
+    claims, sentences = on_ranks(1, one_rank.specs)[0]
+    assert [claim for claim, holds in claims.items() if not holds] == []
+    for sentence, part in zip(
+        sentences,
+        [
+            "must hold a Mixture-of-Experts layer",
+            "must be a class derived from TopKRouter",
+            "must be a class derived from TopKRouter (got functools.partial",
+            "num_domains must be given",
+            "coeff must be finite and not negative (got -1.0)",
+            "coeff must be finite and not negative (got nan)",
+            "must have a field for the router, as from megatron-core 0.16 on",
+        ],
+        strict=True,
+    ):
+        assert sentence.startswith("edl::megatron.patch_spec: ") and part in sentence
+
+
+def test_router_refuses_what_it_cannot_label_and_is_plain_without_labels():
+    sentences, warned, is_plain, has_same_keys = on_ranks(1, one_rank.routers)[0]
+    for sentence, part in zip(
+        sentences,
+        ["mlp_chunks_for_training 1 (got 2)", "(got hybrid_context_parallel)", "(got overlap_", "'local'", "'transformer_engine'"],
+        strict=True,
+    ):
+        assert sentence.startswith("edl::EDTopKRouter: ") and part in sentence
+    assert len(warned) == 1 and "outside any edl.domain_scope" in warned[0]
+    assert is_plain and has_same_keys
+
+
+def test_wrong_labels_of_one_rank_are_an_error_on_all():
+    first, second = on_ranks(2, one_rank.wrong_labels)
+    assert "domain_ids must have one row per sequence, 2 (got [1])" in second
+    assert "rank 1 failed" in first and "(got [1])" in first
+
+
+def test_labels_come_from_the_blend(tmp_path):
+    thirds, seen, sentences = on_ranks(1, one_rank.blend, str(tmp_path))[0]
+    (ids, same, extra), (mapped, _, _), (in_evaluation, _, _) = seen
+    assert torch.equal(ids, thirds) and same and extra == 1
+    assert torch.equal(mapped, torch.tensor([2, -1, 0])[thirds])
+    assert in_evaluation is None
+    parts = ["must hold 'dataset_id'", "on every stage (got no data on stage 0 of 1)", "shape [B] (got [2, 2])", "(got 2 for path 2)"]
+    for sentence, part in zip(sentences, parts, strict=True):
+        assert sentence.startswith("edl::megatron.with_domain_ids: ") and part in sentence

@@ -1,6 +1,7 @@
 # make venv        .venv with torch, the build tools and edl (editable)
 # make test        everything: pytest, with the C++ cases (Catch2) as items
 # make demo        pre-trains a small language model on real text; DATA=folder takes the sub-folders of your own text
+# make bench       measures this machine, peers included, in about ten minutes: benchmarks/results/MACHINE.md
 # make check-cuda  compiles every CUDA source with nvcc; needs no GPU
 # make gpu         on a CUDA machine: builds, tests, sanitises and measures with PYTHON and its torch, without network
 # make clean       back to a fresh clone
@@ -17,7 +18,7 @@ VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install
 STAMPS := $(VENV)/stamps
 
-.PHONY: venv test demo check-cuda gpu clean preconditions always
+.PHONY: venv test demo bench check-cuda gpu clean preconditions always
 
 venv: $(STAMPS)/edl
 
@@ -26,6 +27,9 @@ test: $(STAMPS)/test
 
 demo: $(STAMPS)/demo
 	$(VENV_PYTHON) examples/pretrain/train.py $(if $(DATA),--data "$(DATA)")
+
+bench: $(STAMPS)/bench
+	$(VENV_PYTHON) benchmarks/all.py
 
 check-cuda: $(STAMPS)/torch
 	$(VENV_PYTHON) tools/check_cuda.py
@@ -59,6 +63,10 @@ $(STAMPS)/edl: setup.py pyproject.toml $(shell find csrc edl/share -type f) $(ST
 
 $(STAMPS)/test: tests/requirements.txt examples/pretrain/requirements.txt $(STAMPS)/edl
 	$(PIP_INSTALL) --requirement tests/requirements.txt
+	@touch $@
+
+$(STAMPS)/bench: benchmarks/requirements.txt $(STAMPS)/edl
+	$(PIP_INSTALL) --requirement benchmarks/requirements.txt
 	@touch $@
 
 $(STAMPS)/demo: examples/pretrain/requirements.txt $(STAMPS)/edl

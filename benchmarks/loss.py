@@ -1,24 +1,25 @@
-"""The Expert Divergence loss beside the idioms people write in torch, forward and backward, in one run.
+"""The Expert Divergence loss beside the idioms people write in torch, forward and backward.
 
-    python benchmarks/loss.py [--device cuda] [--threads N] [--save benchmarks/results/NAME.md]
+    python benchmarks/loss.py [--device cuda] [--threads N] [--quick] [--save FILE]
 
-Every way computes the whole loss of probabilities [T, E] with one label per sequence of 128 tokens and its gradient, and is
-checked against float64 first. The floor is what memory allows: read the probabilities once and fill a fresh tensor of their
-size. A second table takes logits, beside `torch.softmax` forward and backward alone on the same tensor.
+Every way computes the whole loss and its gradient, and is checked against float64 first. The floor is what memory allows: read
+the routing once and fill a fresh tensor of its size. Labels belong to sequences of 128 tokens, or to tokens; logits are also
+measured beside `torch.softmax` forward and backward alone.
 """
 
-import argparse
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
-from measure import interleaved, markdown_table, report
+from measure import error, interleaved, probe
+from report import Run, Section, main, markdown_table
 from torch import Tensor
 
 import edl
 
 SEQUENCE_LENGTH = 128
 EPS = 1e-6
-SHAPES = [(8192, 64, 4), (32768, 64, 8), (32768, 128, 49), (131072, 128, 49)]
+SHAPES = [(8192, 64, 4), (32768, 64, 8), (32768, 128, 49), (131072, 128, 49)]  # T, E, D
+Way = Callable[[Tensor], Tensor]
 
 
 def pair_loss(means: Tensor) -> Tensor:
@@ -53,22 +54,36 @@ def by_view(probs: Tensor, labels: Tensor, num_domains: int) -> Tensor:
     return pair_loss(domain_means(probs.view(labels.shape[0], SEQUENCE_LENGTH, -1).mean(dim=1), labels, num_domains))
 
 
-def forward_backward(loss: Callable[[Tensor], Tensor], routing: Tensor) -> Callable[[], None]:
+def by_segment_reduce(probs: Tensor, labels: Tensor, num_domains: int) -> Tensor:
+    lengths = torch.full_like(labels, SEQUENCE_LENGTH)
+    return pair_loss(domain_means(torch.segment_reduce(probs, "mean", lengths=lengths, axis=0), labels, num_domains))
+
+
+def by_index_add_of_tokens(probs: Tensor, labels: Tensor, num_domains: int) -> Tensor:
+    sums = probs.new_zeros(num_domains, probs.shape[1]).index_add(0, labels, probs)
+    return pair_loss(sums / labels.bincount(minlength=num_domains).unsqueeze(1))
+
+
+def by_one_hot_of_tokens(probs: Tensor, labels: Tensor, num_domains: int) -> Tensor:
+    return pair_loss(domain_means(probs, labels, num_domains))
+
+
+def forward_backward(way: Way, routing: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
     leaf = routing.detach().requires_grad_()
 
-    def step() -> None:
-        leaf.grad = None
-        loss(leaf).backward()
+    def step() -> tuple[Tensor, Tensor]:
+        loss = way(leaf)
+        return loss, torch.autograd.grad(loss, leaf)[0]
 
     return step
 
 
-def check(ways: dict[str, Callable[[Tensor], Tensor]], routing: Tensor, expected: Tensor) -> None:
-    """Every way must compute the same loss before it is timed."""
-    for name, way in ways.items():
-        error = abs(way(routing).item() - expected.item()) / abs(expected.item())
-        if not error < 1e-4:
-            raise RuntimeError(f"{name} is off by {error:.1e} of the float64 value")
+def check(steps: dict[str, Callable[[], tuple[Tensor, Tensor]]], expected: tuple[Tensor, ...]) -> None:
+    """Every way must compute the same loss and gradient before it is timed."""
+    for name, step in steps.items():
+        distance = error(step(), expected)
+        if not distance < 1e-3:  # where domains are alike, textbook logarithms cancel
+            raise ArithmeticError(f"{name}: wrong by {distance:.1e} of the float64 result")
 
 
 def sample(num_tokens: int, num_experts: int, num_domains: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -79,78 +94,80 @@ def sample(num_tokens: int, num_experts: int, num_domains: int, device: torch.de
     return logits + preference[labels].repeat_interleave(SEQUENCE_LENGTH, dim=0), labels
 
 
-def measure_probabilities(shape: tuple[int, int, int], device: torch.device, repeats: int) -> list[str]:
+def measure(routing: Tensor, ways: dict[str, Way], exact: Way, run: Run) -> list[str]:
+    """Cells with each way's time as a multiple of the floor, and what edl and index_add save beside the routing."""
+    steps = {name: forward_backward(way, routing) for name, way in ways.items()}
+    check(steps, forward_backward(exact, routing.double())())
+    saved = {name: probe(step, [routing], run.device).saved_bytes for name, step in steps.items()}
+    floor = {"read": lambda: routing.sum(), "fill": lambda: torch.empty_like(routing).fill_(1.0)}
+    times = interleaved(steps | floor, run.device, run.seconds)
+    bound = times["read"].median + times["fill"].median
+    cells = [f"{bound:.2f}", *[f"{times[name].median:.2f} ({times[name].median / bound:.1f}x)" for name in ways]]
+    return [*cells, *[f"{saved[name] / 1e6:.2f}" for name in ("edl", "index_add")]]
+
+
+def measure_sequences(shape: tuple[int, int, int], run: Run) -> list[str]:
+    """One row: probabilities in, one label per sequence."""
     num_tokens, num_experts, num_domains = shape
-    logits, labels = sample(num_tokens, num_experts, num_domains, device)
-    probs = logits.softmax(dim=1)
+    logits, labels = sample(num_tokens, num_experts, num_domains, run.device)
     module = edl.ExpertDivergenceLoss(num_domains, eps=EPS, input="probs")
-    compiled = torch.compile(by_one_hot)
-    ways = {
-        "edl": lambda x: module(x, labels),
-        "view + mean": lambda x: by_view(x, labels, num_domains),
-        "index_add": lambda x: by_index_add(x, labels, num_domains),
-        "one_hot GEMM": lambda x: by_one_hot(x, labels, num_domains),
-        "compiled": lambda x: compiled(x, labels, num_domains),
-    }
-    check(ways, probs, by_view(probs.double(), labels, num_domains))
-    functions: dict[str, Callable[[], object]] = {
-        "read": lambda: probs.sum(),
-        "fill": lambda: torch.empty_like(probs).fill_(1.0),
-    }
-    functions |= {name: forward_backward(way, probs) for name, way in ways.items()}
-    times = interleaved(functions, device, repeats)
-    floor = times["read"] + times["fill"]
-    return [*map(str, shape), f"{floor:.2f}", *[f"{times[name]:.2f} ({times[name] / floor:.1f}x)" for name in ways]]
+    idioms = {"view + mean": by_view, "index_add": by_index_add, "segment_reduce": by_segment_reduce}
+    idioms |= {"one_hot GEMM": by_one_hot, "compiled one_hot": torch.compile(by_one_hot, dynamic=False)}
+    ways: dict[str, Way] = {"edl": lambda x: module(x, labels)}
+    ways |= {name: with_labels(idiom, labels, num_domains) for name, idiom in idioms.items()}
+    return [*map(str, shape), *measure(logits.softmax(dim=1), ways, with_labels(by_view, labels, num_domains), run)]
 
 
-def measure_logits(shape: tuple[int, int, int], device: torch.device, repeats: int) -> list[str]:
+def measure_tokens(shape: tuple[int, int, int], run: Run) -> list[str]:
+    """One row: probabilities in, one label per token."""
     num_tokens, num_experts, num_domains = shape
-    logits, labels = sample(num_tokens, num_experts, num_domains, device)
+    logits, labels = sample(num_tokens, num_experts, num_domains, run.device)
+    labels = labels.repeat_interleave(SEQUENCE_LENGTH)
+    module = edl.ExpertDivergenceLoss(num_domains, eps=EPS, input="probs", sequence_reduction="token")
+    ways: dict[str, Way] = {"edl": lambda x: module(x, labels)}
+    idioms = {"index_add": by_index_add_of_tokens, "one_hot GEMM": by_one_hot_of_tokens}
+    ways |= {name: with_labels(idiom, labels, num_domains) for name, idiom in idioms.items()}
+    exact = with_labels(by_one_hot_of_tokens, labels, num_domains)
+    return [*map(str, shape), *measure(logits.softmax(dim=1), ways, exact, run)]
+
+
+def with_labels(idiom: Callable[[Tensor, Tensor, int], Tensor], labels: Tensor, num_domains: int) -> Way:
+    return lambda x: idiom(x, labels, num_domains)
+
+
+def measure_logits(shape: tuple[int, int, int], run: Run) -> list[str]:
+    """One row: logits in, beside the softmax alone."""
+    num_tokens, num_experts, num_domains = shape
+    logits, labels = sample(num_tokens, num_experts, num_domains, run.device)
     upstream = torch.randn_like(logits)
     module = edl.ExpertDivergenceLoss(num_domains, eps=EPS)
+    step = forward_backward(lambda x: module(x, labels), logits)
+    exact = forward_backward(lambda x: by_view(x.softmax(dim=1), labels, num_domains), logits.double())
+    check({"edl": step}, exact())
     leaf = logits.detach().requires_grad_()
-
-    def softmax() -> None:
-        leaf.grad = None
-        leaf.softmax(dim=1).backward(upstream)
-
-    check({"edl": lambda x: module(x, labels)}, logits, by_view(logits.double().softmax(1), labels, num_domains))
-    times = interleaved(
-        {"edl": forward_backward(lambda x: module(x, labels), logits), "softmax": softmax}, device, repeats
-    )
-    ratio = times["edl"] / times["softmax"]
-    return [*map(str, shape), f"{times['softmax']:.2f}", f"{times['edl']:.2f} ({ratio:.2f}x)"]
+    softmax = lambda: torch.autograd.grad(leaf.softmax(dim=1), leaf, upstream)  # noqa: E731
+    times = interleaved({"edl": step, "softmax": softmax}, run.device, run.seconds)
+    ratio = times["edl"].median / times["softmax"].median
+    return [*map(str, shape), str(times["softmax"]), f"{times['edl']} {ratio:.2f}x"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    parser.add_argument("--repeats", type=int, default=25, help="timed calls of each way (default: 25)")
-    parser.add_argument("--save", help="also write the report to this file")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    device = torch.device(arguments.device)
-    probabilities = markdown_table(
-        ["T", "E", "D", "floor ms", "edl", "view + mean", "index_add", "one_hot GEMM", "compiled one_hot"],
-        [measure_probabilities(shape, device, arguments.repeats) for shape in SHAPES],
-    )
-    logits = markdown_table(
-        ["T", "E", "D", "torch.softmax ms", "edl"],
-        [measure_logits(shape, device, arguments.repeats) for shape in SHAPES],
-    )
-    report(
-        "Expert Divergence loss, forward + backward, float32",
-        device,
-        [
-            f"Probabilities in, milliseconds (times the floor):\n\n{probabilities}",
-            f"Logits in, milliseconds (times torch.softmax forward + backward alone):\n\n{logits}",
-        ],
-        arguments.save,
-    )
+def sections(run: Run) -> Iterator[Section]:
+    """Labels per sequence, labels per token, logits."""
+    torch._inductor.config.cpp.threads = run.threads
+    torch._dynamo.reset()
+    shapes = SHAPES[:2] if run.quick else SHAPES
+    saved = ["edl saves MB", "index_add saves MB"]
+    idioms = ["view + mean", "index_add", "segment_reduce", "one_hot GEMM", "compiled one_hot"]
+    header = ["T", "E", "D", "floor ms", "edl", *idioms, *saved]
+    text = markdown_table(header, [measure_sequences(shape, run) for shape in shapes])
+    yield Section("Loss of probabilities, labels per sequence, ms (times the floor)", text, summary=True)
+    header = ["T", "E", "D", "floor ms", "edl", "index_add", "one_hot GEMM", *saved]
+    text = markdown_table(header, [measure_tokens(shape, run) for shape in shapes])
+    yield Section("Loss of probabilities, labels per token, ms (times the floor)", text)
+    header = ["T", "E", "D", "torch.softmax ms", "edl ms"]
+    text = markdown_table(header, [measure_logits(shape, run) for shape in shapes])
+    yield Section("Loss of logits beside torch.softmax alone", text)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, sections)

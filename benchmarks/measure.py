@@ -1,79 +1,128 @@
-"""What all benchmarks share: interleaved timing, facts about the machine, and tables."""
+"""Time and memory: interleaved timing, saved bytes, peak memory."""
 
-import platform
+import ctypes
+import gc
 import statistics
 import time
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable, NamedTuple
 
 import torch
+from torch import Tensor
 
-import edl
-
-
-def interleaved(functions: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each function, called in turn so that a slow moment of the machine meets all of them."""
-    for _ in range(3):
-        for function in functions.values():
-            function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            times[name].append(_cuda_milliseconds(function) if device.type == "cuda" else _cpu_milliseconds(function))
-    return {name: statistics.median(values) for name, values in times.items()}
+MOST_RUNS = 100
 
 
-def _cpu_milliseconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return (time.perf_counter() - start) * 1e3
+class Timing(NamedTuple):
+    """Milliseconds of one function."""
+
+    median: float
+    minimum: float
+    runs: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.minimum:.3g})" if self.median < 1000 else f"{self.median:.0f} ({self.minimum:.0f})"
 
 
-def _cuda_milliseconds(function: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    function()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """What a reader needs to compare figures: processor, instruction sets, threads, versions."""
-    facts = {"torch": torch.__version__, "edl": edl.__version__, "Python": platform.python_version()}
+def milliseconds(function: Callable[[], object], device: torch.device) -> float:
+    """One call."""
     if device.type == "cuda":
-        facts["device"] = torch.cuda.get_device_name(device)
-        facts["CUDA"] = str(torch.version.cuda)
-        return facts
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(line.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = [flag for flag in fields.get("flags", "").split() if flag.startswith(("avx", "fma", "amx", "f16c"))]
-    model = f"family {fields.get('cpu family', '?')}, model {fields.get('model', '?')}"
-    facts["processor"] = f"{fields.get('model name', platform.processor())}, {model}"
-    facts["flags"] = " ".join(flags)
-    facts["threads"] = str(torch.get_num_threads())
-    facts["edl instruction set"] = torch.ops.edl._cpu_instruction_set()
-    facts["torch capability"] = torch.backends.cpu.get_cpu_capability()
-    return facts
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    function()
+    return (time.perf_counter() - begin) * 1e3
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A table that reads well in a terminal and in Markdown."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+def interleaved(
+    functions: dict[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+    known: dict[str, float] | None = None,
+) -> dict[str, Timing]:
+    """Times functions that have run before, in turn, so that a slow moment of the machine meets all of them.
 
-    def line(row: list[str]) -> str:
-        return "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |"
+    Each function is called 3 to 100 times, `seconds` in all where that allows it, and its calls are spread evenly over the whole
+    measurement. `known` holds milliseconds of a call already made: if it took more than five times `seconds`, it stands as the
+    measurement.
+    """
+    known = known or {}
+    first = {name: known[name] if name in known else milliseconds(function, device) for name, function in functions.items()}
+    runs = {name: min(MOST_RUNS, max(3, int(seconds * 1e3 / time))) for name, time in first.items()}
+    runs |= {name: 0 for name, time in first.items() if time > 5e3 * seconds}
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    rounds = max(runs.values())
+    for turn in range(rounds):
+        for name, function in functions.items():
+            if (turn + 1) * runs[name] // rounds > turn * runs[name] // rounds:
+                times[name].append(milliseconds(function, device))
+    times = {name: values or [first[name]] for name, values in times.items()}
+    return {name: Timing(statistics.median(values), min(values), len(values)) for name, values in times.items()}
 
-    return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
+
+class Probe(NamedTuple):
+    """What one call gave and took."""
+
+    result: Any
+    milliseconds: float
+    saved_bytes: int  # kept for the backward pass, parameters excluded, each storage once
+    peak_bytes: int | None  # most memory during the call above what stood before; None where it cannot be measured
 
 
-def report(title: str, device: torch.device, tables: list[str], save: str | None) -> None:
-    """Prints machine facts and tables, and writes them to a file where `save` names one."""
-    facts = "\n".join(f"- {name}: {value}" for name, value in machine(device).items())
-    text = f"# {title}\n\n{facts}\n\n" + "\n\n".join(tables) + "\n"
-    print(text)
-    if save:
-        Path(save).parent.mkdir(parents=True, exist_ok=True)
-        Path(save).write_text(text)
+def probe(function: Callable[[], Any], parameters: list[Tensor], device: torch.device) -> Probe:
+    """Calls the function once, and watches its memory."""
+    kept = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    saved: dict[int, int] = {}
+
+    @torch.compiler.disable
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in kept:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    results = []
+    before = _start_peak(device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, torch.compiler.disable(lambda tensor: tensor)):
+        time = milliseconds(lambda: results.append(function()), device)
+    after = _read_peak(device)
+    peak = None if before is None or after is None else after - before
+    return Probe(results[0], time, sum(saved.values()), peak)
+
+
+def _start_peak(device: torch.device) -> int | None:
+    """Forgets the peak so far; returns the bytes in use."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # pages that malloc holds back would hide what the call takes
+        Path("/proc/self/clear_refs").write_text("5")
+        return _resident("VmRSS")
+    except (OSError, AttributeError):
+        return None
+
+
+def _read_peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def _resident(field: str) -> int | None:
+    """Bytes of this process in memory now (VmRSS), or at most since the peak was forgotten (VmHWM)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+
+
+def error(result: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> float:
+    """The largest distance of a tensor to its reference, relative to the reference's norm."""
+    pairs = zip(result, reference, strict=True)
+    return max(((x.detach().double() - y.double()).norm() / y.double().norm()).item() for x, y in pairs)

@@ -84,14 +84,21 @@ def stages(output: Path, device: str) -> list[Stage]:
     python = sys.executable
     side_by_side = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     slow = [f"--ignore=tests/test_{name}.py" for name in SLOW_TESTS]
-    operators = [python, "benchmarks/operators.py", "--save", str(output / f"operators-{device}.md")]
-    loss = [python, "benchmarks/loss.py", "--device", "cuda", "--save", str(output / f"loss-{device}.md")]
+
+    def benchmark(name: str, seconds: int, *options: str) -> Stage:
+        save = str(output / f"{name}-{device}.md")
+        command = [python, f"benchmarks/{name}.py", "--device", "cuda", "--save", save, *options]
+        return Stage(f"benchmark {name}", command, seconds)
+
     return [
         Stage("tests", pytest("cuda", *side_by_side), 150),
-        Stage("benchmark of the operators", operators, 60),
+        benchmark("loss_graph", 40),
+        benchmark("moe", 100, "--quick"),
         *sanitizer_stages(),
         Stage("quick tests without the device", pytest("not cuda and not network", *side_by_side, *slow), 60),
-        Stage("benchmark of the loss", loss, 100),
+        benchmark("router", 40, "--quick"),
+        benchmark("train_step", 40),
+        benchmark("loss", 60, "--quick"),
     ]
 
 

@@ -1,24 +1,21 @@
-"""The operators on a CUDA device, as a training step runs them: inside a CUDA graph, over buffers larger than the caches.
+"""The loss's operators on a CUDA device, as a training step runs them: inside a CUDA graph, over buffers larger than the caches.
 
-    python benchmarks/operators.py [--save benchmarks/results/NAME.md]
+    python benchmarks/loss_graph.py [--save FILE]
 
-First table: the three operators of the loss, forward and backward, from ready segment ids (64 segments, 49 domains), beside
-the floor: the bytes of one read and one write of the routing at the copy bandwidth measured in this run. Second: the experts,
-forward and backward, in TFLOP/s, where one kernel serves all of them.
+Forward and backward from ready segment ids (64 segments, 49 domains), beside the floor: the bytes of one read and one write of
+the routing at the copy bandwidth measured in this run.
 """
 
-import argparse
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
-from measure import markdown_table, report
+from report import Run, Section, main, markdown_table
 from torch import Tensor
 
 from edl import ops
 
 SEGMENTS, DOMAINS = 64, 49
-LOSS_SHAPES = [(8192, 128), (32768, 128), (131072, 128), (1048576, 128)]
-EXPERT_SHAPES = {"OLMoE": (2048, 1024, 64, 8), "Qwen3-30B-A3B": (2048, 768, 128, 8)}  # H, I, E, K
+SHAPES = [(8192, 128), (32768, 128), (131072, 128), (1048576, 128)]  # T, E
 CACHE_BYTES = 256 << 20  # work on more than this, so that nothing stays in the caches
 DEVICE = torch.device("cuda")
 
@@ -83,52 +80,16 @@ def measure_loss(shape: tuple[int, int], dtype: torch.dtype, scores: str, bandwi
     return [str(num_tokens), name, f"{floor:.1f}", f"{total:.1f} ({total / floor:.1f}x)", f"{first:.1f}"]
 
 
-def measure_experts(name: str, num_tokens: int) -> list[str]:
-    """One row: TFLOP/s of the experts alone, forward, and forward with backward."""
-    hidden, intermediate, num_experts, top_k = EXPERT_SHAPES[name]
-
-    def normal(*shape: int) -> Tensor:
-        return (torch.randn(shape, device=DEVICE) * shape[-1] ** -0.5).to(torch.bfloat16).requires_grad_()
-
-    tokens, gate_up = normal(num_tokens, hidden), normal(num_experts, 2 * intermediate, hidden)
-    down = normal(num_experts, hidden, intermediate)
-    weights, experts = ops.route_tokens(torch.randn(num_tokens, num_experts, device=DEVICE), top_k, "softmax")
-    row_order, offsets = ops.sort_by_expert(experts, num_experts)
-    leaves = [tokens, weights.requires_grad_(), gate_up, down]
-    upstream = torch.randn_like(tokens)
-
-    def forward() -> Tensor:
-        return ops.expert_mlp(tokens, weights, row_order, offsets, gate_up, down)
-
-    def both() -> None:
-        torch.autograd.grad(forward(), leaves, upstream)
-
-    operations = 6 * num_tokens * top_k * hidden * intermediate
-    with torch.no_grad():
-        once = microseconds(forward)
-    return [name, str(num_tokens), f"{operations / once * 1e-6:.0f}", f"{3 * operations / microseconds(both) * 1e-6:.0f}"]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--save", help="also write the report to this file")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
+def sections(run: Run) -> Iterator[Section]:
+    """Every shape and type."""
     bandwidth = copy_bandwidth()
     kinds = [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.float32, "softmax"), (torch.bfloat16, "softmax")]
-    losses = markdown_table(
+    text = markdown_table(
         ["T", "routing", "floor µs", "three operators", "aggregate_routing forward"],
-        [measure_loss(shape, *kind, bandwidth) for shape in LOSS_SHAPES for kind in kinds],
+        [measure_loss(shape, *kind, bandwidth) for shape in SHAPES for kind in kinds],
     )
-    tables = [f"Loss, forward + backward, E = 128, copies at {bandwidth / 1e12:.2f} TB/s:\n\n{losses}"]
-    if torch.cuda.get_device_capability()[0] in (9, 10):
-        experts = markdown_table(
-            ["experts", "T", "forward TFLOP/s", "with backward"],
-            [measure_experts(name, num_tokens) for name in EXPERT_SHAPES for num_tokens in (8192, 32768)],
-        )
-        tables.append(f"Experts, bfloat16:\n\n{experts}")
-    report("Operators under a CUDA graph", DEVICE, tables, arguments.save)
+    yield Section(f"Loss under a CUDA graph, forward + backward, E = 128, copies at {bandwidth / 1e12:.2f} TB/s", text)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, sections)

@@ -1,0 +1,75 @@
+"""Every benchmark on this machine, on all threads and then on one, into one file: benchmarks/results/MACHINE.md.
+
+    python benchmarks/all.py [--device cuda] [--output FOLDER]
+
+On one thread only the smaller half of the cases runs. Summaries come first in the file. It takes about ten minutes; what has not
+begun after twelve is left out, and the file says so.
+"""
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Iterator
+
+import loss
+import machine
+import moe
+import router
+import scaling
+import torch
+import train_step
+from report import Run, Section, conditions, facts
+
+BENCHMARKS = [moe, router, loss, train_step, scaling]
+LAST_START = 12 * 60  # seconds
+RESULTS = Path(__file__).with_name("results")
+
+
+def slug(device: torch.device) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", machine.name(device).lower()).strip("-")
+
+
+def measure(run: Run, begin: float) -> Iterator[Section]:
+    for benchmark in BENCHMARKS:
+        if run.quick and benchmark is scaling:
+            continue
+        start = time.monotonic()
+        if start - begin > LAST_START:
+            yield Section(f"{benchmark.__name__}.py", "Left out: no time left.")
+            continue
+        for section in benchmark.sections(run):
+            print(section, flush=True)
+            yield section
+        print(f"{benchmark.__name__}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def chapter(run: Run, sections: list[Section]) -> str:
+    """The summaries, then everything else."""
+    ordered = sorted(sections, key=lambda section: not section.summary)
+    return "\n".join([f"## {conditions(run)}\n", *map(str, ordered)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu", type=torch.device, help="cpu or cuda")
+    parser.add_argument("--seconds", type=float, default=0.4, help="that each function is timed for (default: 0.4)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
+    arguments = parser.parse_args()
+    device, file = arguments.device, arguments.output / f"{slug(arguments.device)}.md"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    threads, begin = torch.get_num_threads(), time.monotonic()
+    parts = [f"# {machine.name(device)}\n", facts(device)]
+    print("\n".join(parts), flush=True)
+    for count in [threads] if device.type == "cuda" or threads == 1 else [threads, 1]:
+        run = Run(device, count, arguments.seconds, quick=count < threads)
+        run.plot = file.with_suffix(".svg")
+        print(f"## {conditions(run)}\n", flush=True)
+        parts.append(chapter(run, list(measure(run, begin))))
+        file.write_text("\n".join(parts))
+    print(f"Results after {time.monotonic() - begin:.0f} s: {file}")
+
+
+if __name__ == "__main__":
+    main()

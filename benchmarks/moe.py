@@ -1,0 +1,261 @@
+"""A layer of experts: edl beside every peer that this machine can run.
+
+    python benchmarks/moe.py [--device cuda] [--threads N] [--quick] [--save FILE]
+
+Each way is checked against float64 on its first call, output and all gradients, and that call's memory is watched; then all are
+timed in turn. GF are GFLOP/s of the experts' products: 6·N·H·I forward, 18·N·H·I forward and backward, N = T·K rows. "Saved" is
+what the forward pass keeps for the backward pass, parameters excluded; "peak" the most memory that a forward and backward pass
+takes beside the inputs, gradients included.
+"""
+
+import contextlib
+import logging
+import math
+import re
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import Callable, Iterator
+
+import torch
+from measure import Probe, Timing, error, interleaved, probe
+from peers import EDL, GROUPED_MM, Peer, absent, compiled, present
+from report import Run, Section, main, markdown_table
+from shapes import CPU, CUDA, FEW_ROWS, LAYER, ROUTINGS, Inputs, Shape, in_type, make_inputs
+from torch import Tensor
+
+ALLOWED_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+WARM_UP = Shape(64, 64, 32, 4, 2)
+LONGEST_STEP = 2.0  # seconds; a peer that would take longer is left out
+LONGEST_STEP_OF_REFERENCE = 30.0  # the same of the peer that ratios name
+
+
+def reference(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Output and gradients in float64, one expert after the other."""
+    results = [torch.zeros_like(x, dtype=torch.float64) for x in [inputs.tokens, *inputs.leaves]]
+    output, grad_tokens, grad_weights, grad_gate_up, grad_down = results
+    for expert in range(inputs.down.shape[0]):
+        token, choice = torch.where(inputs.experts == expert)
+        parts = inputs.tokens[token], inputs.weights[token, choice], inputs.gate_up[expert], inputs.down[expert]
+        x, weights, gate_up, down = leaves = [part.detach().double().requires_grad_() for part in parts]
+        gate, up = (x @ gate_up.T).chunk(2, dim=1)
+        rows = weights.unsqueeze(1) * ((torch.nn.functional.silu(gate) * up) @ down.T)
+        gradients = torch.autograd.grad(rows, leaves, inputs.upstream[token].double())
+        output.index_add_(0, token, rows.detach())
+        grad_tokens.index_add_(0, token, gradients[0])
+        grad_weights[token, choice] = gradients[1]
+        grad_gate_up[expert], grad_down[expert] = gradients[2:]
+    return tuple(results)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass
+class Case:
+    """Every way on one shape, routing and type."""
+
+    shape: Shape
+    routing: str
+    dtype: torch.dtype
+    probes: dict[str, Probe] = field(default_factory=dict)  # without results
+    errors: dict[str, float] = field(default_factory=dict)
+    forward: dict[str, Timing] = field(default_factory=dict)
+    step: dict[str, Timing] = field(default_factory=dict)  # forward and backward
+    notes: list[str] = field(default_factory=list)
+
+    def speed(self, name: str) -> float:
+        """GFLOP/s of forward and backward."""
+        return 3 * self.shape.forward_operations / self.step[name].median * 1e-6
+
+    def ratio(self, name: str, times: dict[str, Timing]) -> float | None:
+        """How many times longer than edl a way takes."""
+        return times[name].median / times[EDL].median if name in times and EDL in times else None
+
+    def fastest_peer(self) -> str | None:
+        return min((name for name in self.step if name != EDL), key=lambda name: self.step[name].median, default=None)
+
+    @property
+    def saved_share(self) -> float:
+        """What edl saves, relative to the least that needs no product again."""
+        return self.probes[EDL].saved_bytes / (self.shape.saved_floor * self.dtype.itemsize)
+
+
+class Measurer:
+    """Runs cases, and learns from each how long the next would take."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.peers = present(run.device)
+        self.longest = {EDL: math.inf, GROUPED_MM: LONGEST_STEP_OF_REFERENCE}
+        self.speeds: dict[tuple[str, torch.dtype], float] = {}  # GFLOP/s of forward and backward
+        for name, peer in self.peers.items():  # imports and first-use costs are nobody's time
+            with contextlib.suppress(Exception):  # said where it is measured
+                forward_backward(peer, in_type(make_inputs(WARM_UP, device=run.device), torch.float32))()
+
+    def obstacle(self, name: str, peer: Peer, inputs: Inputs, case: Case) -> str | None:
+        """Why a way is left out."""
+        longest = self.longest.get(name, LONGEST_STEP)
+        speed = self.speeds.get((name, case.dtype), math.inf)
+        seconds = 3 * case.shape.forward_operations / speed * 1e-9
+        return f"would take about {seconds:.0f} s" if seconds > longest else peer.obstacle(inputs)
+
+    def first_call(self, name: str, peer: Peer, inputs: Inputs, expected: tuple[Tensor, ...], case: Case) -> None:
+        """Checks a way and watches its memory; what fails is noted and not timed."""
+        step = forward_backward(peer, inputs)
+        if peer.compiled:
+            start = time.perf_counter()
+            settle(step, forward_alone(peer, inputs))
+            case.notes.append(f"{name}: compiled in {time.perf_counter() - start:.0f} s")
+        outcome = probe(step, [inputs.gate_up, inputs.down], self.run.device)
+        case.errors[name] = error(outcome.result, expected)
+        if not case.errors[name] < ALLOWED_ERROR[case.dtype]:
+            raise ArithmeticError(f"wrong by {case.errors[name]:.1e} of the float64 result")
+        case.probes[name] = outcome._replace(result=None)
+
+    def measure(self, case: Case, peers: dict[str, Peer], originals: Inputs, expected: tuple[Tensor, ...]) -> Case:
+        inputs = in_type(originals, case.dtype)
+        for name, peer in peers.items():
+            reason = self.obstacle(name, peer, inputs, case)
+            if reason is None:
+                try:
+                    self.first_call(name, peer, inputs, expected, case)
+                    continue
+                except Exception as failure:  # a peer's, of whatever kind; edl's must be seen
+                    if name == EDL:
+                        raise
+                    reason = cause(failure)
+            case.notes.append(f"{name}: not run, {reason}")
+        steps = {name: forward_backward(peers[name], inputs) for name in case.probes}
+        forwards = {name: forward_alone(peers[name], inputs) for name in case.probes}
+        for name in case.probes:
+            if peers[name].compiled:  # watching may have made it compile again
+                settle(steps[name], forwards[name])
+        known = {name: outcome.milliseconds for name, outcome in case.probes.items()}
+        case.step = interleaved(steps, self.run.device, self.run.seconds, known)
+        self.speeds |= {(name, case.dtype): case.speed(name) for name in case.step}
+        with torch.no_grad():
+            case.forward = interleaved(forwards, self.run.device, self.run.seconds)
+        return case
+
+
+def settle(step: Callable[[], object], forward: Callable[[], object]) -> None:
+    """Compiles what is not compiled yet."""
+    step()
+    with torch.no_grad():
+        forward()
+
+
+def cause(failure: Exception) -> str:
+    """What went wrong, in a line: torch.compile quotes the error behind its own."""
+    quoted = re.search(r"\w+Error\(['\"](.*)['\"]\)", str(failure))
+    return quoted[1] if quoted else f"{type(failure).__name__}: {failure}".strip().splitlines()[0][:160]
+
+
+def forward_backward(peer: Peer, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
+    def step() -> tuple[Tensor, ...]:
+        output = peer.function(*inputs[:5])
+        return output, *torch.autograd.grad(output, inputs.leaves, inputs.upstream)
+
+    return step
+
+
+def forward_alone(peer: Peer, inputs: Inputs) -> Callable[[], Tensor]:
+    return lambda: peer.function(*inputs[:5])
+
+
+def table(case: Case, run: Run) -> str:
+    """One row per way."""
+    rows = []
+    for name in case.step:
+        outcome = case.probes[name]
+        row = [name, str(case.forward[name]), f"{case.ratio(name, case.forward):.2f}", str(case.step[name])]
+        row += [f"{case.ratio(name, case.step):.2f}", f"{case.speed(name):.0f}", run.share_of_peak(case.speed(name))]
+        row += [f"{outcome.saved_bytes / 1e6:.1f}", f"{outcome.peak_bytes / 1e6:.0f}" if outcome.peak_bytes else "-"]
+        rows.append([*row, f"{case.errors[name]:.0e}"])
+    header = ["way", "forward ms", "/ edl", "forward + backward ms", "/ edl", "GF", "of peak", "saved MB", "peak MB", "error"]
+    notes = "".join(f"\n- {note}" for note in case.notes)
+    return markdown_table(header, rows) + (f"\n{notes}" if notes else "")
+
+
+def title(case: Case) -> str:
+    return f"{case.shape}, {name_of(case.dtype)}, {case.routing} routing, {case.shape.rows_per_expert} rows per expert"
+
+
+def summary(cases: list[Case], run: Run) -> str:
+    """One row per case: edl against transformers' default, and against the fastest other way."""
+
+    def times(value: float | None) -> str:
+        return f"{value:.2f}x" if value else "-"
+
+    rows = []
+    for case in cases:
+        best = case.fastest_peer()
+        row = [", ".join(map(str, case.shape)), name_of(case.dtype), str(case.shape.rows_per_expert), str(case.step[EDL])]
+        row += [f"{case.speed(EDL):.0f}", run.share_of_peak(case.speed(EDL)), times(case.ratio(GROUPED_MM, case.forward))]
+        row += [times(case.ratio(GROUPED_MM, case.step)), f"{times(case.ratio(best, case.step))} {best}" if best else "-"]
+        rows.append([*row, f"{case.saved_share:.2f}"])
+    header = ["T, H, I, E, K", "type", "rows / expert", "edl ms, forward + backward", "GF", "of peak"]
+    header += ["grouped_mm forward", "grouped_mm forward + backward", "fastest peer", "saved / floor"]
+    return markdown_table(header, rows)
+
+
+def routing_table(cases: list[Case]) -> str:
+    """Time under each routing, and relative to uniform routing."""
+    first = cases[0]
+    names = [name for name in first.step if all(name in case.step for case in cases)]
+    header = ["routing", *[f"{name} ms" for name in names]]
+    rows = []
+    for case in cases:
+        cells = [f"{case.step[name]} {case.step[name].median / first.step[name].median:.2f}x" for name in names]
+        rows.append([f"{case.routing}, {name_of(case.dtype)}", *cells])
+    return markdown_table(header, rows)
+
+
+def measure_shapes(measurer: Measurer, shapes: list[Shape], dtypes: list[torch.dtype]) -> Iterator[Case]:
+    for shape in shapes:
+        inputs = make_inputs(shape, device=measurer.run.device)
+        expected = reference(inputs)
+        for dtype in dtypes:
+            peers = dict(measurer.peers)
+            if shape == shapes[0] and not measurer.run.quick:
+                torch._dynamo.reset()
+                peers |= compiled(peers)
+            yield measurer.measure(Case(shape, "uniform", dtype), peers, inputs, expected)
+
+
+def compare_routings(measurer: Measurer, shape: Shape, dtype: torch.dtype) -> Section:
+    """edl and transformers' default under every routing, on equally many rows."""
+    peers = {name: peer for name, peer in measurer.peers.items() if name in (EDL, GROUPED_MM)}
+    measurer.longest[GROUPED_MM] = LONGEST_STEP  # four times a slow one would be too long
+    cases = []
+    for routing in ROUTINGS:
+        inputs = make_inputs(shape, routing, measurer.run.device)
+        cases.append(measurer.measure(Case(shape, routing, dtype), peers, inputs, reference(inputs)))
+    return Section(f"Routings, {shape}, {name_of(dtype)}, forward + backward", routing_table(cases), summary=True)
+
+
+def sections(run: Run) -> Iterator[Section]:
+    """Every case, the routings, and the summary."""
+    torch._inductor.config.cpp.threads = run.threads  # else its cache may hold code for another number of threads
+    torch._logging.set_logs(all=logging.CRITICAL)  # what a peer cannot do is said in the table
+    warnings.filterwarnings("ignore", module="torch._dynamo")
+    on_cuda = run.device.type == "cuda"
+    dtypes = [torch.bfloat16] if on_cuda else [torch.float32, torch.bfloat16]
+    shapes = CUDA if on_cuda else CPU[:2] + FEW_ROWS + CPU[2:]
+    if run.quick:
+        shapes = shapes[:2]
+    measurer = Measurer(run)
+    cases = []
+    for case in measure_shapes(measurer, shapes, dtypes):
+        cases.append(case)
+        yield Section(title(case), table(case, run))
+    text = f"{summary(cases, run)}\n\nNot on this machine: {absent(run.device)}."
+    yield Section("Experts: how many times as long as edl a peer takes", text, summary=True)
+    for dtype in dtypes[:1] if run.quick else dtypes:
+        yield compare_routings(measurer, CUDA[1] if on_cuda else LAYER, dtype)
+
+
+if __name__ == "__main__":
+    main(__doc__, sections)

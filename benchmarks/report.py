@@ -1,0 +1,89 @@
+"""What all benchmarks share around their measurements: the command line, tables, and the file of results."""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple
+
+import machine
+import torch
+
+
+@dataclass
+class Run:
+    """How to measure."""
+
+    device: torch.device
+    threads: int
+    seconds: float  # that each function is timed for, at most
+    quick: bool  # the smaller half of the cases
+    plot: Path | None = None  # where curves are drawn
+    peak: float | None = field(init=False)  # GFLOP/s
+    peak_note: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        torch.set_num_threads(self.threads)
+        torch.manual_seed(0)
+        self.peak, self.peak_note = machine.peak(self.device, self.threads)
+
+    def share_of_peak(self, speed: float) -> str:
+        return f"{speed / self.peak:.0%}" if self.peak else "-"
+
+
+class Section(NamedTuple):
+    """A part of the results; a summary is what a reader should see first."""
+
+    title: str
+    text: str
+    summary: bool = False
+
+    def __str__(self) -> str:
+        return f"### {self.title}\n\n{self.text}\n"
+
+
+Sections = Callable[[Run], Iterator[Section]]
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table that reads well in a terminal and in Markdown."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        return "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |"
+
+    return "\n".join([line(header), "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *map(line, rows)])
+
+
+def facts(device: torch.device) -> str:
+    """The machine, as a list."""
+    return "\n".join(f"- {name}: {value}" for name, value in machine.facts(device).items()) + "\n"
+
+
+def conditions(run: Run) -> str:
+    where = "CUDA" if run.device.type == "cuda" else f"{run.threads} thread{'s' if run.threads > 1 else ''}"
+    return f"{where}; peak {run.peak_note}"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=description.split("\n")[0])
+    result.add_argument("--device", default="cpu", type=torch.device, help="cpu or cuda")
+    result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
+    result.add_argument("--seconds", type=float, default=0.4, help="that each function is timed for (default: 0.4)")
+    result.add_argument("--quick", action="store_true", help="the smaller half of the cases")
+    result.add_argument("--save", type=Path, help="also write the report to this file")
+    return result
+
+
+def main(description: str, sections: Sections) -> None:
+    """One benchmark as a command."""
+    arguments = parser(description).parse_args()
+    run = Run(arguments.device, arguments.threads, arguments.seconds, arguments.quick)
+    run.plot = arguments.save and arguments.save.with_suffix(".svg")
+    parts = [f"# {description.split('.')[0]}\n", facts(run.device), f"{conditions(run)}\n"]
+    print("\n".join(parts), flush=True)
+    for section in sections(run):
+        print(section, flush=True)
+        parts.append(str(section))
+    if arguments.save:
+        arguments.save.parent.mkdir(parents=True, exist_ok=True)
+        arguments.save.write_text("\n".join(parts))

@@ -61,8 +61,9 @@ $(STAMPS)/edl: setup.py pyproject.toml $(shell find csrc edl/share -type f) $(ST
 	$(PIP_INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(STAMPS)/test: tests/requirements.txt examples/pretrain/requirements.txt $(STAMPS)/edl
+$(STAMPS)/test: tests/requirements.txt tests/requirements-torchtitan.txt examples/pretrain/requirements.txt $(STAMPS)/edl
 	$(PIP_INSTALL) --requirement tests/requirements.txt
+	$(PIP_INSTALL) --no-deps --requirement tests/requirements-torchtitan.txt
 	@touch $@
 
 $(STAMPS)/bench: benchmarks/requirements.txt $(STAMPS)/edl

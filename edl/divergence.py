@@ -275,11 +275,22 @@ class ExpertDivergenceLoss(nn.Module):
             IndexError: on the CPU, a label outside [-1, D) or a mask value other than 0 and 1 (on CUDA the loss becomes NaN).
         """
         if not torch.jit.is_scripting():
-            self._check_values_once(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
             if not self._is_local:
                 return self._forward_jointly(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
+            self._check_values_once(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
         elif not self._is_local:
             raise ValueError("edl::expert_divergence_loss: groups and memory are not for TorchScript")
+        return self._local_loss(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
+
+    def _local_loss(
+        self,
+        router_logits: Union[Tensor, List[Tensor]],
+        domain_ids: Tensor,
+        attention_mask: Optional[Tensor],
+        padding_mask: Optional[Tensor],
+        cu_seqlens: Optional[Tensor],
+    ) -> Tensor:
+        """The loss of this process's micro-batch alone."""
         return expert_divergence_loss(
             router_logits,
             domain_ids,
@@ -325,6 +336,7 @@ class ExpertDivergenceLoss(nn.Module):
         cu_seqlens: Optional[Tensor],
     ) -> Tensor:
         def segments_of(layer: Tensor) -> Segments:
+            self._check_values_once(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
             return _segments_of(
                 layer,
                 domain_ids,
@@ -402,7 +414,7 @@ class ExpertDivergenceLoss(nn.Module):
         self._values_checked = True
         on_cpu = [None if x is None else x.cpu() for x in (domain_ids, attention_mask, padding_mask, cu_seqlens)]
         with torch.no_grad():
-            self.forward(layer.detach().cpu(), *on_cpu)
+            self._local_loss(layer.detach().cpu(), *on_cpu)
 
     def extra_repr(self) -> str:
         return (

@@ -2,8 +2,9 @@
 
     tokens ─► dispatch_tokens ─► all-to-all ─► expert_mlp ─► all-to-all ─► combine_tokens ─► output
 
-The weights are DTensors of all E experts, sharded by expert: checkpoints, gathered state dicts and optimizer states are those of one
-tensor [E, ...] whatever R is, and the norm of a gradient cannot silently be that of one rank. The computation takes the local shards.
+The weights are DTensors of all E experts, sharded by expert: checkpoints, gathered state dicts and optimizer states are
+those of one tensor [E, ...] whatever R is, and the norm of a gradient cannot silently be that of one rank. The computation
+takes the local shards.
 """
 
 from typing import Dict, List, Optional, Tuple, Union
@@ -20,7 +21,7 @@ def as_mesh(group: Union["dist.ProcessGroup", "dist.DeviceMesh"], device: torch.
 
     Args:
         group (ProcessGroup or DeviceMesh): holds this process; a mesh has one dimension.
-        device (torch.device): of the weights; "meta" stands for the accelerator, where there is one. A mesh has its own.
+        device (torch.device): of the weights; "meta" stands for the accelerator, if there is one. A mesh has its own.
 
     Returns:
         The mesh.
@@ -40,7 +41,8 @@ def as_mesh(group: Union["dist.ProcessGroup", "dist.DeviceMesh"], device: torch.
     else:
         return group
     raise ValueError(
-        f"edl::MoELayer: expert_group must be a process group or a one-dimensional DeviceMesh that holds this process (got {got})"
+        "edl::MoELayer: expert_group must be a process group or a one-dimensional DeviceMesh that holds this process "
+        f"(got {got})"
     )
 
 
@@ -83,8 +85,8 @@ def empty_experts(
 def uniform_experts_(weight: Tensor, bound: float) -> None:
     """Fills weights [E, ...] uniformly in ±bound, expert after expert.
 
-    Where the weights are sharded, over experts or by FSDP2, every rank draws all of them and keeps what it holds: from one seed come
-    the values, and the state of the generator, of a single process.
+    Where the weights are sharded, over experts or by FSDP2, every rank draws all of them and keeps what it holds: from one
+    seed come the values, and the state of the generator, of a single process.
 
     Args:
         weight (Tensor or DTensor[E, rows, columns]): filled in place.
@@ -130,7 +132,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 def _exchange_counts(offsets: Tensor, group: "dist.ProcessGroup", size: int) -> Tuple[Tensor, List[int], List[int]]:
-    """What arrives here, rank by rank and expert by expert [E], and the rows to and from each rank: the one host read."""
+    """What arrives here, by rank and expert [E], and the number of rows to and from each rank: the one host read."""
     sent = offsets[1:] - offsets[:-1]
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
@@ -150,7 +152,9 @@ def _as_experts_take(tokens: Tensor, weight: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device_type):
         return tokens if tokens.dtype == torch.float64 else tokens.to(torch.get_autocast_dtype(device_type))
     if tokens.dtype != weight.dtype:  # found before the exchange, so that no other rank waits for it
-        raise ValueError(f"edl::MoELayer: hidden must have the type of the experts, {weight.dtype} (got {tokens.dtype})")
+        raise ValueError(
+            f"edl::MoELayer: hidden must have the type of the experts, {weight.dtype} (got {tokens.dtype})"
+        )
     return tokens
 
 
@@ -165,8 +169,8 @@ def expert_mlp(
 ) -> Tensor:
     """`edl.ops.expert_mlp` with the experts spread over the ranks of a mesh, each rank with tokens of its own.
 
-    All ranks call it together, forward and backward; T may differ, and be 0. Routing weights stay at home and are applied to what
-    comes back, in float32 for 16-bit rows as in one process. Sizes are exchanged first and read by the host once.
+    All ranks call it together, forward and backward; T may differ, and be 0. Routing weights stay at home and are applied to
+    what comes back, in float32 for 16-bit rows as in one process. Sizes are exchanged first and read by the host once.
 
     Args:
         tokens (Tensor[T, H]): this rank's.
@@ -178,11 +182,11 @@ def expert_mlp(
         mesh (DeviceMesh): of one dimension.
 
     Returns:
-        output (Tensor[T, H]) in the type of tokens, under autocast in its type. The weights' gradients are sums over the tokens of all
-        ranks of the mesh.
+        output (Tensor[T, H]) in the type of tokens, under autocast in its type. The gradients of gate_up and down are sums over
+        the tokens of all ranks of the mesh.
 
     Raises:
-        ValueError: another type of tokens than of experts, weights that are sharded further, or a call under torch.export.
+        ValueError: another type of tokens than of experts, weights that are sharded further, a call under torch.export.
     """
     if torch.compiler.is_exporting():
         raise ValueError("edl::MoELayer: a layer with expert_group cannot be exported (got a call under torch.export)")
@@ -191,8 +195,8 @@ def expert_mlp(
     num_local = (offsets.shape[0] - 1) // mesh.size()
     if gate_up.shape[0] != num_local:
         raise ValueError(
-            f"edl::MoELayer: this rank must hold {num_local} experts, FSDP2 gathers them where the module is called and not its forward "
-            f"(got {gate_up.shape[0]})"
+            f"edl::MoELayer: this rank must hold {num_local} experts, FSDP2 gathers them where the module is called and not "
+            f"its forward (got {gate_up.shape[0]})"
         )
     tokens = _as_experts_take(tokens, gate_up)
     received, to_ranks, from_ranks = _exchange_counts(offsets, group, mesh.size())
@@ -228,13 +232,14 @@ def fully_shard_layer(
 ) -> None:
     """Shards a layer with `expert_group` by FSDP2: its experts over their replicas, all else over all data ranks.
 
-    Call it before `fully_shard` of the modules around the layer. With fewer experts on a rank than replicas, their rows are sharded
-    instead; 2I and H must then be multiples of the number of replicas.
+    Call it before `fully_shard` of the modules around the layer. With fewer experts on a rank than replicas, their rows are
+    sharded instead; 2I and H must then be multiples of the number of replicas.
 
     Args:
         layer (MoELayer): made with a DeviceMesh as `expert_group`.
         mesh (DeviceMesh): all data ranks; of one dimension, or of two for hybrid sharding.
-        replica_mesh (DeviceMesh): the ranks that hold the same experts; of one dimension, beside `expert_group` in one DeviceMesh.
+        replica_mesh (DeviceMesh): the ranks that hold the same experts; of one dimension, beside `expert_group` in one
+            DeviceMesh.
         **options: for `fully_shard`, such as `mp_policy` or `reshard_after_forward`.
 
     Raises:
@@ -254,22 +259,22 @@ def fully_shard_layer(
     dimension = 0 if layer.num_experts // expert_ranks >= replicas else 1
     fully_shard(list(layer.children()), mesh=mesh, **options)
     fully_shard(layer, mesh=replica_mesh, shard_placement_fn=lambda parameter: Shard(dimension), **options)
-    # FSDP2 divides by the replicas; with this, by all data ranks. `set_gradient_divide_factor(mesh.size())` means the same, but needs
-    # NCCL's PreMulSum, and torch 2.13 divides twice where there is one replica and the reduction is in float16 or float64.
+    # FSDP2 divides by the replicas; with this, by all data ranks. `set_gradient_divide_factor(mesh.size())` means the same,
+    # but needs NCCL's PreMulSum, and torch 2.13 divides twice by it with one replica in float16 or float64.
     layer.set_all_reduce_hook(lambda gradients: gradients.div_(expert_ranks))
 
 
 def exclude_from_ddp(model: nn.Module) -> None:
     """Keeps the experts of a model out of the DistributedDataParallel that will be put around it.
 
-    DistributedDataParallel would average them over ranks that hold other experts. It then neither broadcasts nor reduces them:
-    replicas must start equal, from one seed or one checkpoint, and `average_expert_gradients` does the rest.
+    DistributedDataParallel would average them over ranks that hold other experts. It then neither broadcasts nor reduces
+    them: replicas must start equal, from one seed or one checkpoint, and `average_expert_gradients` does the rest.
 
     Args:
         model (nn.Module): changed in place.
     """
     names = list(expert_parameters(model))
-    names += [f".{name}" for name in names if "." not in name]  # what DistributedDataParallel calls those of the model itself
+    names += [f".{name}" for name in names if "." not in name]  # what the reducer calls those of the model itself
     names += getattr(model, "_ddp_params_and_buffers_to_ignore", [])
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
@@ -278,8 +283,8 @@ def exclude_from_ddp(model: nn.Module) -> None:
 def average_expert_gradients(model: nn.Module, replica_group: Optional["dist.ProcessGroup"] = None) -> None:
     """Makes the experts' gradients those of the mean over all data ranks, as DistributedDataParallel makes all others.
 
-    They arrive summed over the expert group; they are summed over their replicas and divided by the number of ranks in both. Call it
-    once per optimizer step, after the last backward.
+    They arrive summed over the expert group; they are summed over their replicas and divided by the number of ranks in both.
+    Call it once per optimizer step, after the last backward.
 
     Args:
         model (nn.Module): the model, or the DistributedDataParallel around it, after `exclude_from_ddp`.

@@ -695,6 +695,14 @@ EXPERT_MLP_REFUSALS = [
         *("weights-dtype", 1, lambda _, x: x.bfloat16()),
         "weights must have the type of tokens, or be float32 beside 16-bit tokens (got BFloat16 beside Double)",
     ),
+    Refusal(
+        *("expert_mlp", "slots"),
+        lambda inputs: (
+            *(inputs.normal(1, 3).expand(2**30, 3), inputs.normal(1, 2).expand(2**30, 2)),
+            *(_order(inputs, 0).expand(2**31), _order(inputs, 0, 0), inputs.normal(1, 8, 3), inputs.normal(1, 3, 4)),
+        ),
+        "edl::expert_mlp: weights must have fewer than 2^31 entries (got 2147483648)",
+    ),
     _expert_mlp_refusal("weights-rank", 1, lambda _, x: x[0], "weights must have the shape [T, K] (got 1 dimensions)"),
     _expert_mlp_refusal("weights-rows", 1, lambda _, x: x[1:], "weights must have one row per token (got 5 for 6 tokens)"),
     _expert_mlp_refusal("no-choice", 1, lambda _, x: x[:, :0], "weights must have at least one column (got 0)"),

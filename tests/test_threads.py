@@ -12,9 +12,6 @@ from edl import _build, _extension
 from samples import SAMPLES, operator
 from support import gradients
 
-# expert_mlp rests on at::mm, whose sums depend on the number of threads.
-REPRODUCIBLE = [sample for sample in SAMPLES if sample.op != "expert_mlp"]
-
 
 def results(sample, num_threads):
     before = torch.get_num_threads()
@@ -36,7 +33,7 @@ def test_the_library_runs_on_several_threads():
     assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library
 
 
-@pytest.mark.parametrize("sample", REPRODUCIBLE, ids=str)
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_bitwise_equal_for_any_number_of_threads_and_across_runs(sample):
     first = results(sample, num_threads=1)
     for num_threads in (1, 2, 3):
@@ -52,6 +49,7 @@ ON_EVERY_INSTRUCTION_SET = [
     "ops/test_aggregate_routing.py::test_a_counted_nan_reaches_its_segment_and_no_other",
     "ops/test_aggregate_routing.py::test_every_16_bit_number_is_read_right",
     "ops/test_aggregate_routing.py::test_gradients_are_rounded_to_16_bits_like_torch_does",
+    "ops/test_expert_mlp.py::test_any_number_of_rows_is_right_and_bitwise_equal_for_any_number_of_threads",
     "ops/test_expert_divergence.py::test_from_nearly_equal_to_nearly_disjoint",
     "test_near_equal_domains.py::test_divergence_of_given_sums_and_counts",
 ]

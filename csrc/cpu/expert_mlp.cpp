@@ -1,145 +1,251 @@
 // expert_mlp on the CPU: tokens [T, H], weights [T, K], row_order [N], offsets [E + 1], gate_up [E, 2I, H], down [E, H, I]
 // → output [T, H].
 //
-// Expert by expert: gather its tokens, one matrix product, SwiGLU, one matrix product, add the weighted rows to the tokens'
-// sums. The products are at::mm in the type of tokens; sums over a token's experts are float32 (float64 for float64).
-// Scratch: the rows of the busiest expert, and [T, H] in float32 for 16-bit tokens. An expert without tokens costs nothing
-// forward, and writes zeros backward.
+// Windows of rows, one after the other; in each, stages of independent tasks, which threads take as they come free:
+//
+//   forward    hidden (rows x columns of I) ─► output (columns of H)
+//   backward   grad_hidden (rows x columns of I) ─► grad_tokens (columns of H), grad_factors, grad_gate_up, grad_down (blocks)
+//
+// Everything is computed and summed in float32 (float64 for float64). Each result is written by one task, in an order that
+// the routing alone decides: the same bits for any number of threads. Scratch, in elements of the accumulation type: 4 MiB per
+// thread (or the rows of one block, where they are more) for a window; kBlockRows·512 + 128·max(H, I, 512) per thread; for
+// 16-bit tokens T·H, and 3·I·H where an expert has more rows than a window.
 #include "ops/expert_mlp.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstring>
+#include <atomic>
 
 #include "common/dtypes.h"
 #include "common/errors.h"
 #include "common/tensors.h"
-#include "cpu/isa/expert_mlp.h"
+#include "cpu/expert_mlp_plan.h"
 #include "cpu/row_order.h"
 
 namespace edl {
 namespace {
 
 constexpr const char* kOp = "edl::expert_mlp";
-constexpr int64_t kGrainElements = 1 << 14; // work below this is not worth a thread
-constexpr int64_t kGrainColumns = 64; //       columns of one thread fill whole cache lines
+constexpr int64_t kWindowBytes = 4 << 20; //   per thread: a window stays in the outer cache
+constexpr int64_t kTaskRows = 512; //          a task packs its part of a parameter for so many rows
+constexpr int64_t kGrainOperations = 1 << 20; // work below this is not worth a thread
+constexpr int64_t kRowPadding = 16; //         rows a power of two apart would share cache sets
 
-int64_t grain_rows(int64_t width) {
-  return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, width));
-}
-
-// The index space of one call, dense and checked.
-struct Rows {
+// The arguments of one call, checked and with dense rows.
+struct Arguments {
+  at::Tensor tokens;
+  at::Tensor factors; // [T, K], accumulation type
   at::Tensor order;
   at::Tensor bounds;
-  at::Tensor factors; //  [T, K], accumulation type
-  int64_t top_k;
-  int64_t most = 0; //    rows of the busiest expert
-
-  const int32_t* slots(int64_t expert) const {
-    return order.const_data_ptr<int32_t>() + begin(expert);
-  }
-  int64_t begin(int64_t expert) const {
-    return bounds.const_data_ptr<int32_t>()[expert];
-  }
-  int64_t count(int64_t expert) const {
-    return begin(expert + 1) - begin(expert);
-  }
-  int64_t num_experts() const {
-    return bounds.size(0) - 1;
-  }
+  at::Tensor gate_up;
+  at::Tensor down;
 };
 
-Rows checked_rows(const at::Tensor& weights, const at::Tensor& row_order, const at::Tensor& offsets) {
-  const auto type = accumulation_type(weights.scalar_type());
-  Rows rows{row_order.contiguous(), offsets.contiguous(), weights.to(type).contiguous(), weights.size(1)};
-  const int64_t num_rows = row_order.size(0);
-  int64_t previous = 0;
-  for (int64_t e = 0; e <= rows.num_experts(); ++e) {
-    const int64_t bound = rows.begin(e);
-    EDL_CHECK_INDEX(
-        bound >= previous && bound <= num_rows && (e > 0 || bound == 0), kOp,
-        ": offsets must rise from 0 to at most ", num_rows, ", the number of rows (got ", bound, " at position ", e, ")");
-    rows.most = std::max(rows.most, bound - previous);
-    previous = bound;
-  }
-  rows_of_slots(kOp, rows.order.const_data_ptr<int32_t>(), num_rows);
-  return rows;
+at::Tensor with_dense_last(const at::Tensor& tensor) {
+  return tensor.stride(-1) == 1 || tensor.size(-1) == 1 ? tensor : tensor.contiguous();
 }
 
-// to[i] = the token of slots[i], for n rows.
-void gather(const at::Tensor& tokens, const int32_t* slots, int64_t top_k, const at::Tensor& to) {
-  const auto* source = static_cast<const char*>(tokens.const_data_ptr());
-  auto* target = static_cast<char*>(to.mutable_data_ptr());
-  const int64_t width = to.size(1) * to.element_size();
-  const int64_t stride = tokens.stride(0) * tokens.element_size();
-  at::parallel_for(0, to.size(0), grain_rows(to.size(1)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      std::memcpy(target + i * width, source + slots[i] / top_k * stride, width);
+void check_rows(const at::Tensor& order, const at::Tensor& bounds) {
+  const int32_t* offsets = bounds.const_data_ptr<int32_t>();
+  int64_t previous = 0;
+  for (int64_t e = 0; e < bounds.size(0); ++e) {
+    EDL_CHECK_INDEX(
+        offsets[e] >= previous && offsets[e] <= order.size(0) && (e > 0 || offsets[e] == 0), kOp,
+        ": offsets must rise from 0 to at most ", order.size(0), ", the number of rows (got ", offsets[e], " at position ", e,
+        ")");
+    previous = offsets[e];
+  }
+  rows_of_slots(kOp, order.const_data_ptr<int32_t>(), order.size(0));
+}
+
+Arguments dense(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down) {
+  const Arguments arguments{
+      with_dense_rows(tokens), weights.to(accumulation_type(weights.scalar_type())).contiguous(), row_order.contiguous(),
+      offsets.contiguous(), with_dense_last(gate_up), with_dense_last(down)};
+  check_rows(arguments.order, arguments.bounds);
+  return arguments;
+}
+
+// Runs task(i, scratch of the thread) for i < count on as many threads as are worth it.
+template <typename Task>
+void run_tasks(int64_t count, int64_t num_threads, char* scratch, int64_t thread_bytes, Task task) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(num_threads, count), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
+        task(i, scratch + thread * thread_bytes);
+      }
     }
   });
 }
 
-void activate(const at::Tensor& pre_activation, const at::Tensor& activation) {
-  const SwigluTask task{pre_activation.const_data_ptr(), activation.size(1), activation.mutable_data_ptr()};
-  const auto swiglu = expert_mlp_loops().swiglu[static_cast<int>(storage_of(activation))];
-  at::parallel_for(0, activation.size(0), grain_rows(activation.size(1)), [&](int64_t begin, int64_t end) {
-    swiglu(task, begin, end);
-  });
-}
+class ExpertMlp {
+ public:
+  ExpertMlp(const Arguments& arguments, const at::Tensor& sums, const at::Tensor& pre_activation, bool backward)
+      : num_experts_(arguments.gate_up.size(0)),
+        storage_(static_cast<int>(storage_of(arguments.tokens))),
+        offsets_(arguments.bounds.const_data_ptr<int32_t>()),
+        options_(sums.options()) {
+    task.hidden = arguments.tokens.size(1);
+    task.intermediate = arguments.down.size(2);
+    task.top_k = arguments.factors.size(1);
+    task.slots = arguments.order.const_data_ptr<int32_t>();
+    task.factors = arguments.factors.const_data_ptr();
+    task.tokens = arguments.tokens.const_data_ptr();
+    task.tokens_stride = arguments.tokens.stride(0);
+    task.gate_up = arguments.gate_up.const_data_ptr();
+    task.down = arguments.down.const_data_ptr();
+    for (int64_t dim : {0, 1}) {
+      task.gate_up_strides[dim] = arguments.gate_up.stride(dim);
+      task.down_strides[dim] = arguments.down.stride(dim);
+    }
+    task.pre_activation = pre_activation.defined() ? pre_activation.data_ptr() : nullptr;
+    task.sums = sums.mutable_data_ptr();
+    const int64_t operations = (backward ? 12 : 6) * offsets_[num_experts_] * task.hidden * task.intermediate;
+    num_threads_ = std::clamp<int64_t>(operations / kGrainOperations, 1, at::get_num_threads());
+    allocate(backward);
+  }
 
-// sums[token] += weight · row; without weights, += row.
-void add_to_tokens(const at::Tensor& rows, const int32_t* slots, int64_t top_k, const void* weights, const at::Tensor& sums) {
-  const AddRowsTask task{
-      rows.const_data_ptr(), rows.size(0), slots, top_k, weights, rows.size(1), sums.mutable_data_ptr()};
-  const auto add_rows = expert_mlp_loops().add_rows[static_cast<int>(storage_of(rows))];
-  const int64_t blocks = (rows.size(1) + kGrainColumns - 1) / kGrainColumns;
-  const int64_t grain = std::max<int64_t>(1, grain_rows(rows.size(0)) / kGrainColumns);
-  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    add_rows(task, begin * kGrainColumns, std::min(rows.size(1), end * kGrainColumns));
-  });
-}
+  void forward() {
+    const auto output_columns = cut_columns(task.hidden, num_threads_);
+    for (const Window& window : windows_) {
+      task.window_begin = window.begin();
+      over_rows(window, loops_.hidden[storage_]);
+      run(output_columns.size(), [&](int64_t i, void* own) {
+        loops_.output[storage_](task, window.experts.data(), window.experts.size(), output_columns[i], own);
+      });
+    }
+  }
+
+  void backward(std::array<bool, 4> needed) {
+    for (const Window& window : windows_) {
+      task.window_begin = window.begin();
+      over_rows(window, loops_.grad_hidden[storage_]);
+      finish_gradients(window, needed);
+    }
+  }
+
+  ExpertMlpTask task{};
+
+ private:
+  at::Tensor scratch(int64_t elements) const {
+    return at::empty({elements}, options_);
+  }
+
+  void allocate(bool backward) {
+    const auto padded = [](int64_t width) { return (width + kRowPadding - 1) / kRowPadding * kRowPadding + kRowPadding; };
+    task.activation_stride = padded(task.intermediate);
+    task.pre_activation_stride = padded(2 * task.intermediate);
+    const int64_t row = task.activation_stride + (backward ? task.pre_activation_stride : 0);
+    const int64_t row_bytes = row * static_cast<int64_t>(options_.dtype().itemsize());
+    const int64_t most = std::max(kTaskRows, num_threads_ * kWindowBytes / row_bytes);
+    windows_ = cut_windows(offsets_, num_experts_, most, kTaskRows);
+    for (const Window& window : windows_) {
+      task.window_rows = std::max(task.window_rows, window.end() - window.begin());
+    }
+    window_scratch_ = scratch(task.window_rows * row);
+    task.activation = window_scratch_.mutable_data_ptr();
+    if (backward) {
+      task.grad_pre_activation = window_scratch_.slice(0, task.window_rows * task.activation_stride).data_ptr();
+      dots_ = scratch(row_parts() * task.window_rows);
+      task.dots = dots_.mutable_data_ptr();
+    }
+    if (backward && storage_ != static_cast<int>(StorageType::float32) && storage_ != static_cast<int>(StorageType::float64)) {
+      allocate_carried();
+    }
+    thread_elements_ = padded(expert_mlp_thread_elements(task.hidden, task.intermediate));
+    thread_scratch_ = scratch(num_threads_ * thread_elements_);
+  }
+
+  void allocate_carried() {
+    for (const Window& window : windows_) {
+      if (window.begin() > offsets_[window.experts.front().expert] && !carried_.defined()) {
+        carried_ = scratch(3 * task.hidden * task.intermediate);
+        task.carried_gate_up = carried_.mutable_data_ptr();
+        task.carried_down = carried_.slice(0, 2 * task.hidden * task.intermediate).mutable_data_ptr();
+      }
+    }
+  }
+
+  int64_t row_parts() const {
+    return (task.intermediate + kBlockColumns - 1) / kBlockColumns;
+  }
+
+  template <typename Task>
+  void run(int64_t count, Task each) {
+    auto* memory = static_cast<char*>(thread_scratch_.mutable_data_ptr());
+    run_tasks(count, num_threads_, memory, thread_elements_ * options_.dtype().itemsize(), each);
+  }
+
+  void over_rows(const Window& window, void (*loop)(const ExpertMlpTask&, ExpertRows, Columns, void*)) {
+    const int64_t parts = row_parts();
+    run(window.blocks.size() * parts, [&](int64_t i, void* own) {
+      const int64_t column = i % parts * kBlockColumns;
+      loop(task, window.blocks[i / parts], {column, std::min(task.intermediate, column + kBlockColumns)}, own);
+    });
+  }
+
+  void finish_gradients(const Window& window, std::array<bool, 4> needed) {
+    const auto columns = needed[0] ? cut_columns(task.hidden, num_threads_) : std::vector<Columns>();
+    const auto gate_up = needed[2] ? grad_blocks(window, 2 * task.intermediate, task.hidden) : std::vector<GradBlock>();
+    const auto down = needed[3] ? grad_blocks(window, task.hidden, task.intermediate) : std::vector<GradBlock>();
+    const int64_t first_gate_up = columns.size(), first_down = first_gate_up + gate_up.size();
+    const int64_t factors = first_down + down.size();
+    run(factors + needed[1], [&](int64_t i, void* own) {
+      if (i < first_gate_up) {
+        loops_.grad_tokens[storage_](task, window.experts.data(), window.experts.size(), columns[i], own);
+      } else if (i < first_down) {
+        loops_.grad_gate_up[storage_](task, gate_up[i - first_gate_up], own);
+      } else if (i < factors) {
+        loops_.grad_down[storage_](task, down[i - first_down], own);
+      } else {
+        loops_.grad_factors[storage_](task, window.begin(), window.end());
+      }
+    });
+  }
+
+  std::vector<GradBlock> grad_blocks(const Window& window, int64_t rows, int64_t columns) const {
+    std::vector<GradBlock> blocks;
+    for (const ExpertRows& expert : window.experts) {
+      const bool continues = expert.begin > offsets_[expert.expert], ends = expert.end == offsets_[expert.expert + 1];
+      for (int64_t row = 0; row < rows; row += kBlockRows) {
+        for (int64_t column = 0; column < columns; column += kGradColumns) {
+          blocks.push_back({expert, continues, ends, row, column});
+        }
+      }
+    }
+    return blocks;
+  }
+
+  const ExpertMlpLoops& loops_ = expert_mlp_loops();
+  int64_t num_experts_;
+  int storage_;
+  const int32_t* offsets_;
+  at::TensorOptions options_; // accumulation type
+  int64_t num_threads_;
+  std::vector<Window> windows_;
+  at::Tensor window_scratch_, dots_, carried_, thread_scratch_;
+  int64_t thread_elements_;
+};
 
 at::Tensor zero_sums(const at::Tensor& tokens) {
   return at::zeros(tokens.sizes(), tokens.options().dtype(accumulation_type(tokens.scalar_type())));
 }
 
-at::Tensor scratch(const Rows& rows, int64_t width, const at::Tensor& like) {
-  return at::empty({rows.most, width}, like.options());
-}
-
-// `pre_activation` [N, 2I] keeps the rows for the backward pass; undefined, only the expert at work has any.
-at::Tensor run_experts(
-    const at::Tensor& tokens,
-    const Rows& rows,
-    const at::Tensor& gate_up,
-    const at::Tensor& down,
-    const at::Tensor& pre_activation) {
-  const at::Tensor source = with_dense_rows(tokens);
-  const at::Tensor sums = zero_sums(tokens);
-  const at::Tensor inputs = scratch(rows, tokens.size(1), tokens);
-  const at::Tensor hidden = pre_activation.defined() ? pre_activation : scratch(rows, gate_up.size(1), tokens);
-  const at::Tensor activations = scratch(rows, down.size(2), tokens);
-  for (int64_t e = 0; e < rows.num_experts(); ++e) {
-    const int64_t count = rows.count(e);
-    if (count == 0) {
-      continue;
-    }
-    at::Tensor in = inputs.narrow(0, 0, count);
-    at::Tensor pre = hidden.narrow(0, pre_activation.defined() ? rows.begin(e) : 0, count);
-    const at::Tensor activation = activations.narrow(0, 0, count);
-    gather(source, rows.slots(e), rows.top_k, in);
-    at::mm_out(pre, in, gate_up.select(0, e).t());
-    activate(pre, activation);
-    at::mm_out(in, activation, down.select(0, e).t()); // the tokens are no longer needed
-    add_to_tokens(in, rows.slots(e), rows.top_k, rows.factors.const_data_ptr(), sums);
-  }
-  return sums.to(tokens.scalar_type());
+at::Tensor run_forward(const Arguments& arguments, const at::Tensor& pre_activation) {
+  const at::Tensor sums = zero_sums(arguments.tokens);
+  ExpertMlp(arguments, sums, pre_activation, /*backward=*/false).forward();
+  return sums.to(arguments.tokens.scalar_type());
 }
 
 at::Tensor expert_mlp_cpu(
@@ -150,7 +256,7 @@ at::Tensor expert_mlp_cpu(
     const at::Tensor& gate_up,
     const at::Tensor& down) {
   check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
-  return run_experts(tokens, checked_rows(weights, row_order, offsets), gate_up, down, at::Tensor());
+  return run_forward(dense(tokens, weights, row_order, offsets, gate_up, down), at::Tensor());
 }
 
 std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cpu(
@@ -161,82 +267,14 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cpu(
     const at::Tensor& gate_up,
     const at::Tensor& down) {
   check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
-  const Rows rows = checked_rows(weights, row_order, offsets);
+  const Arguments arguments = dense(tokens, weights, row_order, offsets, gate_up, down);
   at::Tensor pre_activation = at::empty({row_order.size(0), gate_up.size(1)}, tokens.options());
-  const int64_t used = rows.begin(rows.num_experts());
+  const int64_t used = arguments.bounds.const_data_ptr<int32_t>()[gate_up.size(0)];
   pre_activation.narrow(0, used, row_order.size(0) - used).zero_(); // sentinels
-  return {run_experts(tokens, rows, gate_up, down, pre_activation), pre_activation};
+  return {run_forward(arguments, pre_activation), pre_activation};
 }
 
-// The gradients of one call; those that nobody needs are empty.
-struct Gradients {
-  at::Tensor token_sums; //  [T, H], accumulation type
-  at::Tensor factors; //     [T, K], accumulation type
-  at::Tensor gate_up;
-  at::Tensor down;
-};
-
-struct BackwardScratch {
-  at::Tensor grad_rows; //           [n, H]
-  at::Tensor inputs; //              [n, H]
-  at::Tensor activation; //          [n, I]
-  at::Tensor grad_activation; //     [n, I]
-  at::Tensor grad_pre_activation; // [n, 2I]
-
-  BackwardScratch first(int64_t count) const {
-    const auto cut = [=](const at::Tensor& tensor) { return tensor.narrow(0, 0, count); };
-    return {cut(grad_rows), cut(inputs), cut(activation), cut(grad_activation), cut(grad_pre_activation)};
-  }
-};
-
-void swiglu_backward(
-    const at::Tensor& pre_activation,
-    const int32_t* slots,
-    const Rows& rows,
-    const BackwardScratch& own,
-    const at::Tensor& grad_factors) {
-  const SwigluGradient task{
-      pre_activation.const_data_ptr(), own.grad_activation.const_data_ptr(), slots, rows.factors.const_data_ptr(),
-      own.activation.size(1), own.activation.mutable_data_ptr(), own.grad_pre_activation.mutable_data_ptr(),
-      grad_factors.mutable_data_ptr()};
-  const auto loop = expert_mlp_loops().swiglu_backward[static_cast<int>(storage_of(pre_activation))];
-  at::parallel_for(0, pre_activation.size(0), grain_rows(own.activation.size(1)), [&](int64_t begin, int64_t end) {
-    loop(task, begin, end);
-  });
-}
-
-// With G the gradient of the expert's rows before their weights w, and A the activation: <G down, A> is the gradient of w,
-// so the expert's output is not needed again; G^T (w A) is that of down.
-void backward_of_expert(
-    int64_t e,
-    const at::Tensor& grad_output,
-    const at::Tensor& tokens,
-    const Rows& rows,
-    const at::Tensor& gate_up,
-    const at::Tensor& down,
-    const at::Tensor& pre_activation,
-    BackwardScratch own,
-    std::array<bool, 4> needed,
-    Gradients* gradients) {
-  const int32_t* slots = rows.slots(e);
-  gather(grad_output, slots, rows.top_k, own.grad_rows);
-  at::mm_out(own.grad_activation, own.grad_rows, down.select(0, e));
-  swiglu_backward(pre_activation.narrow(0, rows.begin(e), rows.count(e)), slots, rows, own, gradients->factors);
-  if (needed[3]) {
-    at::Tensor grad_down = gradients->down.select(0, e);
-    at::mm_out(grad_down, own.grad_rows.t(), own.activation);
-  }
-  if (needed[2]) {
-    gather(tokens, slots, rows.top_k, own.inputs);
-    at::Tensor grad_gate_up = gradients->gate_up.select(0, e);
-    at::mm_out(grad_gate_up, own.grad_pre_activation.t(), own.inputs);
-  }
-  if (needed[0]) {
-    at::mm_out(own.inputs, own.grad_pre_activation, gate_up.select(0, e));
-    add_to_tokens(own.inputs, slots, rows.top_k, nullptr, gradients->token_sums);
-  }
-}
-
+// Gradients that nobody needs are empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_cpu(
     const at::Tensor& grad_output,
     const at::Tensor& tokens,
@@ -248,38 +286,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
     const at::Tensor& pre_activation,
     std::array<bool, 4> needed) {
   check_expert_mlp_backward(grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation);
-  const Rows rows = checked_rows(weights, row_order, offsets);
+  const Arguments arguments = dense(tokens, weights, row_order, offsets, gate_up, down);
   const at::Tensor grad = with_dense_rows(grad_output);
-  const at::Tensor source = with_dense_rows(tokens);
   const at::Tensor hidden = pre_activation.contiguous();
   const auto empty_if = [&](bool is_needed, const at::Tensor& input) {
     return is_needed ? at::empty(input.sizes(), input.options()) : at::empty({0}, input.options());
   };
-  Gradients gradients{
-      needed[0] ? zero_sums(tokens) : at::empty({0}, tokens.options()),
-      at::zeros(rows.factors.sizes(), rows.factors.options()), // zero for sentinels
-      empty_if(needed[2], gate_up), empty_if(needed[3], down)};
-  const int64_t width = down.size(2);
-  const BackwardScratch whole{
-      scratch(rows, tokens.size(1), tokens), scratch(rows, tokens.size(1), tokens), scratch(rows, width, tokens),
-      scratch(rows, width, tokens), scratch(rows, 2 * width, tokens)};
-  for (int64_t e = 0; e < rows.num_experts(); ++e) {
-    if (rows.count(e) > 0) {
-      backward_of_expert(
-          e, grad, source, rows, gate_up, down, hidden, whole.first(rows.count(e)), needed, &gradients);
-      continue;
-    }
-    if (needed[2]) {
-      gradients.gate_up.select(0, e).zero_();
-    }
-    if (needed[3]) {
-      gradients.down.select(0, e).zero_();
-    }
-  }
+  const at::Tensor token_sums = needed[0] ? zero_sums(tokens) : at::empty({0}, arguments.factors.options());
+  const at::Tensor factors = at::zeros(arguments.factors.sizes(), arguments.factors.options()); // zero for sentinels
+  at::Tensor grad_gate_up = empty_if(needed[2], gate_up), grad_down = empty_if(needed[3], down);
+
+  ExpertMlp experts(arguments, token_sums, hidden, /*backward=*/true);
+  experts.task.grad_output = grad.const_data_ptr();
+  experts.task.grad_output_stride = grad.stride(0);
+  experts.task.grad_factors = factors.mutable_data_ptr();
+  experts.task.grad_gate_up = grad_gate_up.mutable_data_ptr();
+  experts.task.grad_down = grad_down.mutable_data_ptr();
+  experts.backward(needed);
   return {
-      gradients.token_sums.to(tokens.scalar_type()),
-      needed[1] ? gradients.factors.to(weights.scalar_type()) : at::empty({0}, weights.options()), gradients.gate_up,
-      gradients.down};
+      token_sums.to(tokens.scalar_type()),
+      needed[1] ? factors.to(weights.scalar_type()) : at::empty({0}, weights.options()), grad_gate_up, grad_down};
 }
 
 } // namespace

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <limits>
 
 #include "common/autocast.h"
 #include "common/dtypes.h"
@@ -19,6 +20,7 @@ namespace edl {
 namespace {
 
 constexpr const char* kOp = "edl::expert_mlp";
+constexpr int64_t kMostSlots = std::numeric_limits<int32_t>::max();
 
 void check_parameter(const at::Tensor& parameter, const char* name, const char* shape, const at::Tensor& tokens) {
   EDL_CHECK(parameter.dim() == 3, kOp, ": ", name, " must have the shape ", shape, " (got ", parameter.dim(), " dimensions)");
@@ -66,6 +68,10 @@ void check_expert_mlp(
   EDL_CHECK(
       row_order.sym_size(0).sym_eq(weights.sym_numel()), kOp, ": row_order must have one entry per weight (got ",
       row_order.sym_size(0), " for ", weights.sym_numel(), " weights)");
+  // A symbolic size would turn this into a bound on the batch that users of torch.export had to state.
+  if (const auto num_slots = weights.sym_numel().maybe_as_int()) {
+    EDL_CHECK(*num_slots <= kMostSlots, kOp, ": weights must have fewer than 2^31 entries (got ", *num_slots, ")");
+  }
   EDL_CHECK(gate_up.sym_size(0).sym_ge(1), kOp, ": gate_up must have at least one expert (got ", gate_up.sym_size(0), ")");
   EDL_CHECK(
       offsets.sym_size(0).sym_eq(gate_up.sym_size(0) + 1), kOp, ": offsets must have one entry more than there are experts (got ",

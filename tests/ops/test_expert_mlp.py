@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from edl import ops
+from edl import ops, reference
 from tolerances import assert_close, tolerance
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -178,6 +178,38 @@ def test_second_derivatives_are_refused():
     (gradient,) = torch.autograd.grad(output, arguments[0], create_graph=True)
     with pytest.raises(RuntimeError, match="derivative for edl::_expert_mlp_backward is not implemented"):
         torch.autograd.grad(gradient.sum(), arguments[0])
+
+
+def of_many_sizes(dtype):
+    """Experts with 0, 1, ... rows, one with more than the scratch of a thread holds; misaligned and strided; no size is even."""
+    rows = torch.tensor([0, 1, 5, 7, 0, 13, 85, 600, 6900, 2, 0])
+    experts = torch.arange(11).repeat_interleave(rows)[torch.randperm(int(rows.sum()))].unsqueeze(1)
+    arguments = list(make(len(experts), 17, 71, 11, dtype=dtype, experts=experts))
+    for i in (0, 4, 5):
+        x = arguments[i].detach()
+        arguments[i] = torch.nn.functional.pad(x, (1, 2))[..., 1:-2].requires_grad_()
+        assert arguments[i].stride(-2) == x.stride(-2) + 3
+    return arguments
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_rows_is_right_and_bitwise_equal_for_any_number_of_threads(dtype):
+    arguments = of_many_sizes(dtype)
+    wide = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in arguments]
+    expected = reference.expert_mlp(*wide)
+    expected = [expected, *gradients(wide, expected)]
+    before, first = torch.get_num_threads(), None
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            output = ops.expert_mlp(*arguments)
+            results = [output, *gradients(arguments, output)]
+            first = first or results
+            assert all(torch.equal(x, y) for x, y in zip(results, first, strict=True)), f"{num_threads} threads"
+    finally:
+        torch.set_num_threads(before)
+    for actual, wanted in zip(first, expected, strict=True):
+        assert_close(actual, wanted, tolerance(dtype, 6900, roundings=4))
 
 
 @hypothesis.given(st.integers(0, 40), st.integers(1, 8), st.data())

@@ -7,42 +7,99 @@
 
 namespace edl {
 
-// The rows of one expert, n of them. "Storage": the type of tokens; "accumulation type": float, or double for double.
-struct SwigluTask {
-  const void* pre_activation; //  [n, 2I] storage: gate, up
-  int64_t width; //               I
-  void* activation; //            [n, I] storage
-};
+// ---- sizes of blocks: results do not depend on them ----
 
-struct SwigluGradient {
-  const void* pre_activation; //  [n, 2I] storage
-  const void* grad_activation; // [n, I] storage, of the row before its weight
-  const int32_t* slots; //        [n]
-  const void* weights; //         [T, K] accumulation type
-  int64_t width; //               I
-  void* activation; //            [n, I] storage, times the weight
-  void* grad_pre_activation; //   [n, 2I] storage
-  void* grad_weights; //          [T, K] accumulation type
-};
+inline constexpr int64_t kDepth = 256; //        k of one pass over a block
+inline constexpr int64_t kBlockRows = 84; //     rows of A: whole tiles of 6 and of 14
+inline constexpr int64_t kBlockColumns = 64; //  columns of a task over rows: whole panels of every instruction set
+inline constexpr int64_t kGradColumns = 256; //  columns of a task over a parameter's gradient, of kBlockRows rows
 
-struct AddRowsTask {
-  const void* rows; //            [n, H] storage
-  int64_t num_rows; //            n
-  const int32_t* slots; //        [n]
+// ---- what all tasks of one call see ----
+
+// "Storage": the type of tokens; "accumulation type": float, or double for double. Strides are in elements; the last
+// dimension is dense everywhere.
+struct ExpertMlpTask {
+  int64_t hidden; //              H
+  int64_t intermediate; //        I
   int64_t top_k; //               K
-  const void* weights; //         [T, K] accumulation type, or null: 1
-  int64_t width; //               H
-  void* sums; //                  [T, H] accumulation type
+  const int32_t* slots; //        [N]
+  const void* factors; //         [T, K] accumulation type
+  const void* tokens; //          [T, H] storage
+  int64_t tokens_stride;
+  const void* gate_up; //         [E, 2I, H] storage
+  int64_t gate_up_strides[2];
+  const void* down; //            [E, H, I] storage
+  int64_t down_strides[2];
+  void* pre_activation; //        [N, 2I] storage; null where no gradient is wanted
+  void* sums; //                  [T, H] accumulation type: output, or gradient of tokens
+
+  // Backward only.
+  const void* grad_output; //     [T, H] storage
+  int64_t grad_output_stride;
+  void* grad_factors; //          [T, K] accumulation type
+  void* grad_gate_up; //          [E, 2I, H] storage
+  void* grad_down; //             [E, H, I] storage
+  void* carried_gate_up; //       [2I, H] accumulation type, for an expert that windows share; null for float and double,
+                         //       whose gradients carry themselves
+  void* carried_down; //          [H, I]
+
+  // Scratch for the rows of one window, accumulation type.
+  int64_t window_begin; //        its first row
+  int64_t activation_stride;
+  int64_t pre_activation_stride;
+  void* activation; //            [rows, activation_stride]
+  void* grad_pre_activation; //   [rows, pre_activation_stride]
+  void* dots; //                  [I / kBlockColumns, window_rows]: parts of the gradient of factors
+  int64_t window_rows;
 };
 
-// Indexed by storage.
+// Rows of the sorted order that one expert serves.
+struct ExpertRows {
+  int64_t expert;
+  int64_t begin;
+  int64_t end;
+};
+
+struct Columns {
+  int64_t begin;
+  int64_t end;
+};
+
+// A block of an expert's gradient.
+struct GradBlock {
+  ExpertRows rows; //  those of this window
+  bool continues; //   an earlier window had rows of this expert
+  bool ends; //        no later window has
+  int64_t row; //      kBlockRows rows of the parameter from here
+  int64_t column; //   kGradColumns columns from here
+};
+
+// Tasks of one stage may run at once; `own` is the scratch of the thread, aligned to 64 bytes. Indexed by storage.
 struct ExpertMlpLoops {
-  void (*swiglu[kStorageTypes])(const SwigluTask& task, int64_t begin_row, int64_t end_row);
-  void (*swiglu_backward[kStorageTypes])(const SwigluGradient& task, int64_t begin_row, int64_t end_row);
-  // sums[token of row] += weight · row, for a range of columns: tokens may repeat among the rows, columns do not.
-  void (*add_rows[kStorageTypes])(const AddRowsTask& task, int64_t begin_column, int64_t end_column);
+  // Columns of I: pre_activation and activation of the rows.
+  void (*hidden[kStorageTypes])(const ExpertMlpTask& task, ExpertRows rows, Columns columns, void* own);
+  // Columns of H: sums[token] += factor · down activation, expert after expert.
+  void (*output[kStorageTypes])(
+      const ExpertMlpTask& task, const ExpertRows* experts, int64_t num_experts, Columns columns, void* own);
+  // Columns of I: grad_pre_activation and dots of the rows; activation times its factor.
+  void (*grad_hidden[kStorageTypes])(const ExpertMlpTask& task, ExpertRows rows, Columns columns, void* own);
+  // Columns of H: sums[token] += gate_up^T grad_pre_activation, expert after expert.
+  void (*grad_tokens[kStorageTypes])(
+      const ExpertMlpTask& task, const ExpertRows* experts, int64_t num_experts, Columns columns, void* own);
+  // grad_factors of the rows begin..end, from dots.
+  void (*grad_factors[kStorageTypes])(const ExpertMlpTask& task, int64_t begin, int64_t end);
+  void (*grad_gate_up[kStorageTypes])(const ExpertMlpTask& task, const GradBlock& block, void* own);
+  void (*grad_down[kStorageTypes])(const ExpertMlpTask& task, const GradBlock& block, void* own);
 };
 
 EDL_ISA_LOOPS(ExpertMlpLoops, expert_mlp_loops)
+
+// Elements of the accumulation type that a thread needs: A [kBlockRows, kDepth], C [kBlockRows, kGradColumns], and the panels
+// of B.
+inline int64_t expert_mlp_thread_elements(int64_t hidden, int64_t intermediate) {
+  const int64_t longest = hidden > intermediate ? hidden : intermediate;
+  const int64_t panels = 2 * kBlockColumns * longest;
+  return kBlockRows * (kDepth + kGradColumns) + (panels > kDepth * kGradColumns ? panels : kDepth * kGradColumns);
+}
 
 } // namespace edl

@@ -1,0 +1,65 @@
+#pragma once
+
+// How expert_mlp cuts its rows, without a torch header.
+//
+//   rows in sorted order   |  e0  |   e1   | e2 |        e3 ...        |   e4   |
+//   windows                |<----------------->|<----------->|<----------------->|   scratch holds the rows of one window
+//   blocks                 |<---->|<->|<-->|...                                      tasks of the stages that own rows
+//
+// An expert is shared by two windows only where it has more rows than fit one.
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/isa/expert_mlp.h"
+
+namespace edl {
+
+struct Window {
+  std::vector<ExpertRows> experts; // experts without rows too: their gradients are zeros
+  std::vector<ExpertRows> blocks;
+
+  int64_t begin() const {
+    return experts.front().begin;
+  }
+  int64_t end() const {
+    return experts.back().end;
+  }
+};
+
+inline std::vector<Window> cut_windows(const int32_t* offsets, int64_t num_experts, int64_t window_rows, int64_t block_rows) {
+  std::vector<Window> windows(1);
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const int64_t end = offsets[e + 1];
+    int64_t begin = offsets[e];
+    do { // once for an expert without rows
+      if (!windows.back().experts.empty() && end - windows.back().begin() > window_rows) {
+        windows.emplace_back();
+      }
+      Window& window = windows.back();
+      const int64_t stop = std::min(end, begin + window_rows);
+      window.experts.push_back({e, begin, stop});
+      for (; begin < stop; begin += block_rows) {
+        window.blocks.push_back({e, begin, std::min(stop, begin + block_rows)});
+      }
+      begin = stop;
+    } while (begin < end);
+  }
+  return windows;
+}
+
+// Columns in pieces of at most kBlockColumns, of which every number of threads up to `num_threads` gets its share.
+inline std::vector<Columns> cut_columns(int64_t columns, int64_t num_threads) {
+  constexpr int64_t unit = 16;
+  const int64_t fewest = (columns + kBlockColumns - 1) / kBlockColumns;
+  const int64_t pieces = (fewest + num_threads - 1) / num_threads * num_threads;
+  const int64_t width = std::max<int64_t>(unit, ((columns + pieces - 1) / std::max<int64_t>(1, pieces) + unit - 1) / unit * unit);
+  std::vector<Columns> cut;
+  for (int64_t begin = 0; begin < columns; begin += width) {
+    cut.push_back({begin, std::min(columns, begin + width)});
+  }
+  return cut;
+}
+
+} // namespace edl

@@ -27,3 +27,10 @@ def test_case(program, name):
 
 def test_every_case_of_the_program_is_a_test_here(program):
     assert f"in {len(NAMES)} test cases)" in run(program)
+
+
+def test_the_loops_of_expert_mlp_under_sanitizers():
+    """Every instruction set of this processor, in buffers of exactly the promised size."""
+    build = ROOT / "build" / "loop-tests"
+    build_with_cmake(SOURCES / "loops", build, edl.cmake_prefix_path)
+    assert "All tests passed" in run(build / "edl_loop_tests")

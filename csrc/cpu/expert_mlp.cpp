@@ -120,7 +120,7 @@ class ExpertMlp {
     const auto output_columns = cut_columns(task.hidden, num_threads_);
     for (const Window& window : windows_) {
       task.window_begin = window.begin();
-      over_rows(window, loops_.hidden[storage_]);
+      over_rows(window, kBlockColumns, loops_.hidden[storage_]);
       run(output_columns.size(), [&](int64_t i, void* own) {
         loops_.output[storage_](task, window.experts.data(), window.experts.size(), output_columns[i], own);
       });
@@ -130,7 +130,7 @@ class ExpertMlp {
   void backward(std::array<bool, 4> needed) {
     for (const Window& window : windows_) {
       task.window_begin = window.begin();
-      over_rows(window, loops_.grad_hidden[storage_]);
+      over_rows(window, kWideColumns, loops_.grad_hidden[storage_]);
       finish_gradients(window, needed);
     }
   }
@@ -157,7 +157,7 @@ class ExpertMlp {
     task.activation = window_scratch_.mutable_data_ptr();
     if (backward) {
       task.grad_pre_activation = window_scratch_.slice(0, task.window_rows * task.activation_stride).data_ptr();
-      dots_ = scratch(row_parts() * task.window_rows);
+      dots_ = scratch(parts(kWideColumns) * task.window_rows);
       task.dots = dots_.mutable_data_ptr();
     }
     if (backward && storage_ != static_cast<int>(StorageType::float32) && storage_ != static_cast<int>(StorageType::float64)) {
@@ -177,8 +177,8 @@ class ExpertMlp {
     }
   }
 
-  int64_t row_parts() const {
-    return (task.intermediate + kBlockColumns - 1) / kBlockColumns;
+  int64_t parts(int64_t width) const {
+    return (task.intermediate + width - 1) / width;
   }
 
   template <typename Task>
@@ -187,11 +187,11 @@ class ExpertMlp {
     run_tasks(count, num_threads_, memory, thread_elements_ * options_.dtype().itemsize(), each);
   }
 
-  void over_rows(const Window& window, void (*loop)(const ExpertMlpTask&, ExpertRows, Columns, void*)) {
-    const int64_t parts = row_parts();
-    run(window.blocks.size() * parts, [&](int64_t i, void* own) {
-      const int64_t column = i % parts * kBlockColumns;
-      loop(task, window.blocks[i / parts], {column, std::min(task.intermediate, column + kBlockColumns)}, own);
+  void over_rows(const Window& window, int64_t width, void (*loop)(const ExpertMlpTask&, ExpertRows, Columns, void*)) {
+    const int64_t pieces = parts(width);
+    run(window.blocks.size() * pieces, [&](int64_t i, void* own) {
+      const int64_t column = i % pieces * width;
+      loop(task, window.blocks[i / pieces], {column, std::min(task.intermediate, column + width)}, own);
     });
   }
 

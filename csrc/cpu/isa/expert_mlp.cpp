@@ -218,7 +218,7 @@ void output(const ExpertMlpTask& task, const ExpertRows* experts, int64_t num_ex
 template <typename Storage, typename Acc>
 void activate_backward(const ExpertMlpTask& task, int64_t begin, int64_t count, Columns columns, int64_t stride, const Acc* c) {
   const int64_t width = columns.end - columns.begin, intermediate = task.intermediate;
-  Acc* dots = static_cast<Acc*>(task.dots) + columns.begin / kBlockColumns * task.window_rows;
+  Acc* dots = static_cast<Acc*>(task.dots) + columns.begin / kWideColumns * task.window_rows;
   for (int64_t row = begin; row < begin + count; ++row, c += stride) {
     const auto* gate = static_cast<const Storage*>(task.pre_activation) + row * 2 * intermediate + columns.begin;
     Acc* activation = activation_of<Storage>(task, row) + columns.begin;
@@ -281,7 +281,7 @@ void grad_factors(const ExpertMlpTask& task, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const Acc* dots = static_cast<const Acc*>(task.dots) + row - task.window_begin;
     Acc sum = 0;
-    for (int64_t column = 0; column < task.intermediate; column += kBlockColumns, dots += task.window_rows) {
+    for (int64_t column = 0; column < task.intermediate; column += kWideColumns, dots += task.window_rows) {
       sum += *dots;
     }
     static_cast<Acc*>(task.grad_factors)[task.slots[row]] = sum;

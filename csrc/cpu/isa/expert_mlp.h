@@ -11,7 +11,8 @@ namespace edl {
 
 inline constexpr int64_t kDepth = 256; //        k of one pass over a block
 inline constexpr int64_t kBlockRows = 84; //     rows of A: whole tiles of 6 and of 14
-inline constexpr int64_t kBlockColumns = 64; //  columns of a task over rows: whole panels of every instruction set
+inline constexpr int64_t kBlockColumns = 64; //  columns of I or H of a task over rows: whole panels of every instruction set
+inline constexpr int64_t kWideColumns = 128; //  the same where a column takes one product of the gathered rows, not two
 inline constexpr int64_t kGradColumns = 256; //  columns of a task over a parameter's gradient, of kBlockRows rows
 
 // ---- what all tasks of one call see ----
@@ -49,7 +50,7 @@ struct ExpertMlpTask {
   int64_t pre_activation_stride;
   void* activation; //            [rows, activation_stride]
   void* grad_pre_activation; //   [rows, pre_activation_stride]
-  void* dots; //                  [I / kBlockColumns, window_rows]: parts of the gradient of factors
+  void* dots; //                  [I / kWideColumns, window_rows]: parts of the gradient of factors
   int64_t window_rows;
 };
 

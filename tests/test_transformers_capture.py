@@ -1,5 +1,5 @@
-"""attach: the loss on captured router logits equals the definition on logits computed from the routers' weights, whatever else
-the model does in between."""
+"""attach: the loss on captured router logits equals the definition on logits computed from the routers' weights,
+whatever else the model does in between."""
 
 import copy
 import gc
@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import edl
 from oracle import normalised_sigmoid, paper_loss, softmax
@@ -139,8 +141,8 @@ def test_beta_may_change(mixtral):
 # ---- which forward it is ----
 
 NO_TRAINING_FORWARD = (
-    "edl::attach: loss() takes the router logits of the last training forward, and takes them once; attach before the model is "
-    "compiled or copied (got no router logits since)"
+    "edl::attach: loss() takes the router logits of the last training forward, and takes them once; attach before the model "
+    "is compiled or copied (got no router logits since)"
 )
 
 
@@ -160,6 +162,30 @@ def test_other_forwards_in_between_do_not_count(mixtral):
     assert handle.loss(LABELS).equal(wanted)
 
 
+def test_forwards_that_a_memory_collects_count(mixtral):
+    """Two passes over two micro-batches have the gradient of one batch."""
+    whole, tokens = attach(mixtral, D, 1.0), make_tokens()
+    mixtral(tokens)
+    wanted = gradient(mixtral, whole.loss(LABELS))
+    memory = edl.DomainMemory()
+    handle = attach(mixtral, D, 1.0, memory=memory)
+    parts = [(tokens[:3], LABELS[:3]), (tokens[3:], LABELS[3:])]
+    with memory.collect():
+        for part, labels in parts:
+            mixtral(part)
+            handle.loss(labels)
+    gradients = []
+    for part, labels in parts:
+        mixtral(part)
+        gradients.append(gradient(mixtral, handle.loss(labels)))
+    torch.testing.assert_close(sum(gradients) / 2, wanted)
+    memory.step()
+    with torch.no_grad():
+        mixtral(tokens)
+    with pytest.raises(ValueError):
+        handle.loss(LABELS)
+
+
 def test_the_last_of_several_training_forwards_counts(mixtral):
     handle, tokens = attach(mixtral, D, 1.0), make_tokens()
     mixtral(tokens)
@@ -172,7 +198,11 @@ def test_the_last_of_several_training_forwards_counts(mixtral):
 
 def test_each_forward_is_taken_once(mixtral):
     handle = attach(mixtral, D, 1.0)
-    for prepare in (lambda: None, lambda: (mixtral(make_tokens()), handle.loss(LABELS)), lambda: mixtral.eval()(make_tokens())):
+    for prepare in (
+        lambda: None,
+        lambda: (mixtral(make_tokens()), handle.loss(LABELS)),
+        lambda: mixtral.eval()(make_tokens()),
+    ):
         prepare()
         with pytest.raises(ValueError) as error:
             handle.loss(LABELS)
@@ -219,7 +249,9 @@ def test_checkpointing_the_whole_model_changes_nothing(mixtral):
     handle, tokens = attach(mixtral, D, 1.0), make_tokens()
     language = mixtral(tokens).logits.square().mean()
     wanted = gradient(mixtral, language + handle.loss(LABELS))
-    language = torch.utils.checkpoint.checkpoint(lambda x: mixtral(x).logits.square().mean(), tokens, use_reentrant=False)
+    language = torch.utils.checkpoint.checkpoint(
+        lambda x: mixtral(x).logits.square().mean(), tokens, use_reentrant=False
+    )
     assert gradient(mixtral, language + handle.loss(LABELS)).equal(wanted)
     with pytest.raises(ValueError):
         handle.loss(LABELS)  # the replay leaves nothing
@@ -235,8 +267,8 @@ def test_reentrant_checkpointing_is_an_error(family):
     with pytest.raises(ValueError) as error:
         handle.loss(LABELS)
     assert str(error.value) == (
-        "edl::attach: activation checkpointing must be non-reentrant, with use_reentrant=False (got router logits computed without "
-        "gradient)"
+        "edl::attach: activation checkpointing must be non-reentrant, with use_reentrant=False (got router logits computed "
+        "without gradient)"
     )
 
 
@@ -368,7 +400,7 @@ def test_copies_of_a_model_are_not_attached(mixtral):
 
 
 def test_models_inside_others(mixtral, tmp_path):
-    """DDP before and after attaching, PEFT-like wrappers that call forward itself, the backbone alone, a whole backbone model."""
+    """DDP and FSDP2 before and after attaching, wrappers that call forward itself as PEFT's do, the backbone alone."""
     tokens = make_tokens()
     before = attach(mixtral, D, 1.0)
     mixtral(tokens)
@@ -380,6 +412,13 @@ def test_models_inside_others(mixtral, tmp_path):
         after = attach(parallel, D, 1.0)
         parallel(tokens)
         assert before.loss(LABELS).equal(wanted) and after.loss(LABELS).equal(wanted)
+        sharded = copy.deepcopy(mixtral)
+        before_sharding = attach(sharded, D, 1.0)
+        for part in (*sharded.model.layers, sharded):
+            fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+        after = attach(sharded, D, 1.0)
+        sharded(tokens)
+        assert before_sharding.loss(LABELS).equal(wanted) and after.loss(LABELS).equal(wanted)
     finally:
         torch.distributed.destroy_process_group()
     mixtral.forward(tokens)
@@ -444,8 +483,8 @@ def encoder_and_decoder():
 
 
 NO_ROUTERS = (
-    "model must hold routers whose logits transformers records, or edl.MoELayer, inside a model of transformers (got {}, which "
-    "has none)"
+    "model must hold routers whose logits transformers records, or edl.MoELayer, inside a model of transformers (got {}, "
+    "which has none)"
 )
 BAD_ATTACHMENTS = {
     "dense": (dense, {}, NO_ROUTERS.format("LlamaForCausalLM")),
@@ -453,8 +492,8 @@ BAD_ATTACHMENTS = {
     "parts": (
         encoder_and_decoder,
         {},
-        "model must be a model of transformers with Mixture-of-Experts routers in exactly one of its parts (got 2 parts with "
-        "routers: SwitchTransformersStack, SwitchTransformersStack)",
+        "model must be a model of transformers with Mixture-of-Experts routers in exactly one of its parts (got 2 parts "
+        "with routers: SwitchTransformersStack, SwitchTransformersStack)",
     ),
     "beta": (dense, {"beta": float("nan")}, "beta must be finite (got nan)"),
     "layers": (dense, {"layer_reduction": "none"}, "layer_reduction must be 'mean' or 'sum' (got 'none')"),
@@ -499,7 +538,8 @@ def test_frozen_models_are_an_error_but_frozen_routers_are_not(mixtral):
     with pytest.raises(ValueError) as error:
         handle.loss(LABELS)
     assert str(error.value) == (
-        "edl::attach: at least one router must be trainable, or something before it (got router logits that require no gradient)"
+        "edl::attach: at least one router must be trainable, or something before it (got router logits that require no "
+        "gradient)"
     )
 
 

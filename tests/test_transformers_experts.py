@@ -1,6 +1,8 @@
-"""experts_implementation="edl": the same outputs and gradients as transformers' own experts, on every model that it can run."""
+"""experts_implementation="edl": the same outputs and gradients as transformers' own experts, on every model that it can
+run."""
 
 import copy
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 import edl
+from commands import run
 from tolerances import assert_close, tolerance
 
 pytest.importorskip("transformers")
@@ -75,14 +78,18 @@ def test_gpt_oss_runs_on_grouped_mm_with_one_warning(monkeypatch):
         outputs_and_gradients(model, tokens, "edl")
     assert not calls and all(actual.equal(expected) for actual, expected in zip(results, wanted, strict=True))
     assert [str(w.message) for w in caught if "edl::" in str(w.message)] == [
-        "edl::register: GptOssExperts runs on transformers' grouped_mm, edl has plain SwiGLU experts only (got biases and "
-        "transposed weights and interleaved gate and up weights and a gate of their own)"
+        "edl::register: GptOssExperts runs on transformers' grouped_mm, edl has plain SwiGLU experts only (got biases "
+        "and transposed weights and interleaved gate and up weights and a gate of their own)"
     ]
 
 
 def make_experts(dtype=torch.float32, num_experts=6, hidden=32, inner=24):
     config = SimpleNamespace(
-        num_local_experts=num_experts, hidden_size=hidden, intermediate_size=inner, hidden_act="silu", _experts_implementation="edl"
+        num_local_experts=num_experts,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        hidden_act="silu",
+        _experts_implementation="edl",
     )
     experts = MixtralExperts(config)
     for parameter in experts.parameters():
@@ -201,6 +208,14 @@ def test_every_way_to_choose_it(tmp_path, monkeypatch):
     assert len(calls) == 4
     again.set_experts_implementation("edl")
     assert again(tokens).logits.equal(wanted) and len(calls) == 6
+
+
+def test_transformers_is_imported_only_when_used():
+    run(
+        *(sys.executable, "-c"),
+        "import sys; sys.modules['transformers'] = None; import edl.integrations.transformers as module; "
+        "assert all(hasattr(module, name) for name in module.__all__)",
+    )
 
 
 def test_registering_again_changes_nothing():

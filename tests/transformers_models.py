@@ -25,10 +25,15 @@ CONFIGS = {
     "qwen2_moe": lambda: Qwen2MoeConfig(
         **SIZES, intermediate_size=37, moe_intermediate_size=12, shared_expert_intermediate_size=36, num_experts=8
     ),
-    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, head_dim=16, intermediate_size=37, moe_intermediate_size=12, num_experts=8),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SIZES, head_dim=16, intermediate_size=37, moe_intermediate_size=12, num_experts=8
+    ),
     "olmoe": lambda: OlmoeConfig(**SIZES, intermediate_size=12, num_experts=8),
     "deepseek_v3": lambda: DeepseekV3Config(
-        **{**SIZES, **LATENT, **GROUPS, "num_hidden_layers": 3}, intermediate_size=37, moe_intermediate_size=12, n_routed_experts=8
+        **{**SIZES, **LATENT, **GROUPS, "num_hidden_layers": 3},
+        intermediate_size=37,
+        moe_intermediate_size=12,
+        n_routed_experts=8,
     ),
     "granitemoe": lambda: GraniteMoeConfig(**SIZES, intermediate_size=24, num_local_experts=8),
     "gpt_oss": lambda: GptOssConfig(**SIZES, head_dim=16, intermediate_size=24, num_local_experts=8),

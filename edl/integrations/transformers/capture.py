@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from edl.divergence import ExpertDivergenceLoss
+from edl.memory import DomainMemory
 from edl.moe import Router
 
 
 def _recorders(part: nn.Module) -> list:
-    """What transformers itself records as router logits in this part of a model: the routers' classes, and where in their
-    output the logits stand."""
+    """What transformers itself records as router logits in this part of a model: the routers' classes, and where in
+    their output the logits stand."""
     from transformers.utils.output_capturing import OutputRecorder
 
     recorders = (part._can_record_outputs or {}).get("router_logits", [])
@@ -25,7 +26,7 @@ def _recorders(part: nn.Module) -> list:
 
 
 def _find_routers(model: nn.Module) -> Tuple[nn.Module, List[Tuple[str, nn.Module, int]]]:
-    """The smallest model of transformers around all routers, and (name, router, index of the logits in its output) of each."""
+    """The smallest model of transformers around all routers; and name, router, index of the logits in its output."""
     from transformers import PreTrainedModel
 
     found = {}
@@ -39,14 +40,16 @@ def _find_routers(model: nn.Module) -> Tuple[nn.Module, List[Tuple[str, nn.Modul
                 if isinstance(recorder.target_class, type) and isinstance(module, recorder.target_class) and in_layer:
                     found[module] = (part, name, recorder.index)
     parts = {part for part, _, _ in found.values()}
-    if len(parts) != 1:
-        names = ", ".join(sorted(type(part).__name__ for part in parts)) or type(model).__name__
+    if not parts:
         raise ValueError(
-            "edl::attach: model must be a model of transformers with Mixture-of-Experts routers in exactly one of its parts "
-            f"(got {len(parts)} parts with routers: {names})"
-            if parts
-            else "edl::attach: model must hold routers whose logits transformers records, or edl.MoELayer, inside a model of "
-            f"transformers (got {names}, which has none)"
+            "edl::attach: model must hold routers whose logits transformers records, or edl.MoELayer, inside a model "
+            f"of transformers (got {type(model).__name__}, which has none)"
+        )
+    if len(parts) > 1:
+        names = ", ".join(sorted(type(part).__name__ for part in parts))
+        raise ValueError(
+            "edl::attach: model must be a model of transformers with Mixture-of-Experts routers in exactly one of its "
+            f"parts (got {len(parts)} parts with routers: {names})"
         )
     return parts.pop(), [(name, router, index) for router, (_, name, index) in found.items()]
 
@@ -54,13 +57,19 @@ def _find_routers(model: nn.Module) -> Tuple[nn.Module, List[Tuple[str, nn.Modul
 class _Capture:
     """The router logits of the last training forward of one model, in the order in which its routers ran.
 
-    A training forward is one in train mode with gradients enabled. Evaluation, generation and the replays of activation
-    checkpointing, which run routers during the backward pass and outside a forward of the model, leave no trace. In a copy of
-    the model the hooks do nothing.
+    A training forward is one in train mode with gradients enabled, or inside `memory.collect()`. Evaluation, generation
+    and the replays of activation checkpointing, which run routers during the backward pass and outside a forward of the
+    model, leave no trace. In a copy of the model the hooks do nothing.
     """
 
-    def __init__(self, part: Optional[nn.Module] = None, routers: List[Tuple[str, nn.Module, int]] = ()) -> None:
+    def __init__(
+        self,
+        part: Optional[nn.Module] = None,
+        routers: List[Tuple[str, nn.Module, int]] = (),
+        memory: Optional[DomainMemory] = None,
+    ) -> None:
         self.part = part
+        self.memory = memory
         self.names = [name for name, _, _ in routers]
         self.clear()
         self.hooks = []
@@ -75,51 +84,58 @@ class _Capture:
 
     def clear(self) -> None:
         self.is_recording = False
+        self.needs_gradient = True
         self.lacks_gradient = False
         self.batch_shape: List[int] = [0]
         self.captured: List[Tuple[str, Tensor]] = []
 
     def begin(self, part: nn.Module, args: tuple, kwargs: dict) -> None:
-        is_training = part is self.part and part.training and torch.is_grad_enabled()
-        if not is_training or (not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1):
+        if part is not self.part or not part.training:
             return
+        is_collecting = not torch.is_grad_enabled() and self.memory is not None and self.memory.in_use
+        if not torch.is_grad_enabled() and not is_collecting:
+            return
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # a replay of the whole model
         self.clear()
-        self.is_recording = True
+        self.is_recording, self.needs_gradient = True, not is_collecting
         inputs = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         self.batch_shape = next((list(x.shape[:2]) for x in inputs if isinstance(x, Tensor) and x.dim() >= 2), [0])
 
     def record(self, name: str, index: int, router: nn.Module, args: tuple, output: Any) -> None:
         if self.is_recording:
             self.captured.append((name, output if isinstance(output, Tensor) else output[index]))
-            # The first pass of reentrant checkpointing.
-            self.lacks_gradient = self.lacks_gradient or not torch.is_grad_enabled()
+            if self.needs_gradient and not torch.is_grad_enabled():
+                self.lacks_gradient = True  # the first pass of reentrant checkpointing
 
     def end(self, part: nn.Module, args: tuple, output: Any) -> None:
         self.is_recording = False
 
     def take(self) -> List[Tensor]:
         """The logits of each layer, `Tensor[B, S_len, E]`; they are given once."""
-        captured, shape, lacks_gradient = self.captured, self.batch_shape, self.lacks_gradient
+        captured, shape = self.captured, self.batch_shape
+        needs_gradient, lacks_gradient = self.needs_gradient, self.lacks_gradient
         self.clear()
         missing = [name for name in self.names if name not in {ran for ran, _ in captured}]
         if not captured:
             raise ValueError(
-                "edl::attach: loss() takes the router logits of the last training forward, and takes them once; attach before "
-                "the model is compiled or copied (got no router logits since)"
+                "edl::attach: loss() takes the router logits of the last training forward, and takes them once; attach "
+                "before the model is compiled or copied (got no router logits since)"
             )
         if missing:
             raise ValueError(
-                f"edl::attach: every router must run in the training forward, as a module (got no logits of {', '.join(missing)})"
+                "edl::attach: every router must run in the training forward, as a module "
+                f"(got no logits of {', '.join(missing)})"
             )
         if lacks_gradient:
             raise ValueError(
-                "edl::attach: activation checkpointing must be non-reentrant, with use_reentrant=False (got router logits computed "
-                "without gradient)"
+                "edl::attach: activation checkpointing must be non-reentrant, with use_reentrant=False (got router logits "
+                "computed without gradient)"
             )
-        if not any(logits.requires_grad for _, logits in captured):
+        if needs_gradient and not any(logits.requires_grad for _, logits in captured):
             raise ValueError(
-                "edl::attach: at least one router must be trainable, or something before it (got router logits that require no "
-                "gradient)"
+                "edl::attach: at least one router must be trainable, or something before it (got router logits that "
+                "require no gradient)"
             )
         # With its batch dimension, so that labels of another batch are refused.
         return [
@@ -130,7 +146,8 @@ class _Capture:
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        self.__init__()
+        self.part, self.names, self.hooks = None, [], []
+        self.clear()
 
 
 class DivergenceHandle:
@@ -148,7 +165,7 @@ class DivergenceHandle:
         self.divergence = divergence
         self.beta = beta
         self.value: Optional[Tensor] = None
-        self._capture = _Capture(*_find_routers(model))
+        self._capture = _Capture(*_find_routers(model), divergence.memory)
 
     def loss(
         self,
@@ -157,14 +174,15 @@ class DivergenceHandle:
         padding_mask: Optional[Tensor] = None,
         cu_seqlens: Optional[Tensor] = None,
     ) -> Tensor:
-        """beta times the Expert Divergence loss of the model's last training forward; add it to the language-model loss.
+        """beta times the Expert Divergence loss of the model's last training forward, to be added to the model's own.
 
-        Call it once after each training forward: the captured router logits are released. Forwards in eval mode or without
-        gradients (evaluation, generation) do not count. The arguments are those of `edl.ExpertDivergenceLoss`.
+        Call it once after each training forward: the captured router logits are released. Forwards in eval mode or
+        without gradients (evaluation, generation) do not count, but those inside `collect()` of the loss's memory do.
+        The arguments are those of `edl.ExpertDivergenceLoss`.
 
         Args:
-            domain_ids (Tensor): [B] one label per sequence, [B, S_len] one per token, int32 or int64 in [-1, D), -1 = not
-                counted; floating [B, D] weights; with cu_seqlens also [N] per document.
+            domain_ids (Tensor): [B] one label per sequence, [B, S_len] one per token, int32 or int64 in [-1, D), -1 =
+                not counted; floating [B, D] weights; with cu_seqlens also [N] per document.
             attention_mask (Tensor[B, S_len], optional): 1 = keep, 0 = padding.
             padding_mask (Tensor[B, S_len], optional): True = padding.
             cu_seqlens (Tensor[N + 1], optional): boundaries of packed documents in the flattened batch.
@@ -173,8 +191,8 @@ class DivergenceHandle:
             The loss, a scalar.
 
         Raises:
-            ValueError: no training forward since the last call, a router that did not run, router logits without gradient
-                (reentrant checkpointing, or all of it frozen), and what `edl.ExpertDivergenceLoss` raises.
+            ValueError: no training forward since the last call, a router that did not run, router logits without
+                gradient (reentrant checkpointing, or all of it frozen), and what `edl.ExpertDivergenceLoss` raises.
         """
         value = self.divergence(self._capture.take(), domain_ids, attention_mask, padding_mask, cu_seqlens)
         self.value = value.detach()
@@ -188,24 +206,24 @@ class DivergenceHandle:
 def attach(model: nn.Module, num_domains: int, beta: float, **options: Any) -> DivergenceHandle:
     """Captures the router logits of a model's training forwards for the Expert Divergence loss.
 
-    Forward hooks read what each router computes: the model's configuration, outputs and its own auxiliary loss stay as they
-    are. The routers are those whose logits transformers records (`output_router_logits`), and those of `edl.MoELayer` in the
-    place of a block. Attach before or after wrapping (DDP, FSDP, PEFT), before the first call of a compiled model. A copy of
-    the model is not attached. Several handles on one model are independent of each other.
+    Forward hooks read what each router computes: the model's configuration, outputs and its own auxiliary loss stay as
+    they are. The routers are those whose logits transformers records (`output_router_logits`), and those of
+    `edl.MoELayer` in the place of a block. Attach before or after wrapping (DDP, FSDP, PEFT), before the first call of
+    a compiled model. A copy of the model is not attached. Several handles on one model are independent of each other.
 
     Args:
         model (nn.Module): a model of transformers, or something around one.
         num_domains (int): D, at least 1.
         beta (float): weight of the loss, finite.
-        options: as for `edl.ExpertDivergenceLoss`: `scores="sigmoid"` for DeepSeek-V3 and other routers with sigmoid scores,
-            `input="probs"` for routers that give probabilities (Gemma 4).
+        options: as for `edl.ExpertDivergenceLoss`: `scores="sigmoid"` for DeepSeek-V3 and other routers with sigmoid
+            scores, `input="probs"` for routers that give probabilities (Gemma 4).
 
     Returns:
         `DivergenceHandle`, with `.loss(domain_ids, attention_mask)` and `.remove()`.
 
     Raises:
-        ValueError: a model without routers, or with routers in several parts (attach to one of the parts); options outside
-            their range.
+        ValueError: a model without routers, or with routers in several parts (attach to one of the parts); options
+            outside their range.
 
     Example:
         >>> handle = attach(model, num_domains=3, beta=1e-2)

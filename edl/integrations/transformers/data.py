@@ -12,7 +12,8 @@ def _token_labels(labels: List[Tensor], lengths: List[int], batch: Dict[str, Any
     for label, n in zip(labels, lengths):
         if label.dim() > 0 and label.shape != (n,):
             raise ValueError(
-                f"edl::DomainCollator: domain_ids must be one label per example or per token (got {len(label)} for {n} tokens)"
+                "edl::DomainCollator: domain_ids must be one label per example or per token "
+                f"(got {len(label)} for {n} tokens)"
             )
     per_token = [label.expand(n) for label, n in zip(labels, lengths)]
     shape = batch["input_ids"].shape
@@ -23,8 +24,8 @@ def _token_labels(labels: List[Tensor], lengths: List[int], batch: Dict[str, Any
         kept = batch["attention_mask"].bool()
     if kept.sum(dim=1).tolist() != lengths:
         raise ValueError(
-            "edl::DomainCollator: the collator must pad each example to a row with an attention_mask, or flatten all into one row "
-            f"(got {shape[0]} rows of {shape[1]} for examples of {lengths} tokens)"
+            "edl::DomainCollator: the collator must pad each example to a row with an attention_mask, or flatten all "
+            f"into one row (got {shape[0]} rows of {shape[1]} for examples of {lengths} tokens)"
         )
     padded = torch.full(shape, -1)
     padded[kept] = torch.cat(per_token).long()
@@ -34,9 +35,10 @@ def _token_labels(labels: List[Tensor], lengths: List[int], batch: Dict[str, Any
 class DomainCollator:
     """Lets another collator make the batch and gives it the labels of the examples.
 
-    One label per example becomes `domain_ids [B]`, one per token `[B, S_len]` with -1 at padding, whichever side is padded, and
-    floating weights [D] become `[B, D]`. Where the collator flattens all examples into one row (`DataCollatorWithFlattening`),
-    labels become one per token. Batches without labels, such as those of an evaluation set, pass as they are.
+    One label per example becomes `domain_ids [B]`, one per token `[B, S_len]` with -1 at padding, whichever side is
+    padded, and floating weights [D] become `[B, D]`. Where the collator flattens all examples into one row
+    (`DataCollatorWithFlattening`), labels become one per token. Batches without labels, such as those of an evaluation
+    set, pass as they are.
 
     Args:
         collator (Callable): makes a batch of tensors of a list of examples, without their `domain_ids`.
@@ -55,13 +57,16 @@ class DomainCollator:
             return batch
         if len(labels) != len(examples):
             raise ValueError(
-                f"edl::DomainCollator: every example must have domain_ids (got {len(labels)} in {len(examples)} examples)"
+                "edl::DomainCollator: every example must have domain_ids "
+                f"(got {len(labels)} in {len(examples)} examples)"
             )
         is_soft = labels[0].is_floating_point()
         if len(batch["input_ids"]) == len(examples) and (is_soft or all(label.dim() == 0 for label in labels)):
             batch["domain_ids"] = torch.stack(labels)
         elif is_soft:
-            raise ValueError("edl::DomainCollator: soft labels need one row per example (got examples flattened into one row)")
+            raise ValueError(
+                "edl::DomainCollator: soft labels need one row per example (got examples flattened into one row)"
+            )
         else:
             batch["domain_ids"] = _token_labels(labels, [len(example["input_ids"]) for example in examples], batch)
         return batch
@@ -70,18 +75,18 @@ class DomainCollator:
 def pack_documents(examples: Dict[str, List[Any]], length: int) -> Dict[str, List[List[int]]]:
     """Concatenates documents and cuts them into rows of `length` tokens; every token keeps the label of its document.
 
-    For `dataset.map(pack_documents, batched=True, fn_kwargs={"length": length}, remove_columns=dataset.column_names)`. What is
-    left over at the end of each call is dropped. Positions restart at every document, which keeps attention inside documents
-    (transformers v5, batches without attention_mask) and tells `EDTrainerMixin` their boundaries.
+    For `dataset.map(pack_documents, batched=True, fn_kwargs={"length": length}, remove_columns=dataset.column_names)`.
+    What is left over at the end of each call is dropped. Positions restart at every document, which keeps attention
+    inside documents (transformers v5, batches without attention_mask) and tells `EDTrainerMixin` their boundaries.
 
     Args:
-        examples (dict): columns `input_ids`, a list of tokens per document; `domain_ids`, a label per document or a list of
-            labels per token; `labels` (optional), a list per document. Default of `labels`: the tokens.
+        examples (dict): columns `input_ids`, a list of tokens per document; `domain_ids`, a label per document or a
+            list of labels per token; `labels` (optional), a list per document. Default of `labels`: the tokens.
         length (int): tokens per row, at least 1.
 
     Returns:
-        Columns `input_ids`, `labels` (-100 for the first token of a document, which no token precedes), `position_ids` and
-        `domain_ids`, all lists of rows of `length`.
+        Columns `input_ids`, `labels` (-100 for the first token of a document, which no token precedes), `position_ids`
+        and `domain_ids`, all lists of rows of `length`.
 
     Raises:
         ValueError: a length below 1, or a list of labels with another length than its document.
@@ -98,7 +103,9 @@ def pack_documents(examples: Dict[str, List[Any]], length: int) -> Dict[str, Lis
     for name, column in (("domain_ids", domain_ids), ("labels", targets)):
         for row, tokens in zip(column, documents):
             if len(row) != len(tokens):
-                raise ValueError(f"edl::pack_documents: {name} must have one entry per token (got {len(row)} for {len(tokens)})")
+                raise ValueError(
+                    f"edl::pack_documents: {name} must have one entry per token (got {len(row)} for {len(tokens)})"
+                )
     places = torch.arange(int(lengths.sum()))
     document_starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     positions = places - torch.maximum(document_starts, places // length * length)

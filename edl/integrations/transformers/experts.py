@@ -11,7 +11,8 @@ from edl import ops
 
 def _obstacle(experts: nn.Module) -> Optional[str]:
     """What these experts have that `edl.ops.expert_mlp` does not compute; None for plain SwiGLU."""
-    activation = type(experts.act_fn).__name__ if hasattr(experts, "act_fn") else "SiLU"  # none beside a gate of their own
+    # Experts with a gate of their own may have none.
+    activation = type(experts.act_fn).__name__ if hasattr(experts, "act_fn") else "SiLU"
     own_gate = getattr(type(experts), "_apply_gate", None)
     obstacles = {
         "no gate": not getattr(experts, "has_gate", True),
@@ -34,7 +35,8 @@ def _warn_once(kind: str, obstacle: str) -> None:
     if kind not in _warned:
         _warned.add(kind)
         warnings.warn(
-            f"edl::register: {kind} runs on transformers' grouped_mm, edl has plain SwiGLU experts only (got {obstacle})",
+            f"edl::register: {kind} runs on transformers' grouped_mm, edl has plain SwiGLU experts only "
+            f"(got {obstacle})",
             stacklevel=2,
         )
 
@@ -68,9 +70,9 @@ def register() -> None:
     """Makes `experts_implementation="edl"` known to transformers: in `from_pretrained`, `from_config` and
     `model.set_experts_implementation`.
 
-    Models whose experts are plain SwiGLU (gate and up concatenated, SiLU, no bias) run on edl's kernels: Mixtral, Qwen2-MoE,
-    Qwen3-MoE, OLMoE, DeepSeek-V3, GraniteMoE and most others. The rest, such as GPT-OSS, run on transformers' own grouped_mm,
-    with one warning. Needs transformers 5.7 or newer.
+    Models whose experts are plain SwiGLU (gate and up concatenated, SiLU, no bias) run on edl's kernels: Mixtral,
+    Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3, GraniteMoE and most others. The rest, such as GPT-OSS, run on
+    transformers' own grouped_mm, with one warning. Needs transformers 5.7 or newer.
     """
     from transformers.integrations.moe import ExpertsInterface
 

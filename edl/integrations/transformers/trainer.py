@@ -1,6 +1,6 @@
 """The Expert Divergence loss in transformers' `Trainer`."""
 
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,8 @@ from edl.memory import DomainMemory
 
 
 def _document_boundaries(position_ids: Tensor) -> Tensor:
-    """Boundaries [N + 1] in the flattened batch of the documents in `position_ids [B, S_len]`: at each row, and wherever a
-    position does not follow the one before it (transformers' own rule)."""
+    """Boundaries [N + 1] in the flattened batch of the documents in `position_ids [B, S_len]`: at each row, and
+    wherever a position does not follow the one before it (transformers' own rule)."""
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=1) != 1
     num_tokens = torch.tensor([starts.numel()], device=starts.device)
@@ -19,42 +19,59 @@ def _document_boundaries(position_ids: Tensor) -> Tensor:
 
 
 class EDTrainerMixin:
-    """Adds beta times the Expert Divergence loss to the training loss of a `Trainer`: `class EDTrainer(EDTrainerMixin, Trainer)`.
+    """Adds the Expert Divergence loss to the training loss of a Trainer: `class EDTrainer(EDTrainerMixin, Trainer)`.
 
-    The dataset needs a column `domain_ids`: a label per example in [-1, D), -1 = not counted, or a list with one per token. The
-    column is kept, collated (any collator that keeps it; else `DomainCollator`), and taken out before the batch reaches the
-    model. Padding follows `attention_mask`. With labels per token, documents packed into a row are told apart by their
-    `position_ids`. Evaluation is left as it is.
+    The dataset needs a column `domain_ids`: a label per example in [-1, D), -1 = not counted, or a list with one per
+    token. The column is kept, collated (any collator that keeps it; else `DomainCollator`), and taken out before the
+    batch reaches the model. Padding follows `attention_mask`. With labels per token, documents packed into a row are
+    told apart by their `position_ids`. Evaluation is left as it is.
 
-    The loss counts once per optimizer step, as the mean over its micro-batches, whatever `num_items_in_batch` or
-    `average_tokens_across_devices` do to the language-model loss. Under gradient accumulation each micro-batch is compared with
-    those before it in the step (`edl.DomainMemory`); over several processes the loss is that of their union (`group`).
+    beta times the loss counts once per optimizer step, as the mean over its micro-batches, whatever
+    `num_items_in_batch` or `average_tokens_across_devices` do to the language-model loss. Over several processes the
+    loss is that of their union (`group`). Under gradient accumulation each micro-batch is compared with those before it
+    (`edl.DomainMemory`, which also carries moments over steps), an approximation to the gradient of the whole batch;
+    `two_passes` gives that gradient exactly.
 
-    What is logged as `loss` includes it; `expert_divergence_loss` is logged beside it, without beta, as the mean over the
-    micro-batches since the last log.
+    What is logged as `loss` includes it; `expert_divergence_loss` is logged beside it, without beta, as the mean over
+    the micro-batches since the last log.
 
     Args:
         args: of the Trainer.
         num_domains (int): D, at least 1.
         beta (float): weight of the loss; `trainer.expert_divergence.beta` changes it, from a callback for instance.
-        divergence_options (dict, optional): further options of `edl.ExpertDivergenceLoss`.
+        divergence_options (dict, optional): further options of `edl.ExpertDivergenceLoss`. Default of `memory` under
+            gradient accumulation: `edl.DomainMemory(decay=0.9)`; None: each micro-batch on its own.
+        two_passes (bool): under gradient accumulation run the micro-batches of a step once more, first, without
+            gradients. Exact but for dropout, which differs between the passes. Default: False.
         kwargs: of the Trainer.
 
     Raises:
-        ValueError: what `attach` raises; several devices in one process (DataParallel); tensor, context or sequence parallelism;
-            while training, a batch without `domain_ids`.
+        ValueError: what `attach` raises; several devices in one process (DataParallel); tensor, context or sequence
+            parallelism; two passes with a `memory` of one's own; while training, a batch without `domain_ids`.
     """
 
     def __init__(
-        self, *args: Any, num_domains: int, beta: float, divergence_options: Optional[Dict[str, Any]] = None, **kwargs: Any
+        self,
+        *args: Any,
+        num_domains: int,
+        beta: float,
+        divergence_options: Optional[Dict[str, Any]] = None,
+        two_passes: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._check_parallelism()
+        if two_passes and "memory" in (divergence_options or {}):
+            raise ValueError(
+                "edl::EDTrainerMixin: two_passes has a memory of its own (got memory in divergence_options)"
+            )
         self._divergence_options = {"num_domains": num_domains, "beta": beta, **(divergence_options or {})}
         if self.args.world_size > 1:
             self._divergence_options.setdefault("group", torch.distributed.group.WORLD)
-        if self.args.gradient_accumulation_steps > 1:
-            self._divergence_options.setdefault("memory", DomainMemory())
+        accumulates = self.args.gradient_accumulation_steps > 1
+        self._two_passes = two_passes and accumulates
+        if accumulates:
+            self._divergence_options.setdefault("memory", DomainMemory(decay=0.0 if two_passes else 0.9))
         self.expert_divergence = attach(self.model, **self._divergence_options)
         self._value_sum, self._num_values = 0.0, 0
 
@@ -67,7 +84,8 @@ class EDTrainerMixin:
         sizes = (self.get_tp_size(), self.get_cp_size(), self.get_sp_size())
         if max(sizes) > 1:
             raise ValueError(
-                f"edl::EDTrainerMixin: ranks must not share sequences (got tensor, context and sequence parallel sizes {sizes})"
+                "edl::EDTrainerMixin: ranks must not share sequences "
+                f"(got tensor, context and sequence parallel sizes {sizes})"
             )
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -75,10 +93,27 @@ class EDTrainerMixin:
         if "domain_ids" not in self._signature_columns:
             self._signature_columns.append("domain_ids")
 
-    def training_step(self, model: nn.Module, inputs: Dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def get_batch_samples(self, *args: Any, **kwargs: Any):
+        batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         if self.expert_divergence.model is not self.model:  # model_init made a new one, or FSDP wrapped it
             self.expert_divergence.remove()
-            self.expert_divergence = attach(self.model, **{**self._divergence_options, "beta": self.expert_divergence.beta})
+            self.expert_divergence = attach(
+                self.model, **{**self._divergence_options, "beta": self.expert_divergence.beta}
+            )
+        if self._two_passes:
+            self._collect(batch_samples)
+        return batch_samples, num_items_in_batch
+
+    def _collect(self, batch_samples: List[Dict[str, Any]]) -> None:
+        """The first of two passes over the micro-batches of a step: domain moments only."""
+        model = self.model_wrapped.train()
+        with self.expert_divergence.divergence.memory.collect(), self.compute_loss_context_manager():
+            for inputs in batch_samples:
+                inputs = self._prepare_inputs(inputs)
+                model(**{name: value for name, value in inputs.items() if name not in ("domain_ids", "labels")})
+                self._divergence_loss(inputs)
+
+    def training_step(self, model: nn.Module, inputs: Dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         memory = self.expert_divergence.divergence.memory
         if memory is not None and self.accelerator.sync_gradients:  # the last micro-batch before the optimizer steps
@@ -86,34 +121,35 @@ class EDTrainerMixin:
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        domain_ids = inputs.get("domain_ids")
-        inputs = {name: value for name, value in inputs.items() if name != "domain_ids"}
         result = super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            model,
+            {name: value for name, value in inputs.items() if name != "domain_ids"},
+            return_outputs=return_outputs,
+            num_items_in_batch=num_items_in_batch,
         )
         if not model.training:
             return result
+        loss = self._divergence_loss(inputs) / self._num_shares(num_items_in_batch)
+        self._value_sum, self._num_values = self._value_sum + self.expert_divergence.value, self._num_values + 1
+        return (result[0] + loss, result[1]) if return_outputs else result + loss
+
+    def _divergence_loss(self, inputs: Dict[str, Any]) -> Tensor:
+        domain_ids = inputs.get("domain_ids")
         if domain_ids is None:
             raise ValueError(
-                "edl::EDTrainerMixin: every training batch must have domain_ids, from a column of the dataset and a collator that "
-                f"keeps it, such as DomainCollator (got {sorted(inputs)})"
+                "edl::EDTrainerMixin: every training batch must have domain_ids, from a column of the dataset and a "
+                f"collator that keeps it, such as DomainCollator (got {sorted(inputs)})"
             )
-        divergence = self._divergence_loss(inputs, domain_ids) / self._num_shares(num_items_in_batch)
-        return (result[0] + divergence, result[1]) if return_outputs else result + divergence
-
-    def _divergence_loss(self, inputs: Dict[str, Any], domain_ids: Tensor) -> Tensor:
         cu_seqlens = None
         position_ids = inputs.get("position_ids")
         is_per_token = domain_ids.dim() == 2 and not domain_ids.is_floating_point()
         if is_per_token and position_ids is not None and position_ids.shape == domain_ids.shape:
             cu_seqlens = _document_boundaries(position_ids)
-        loss = self.expert_divergence.loss(domain_ids, inputs.get("attention_mask"), cu_seqlens=cu_seqlens)
-        self._value_sum, self._num_values = self._value_sum + self.expert_divergence.value, self._num_values + 1
-        return loss
+        return self.expert_divergence.loss(domain_ids, inputs.get("attention_mask"), cu_seqlens=cu_seqlens)
 
     def _num_shares(self, num_items_in_batch: Any) -> int:
-        """What a micro-batch's loss must be divided by: training_step divides by the number of micro-batches unless the loss is
-        already a sum over the items of the whole step."""
+        """What a micro-batch's loss must be divided by: training_step divides by the number of micro-batches unless the
+        loss is already a sum over the items of the whole step."""
         is_scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if is_scaled is None:
             counts_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None

@@ -50,7 +50,9 @@ def build_cuda():
     """CUDA when torch has it and nvcc is found; never decided by a visible GPU, which build machines lack."""
     home = cpp_extension.CUDA_HOME
     # A wrapper called nvcc makes torch take its folder for the toolkit, whose headers may lie elsewhere.
-    toolkit = home is not None and Path(home, "bin", "nvcc").exists() and Path(home, "include", "cuda_runtime.h").exists()
+    toolkit = (
+        home is not None and Path(home, "bin", "nvcc").exists() and Path(home, "include", "cuda_runtime.h").exists()
+    )
     possible = torch.version.cuda is not None and toolkit
     wanted = os.environ.get("EDL_BUILD_CUDA", "").strip()
     if wanted not in ("", "0", "1"):
@@ -73,7 +75,10 @@ def check_torch_version():
 X86_INSTRUCTION_SETS = {
     "baseline": (16, []),
     "avx2": (32, ["-mavx2", "-mfma", "-mf16c"]),
-    "avx512": (64, ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]),
+    "avx512": (
+        64,
+        ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    ),
 }
 
 
@@ -115,7 +120,16 @@ if torch is not None:
                     output_dir=os.path.join(self.build_temp, name),
                     include_dirs=[str(ROOT / "csrc")],
                     macros=[("EDL_ISA", name), ("EDL_VECTOR_BYTES", str(vector_bytes))],
-                    extra_postargs=["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized", *flags],
+                    extra_postargs=[
+                        "-std=c++20",
+                        "-O3",
+                        "-g0",
+                        "-fPIC",
+                        "-fvisibility=hidden",
+                        "-Wno-psabi",
+                        "-Wno-maybe-uninitialized",
+                        *flags,
+                    ],
                 )
             return objects
 
@@ -149,7 +163,16 @@ def extensions():
     if is_x86():
         macros.append(("EDL_WITH_X86", None))
     # at::parallel_for is a template: without -fopenmp here it would quietly run on one thread.
-    host_flags = ["-std=c++20", "-O2", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    host_flags = [
+        "-std=c++20",
+        "-O2",
+        "-g0",
+        "-fopenmp",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+    ]
     flags = {"cxx": host_flags}
     make_extension = cpp_extension.CppExtension
     if with_cuda:
@@ -163,7 +186,12 @@ def extensions():
         include_dirs=[str(ROOT / "csrc")],
         define_macros=macros,
         extra_compile_args=flags,
-        extra_link_args=["-fopenmp", "-Wl,-soname,libedl.so", "-Wl,-rpath,$ORIGIN/../../torch/lib", "-Wl,--no-undefined"],
+        extra_link_args=[
+            "-fopenmp",
+            "-Wl,-soname,libedl.so",
+            "-Wl,-rpath,$ORIGIN/../../torch/lib",
+            "-Wl,--no-undefined",
+        ],
     )
     library.libraries.remove("torch_python")  # C++ programs need no Python
     facts = Extension(

@@ -2,8 +2,8 @@
 
     python benchmarks/all.py [--device cuda] [--output FOLDER]
 
-On one thread only the smaller half of the cases runs. Summaries come first in the file. It takes about ten minutes; what has not
-begun after twelve is left out, and the file says so.
+On one thread only the smaller half of the cases runs. Summaries come first in the file. It takes about ten minutes;
+what has not begun after twelve is left out, and the file says so.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", type=torch.device, help="cpu or cuda")
     parser.add_argument("--seconds", type=float, default=0.4, help="that each function is timed for (default: 0.4)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
     arguments = parser.parse_args()
     device, file = arguments.device, arguments.output / f"{slug(arguments.device)}.md"
     file.parent.mkdir(parents=True, exist_ok=True)

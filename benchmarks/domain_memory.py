@@ -43,7 +43,12 @@ def train(model: torch.nn.Module, batches: "data.Batches", divergence: edl.Exper
 
 
 def gradient(
-    model: torch.nn.Module, divergence: edl.ExpertDivergenceLoss, sequences: Tensor, labels: Tensor, order: Tensor, parts: int
+    model: torch.nn.Module,
+    divergence: edl.ExpertDivergenceLoss,
+    sequences: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    parts: int,
 ) -> Tensor:
     """The routers' gradient, averaged over micro-batches, in one vector."""
     model.zero_grad()
@@ -101,7 +106,9 @@ def compare(model, batches, num_domains: int, by_domain: bool) -> list[list[str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="", help="folder with a sub-folder of text per domain (default: the demo's text)")
+    parser.add_argument(
+        "--data", default="", help="folder with a sub-folder of text per domain (default: the demo's text)"
+    )
     parser.add_argument("--cache", default="demo-text", help="folder for downloaded packages")
     parser.add_argument("--steps", type=int, default=100, help="training steps before (default: 100)")
     parser.add_argument("--save", help="also write the report to this file")

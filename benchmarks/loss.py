@@ -2,9 +2,9 @@
 
     python benchmarks/loss.py [--device cuda] [--threads N] [--quick] [--save FILE]
 
-Every way computes the whole loss and its gradient, and is checked against float64 first. The floor is what memory allows: read
-the routing once and fill a fresh tensor of its size. Labels belong to sequences of 128 tokens, or to tokens; logits are also
-measured beside `torch.softmax` forward and backward alone.
+Every way computes the whole loss and its gradient, and is checked against float64 first. The floor is what memory
+allows: read the routing once, fill a fresh tensor of its size. Labels belong to sequences of 128 tokens or to tokens;
+logits are also measured beside `torch.softmax` forward and backward alone.
 """
 
 from typing import Callable, Iterator

@@ -1,9 +1,9 @@
-"""The loss's operators on a CUDA device, as a training step runs them: inside a CUDA graph, over buffers larger than the caches.
+"""The loss's operators on CUDA, as training runs them: inside a CUDA graph, over buffers larger than the caches.
 
     python benchmarks/loss_graph.py [--save FILE]
 
-Forward and backward from ready segment ids (64 segments, 49 domains), beside the floor: the bytes of one read and one write of
-the routing at the copy bandwidth measured in this run.
+Forward and backward from ready segment ids (64 segments, 49 domains), beside the floor: the bytes of one read and one
+write of the routing at the copy bandwidth measured in this run.
 """
 
 from typing import Callable, Iterator

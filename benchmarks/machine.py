@@ -70,7 +70,7 @@ def peak(device: torch.device, threads: int) -> tuple[float | None, str]:
     """GFLOP/s that the machine can reach, if it can be measured, and how it was."""
     if device.type == "cuda":
         speed = _cuda_peak()
-        return speed, f"{speed / 1e3:.0f} TFLOP/s: bfloat16 product of 8192 x 8192 matrices"
+        return speed, f"{speed / 1e3:.0f} TFLOP/s (bfloat16 product of 8192 x 8192 matrices)"
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         return None, "not measured: no C++ compiler"
@@ -79,7 +79,7 @@ def peak(device: torch.device, threads: int) -> tuple[float | None, str]:
         build = [compiler, "-O3", "-march=native", "-ffp-contract=fast", "-pthread", str(PEAK_SOURCE), "-o", program]
         try:
             subprocess.run(build, check=True, capture_output=True, timeout=60)
-            output = subprocess.run([program, str(threads)], check=True, capture_output=True, text=True, timeout=60).stdout
+            speed = float(subprocess.run([program, str(threads)], check=True, capture_output=True, timeout=60).stdout)
         except (subprocess.SubprocessError, OSError) as error:
             return None, f"not measured: {type(error).__name__} of {compiler}"
-    return float(output), f"{float(output):.0f} GFLOP/s: float32 multiply-adds on registers alone, {threads} threads"
+    return speed, f"{speed:.0f} GFLOP/s (float32 multiply-adds on registers alone)"

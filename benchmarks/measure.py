@@ -21,7 +21,8 @@ class Timing(NamedTuple):
     runs: int
 
     def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.minimum:.3g})" if self.median < 1000 else f"{self.median:.0f} ({self.minimum:.0f})"
+        median, minimum = (f"{time:.0f}" if time >= 100 else f"{time:.3g}" for time in (self.median, self.minimum))
+        return f"{median} ({minimum})"
 
 
 def milliseconds(function: Callable[[], object], device: torch.device) -> float:
@@ -47,12 +48,12 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times functions that have run before, in turn, so that a slow moment of the machine meets all of them.
 
-    Each function is called 3 to 100 times, `seconds` in all where that allows it, and its calls are spread evenly over the whole
-    measurement. `known` holds milliseconds of a call already made: if it took more than five times `seconds`, it stands as the
-    measurement.
+    Each function is called 3 to 100 times, for `seconds` in all where that allows it, and its calls are spread evenly over
+    the whole measurement. `known` holds milliseconds of a call already made. Where the first call takes more than five
+    times `seconds`, it stands as the measurement.
     """
     known = known or {}
-    first = {name: known[name] if name in known else milliseconds(function, device) for name, function in functions.items()}
+    first = known | {name: milliseconds(functions[name], device) for name in functions if name not in known}
     runs = {name: min(MOST_RUNS, max(3, int(seconds * 1e3 / time))) for name, time in first.items()}
     runs |= {name: 0 for name, time in first.items() if time > 5e3 * seconds}
     times: dict[str, list[float]] = {name: [] for name in functions}

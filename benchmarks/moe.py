@@ -2,10 +2,11 @@
 
     python benchmarks/moe.py [--device cuda] [--threads N] [--quick] [--save FILE]
 
-Each way is checked against float64 on its first call, output and all gradients, and that call's memory is watched; then all are
-timed in turn. GF are GFLOP/s of the experts' products: 6·N·H·I forward, 18·N·H·I forward and backward, N = T·K rows. "Saved" is
-what the forward pass keeps for the backward pass, parameters excluded; "peak" the most memory that a forward and backward pass
-takes beside the inputs, gradients included.
+Each way is checked against float64 on its first call, output and all gradients, and that call's memory is watched; then
+all are timed in turn: median (minimum). GF are GFLOP/s of the experts' products, forward and backward: 18·N·H·I with
+N = T·K rows. The peak is that of float32, which 16-bit instructions may exceed. "Saved" is what the forward pass keeps
+for the backward pass, parameters excluded; "peak MB" the most memory that both take beside the inputs, gradients
+included. The floor of what is saved: the tokens and the pre-activation, T·H + 2·N·I elements.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from typing import Callable, Iterator
 import torch
 from measure import Probe, Timing, error, interleaved, probe
 from peers import EDL, GROUPED_MM, Peer, absent, compiled, present
-from report import Run, Section, main, markdown_table
+from report import Run, Section, main, markdown_table, table_of
 from shapes import CPU, CUDA, FEW_ROWS, LAYER, ROUTINGS, Inputs, Shape, in_type, make_inputs
 from torch import Tensor
 
@@ -90,14 +91,14 @@ class Measurer:
         self.peers = present(run.device)
         self.longest = {EDL: math.inf, GROUPED_MM: LONGEST_STEP_OF_REFERENCE}
         self.speeds: dict[tuple[str, torch.dtype], float] = {}  # GFLOP/s of forward and backward
-        for name, peer in self.peers.items():  # imports and first-use costs are nobody's time
+        for peer in self.peers.values():  # imports and first-use costs are nobody's time
             with contextlib.suppress(Exception):  # said where it is measured
                 forward_backward(peer, in_type(make_inputs(WARM_UP, device=run.device), torch.float32))()
 
     def obstacle(self, name: str, peer: Peer, inputs: Inputs, case: Case) -> str | None:
         """Why a way is left out."""
         longest = self.longest.get(name, LONGEST_STEP)
-        speed = self.speeds.get((name, case.dtype), math.inf)
+        speed = self.speeds.get((name, case.dtype), self.speeds.get((name, torch.float32), math.inf))
         seconds = 3 * case.shape.forward_operations / speed * 1e-9
         return f"would take about {seconds:.0f} s" if seconds > longest else peer.obstacle(inputs)
 
@@ -167,16 +168,26 @@ def forward_alone(peer: Peer, inputs: Inputs) -> Callable[[], Tensor]:
 
 def table(case: Case, run: Run) -> str:
     """One row per way."""
-    rows = []
-    for name in case.step:
-        outcome = case.probes[name]
-        row = [name, str(case.forward[name]), f"{case.ratio(name, case.forward):.2f}", str(case.step[name])]
-        row += [f"{case.ratio(name, case.step):.2f}", f"{case.speed(name):.0f}", run.share_of_peak(case.speed(name))]
-        row += [f"{outcome.saved_bytes / 1e6:.1f}", f"{outcome.peak_bytes / 1e6:.0f}" if outcome.peak_bytes else "-"]
-        rows.append([*row, f"{case.errors[name]:.0e}"])
-    header = ["way", "forward ms", "/ edl", "forward + backward ms", "/ edl", "GF", "of peak", "saved MB", "peak MB", "error"]
-    notes = "".join(f"\n- {note}" for note in case.notes)
-    return markdown_table(header, rows) + (f"\n{notes}" if notes else "")
+    rows = [
+        {
+            "way": name,
+            "forward ms": str(case.forward[name]),
+            "of edl's": f"{case.ratio(name, case.forward):.2f}x",
+            "forward + backward ms": str(case.step[name]),
+            "of edl's ": f"{case.ratio(name, case.step):.2f}x",
+            "GF": f"{case.speed(name):.0f}",
+            "of peak": run.share_of_peak(case.speed(name)),
+            "saved MB": f"{outcome.saved_bytes / 1e6:.1f}",
+            "peak MB": f"{outcome.peak_bytes / 1e6:.0f}" if outcome.peak_bytes is not None else "-",
+            "error": f"{case.errors[name]:.0e}",
+        }
+        for name, outcome in case.probes.items()
+    ]
+    return with_notes(table_of(rows), case.notes)
+
+
+def with_notes(text: str, notes: list[str]) -> str:
+    return "\n\n".join([text, "\n".join(f"- {note}" for note in notes)]) if notes else text
 
 
 def title(case: Case) -> str:
@@ -192,13 +203,21 @@ def summary(cases: list[Case], run: Run) -> str:
     rows = []
     for case in cases:
         best = case.fastest_peer()
-        row = [", ".join(map(str, case.shape)), name_of(case.dtype), str(case.shape.rows_per_expert), str(case.step[EDL])]
-        row += [f"{case.speed(EDL):.0f}", run.share_of_peak(case.speed(EDL)), times(case.ratio(GROUPED_MM, case.forward))]
-        row += [times(case.ratio(GROUPED_MM, case.step)), f"{times(case.ratio(best, case.step))} {best}" if best else "-"]
-        rows.append([*row, f"{case.saved_share:.2f}"])
-    header = ["T, H, I, E, K", "type", "rows / expert", "edl ms, forward + backward", "GF", "of peak"]
-    header += ["grouped_mm forward", "grouped_mm forward + backward", "fastest peer", "saved / floor"]
-    return markdown_table(header, rows)
+        rows.append(
+            {
+                "T, H, I, E, K": ", ".join(map(str, case.shape)),
+                "type": name_of(case.dtype),
+                "rows / expert": str(case.shape.rows_per_expert),
+                "edl ms, forward + backward": str(case.step[EDL]),
+                "GF": f"{case.speed(EDL):.0f}",
+                "of peak": run.share_of_peak(case.speed(EDL)),
+                "grouped_mm forward": times(case.ratio(GROUPED_MM, case.forward)),
+                "grouped_mm forward + backward": times(case.ratio(GROUPED_MM, case.step)),
+                "fastest peer": f"{times(case.ratio(best, case.step))} {best}" if best else "-",
+                "saved / floor": f"{case.saved_share:.2f}",
+            }
+        )
+    return table_of(rows)
 
 
 def routing_table(cases: list[Case]) -> str:
@@ -210,7 +229,8 @@ def routing_table(cases: list[Case]) -> str:
     for case in cases:
         cells = [f"{case.step[name]} {case.step[name].median / first.step[name].median:.2f}x" for name in names]
         rows.append([f"{case.routing}, {name_of(case.dtype)}", *cells])
-    return markdown_table(header, rows)
+    notes = [f"{case.routing}: {note}" for case in cases for note in case.notes]
+    return with_notes(markdown_table(header, rows), notes)
 
 
 def measure_shapes(measurer: Measurer, shapes: list[Shape], dtypes: list[torch.dtype]) -> Iterator[Case]:

@@ -77,7 +77,11 @@ def measure_step() -> list[float]:
 
     with torch.no_grad():
         router_logits = [routing.logits for routing in model(tokens[:, :-1])[1]]
-    return [median_milliseconds(lambda: step(0.0)), median_milliseconds(lambda: step(0.01)), median_milliseconds(loss_alone)]
+    return [
+        median_milliseconds(lambda: step(0.0)),
+        median_milliseconds(lambda: step(0.01)),
+        median_milliseconds(loss_alone),
+    ]
 
 
 def rank_main(rank: int, ranks: int, folder: str, function: Callable, arguments: tuple) -> None:
@@ -109,7 +113,9 @@ def main() -> None:
                 [str(ranks), "yes" if bias_correction else "no", f"{8 * numbers / 1e6:.2f}"]
                 + [f"{value:.1f}" for value in (alone, together, per_layer)]
             )
-    seam = markdown_table(["ranks", "bias correction", "MB sent in", "alone ms", "one all-reduce ms", f"{L} all-reduces ms"], rows)
+    seam = markdown_table(
+        ["ranks", "bias correction", "MB sent in", "alone ms", "one all-reduce ms", f"{L} all-reduces ms"], rows
+    )
     plain, with_loss, loss = on_ranks(2, measure_step)
     step = markdown_table(
         ["step ms", "step with the loss ms", "loss alone ms", "share of the step"],

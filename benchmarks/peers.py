@@ -1,7 +1,7 @@
 """The ways to compute a layer of experts: edl's, and every peer's.
 
-Each is a function (tokens [T, H], weights [T, K], experts [T, K], gate_up [E, 2I, H], down [E, H, I]) -> output [T, H], and
-includes whatever sorting it needs.
+Each is a function (tokens [T, H], weights [T, K], experts [T, K], gate_up [E, 2I, H], down [E, H, I]) -> output [T, H],
+and includes whatever sorting it needs.
 """
 
 import functools
@@ -131,7 +131,8 @@ def present(device: torch.device) -> dict[str, Peer]:
 
 def absent(device: torch.device) -> str:
     """The others, and what each lacks."""
-    return "; ".join(f"{name} needs {peer.lacks(device)}" for name, peer in PEERS.items() if peer.lacks(device)) or "none"
+    missing = [f"{name} needs {peer.lacks(device)}" for name, peer in PEERS.items() if peer.lacks(device)]
+    return "; ".join(missing) or "none"
 
 
 def compiled(peers: dict[str, Peer]) -> dict[str, Peer]:

@@ -49,9 +49,15 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(row: list[str]) -> str:
-        return "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |"
+        return "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"
 
-    return "\n".join([line(header), "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *map(line, rows)])
+    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def table_of(rows: list[dict[str, str]]) -> str:
+    """A table whose rows name their columns."""
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def facts(device: torch.device) -> str:
@@ -61,7 +67,7 @@ def facts(device: torch.device) -> str:
 
 def conditions(run: Run) -> str:
     where = "CUDA" if run.device.type == "cuda" else f"{run.threads} thread{'s' if run.threads > 1 else ''}"
-    return f"{where}; peak {run.peak_note}"
+    return f"{where}, peak {run.peak_note}"
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""The router and the whole layer: each part's share of the layer's time, and the parts beside the idioms people write in torch.
+"""The router and the whole layer: each part's share of the layer's time, and the parts beside torch's idioms.
 
     python benchmarks/router.py [--device cuda] [--threads N] [--quick] [--save FILE]
 
@@ -68,8 +68,9 @@ def measure_route(size: tuple[int, int, int], run: Run) -> list[str]:
     expected = weights.detach(), torch.autograd.grad(weights, exact, upstream.double())[0]
     steps = {name: step(way) for name, way in ways.items()}
     for name, function in steps.items():
-        if not error(function(), expected) < 1e-5:
-            raise ArithmeticError(f"route_tokens, {name}: wrong by {error(function(), expected):.1e} of the float64 result")
+        distance = error(function(), expected)
+        if not distance < 1e-5:
+            raise ArithmeticError(f"route_tokens, {name}: wrong by {distance:.1e} of the float64 result")
     return [*map(str, size), *cells(interleaved(steps, run.device, run.seconds))]
 
 
@@ -123,7 +124,7 @@ def layer_parts(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[
         row_order, offsets = ops.sort_by_expert(experts, num_experts)
     logits, weights = logits.requires_grad_(), weights.requires_grad_()
     logits_upstream, weights_upstream = torch.randn_like(logits), torch.randn_like(weights)
-    expert_leaves = [tokens, weights, layer.gate_up_proj, layer.down_proj]
+    leaves = [tokens, weights, layer.gate_up_proj, layer.down_proj]
     gradients = torch.autograd.grad
     parts = {
         "layer": lambda: gradients(layer(tokens)[0], [tokens, *layer.parameters()], upstream),
@@ -132,10 +133,12 @@ def layer_parts(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[
         "sort_by_expert": lambda: ops.sort_by_expert(experts, num_experts),
         "divergence loss": lambda: gradients(divergence(logits, labels), logits),
         "expert_mlp": lambda: gradients(
-            ops.expert_mlp(tokens, weights, row_order, offsets, layer.gate_up_proj, layer.down_proj), expert_leaves, upstream
+            ops.expert_mlp(tokens, weights, row_order, offsets, *leaves[2:]), leaves, upstream
         ),
     }
-    if dtype == torch.float32 and PEERS[GROUPED_MM].lacks(device) is None:  # in 16 bits its router chooses other experts
+    if (
+        dtype == torch.float32 and PEERS[GROUPED_MM].lacks(device) is None
+    ):  # in 16 bits its router chooses other experts
         block = TransformersBlock(layer)
         parts["transformers block"] = lambda: gradients(block(tokens)[0], [tokens, *block.parameters()], upstream)
     return parts
@@ -160,10 +163,10 @@ def measure_layer(shape: Shape, dtype: torch.dtype, run: Run) -> list[str]:
     times = interleaved(parts, run.device, run.seconds, known)
     whole = times["layer"].median
     shares = [times[name].median / whole for name in SMALL_PARTS]
-    row = [str(dtype).removeprefix("torch."), str(times["layer"]), *[f"{share:.1%}" for share in shares], f"{sum(shares):.1%}"]
+    cells = [f"{share:.1%}" for share in [*shares, sum(shares)]]
     block = times.get("transformers block")
-    row += [f"{times['expert_mlp'].median / whole:.0%}", f"{block} {block.median / whole:.2f}x" if block else "-"]
-    return row
+    cells += [f"{times['expert_mlp'].median / whole:.0%}", f"{block} {block.median / whole:.2f}x" if block else "-"]
+    return [str(dtype).removeprefix("torch."), str(times["layer"]), *cells]
 
 
 def sections(run: Run) -> Iterator[Section]:

@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py [--device cuda] [--threads N] [--quick] [--save FILE]
 
-Forward and backward, float32 (bfloat16 on CUDA), uniform routing; one size varies, the others stay in the middle. Checked and
-timed as in moe.py. With --save the plot is written beside the file.
+Forward and backward, float32 (bfloat16 on CUDA), uniform routing; one size varies, the others stay in the middle.
+Checked and timed as in moe.py. With --save the plot is written beside the file.
 """
 
 from pathlib import Path
@@ -18,7 +18,11 @@ from shapes import Shape, make_inputs
 WAYS = [EDL, GROUPED_MM, "transformers eager"]
 MIDDLE = Shape(1024, 512, 256, 32, 4)
 MIDDLE_ON_CUDA = Shape(8192, 2048, 768, 64, 8)
-FACTORS = {"tokens": [1 / 8, 1 / 4, 1 / 2, 1, 2, 4], "experts": [1 / 8, 1 / 4, 1 / 2, 1, 2, 4], "top_k": [1 / 4, 1 / 2, 1, 2]}
+FACTORS = {
+    "tokens": [1 / 8, 1 / 4, 1 / 2, 1, 2, 4],
+    "experts": [1 / 8, 1 / 4, 1 / 2, 1, 2, 4],
+    "top_k": [1 / 4, 1 / 2, 1, 2],
+}
 LETTERS = {"tokens": "T", "experts": "E", "top_k": "K"}
 Curves = dict[str, list[Case]]  # by the size that varies
 
@@ -42,7 +46,9 @@ def table(curves: Curves) -> str:
     rows = []
     for size, cases in curves.items():
         for case in cases:
-            cells = [f"{case.step[name]} {case.ratio(name, case.step):.2f}x" if name in case.step else "-" for name in names]
+            cells = [
+                f"{case.step[name]} {case.ratio(name, case.step):.2f}x" if name in case.step else "-" for name in names
+            ]
             rows.append([f"{LETTERS[size]} = {getattr(case.shape, size)}", str(case.shape.rows_per_expert), *cells])
     return markdown_table(["size", "rows / expert", *[f"{name} ms" for name in names]], rows)
 
@@ -53,7 +59,7 @@ def plot(curves: Curves, file: Path) -> None:
 
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     panels = figure.subplots(1, len(curves), sharey=True)
-    for panel, (size, cases) in zip(panels, curves.items()):
+    for panel, (size, cases) in zip(panels, curves.items(), strict=True):
         for name in WAYS:
             points = [(getattr(case.shape, size), case.step[name].median) for case in cases if name in case.step]
             if points:

@@ -103,7 +103,9 @@ def make_inputs(shape: Shape, routing: str = "uniform", device: str | torch.devi
         return (torch.randn(size, generator=generator) * scale).bfloat16().float().to(device)
 
     num_tokens, hidden, intermediate, num_experts, top_k = shape
-    noise = -torch.empty(num_tokens, num_experts).exponential_(generator=generator).log()  # Gumbel: its top k is a sample
+    noise = (
+        -torch.empty(num_tokens, num_experts).exponential_(generator=generator).log()
+    )  # Gumbel: its top k is a sample
     experts = (ROUTINGS[routing](num_experts) + noise).topk(top_k, dim=1).indices.to(device)
     weights = torch.rand(num_tokens, top_k, generator=generator).softmax(dim=1).bfloat16().float().to(device)
     gate_up = normal(num_experts, 2 * intermediate, hidden, scale=hidden**-0.5)

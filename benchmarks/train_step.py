@@ -1,4 +1,4 @@
-"""A training step of a small Mixture-of-Experts language model: edl's layer beside transformers' block, and the loss's share.
+"""A training step of a small Mixture-of-Experts language model: edl beside transformers' block, and the loss's share.
 
     python benchmarks/train_step.py [--device cuda] [--threads N] [--quick] [--save FILE]
 

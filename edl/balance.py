@@ -11,7 +11,11 @@ from edl.segments import mask_segments
 
 
 def _counted(
-    num_tokens: int, batch_size: int, device: torch.device, attention_mask: Optional[Tensor], padding_mask: Optional[Tensor]
+    num_tokens: int,
+    batch_size: int,
+    device: torch.device,
+    attention_mask: Optional[Tensor],
+    padding_mask: Optional[Tensor],
 ) -> Tensor:
     """Segment ids [T]: 0 = the token counts, -1 = it does not, 1 = its mask value is not allowed (operators refuse it)."""
     ids = torch.zeros(num_tokens, dtype=torch.int32, device=device)

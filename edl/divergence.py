@@ -160,7 +160,14 @@ def expert_divergence_loss(
     )
     layers = _as_layers(router_logits)
     segments = _segments_of(
-        layers[0], domain_ids, num_domains, sequence_reduction, bias_correction, attention_mask, padding_mask, cu_seqlens
+        layers[0],
+        domain_ids,
+        num_domains,
+        sequence_reduction,
+        bias_correction,
+        attention_mask,
+        padding_mask,
+        cu_seqlens,
     )
     sums, counts = _sum_segments(layers, segments, scores if input == "logits" else "none")
     domain_sums, squares, domain_counts = _sum_domains(
@@ -241,7 +248,9 @@ class ExpertDivergenceLoss(nn.Module):
         self.layer_reduction = layer_reduction
         self.bias_correction = bias_correction
         if memory is not None and not isinstance(memory, DomainMemory):
-            raise ValueError(f"edl::expert_divergence_loss: memory must be a DomainMemory (got {type(memory).__name__})")
+            raise ValueError(
+                f"edl::expert_divergence_loss: memory must be a DomainMemory (got {type(memory).__name__})"
+            )
         self.memory = memory
         self._ranks = Ranks(sequence_group, group, averaging_ranks)
         self._is_local = memory is None and sequence_group is None and group is None and averaging_ranks is None
@@ -369,7 +378,9 @@ class ExpertDivergenceLoss(nn.Module):
             if ranks.compares_values(counts) and self.sequence_reduction == "sequence":
                 # Labels are looked at with the domains; the ranks of sequence_group must hear of wrong ones before.
                 ops.domain_moments(torch.ones_like(counts).unsqueeze(1), counts, segments.labels, self.num_domains)
-            layout = Layout(len(layers), self.num_domains, sums.shape[-1], sums.dtype, sums.device.type, self.extra_repr())
+            layout = Layout(
+                len(layers), self.num_domains, sums.shape[-1], sums.dtype, sums.device.type, self.extra_repr()
+            )
         except Exception as error:
             problem = error
         problem = ranks.agree(layout, problem)

@@ -227,9 +227,7 @@ def expert_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
     return found
 
 
-def fully_shard_layer(
-    layer: nn.Module, mesh: "dist.DeviceMesh", replica_mesh: "dist.DeviceMesh", **options
-) -> None:
+def fully_shard_layer(layer: nn.Module, mesh: "dist.DeviceMesh", replica_mesh: "dist.DeviceMesh", **options) -> None:
     """Shards a layer with `expert_group` by FSDP2: its experts over their replicas, all else over all data ranks.
 
     Call it before `fully_shard` of the modules around the layer. With fewer experts on a rank than replicas, their rows are

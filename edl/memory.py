@@ -94,7 +94,9 @@ class DomainMemory(nn.Module):
             RuntimeError: micro-batches of this step were trained on already, or `decay` is not 0.
         """
         if self._trained_on or self._collecting or self._collected:
-            raise RuntimeError("edl::DomainMemory: collect() must come first in a step, once (got a second pass; call step() after each step)")
+            raise RuntimeError(
+                "edl::DomainMemory: collect() must come first in a step, once (got a second pass; call step() after each step)"
+            )
         if self.decay:
             raise RuntimeError(f"edl::DomainMemory: two passes are exact without decay only (got decay = {self.decay})")
         self._collecting = True
@@ -116,7 +118,9 @@ class DomainMemory(nn.Module):
         self._before_pass.clear()
         self._optimizer_steps_seen = _optimizer_steps
         self._carried = (
-            _NOTHING if moments is None or self.decay == 0 else Carried(moments.times(self.decay), micro_batches * self.decay)
+            _NOTHING
+            if moments is None or self.decay == 0
+            else Carried(moments.times(self.decay), micro_batches * self.decay)
         )
         if collected and collected != trained_on:
             raise RuntimeError(

@@ -237,7 +237,9 @@ class MoELayer(nn.Module):
     def __prepare_scriptable__(self):
         """Called by torch.jit.script."""
         if self.expert_mesh is not None:
-            raise ValueError("edl::MoELayer: a layer with expert_group cannot be scripted (got a call of torch.jit.script)")
+            raise ValueError(
+                "edl::MoELayer: a layer with expert_group cannot be scripted (got a call of torch.jit.script)"
+            )
         return self
 
     def _apply(self, fn, recurse=True):
@@ -264,7 +266,9 @@ class MoELayer(nn.Module):
         if not torch.jit.is_scripting():
             ops._refuse_dtensor("MoELayer", hidden)
         if hidden.shape[-1] != self.hidden_size:
-            raise ValueError(f"edl::MoELayer: hidden must end in {self.hidden_size}, the hidden size (got {hidden.shape[-1]})")
+            raise ValueError(
+                f"edl::MoELayer: hidden must end in {self.hidden_size}, the hidden size (got {hidden.shape[-1]})"
+            )
         tokens = hidden.reshape(-1, self.hidden_size)
         logits = self.router(tokens)
         weights, experts = ops.route_tokens(

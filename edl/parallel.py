@@ -18,10 +18,14 @@ def process_group(name: str, group) -> Optional["dist.ProcessGroup"]:
     if group is None:
         return None
     if not dist.is_available() or not dist.is_initialized():
-        raise ValueError(f"edl::parallel: {name} needs torch.distributed to be initialised (got a {type(group).__name__} before)")
+        raise ValueError(
+            f"edl::parallel: {name} needs torch.distributed to be initialised (got a {type(group).__name__} before)"
+        )
     if isinstance(group, dist.DeviceMesh):
         if group.ndim != 1:
-            raise ValueError(f"edl::parallel: {name} must be one dimension of a DeviceMesh, as mesh['dp'] (got {group.ndim})")
+            raise ValueError(
+                f"edl::parallel: {name} must be one dimension of a DeviceMesh, as mesh['dp'] (got {group.ndim})"
+            )
         return group.get_group()
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
@@ -168,7 +172,9 @@ class Ranks:
                 if sentence is not None:
                     problem = RuntimeError(f"edl::parallel: rank {rank} failed: {sentence}")
                 elif other != layout:
-                    problem = ValueError(f"edl::parallel: all ranks must have one layout (got {layout}, and {other} on rank {rank})")
+                    problem = ValueError(
+                        f"edl::parallel: all ranks must have one layout (got {layout}, and {other} on rank {rank})"
+                    )
         if problem is not None:
             raise problem
         self._layout = layout

@@ -105,12 +105,16 @@ def _pair_divergences(
     pairs = []
     for a, b in itertools.combinations(range(len(present)), 2):
         divergence = jensen_shannon(means[a], means[b])
-        bias = divergence.new_zeros(()) if spreads is None else divergence_bias(means[a], spreads[a], means[b], spreads[b])
+        bias = (
+            divergence.new_zeros(()) if spreads is None else divergence_bias(means[a], spreads[a], means[b], spreads[b])
+        )
         pairs.append((present[a], present[b], divergence, bias))
     return pairs
 
 
-def _layers(sums: Tensor, squares: Tensor, counts: Tensor, bias_correction: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _layers(
+    sums: Tensor, squares: Tensor, counts: Tensor, bias_correction: bool
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Moments [..., D, E] as a list of layers [D, E]; squares are those of sums where nothing reads them."""
     num_layers = math.prod(sums.shape[:-2])
     return list(

@@ -39,7 +39,9 @@ def _check_labels(domain_ids: Tensor, num_domains: int) -> None:
     elif domain_ids.dtype != torch.int32 and domain_ids.dtype != torch.int64:
         raise ValueError(f"edl::segments: domain_ids must be int32, int64 or floating weights (got {domain_ids.dtype})")
     elif domain_ids.dim() != 1 and domain_ids.dim() != 2:
-        raise ValueError(f"edl::segments: domain_ids must have the shape [B], [B, S_len] or [T] (got {list(domain_ids.shape)})")
+        raise ValueError(
+            f"edl::segments: domain_ids must have the shape [B], [B, S_len] or [T] (got {list(domain_ids.shape)})"
+        )
 
 
 def _check_rows(domain_ids: Tensor, batch_size: int) -> None:
@@ -88,7 +90,9 @@ def mask_segments(
         ValueError: a wrong shape, both masks.
     """
     if attention_mask is not None and padding_mask is not None:
-        raise ValueError("edl::segments: give attention_mask (1 = keep) or padding_mask (True = padding), not both (got both)")
+        raise ValueError(
+            "edl::segments: give attention_mask (1 = keep) or padding_mask (True = padding), not both (got both)"
+        )
     keep_value = 1
     mask = attention_mask
     if padding_mask is not None:
@@ -236,7 +240,9 @@ def domain_segments(
         ValueError: wrong shapes or dtypes, soft labels.
     """
     if _is_soft(domain_ids):
-        raise ValueError("edl::segments: soft labels need sequence_reduction='sequence' (got sequence_reduction='token')")
+        raise ValueError(
+            "edl::segments: soft labels need sequence_reduction='sequence' (got sequence_reduction='token')"
+        )
     if cu_seqlens is None and domain_ids.numel() == num_tokens:
         if domain_ids.dim() == 2:
             _check_rows(domain_ids, batch_size)

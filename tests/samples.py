@@ -83,7 +83,9 @@ def operator(name: str):
 # ---- aggregate_routing(routing, segment_ids, num_segments, scores) ----
 
 
-def _routing(num_tokens, num_experts, num_segments, scores="softmax", dtype=torch.float64, layout="dense", ids=torch.int64):
+def _routing(
+    num_tokens, num_experts, num_segments, scores="softmax", dtype=torch.float64, layout="dense", ids=torch.int64
+):
     def make(inputs: Inputs) -> tuple:
         wide = 3 * num_experts if layout == "sliced" else num_experts
         shape = (wide, num_tokens) if layout == "transposed" else (num_tokens, wide)
@@ -100,7 +102,9 @@ def _routing(num_tokens, num_experts, num_segments, scores="softmax", dtype=torc
 
 
 def _aggregate_routing(case, *shape, **options):
-    return Sample("aggregate_routing", case, _routing(*shape, **options), differentiable=(0,), length=shape[0] + shape[1])
+    return Sample(
+        "aggregate_routing", case, _routing(*shape, **options), differentiable=(0,), length=shape[0] + shape[1]
+    )
 
 
 AGGREGATE_ROUTING = [
@@ -130,7 +134,11 @@ AGGREGATE_ROUTING = [
 
 AGGREGATE_ROUTING_REFUSALS = [
     Refusal(
-        *("aggregate_routing", "length", lambda inputs: (inputs.logits(8, 4), inputs.ids(7, low=0, high=2), 2, "softmax")),
+        *(
+            "aggregate_routing",
+            "length",
+            lambda inputs: (inputs.logits(8, 4), inputs.ids(7, low=0, high=2), 2, "softmax"),
+        ),
         "edl::aggregate_routing: segment_ids must have one entry per row of routing (got 7 ids for 8 rows)",
     ),
     Refusal(
@@ -142,7 +150,11 @@ AGGREGATE_ROUTING_REFUSALS = [
         "edl::aggregate_routing: scores must be 'softmax', 'sigmoid' or 'none' (got 'tanh')",
     ),
     Refusal(
-        *("aggregate_routing", "dtype", lambda inputs: (inputs.ids(8, 4, low=0, high=2), inputs.ids(8, low=0, high=2), 2, "none")),
+        *(
+            "aggregate_routing",
+            "dtype",
+            lambda inputs: (inputs.ids(8, 4, low=0, high=2), inputs.ids(8, low=0, high=2), 2, "none"),
+        ),
         "edl::aggregate_routing: routing must be float32, float64, bfloat16 or float16 (got Long)",
     ),
     Refusal(
@@ -152,11 +164,16 @@ AGGREGATE_ROUTING_REFUSALS = [
         by_value=True,
     ),
     Refusal(
-        *("aggregate_routing", "probabilities", lambda inputs: (inputs.distributions(8, 4), inputs.ids(8, low=0, high=2), 2, "softmax")),
+        *(
+            "aggregate_routing",
+            "probabilities",
+            lambda inputs: (inputs.distributions(8, 4), inputs.ids(8, low=0, high=2), 2, "softmax"),
+        ),
         "edl::aggregate_routing: with scores = 'softmax' or 'sigmoid' routing must be logits",
         by_value=True,
     ),
 ]
+
 
 def _turned(matrices: Tensor) -> Tensor:
     """The same numbers with columns that lie side by side."""
@@ -167,7 +184,15 @@ def _turned(matrices: Tensor) -> Tensor:
 
 
 def _segments(
-    num_segments, num_experts, num_domains, layers=(), counts="shared", labels=torch.int64, squares=True, dtype=torch.float64, turned=False
+    num_segments,
+    num_experts,
+    num_domains,
+    layers=(),
+    counts="shared",
+    labels=torch.int64,
+    squares=True,
+    dtype=torch.float64,
+    turned=False,
 ):
     def make(inputs: Inputs) -> tuple:
         shape = (num_segments,) if counts == "shared" else (*layers, num_segments)
@@ -207,7 +232,11 @@ DOMAIN_MOMENTS = [
 
 DOMAIN_MOMENTS_REFUSALS = [
     Refusal(
-        *("domain_moments", "labels-length", lambda inputs: (*_segments(9, 5, 3)(inputs)[:2], inputs.ids(8, low=0, high=3), 3, True)),
+        *(
+            "domain_moments",
+            "labels-length",
+            lambda inputs: (*_segments(9, 5, 3)(inputs)[:2], inputs.ids(8, low=0, high=3), 3, True),
+        ),
         "edl::domain_moments: labels must have one row per segment (got 8 for 9 segments)",
     ),
     Refusal(
@@ -215,7 +244,11 @@ DOMAIN_MOMENTS_REFUSALS = [
         "edl::domain_moments: num_domains must be at least 1 (got 0)",
     ),
     Refusal(
-        *("domain_moments", "label", lambda inputs: (*_segments(9, 5, 3)(inputs)[:2], inputs.ids(9, low=3, high=4), 3, True)),
+        *(
+            "domain_moments",
+            "label",
+            lambda inputs: (*_segments(9, 5, 3)(inputs)[:2], inputs.ids(9, low=3, high=4), 3, True),
+        ),
         "edl::domain_moments: labels must be at least -1 and below num_domains = 3 (got 3 for segment 0)",
         error=IndexError,
         by_value=True,
@@ -275,11 +308,19 @@ EXPERT_DIVERGENCE_REFUSALS = [
         "edl::expert_divergence: reduction must be 'mean_of_logs' or 'log_of_mean' (got 'sum')",
     ),
     Refusal(
-        *("expert_divergence", "corrected-log-of-mean", lambda inputs: (*_moments(inputs, 3, 5), 1e-6, "log_of_mean", True)),
+        *(
+            "expert_divergence",
+            "corrected-log-of-mean",
+            lambda inputs: (*_moments(inputs, 3, 5), 1e-6, "log_of_mean", True),
+        ),
         "edl::expert_divergence: bias_correction is defined for reduction = 'mean_of_logs' only (got 'log_of_mean')",
     ),
     Refusal(
-        *("expert_divergence", "dtype", lambda inputs: (*(x.float() for x in _moments(inputs, 3, 5)), 1e-6, "mean_of_logs", False)),
+        *(
+            "expert_divergence",
+            "dtype",
+            lambda inputs: (*(x.float() for x in _moments(inputs, 3, 5)), 1e-6, "mean_of_logs", False),
+        ),
         "edl::expert_divergence: sums and counts must be float64 (got Float and Float)",
     ),
 ]
@@ -304,7 +345,11 @@ PAIRWISE_DIVERGENCE = [
 
 PAIRWISE_DIVERGENCE_REFUSALS = [
     Refusal(
-        *("pairwise_divergence", "rank", lambda inputs: (inputs.distributions(5), inputs.normal(0), inputs.normal(5), False)),
+        *(
+            "pairwise_divergence",
+            "rank",
+            lambda inputs: (inputs.distributions(5), inputs.normal(0), inputs.normal(5), False),
+        ),
         "edl::pairwise_divergence: sums must have the shape [..., D, E] (got 1 dimensions)",
     ),
 ]
@@ -312,7 +357,17 @@ PAIRWISE_DIVERGENCE_REFUSALS = [
 # ---- route_tokens(logits, top_k, scores, bias, normalize, scale) ----
 
 
-def _logits(num_tokens, num_experts, top_k, scores="softmax", bias=False, normalize=True, scale=1.0, dtype=torch.float64, layout="dense"):
+def _logits(
+    num_tokens,
+    num_experts,
+    top_k,
+    scores="softmax",
+    bias=False,
+    normalize=True,
+    scale=1.0,
+    dtype=torch.float64,
+    layout="dense",
+):
     def make(inputs: Inputs) -> tuple:
         if layout == "transposed":
             logits = inputs.logits(num_experts, num_tokens, dtype=dtype).t()
@@ -385,7 +440,11 @@ ROUTE_TOKENS_REFUSALS = [
         "edl::route_tokens: bias must have the shape [E] (got 2 dimensions)",
     ),
     Refusal(
-        *("route_tokens", "bias-dtype", lambda inputs: (inputs.logits(8, 4), 2, "softmax", inputs.ids(4, low=0, high=2))),
+        *(
+            "route_tokens",
+            "bias-dtype",
+            lambda inputs: (inputs.logits(8, 4), 2, "softmax", inputs.ids(4, low=0, high=2)),
+        ),
         "edl::route_tokens: bias must be float32, float64, bfloat16 or float16 (got Long)",
     ),
     Refusal(
@@ -547,7 +606,9 @@ def _combine_tokens(case, num_tokens, width, top_k, weights="same", dtype=torch.
             factors.view(-1)[row_order[offsets[-1] :].long()] = 0
         return rows, factors, row_order, top_k
 
-    return Sample("combine_tokens", case, make, differentiable=(0,) if weights == "none" else (0, 1), length=max(top_k, width))
+    return Sample(
+        "combine_tokens", case, make, differentiable=(0,) if weights == "none" else (0, 1), length=max(top_k, width)
+    )
 
 
 COMBINE_TOKENS = [
@@ -572,11 +633,19 @@ COMBINE_TOKENS_REFUSALS = [
         "edl::combine_tokens: rows must have the shape [N, H] (got 1 dimensions)",
     ),
     Refusal(
-        *("combine_tokens", "dtype", lambda inputs: (inputs.ids(4, 3, low=0, high=2), None, _order(inputs, 0, 1, 2, 3), 2)),
+        *(
+            "combine_tokens",
+            "dtype",
+            lambda inputs: (inputs.ids(4, 3, low=0, high=2), None, _order(inputs, 0, 1, 2, 3), 2),
+        ),
         "edl::combine_tokens: rows must be float32, float64, bfloat16 or float16 (got Long)",
     ),
     Refusal(
-        *("combine_tokens", "order-rank", lambda inputs: (inputs.normal(4, 3), None, _order(inputs, 0, 1, 2, 3).view(2, 2), 2)),
+        *(
+            "combine_tokens",
+            "order-rank",
+            lambda inputs: (inputs.normal(4, 3), None, _order(inputs, 0, 1, 2, 3).view(2, 2), 2),
+        ),
         "edl::combine_tokens: row_order must be an int32 vector, as sort_by_expert gives it (got 2 dimensions of Int)",
     ),
     Refusal(
@@ -618,15 +687,27 @@ COMBINE_TOKENS_REFUSALS = [
 
 
 def _experts_at_work(
-    num_tokens, hidden_size, intermediate_size, num_experts, top_k, dtype=torch.float64, weights="same", layout="dense", **options
+    num_tokens,
+    hidden_size,
+    intermediate_size,
+    num_experts,
+    top_k,
+    dtype=torch.float64,
+    weights="same",
+    layout="dense",
+    **options,
 ):
     def make(inputs: Inputs) -> tuple:
         row_order, offsets = _row_order(inputs, num_tokens, num_experts, top_k, **options)
         tokens = _matrix(inputs, num_tokens, hidden_size, dtype, layout)
         factors = inputs.normal(num_tokens, top_k, dtype=torch.float32 if weights == "float32" else dtype)
         # Of the size that initialised and trained layers have.
-        gate_up = inputs.normal(num_experts, 2 * intermediate_size, hidden_size, dtype=dtype, scale=max(1, hidden_size) ** -0.5)
-        down = inputs.normal(num_experts, hidden_size, intermediate_size, dtype=dtype, scale=max(1, intermediate_size) ** -0.5)
+        gate_up = inputs.normal(
+            num_experts, 2 * intermediate_size, hidden_size, dtype=dtype, scale=max(1, hidden_size) ** -0.5
+        )
+        down = inputs.normal(
+            num_experts, hidden_size, intermediate_size, dtype=dtype, scale=max(1, intermediate_size) ** -0.5
+        )
         if layout == "transposed":
             gate_up, down = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (gate_up, down))
         return tokens, factors, row_order, offsets, gate_up, down
@@ -690,7 +771,9 @@ def _changed(index: int, value: int) -> Callable[[Inputs, Tensor], Tensor]:
 
 EXPERT_MLP_REFUSALS = [
     _expert_mlp_refusal("rank", 0, lambda _, x: x[0], "tokens must have the shape [T, H] (got 1 dimensions)"),
-    _expert_mlp_refusal("dtype", 0, lambda _, x: x.long(), "tokens must be float32, float64, bfloat16 or float16 (got Long)"),
+    _expert_mlp_refusal(
+        "dtype", 0, lambda _, x: x.long(), "tokens must be float32, float64, bfloat16 or float16 (got Long)"
+    ),
     _expert_mlp_refusal(
         *("weights-dtype", 1, lambda _, x: x.bfloat16()),
         "weights must have the type of tokens, or be float32 beside 16-bit tokens (got BFloat16 beside Double)",
@@ -704,9 +787,13 @@ EXPERT_MLP_REFUSALS = [
         "edl::expert_mlp: weights must have fewer than 2^31 entries (got 2147483648)",
     ),
     _expert_mlp_refusal("weights-rank", 1, lambda _, x: x[0], "weights must have the shape [T, K] (got 1 dimensions)"),
-    _expert_mlp_refusal("weights-rows", 1, lambda _, x: x[1:], "weights must have one row per token (got 5 for 6 tokens)"),
+    _expert_mlp_refusal(
+        "weights-rows", 1, lambda _, x: x[1:], "weights must have one row per token (got 5 for 6 tokens)"
+    ),
     _expert_mlp_refusal("no-choice", 1, lambda _, x: x[:, :0], "weights must have at least one column (got 0)"),
-    _expert_mlp_refusal("order-length", 2, lambda _, x: x[1:], "row_order must have one entry per weight (got 11 for 12 weights)"),
+    _expert_mlp_refusal(
+        "order-length", 2, lambda _, x: x[1:], "row_order must have one entry per weight (got 11 for 12 weights)"
+    ),
     _expert_mlp_refusal(
         *("order-dtype", 2, lambda _, x: x.long()),
         "row_order must be an int32 vector, as sort_by_expert gives it (got 1 dimensions of Long)",
@@ -719,7 +806,9 @@ EXPERT_MLP_REFUSALS = [
         *("offsets-length", 3, lambda _, x: x[1:]),
         "offsets must have one entry more than there are experts (got 5 for 5 experts)",
     ),
-    _expert_mlp_refusal("gate_up-rank", 4, lambda _, x: x[0], "gate_up must have the shape [E, 2I, H] (got 2 dimensions)"),
+    _expert_mlp_refusal(
+        "gate_up-rank", 4, lambda _, x: x[0], "gate_up must have the shape [E, 2I, H] (got 2 dimensions)"
+    ),
     _expert_mlp_refusal(
         *("gate_up-dtype", 4, lambda _, x: x.float()), "gate_up must have the type of tokens (got Float beside Double)"
     ),
@@ -728,11 +817,16 @@ EXPERT_MLP_REFUSALS = [
         "gate_up must have one column per entry of a token (got 2 for tokens of 3)",
     ),
     _expert_mlp_refusal(
-        *("gate_up-rows", 4, lambda _, x: x[:, 1:]), "gate_up must have twice as many rows as down has columns (got 7 and 4)"
+        *("gate_up-rows", 4, lambda _, x: x[:, 1:]),
+        "gate_up must have twice as many rows as down has columns (got 7 and 4)",
     ),
     _expert_mlp_refusal("down-rank", 5, lambda _, x: x[0], "down must have the shape [E, H, I] (got 2 dimensions)"),
-    _expert_mlp_refusal("down-dtype", 5, lambda _, x: x.half(), "down must have the type of tokens (got Half beside Double)"),
-    _expert_mlp_refusal("down-experts", 5, lambda _, x: x[1:], "down must have as many experts as gate_up (got 4 and 5)"),
+    _expert_mlp_refusal(
+        "down-dtype", 5, lambda _, x: x.half(), "down must have the type of tokens (got Half beside Double)"
+    ),
+    _expert_mlp_refusal(
+        "down-experts", 5, lambda _, x: x[1:], "down must have as many experts as gate_up (got 4 and 5)"
+    ),
     _expert_mlp_refusal(
         *("down-rows", 5, lambda _, x: x[:, 1:]), "down must have one row per entry of a token (got 2 for tokens of 3)"
     ),
@@ -769,7 +863,11 @@ def _inject(case, *shape, dtype=torch.float64, loss=False, scale_dtype=torch.flo
     return Sample(
         "inject",
         case,
-        lambda inputs: (inputs.normal(*shape, dtype=dtype), inputs.normal(dtype=dtype), inputs.normal(dtype=scale_dtype)),
+        lambda inputs: (
+            inputs.normal(*shape, dtype=dtype),
+            inputs.normal(dtype=dtype),
+            inputs.normal(dtype=scale_dtype),
+        ),
         differentiable=(0, 1) if loss else (0,),
         gradient_is_derivative=not loss,
     )

@@ -64,5 +64,9 @@ def kernel_and_reference(sample: Sample, device="cpu"):
 
 def all_operators() -> list[str]:
     """Names of the public operators that the library registers."""
-    names = {name.removeprefix("edl::").split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("edl::")}
+    names = {
+        name.removeprefix("edl::").split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("edl::")
+    }
     return sorted(name for name in names if not name.startswith("_"))

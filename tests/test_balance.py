@@ -89,7 +89,9 @@ def test_padding_takes_no_part_whatever_it_holds(dtype):
     kept = torch.arange(24) % 3 != 1
     few = edl.Routing(routing.logits[kept], routing.weights[kept], routing.experts[kept], routing.tokens_per_expert)
     expected = masked_losses(few)
-    poisoned = routing._replace(logits=routing.logits.detach().masked_fill(~kept[:, None], float("nan")).requires_grad_())
+    poisoned = routing._replace(
+        logits=routing.logits.detach().masked_fill(~kept[:, None], float("nan")).requires_grad_()
+    )
     for attention_mask in (kept.to(dtype), kept.view(4, 6).to(dtype)):
         losses = masked_losses(poisoned, attention_mask=attention_mask)
         torch.testing.assert_close(losses, expected)
@@ -189,7 +191,11 @@ def test_updating_the_expert_bias_balances_a_skewed_router(scores):
 def update_on_one_rank(rank, folder, size):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     layers = [edl.MoELayer(8, 8, 3, 1, expert_bias=True) for _ in range(2)]
-    counts = [torch.tensor([4, 0, 2]), torch.tensor([0, 1, 1])] if rank == 0 else [torch.tensor([0, 4, 2]), torch.tensor([0, 3, 3])]
+    counts = (
+        [torch.tensor([4, 0, 2]), torch.tensor([0, 1, 1])]
+        if rank == 0
+        else [torch.tensor([0, 4, 2]), torch.tensor([0, 3, 3])]
+    )
     edl.update_expert_bias(layers, counts, rate=0.5, group=torch.distributed.group.WORLD)
     torch.save([layer.expert_bias for layer in layers], f"{folder}/{rank}")
     torch.distributed.destroy_process_group()
@@ -272,4 +278,7 @@ def test_dtensors_are_refused(as_dtensor):
         for call in cases:
             with pytest.raises(ValueError) as error:
                 call()
-            assert str(error.value) == f"edl::{name}: takes plain tensors, call to_local() on the shards first (got a DTensor)"
+            assert (
+                str(error.value)
+                == f"edl::{name}: takes plain tensors, call to_local() on the shards first (got a DTensor)"
+            )

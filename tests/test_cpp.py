@@ -9,7 +9,11 @@ from commands import ROOT, build_with_cmake, run
 
 SOURCES = ROOT / "tests" / "cpp"
 BUILD = ROOT / "build" / "cpp-tests"
-NAMES = [name for path in sorted(SOURCES.glob("test_*.cpp")) for name in re.findall(r'CATCH_TEST_CASE\("(.+?)"', path.read_text())]
+NAMES = [
+    name
+    for path in sorted(SOURCES.glob("test_*.cpp"))
+    for name in re.findall(r'CATCH_TEST_CASE\("(.+?)"', path.read_text())
+]
 
 
 @pytest.fixture(scope="session")

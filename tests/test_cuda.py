@@ -68,7 +68,9 @@ def test_graphs_replay_with_changed_inputs(sample):
     assert_replays_follow_inputs(operator(sample.op), with_gradients(sample, arguments))
 
 
-def experts_arguments(num_tokens=300, hidden_size=64, intermediate_size=40, num_experts=9, top_k=3, dtype=torch.bfloat16):
+def experts_arguments(
+    num_tokens=300, hidden_size=64, intermediate_size=40, num_experts=9, top_k=3, dtype=torch.bfloat16
+):
     """Arguments of expert_mlp on CUDA: some experts have no tokens, some slots no expert."""
     generator = torch.Generator().manual_seed(5)
 
@@ -94,7 +96,9 @@ def test_graph_of_the_experts():
 
 def test_experts_without_a_grouped_kernel_refuse_a_graph():
     arguments = experts_arguments(dtype=torch.float32)
-    with pytest.raises((ValueError, RuntimeError), match="edl::expert_mlp: a CUDA graph can capture the experts only where"):
+    with pytest.raises(
+        (ValueError, RuntimeError), match="edl::expert_mlp: a CUDA graph can capture the experts only where"
+    ):
         capture(lambda: ops.expert_mlp(*arguments))
     torch.cuda.synchronize()
 
@@ -138,7 +142,9 @@ def test_sums_have_the_same_bits_every_time(scores, order):
     repeat(lambda x: ops.aggregate_routing(x, ids, 50, scores), [routing])
 
 
-@pytest.mark.parametrize("reduction, corrected", [("mean_of_logs", False), ("log_of_mean", False), ("mean_of_logs", True)])
+@pytest.mark.parametrize(
+    "reduction, corrected", [("mean_of_logs", False), ("log_of_mean", False), ("mean_of_logs", True)]
+)
 def test_loss_has_the_same_bits_every_time(reduction, corrected):
     sums = torch.rand(2, 400, 64, device=CUDA)
     counts = torch.full((2, 400), 1.0, device=CUDA)
@@ -177,7 +183,9 @@ def test_checking_is_refused_while_a_graph_is_captured(monkeypatch):
     routing, ids = torch.randn(8, 4, device=CUDA), torch.zeros(8, dtype=torch.int64, device=CUDA)
     ops.aggregate_routing(routing, ids, 1)
     monkeypatch.setenv("EDL_CHECK", "1")
-    with pytest.raises((ValueError, RuntimeError), match="edl::aggregate_routing: EDL_CHECK=1 reads values on the host"):
+    with pytest.raises(
+        (ValueError, RuntimeError), match="edl::aggregate_routing: EDL_CHECK=1 reads values on the host"
+    ):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             ops.aggregate_routing(routing, ids, 1)
     torch.cuda.synchronize()
@@ -331,7 +339,7 @@ def test_operators_follow_the_current_stream():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_operators_run_on_the_device_of_their_arguments():
     other = torch.device("cuda:1")
-    sums, _ = ops.aggregate_routing(torch.ones(9, 4, device=other), torch.zeros(9, dtype=torch.int32, device=other), 1, "none")
+    sums, _ = ops.aggregate_routing(
+        torch.ones(9, 4, device=other), torch.zeros(9, dtype=torch.int32, device=other), 1, "none"
+    )
     assert sums.device == other and math.isclose(sums.sum().item(), 36)
-
-

@@ -61,7 +61,9 @@ def test_the_loss_of_the_paper(eps, scores, pair_reduction, dtype):
 @pytest.mark.parametrize("options", [{}, {"pair_reduction": "log_of_mean"}, {"bias_correction": True}], ids=str)
 def test_probabilities_give_what_logits_give(options, scores):
     logits = LOGITS.double()
-    from_logits = loss_and_gradient(logits, LABELS, options={**options, "scores": {softmax: "softmax"}.get(scores, "sigmoid")})
+    from_logits = loss_and_gradient(
+        logits, LABELS, options={**options, "scores": {softmax: "softmax"}.get(scores, "sigmoid")}
+    )
     leaf = logits.requires_grad_()
     loss = ExpertDivergenceLoss(D, input="probs", **options)(scores(leaf), LABELS)
     assert_same((loss.detach(), torch.autograd.grad(loss, leaf)[0]), from_logits, torch.float64)
@@ -251,7 +253,12 @@ def test_non_finite_routing_reaches_the_loss():
     for value in (NAN, math.inf):
         logits = LOGITS.clone()
         logits[3, 5, 7] = value
-        for options in ({}, {"sequence_reduction": "token"}, {"bias_correction": True}, {"pair_reduction": "log_of_mean"}):
+        for options in (
+            {},
+            {"sequence_reduction": "token"},
+            {"bias_correction": True},
+            {"pair_reduction": "log_of_mean"},
+        ):
             loss, grad = loss_and_gradient(logits, LABELS, options=options)
             assert loss.isnan() and grad.isnan().any()
 
@@ -322,7 +329,9 @@ def test_correction_leaves_out_domains_of_one_sequence():
 def test_the_function_is_the_module():
     masks = {"attention_mask": KEPT}
     wanted = ExpertDivergenceLoss(D, eps=1e-4, scores="sigmoid", pair_reduction="log_of_mean")(LOGITS, LABELS, **masks)
-    actual = expert_divergence_loss(LOGITS, LABELS, D, eps=1e-4, scores="sigmoid", pair_reduction="log_of_mean", **masks)
+    actual = expert_divergence_loss(
+        LOGITS, LABELS, D, eps=1e-4, scores="sigmoid", pair_reduction="log_of_mean", **masks
+    )
     assert actual.equal(wanted)
     assert edl.expert_divergence_loss is expert_divergence_loss
 
@@ -424,27 +433,77 @@ INPUT_ERRORS = [
         "expert_divergence_loss: bias_correction needs one label per segment (got soft labels)",
         *((LOGITS, ONE_HOT.float()), {}, {"bias_correction": True}),
     ),
-    ("aggregate_routing: routing must be float32, float64, bfloat16 or float16 (got Int)", (LOGITS.int(), LABELS), {}, {}),
+    (
+        "aggregate_routing: routing must be float32, float64, bfloat16 or float16 (got Int)",
+        (LOGITS.int(), LABELS),
+        {},
+        {},
+    ),
     # labels
-    ("segments: domain_ids must be int32, int64 or floating weights (got torch.int16)", (LOGITS, LABELS.short()), {}, {}),
+    (
+        "segments: domain_ids must be int32, int64 or floating weights (got torch.int16)",
+        (LOGITS, LABELS.short()),
+        {},
+        {},
+    ),
     ("segments: domain_ids must be int32, int64 or floating weights (got torch.bool)", (LOGITS, LABELS.bool()), {}, {}),
     ("segments: domain_ids must have the shape [B], [B, S_len] or [T] (got [])", (LOGITS, LABELS[0]), {}, {}),
-    ("segments: domain_ids must have the shape [B], [B, S_len] or [T] (got [1, 8, 12])", (LOGITS, PER_TOKEN[None]), {}, {}),
-    ("segments: floating domain_ids are weights and must have the shape [B, 3] (got [8])", (LOGITS, LABELS.float()), {}, {}),
-    ("segments: floating domain_ids are weights and must have the shape [B, 3] (got [8, 2])", (LOGITS, torch.ones(8, 2)), {}, {}),
+    (
+        "segments: domain_ids must have the shape [B], [B, S_len] or [T] (got [1, 8, 12])",
+        (LOGITS, PER_TOKEN[None]),
+        {},
+        {},
+    ),
+    (
+        "segments: floating domain_ids are weights and must have the shape [B, 3] (got [8])",
+        (LOGITS, LABELS.float()),
+        {},
+        {},
+    ),
+    (
+        "segments: floating domain_ids are weights and must have the shape [B, 3] (got [8, 2])",
+        (LOGITS, torch.ones(8, 2)),
+        {},
+        {},
+    ),
     ("segments: domain_ids must have one row per sequence, 8 (got [7])", (LOGITS, LABELS[:7]), {}, {}),
     ("segments: domain_ids must have one row per sequence, 8 (got [12, 8])", (LOGITS, PER_TOKEN.T), {}, {}),
     ("segments: domain_ids must have one row per sequence, 8 (got [12, 8])", (LOGITS, PER_TOKEN.T), {}, TOKEN),
-    ("segments: domain_ids [B, S_len] must have one label per token, 96 (got [8, 11])", (LOGITS, PER_TOKEN[:, 1:]), {}, {}),
-    ("segments: the 96 tokens must be a whole number of sequences of one length (got 7 labels)", (FLAT, LABELS[:7]), {}, {}),
-    ("segments: the 96 tokens must be a whole number of sequences of one length (got 0 labels)", (FLAT, LABELS[:0]), {}, {}),
-    ("segments: the 96 tokens must be a whole number of sequences of one length (got 7 labels)", (FLAT, LABELS[:7]), {}, TOKEN),
+    (
+        "segments: domain_ids [B, S_len] must have one label per token, 96 (got [8, 11])",
+        (LOGITS, PER_TOKEN[:, 1:]),
+        {},
+        {},
+    ),
+    (
+        "segments: the 96 tokens must be a whole number of sequences of one length (got 7 labels)",
+        (FLAT, LABELS[:7]),
+        {},
+        {},
+    ),
+    (
+        "segments: the 96 tokens must be a whole number of sequences of one length (got 0 labels)",
+        (FLAT, LABELS[:0]),
+        {},
+        {},
+    ),
+    (
+        "segments: the 96 tokens must be a whole number of sequences of one length (got 7 labels)",
+        (FLAT, LABELS[:7]),
+        {},
+        TOKEN,
+    ),
     (
         "segments: one label per token needs sequence_reduction='token', cu_seqlens, or the shape [B, S_len] (got 96 labels for 96 "
         "tokens)",
         *((FLAT, PER_TOKEN.flatten()), {}, {}),
     ),
-    ("segments: soft labels need sequence_reduction='sequence' (got sequence_reduction='token')", (LOGITS, ONE_HOT.float()), {}, TOKEN),
+    (
+        "segments: soft labels need sequence_reduction='sequence' (got sequence_reduction='token')",
+        (LOGITS, ONE_HOT.float()),
+        {},
+        TOKEN,
+    ),
     # masks
     (
         "segments: give attention_mask (1 = keep) or padding_mask (True = padding), not both (got both)",
@@ -498,7 +557,9 @@ INPUT_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("sentence, arguments, masks, options", INPUT_ERRORS, ids=[case[0][:60] for case in INPUT_ERRORS])
+@pytest.mark.parametrize(
+    "sentence, arguments, masks, options", INPUT_ERRORS, ids=[case[0][:60] for case in INPUT_ERRORS]
+)
 def test_sentences_of_inputs(sentence, arguments, masks, options):
     with pytest.raises(ValueError) as error:
         ExpertDivergenceLoss(D, **options)(*arguments, **masks)
@@ -593,10 +654,14 @@ def test_dtensors_are_refused(as_dtensor):
         "aggregate_routing": [lambda: edl.ops.aggregate_routing(as_dtensor(FLAT), PER_TOKEN.flatten(), D)],
         "domain_moments": [lambda: edl.ops.domain_moments(as_dtensor(torch.rand(B, E)), torch.ones(B), LABELS, D)],
         "expert_divergence": [
-            lambda: edl.ops.expert_divergence(as_dtensor(torch.rand(D, E).double()), torch.ones(0), torch.ones(D).double())
+            lambda: edl.ops.expert_divergence(
+                as_dtensor(torch.rand(D, E).double()), torch.ones(0), torch.ones(D).double()
+            )
         ],
         "pairwise_divergence": [
-            lambda: edl.ops.pairwise_divergence(torch.rand(D, E).double(), torch.ones(0), as_dtensor(torch.ones(D).double()))
+            lambda: edl.ops.pairwise_divergence(
+                torch.rand(D, E).double(), torch.ones(0), as_dtensor(torch.ones(D).double())
+            )
         ],
     }
     for op, cases in calls.items():

@@ -38,7 +38,13 @@ def sequences(labels, kept=None):
 
 OPTIONS = pytest.mark.parametrize(
     "options",
-    [{}, {"pair_reduction": "log_of_mean"}, {"sequence_reduction": "token"}, {"bias_correction": True}, {"scores": "sigmoid"}],
+    [
+        {},
+        {"pair_reduction": "log_of_mean"},
+        {"sequence_reduction": "token"},
+        {"bias_correction": True},
+        {"scores": "sigmoid"},
+    ],
     ids=lambda options: "-".join(map(str, options.values())) or "default",
 )
 
@@ -177,7 +183,9 @@ def test_8_parts_of_a_batch_add_up_at_the_second_seam(logits):
     first, second = moments(slice(0, 2)), moments(slice(2, 6))
     added = ops.expert_divergence(*(a + b for a, b in zip(first, second, strict=True)), bias_correction=True)
     assert_close(added, whole, tolerance(torch.float64, E))
-    assert abs(ops.expert_divergence(*first).item() / 2 + ops.expert_divergence(*second).item() / 2 - whole.item()) > 1e-2
+    assert (
+        abs(ops.expert_divergence(*first).item() / 2 + ops.expert_divergence(*second).item() / 2 - whole.item()) > 1e-2
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -207,7 +215,9 @@ def test_10_sequences_of_different_length_weigh_the_same_or_by_their_tokens(logi
     losses = {}
     for reduction, tokens in (("sequence", by_sequence), ("token", by_token)):
         losses[reduction], _ = loss_and_gradient(
-            *(logits, torch.tensor(labels)), options={"sequence_reduction": reduction}, attention_mask=kept.to(logits.device)
+            *(logits, torch.tensor(labels)),
+            options={"sequence_reduction": reduction},
+            attention_mask=kept.to(logits.device),
         )
         assert losses[reduction] == pytest.approx(paper_loss(probabilities, tokens).item(), rel=1e-6)
     assert abs(losses["sequence"] - losses["token"]) > 1e-3
@@ -232,7 +242,9 @@ def test_empty_batch(shape, options, device):
 def test_empty_packed_batch(device):
     for boundaries in ([0], [0, 0, 0]):
         labels = torch.zeros(len(boundaries) - 1, dtype=torch.int64)
-        loss, grad = loss_and_gradient(torch.randn(0, E, device=device), labels, cu_seqlens=torch.tensor(boundaries, device=device))
+        loss, grad = loss_and_gradient(
+            torch.randn(0, E, device=device), labels, cu_seqlens=torch.tensor(boundaries, device=device)
+        )
         assert loss == 0.0 and grad.shape == (0, E)
 
 
@@ -241,7 +253,9 @@ def test_a_thousand_domains(device):
     labels = torch.arange(1200) % 1000
     labels[5] = -1
     loss, grad = loss_and_gradient(logits, labels, 1000)
-    means = torch.zeros(1000, 8, dtype=torch.float64).index_add(0, labels.clamp(min=0), softmax(logits).mean(dim=1).cpu())
+    means = torch.zeros(1000, 8, dtype=torch.float64).index_add(
+        0, labels.clamp(min=0), softmax(logits).mean(dim=1).cpu()
+    )
     means[0] -= softmax(logits)[5].mean(dim=0).cpu()
     p = means / means.sum(dim=1, keepdim=True)
     p = p[p.isfinite().all(dim=1)]
@@ -255,7 +269,9 @@ def test_a_thousand_domains(device):
 
 @OPTIONS
 def test_one_expert_has_nothing_to_separate(options, device):
-    loss, grad = loss_and_gradient(torch.randn(B, S_LEN, 1, device=device), torch.tensor([0, 1, 2] * 2), options=options)
+    loss, grad = loss_and_gradient(
+        torch.randn(B, S_LEN, 1, device=device), torch.tensor([0, 1, 2] * 2), options=options
+    )
     assert loss == pytest.approx(-math.log(1e-6), rel=1e-5)
     assert grad.abs().max() < 1e-6
 

@@ -44,7 +44,9 @@ def test_moe_layer(folder):
 def test_distributed_train(folder):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     output = run(*torchrun, EXAMPLES / "distributed" / "train.py", cwd=folder)
-    over_all, per_rank = (float(re.search(f"loss {loss} +differs by ([\\de.+-]+)", output)[1]) for loss in ("over all ranks", "per rank"))
+    over_all, per_rank = (
+        float(re.search(f"loss {loss} +differs by ([\\de.+-]+)", output)[1]) for loss in ("over all ranks", "per rank")
+    )
     assert over_all < 1e-4 and per_rank > 0.1
     losses = numbers(f"loss of rank 0 {NUMBER}", output)
     assert losses[-1] < losses[0]
@@ -67,7 +69,9 @@ def test_aot_inductor(folder):
 def test_expert_parallel(folder):
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     output = run(*launcher, EXAMPLES / "distributed" / "expert_parallel.py", cwd=folder, timeout=120)
-    difference, change = map(float, re.search(r"one process ([\d.e+-]+), largest change by training ([\d.e+-]+)", output).groups())
+    difference, change = map(
+        float, re.search(r"one process ([\d.e+-]+), largest change by training ([\d.e+-]+)", output).groups()
+    )
     assert difference < change / 1000 and "each of 2 ranks holds 4 of 8 experts" in output
 
 
@@ -93,7 +97,9 @@ def cpp_programs(installed, folder):
 
 def run_without_python(*command):
     """A process whose environment leads to no Python and no library."""
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, env={"OMP_NUM_THREADS": "2"})
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env={"OMP_NUM_THREADS": "2"}
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -127,5 +133,9 @@ def test_cpp_programs_link_no_python(cpp_programs, program):
 
 def test_every_example_is_run_here():
     this = (ROOT / "tests" / "test_examples.py").read_text()
-    names = [path.name for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("distributed/*.py")] if path.name != "small_model.py"]
+    names = [
+        path.name
+        for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("distributed/*.py")]
+        if path.name != "small_model.py"
+    ]
     assert [name for name in names if f'"{name}"' not in this] == []

@@ -68,7 +68,12 @@ def assert_same_as_one_process(one, spread, tokens, rank, roundings=1):
     assert routing.experts.equal(expected_routing.experts.split(counts)[rank])
     assert routing.tokens_per_expert.equal(torch.bincount(routing.experts.flatten(), minlength=one.num_experts))
     assert_close(output, expected.split(counts)[rank], allowed, expected.abs().max().item() if len(everything) else 0)
-    assert_close(own.grad, everything.grad.split(counts)[rank], allowed, everything.grad.abs().max().item() if len(everything) else 0)
+    assert_close(
+        own.grad,
+        everything.grad.split(counts)[rank],
+        allowed,
+        everything.grad.abs().max().item() if len(everything) else 0,
+    )
     for (name, parameter), reference in zip(spread.named_parameters(), one.parameters(), strict=True):
         is_expert = isinstance(parameter, DTensor)
         assert is_expert == (name in ("gate_up_proj", "down_proj"))
@@ -107,7 +112,9 @@ def all_tokens_to_one_expert(rank, folder):
                 layer.router.weight.fill_(-1)
                 layer.router.weight[favourite] = 1
         tokens = [torch.rand(n, H, dtype=torch.float64) for n in (20, 1)]
-        assert spread(tokens[rank])[1].tokens_per_expert.tolist() == [len(tokens[rank]) * (e == favourite) for e in range(6)]
+        assert spread(tokens[rank])[1].tokens_per_expert.tolist() == [
+            len(tokens[rank]) * (e == favourite) for e in range(6)
+        ]
         assert_same_as_one_process(one, spread, tokens, rank)
         spread(tokens[rank])[0].sum().backward()
         own = spread.gate_up_proj.grad.to_local()
@@ -353,7 +360,9 @@ def checkpoints(rank, folder):
     expert_parallel.average_expert_gradients(model, mesh["replicas"].get_group())
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.step()
-    checkpoint.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=folder / "checkpoint")
+    checkpoint.save(
+        dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=folder / "checkpoint"
+    )
     for replicas, is_sharded in ((1, False), (4, False), (2, True), (None, False)):
         alone, other, mesh = make_models(8, replicas or 1)
         other = alone if replicas is None else other

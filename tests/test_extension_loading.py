@@ -33,7 +33,9 @@ def test_patch_releases_of_torch_are_interchangeable(running):
 def test_another_torch_is_one_sentence(running):
     with pytest.raises(ImportError) as error:
         _extension.check_build("2.13.0+cpu", "", running, None)
-    assert sentence(error.value).startswith(f"edl was built for torch 2.13.0+cpu but torch {running} is running: rebuild it")
+    assert sentence(error.value).startswith(
+        f"edl was built for torch 2.13.0+cpu but torch {running} is running: rebuild it"
+    )
 
 
 @pytest.mark.parametrize("running", [None, "12.8"])
@@ -84,7 +86,9 @@ def test_sources_that_were_never_built_are_one_sentence(tmp_path):
     result = import_from(tmp_path)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: edl has not been built for this Python: run `pip install --no-build-isolation .`")
+    assert last.startswith(
+        "ImportError: edl has not been built for this Python: run `pip install --no-build-isolation .`"
+    )
 
 
 def test_a_build_for_another_python_is_one_sentence(tmp_path):
@@ -120,5 +124,7 @@ def test_without_cuda_every_operator_tells_what_is_missing():
         operator = getattr(torch.ops.edl, name).default
         if not torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CPU"):
             continue
-        with pytest.raises(ValueError, match=f"^edl::{name}: edl was built without CUDA, rebuild it with .* \\(got a CUDA tensor\\)$"):
+        with pytest.raises(
+            ValueError, match=f"^edl::{name}: edl was built without CUDA, rebuild it with .* \\(got a CUDA tensor\\)$"
+        ):
             operator.redispatch(on_cuda, *next(sample for sample in SAMPLES if sample.op == name).arguments())

@@ -66,7 +66,10 @@ def test_one_pass_sees_the_micro_batches_before():
     for number in range(1, 5):
         rows = torch.arange(3 * number)
         router = ROUTER.clone().requires_grad_(True)
-        earlier, own = [h[rows[:-3]] @ w.T for h, w in zip(HIDDEN, ROUTER)], [h[rows[-3:]] @ w.T for h, w in zip(HIDDEN, router)]
+        earlier, own = (
+            [h[rows[:-3]] @ w.T for h, w in zip(HIDDEN, ROUTER)],
+            [h[rows[-3:]] @ w.T for h, w in zip(HIDDEN, router)],
+        )
         loss = edl.ExpertDivergenceLoss(D)([torch.cat(parts) for parts in zip(earlier, own)], LABELS[rows])
         assert_close(losses[number - 1], loss, ALLOWED)
         if loss.requires_grad and loss.item() != 0:
@@ -163,7 +166,9 @@ def test_a_replay_finds_what_its_forward_pass_found(use_reentrant):
 def test_a_replay_without_a_scope_is_refused():
     divergence = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory())
     router = ROUTER[0].clone().requires_grad_(True)
-    loss = checkpoint(lambda hidden: divergence(hidden @ router.T, LABELS), HIDDEN[0].clone().requires_grad_(True), use_reentrant=True)
+    loss = checkpoint(
+        lambda hidden: divergence(hidden @ router.T, LABELS), HIDDEN[0].clone().requires_grad_(True), use_reentrant=True
+    )
     with pytest.raises(RuntimeError) as error:
         loss.backward()
     assert str(error.value) == (
@@ -243,7 +248,10 @@ def refused(call) -> str:
 def test_wrong_use_is_refused():
     divergence = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory())
     memory = divergence.memory
-    assert refused(lambda: edl.DomainMemory(decay=1.0)) == "edl::DomainMemory: decay must be at least 0 and below 1 (got 1.0)"
+    assert (
+        refused(lambda: edl.DomainMemory(decay=1.0))
+        == "edl::DomainMemory: decay must be at least 0 and below 1 (got 1.0)"
+    )
     assert refused(lambda: edl.ExpertDivergenceLoss(D, memory={})) == (
         "edl::expert_divergence_loss: memory must be a DomainMemory (got dict)"
     )

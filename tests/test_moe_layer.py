@@ -82,7 +82,9 @@ def test_script_save_and_load(name):
     torch.jit.save(torch.jit.script(layer), saved)
     saved.seek(0)
     hidden = torch.randn(4, 16)
-    torch.testing.assert_close(torch.jit.load(saved)(hidden), tuple(layer(hidden)) if layer.return_routing else layer(hidden))
+    torch.testing.assert_close(
+        torch.jit.load(saved)(hidden), tuple(layer(hidden)) if layer.return_routing else layer(hidden)
+    )
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -216,7 +218,14 @@ def test_the_router_takes_the_type_it_is_told():
 
 def test_it_says_what_it_is():
     text = repr(make_layer("deepseek"))
-    for part in ("num_experts=6", "top_k=2", "scores='sigmoid'", "expert_bias=True", "(router): Router(", "(shared_expert): SharedExpert("):
+    for part in (
+        "num_experts=6",
+        "top_k=2",
+        "scores='sigmoid'",
+        "expert_bias=True",
+        "(router): Router(",
+        "(shared_expert): SharedExpert(",
+    ):
         assert part in text
 
 
@@ -246,7 +255,11 @@ REFUSALS = {
         {"shared_expert_gate": True},
         "edl::MoELayer: shared_intermediate_size and shared_expert_gate need num_shared_experts of at least 1 (got 0)",
     ),
-    "negative": ((16, 24, 6, 2), {"num_shared_experts": -1}, "edl::MoELayer: num_shared_experts must not be negative (got -1)"),
+    "negative": (
+        (16, 24, 6, 2),
+        {"num_shared_experts": -1},
+        "edl::MoELayer: num_shared_experts must not be negative (got -1)",
+    ),
 }
 
 

@@ -16,7 +16,13 @@ def test_source_archive_has_all_sources_and_no_build_products(source_archive):
     with tarfile.open(source_archive) as files:
         names = {name.split("/", 1)[1] for name in files.getnames() if "/" in name}
     sources = [path for folder in ("csrc", "edl/share") for path in (ROOT / folder).rglob("*.*")]
-    sources += [*ROOT.glob("edl/**/*.py"), ROOT / "edl/py.typed", ROOT / "setup.py", ROOT / "README.md", ROOT / "LICENSE"]
+    sources += [
+        *ROOT.glob("edl/**/*.py"),
+        ROOT / "edl/py.typed",
+        ROOT / "setup.py",
+        ROOT / "README.md",
+        ROOT / "LICENSE",
+    ]
     assert {str(path.relative_to(ROOT)) for path in sources} <= names
     assert not [name for name in names if name.endswith((".so", ".o")) or name.startswith(("build/", "edl/include/"))]
 

@@ -61,9 +61,7 @@ def loss_and_gradient(divergence, hidden, router, labels, keep) -> tuple[torch.T
 
 def one_process(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     divergence = edl.ExpertDivergenceLoss(D, **batch.options)
-    return loss_and_gradient(
-        divergence, batch.hidden.double(), batch.router.double(), batch.labels, batch.keep
-    )
+    return loss_and_gradient(divergence, batch.hidden.double(), batch.router.double(), batch.labels, batch.keep)
 
 
 def smallest_divergence(batch: Batch) -> float:
@@ -71,7 +69,12 @@ def smallest_divergence(batch: Batch) -> float:
     layers = [(h @ w.T).double() for h, w in zip(batch.hidden, batch.router)]
     per_token = batch.options.get("sequence_reduction") == "token"
     segments = edl.segments.make_segments(
-        batch.keep.numel(), batch.labels, D, "token" if per_token else "sequence", batch.keep, batch_size=batch.sequences
+        batch.keep.numel(),
+        batch.labels,
+        D,
+        "token" if per_token else "sequence",
+        batch.keep,
+        batch_size=batch.sequences,
     )
     smallest = 1.0
     for layer in layers:
@@ -366,7 +369,9 @@ def test_what_ranks_must_agree_on_is_compared_at_the_first_call(case):
     first, second = on_ranks(2, differ_at_the_first_call, case)
     if case == "error":
         assert second.startswith("ValueError: edl::segments: domain_ids must have one row per sequence")
-        assert first.startswith("RuntimeError: edl::parallel: rank 1 failed: edl::segments: domain_ids must have one row")
+        assert first.startswith(
+            "RuntimeError: edl::parallel: rank 1 failed: edl::segments: domain_ids must have one row"
+        )
     else:
         for own, other in ((first, 1), (second, 0)):
             assert own.startswith("ValueError: edl::parallel: all ranks must have one layout (got Layout(")

@@ -13,7 +13,13 @@ from tolerances import assert_close, tolerance
 EXAMPLES = hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 OPTIONS = st.sampled_from(
-    [{}, {"pair_reduction": "log_of_mean"}, {"bias_correction": True}, {"sequence_reduction": "token"}, {"scores": "sigmoid"}]
+    [
+        {},
+        {"pair_reduction": "log_of_mean"},
+        {"bias_correction": True},
+        {"sequence_reduction": "token"},
+        {"scores": "sigmoid"},
+    ]
 )
 
 
@@ -23,7 +29,9 @@ def batches(draw):
     num_sequences, length = draw(st.integers(1, 9)), draw(st.integers(1, 12))
     num_experts, num_domains = draw(st.sampled_from([1, 2, 5, 8, 16, 33, 64])), draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    logits = torch.randn(num_sequences, length, num_experts, generator=generator) * draw(st.sampled_from([0.1, 1.0, 5.0]))
+    logits = torch.randn(num_sequences, length, num_experts, generator=generator) * draw(
+        st.sampled_from([0.1, 1.0, 5.0])
+    )
     labels = torch.randint(-1, num_domains, (num_sequences,), generator=generator)
     mask = torch.rand(num_sequences, length, generator=generator) < draw(st.sampled_from([0.3, 0.8, 1.0]))
     return logits, labels, mask, num_domains, generator
@@ -98,7 +106,12 @@ def test_a_shift_of_a_tokens_logits_does_not_matter_to_softmax(batch, options):
     wanted = differentiate(logits, labels, mask, num_domains, options)
     assert_equal_up_to_rounding(actual, wanted)
     # So the gradient of a token's logits adds up to nothing.
-    assert_close(wanted[1].double().sum(dim=-1), torch.zeros(logits.shape[:2]), tolerance(torch.float32, logits.shape[2]), scale=10.0)
+    assert_close(
+        wanted[1].double().sum(dim=-1),
+        torch.zeros(logits.shape[:2]),
+        tolerance(torch.float32, logits.shape[2]),
+        scale=10.0,
+    )
 
 
 @EXAMPLES
@@ -123,7 +136,9 @@ def test_segments_cut_anywhere_add_up(batch, cut, bias_correction):
         assert_close(first + second, total, tolerance(torch.float64, len(labels)))
     added = [first + second for first, second in zip(*halves, strict=True)]
     actual = ops.expert_divergence(*added, 1e-4, bias_correction=bias_correction)
-    assert actual.item() == pytest.approx(ops.expert_divergence(*moments, 1e-4, bias_correction=bias_correction).item(), rel=1e-9)
+    assert actual.item() == pytest.approx(
+        ops.expert_divergence(*moments, 1e-4, bias_correction=bias_correction).item(), rel=1e-9
+    )
 
 
 @EXAMPLES

@@ -54,7 +54,9 @@ def selective(block, hidden):
     def policy(context, op, *args, **kwargs):
         return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.mm.default else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return checkpoint(block, hidden, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
+    return checkpoint(
+        block, hidden, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+    )
 
 
 def nested_inside_not_reentrant(block, hidden):
@@ -175,5 +177,8 @@ def test_what_cannot_be_told_is_refused(monkeypatch):
     with pytest.raises(RuntimeError, match="^edl::domain_scope: at most 512 forward passes may wait"):
         output.sum().backward()
     for wrong in (None, [0, 1], 3):
-        with pytest.raises(ValueError, match="^edl::domain_scope: domain_ids must be a tensor"), edl.domain_scope(wrong):
+        with (
+            pytest.raises(ValueError, match="^edl::domain_scope: domain_ids must be a tensor"),
+            edl.domain_scope(wrong),
+        ):
             pass

@@ -83,7 +83,9 @@ def test_other_torch_versions_are_one_sentence(decisions, monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
     with pytest.raises(SystemExit) as error:
         decisions["check_torch_version"]()
-    assert str(error.value).startswith("edl is compiled against the PyTorch it will run with: install torch 2.11 to 2.13")
+    assert str(error.value).startswith(
+        "edl is compiled against the PyTorch it will run with: install torch 2.11 to 2.13"
+    )
     assert str(error.value).endswith(f"(got torch {version})")
 
 

@@ -30,7 +30,9 @@ CORRECTED_GRADIENT = [
     [1.4547951931, 0.5912181173, -1.0300487444],
 ]
 
-DTYPES = pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-6), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
+DTYPES = pytest.mark.parametrize(
+    "dtype, allowed", [(torch.float32, 1e-6), (torch.float64, 1e-10)], ids=["fp32", "fp64"]
+)
 
 
 def module_loss(rows, labels, dtype, **options):

@@ -50,7 +50,9 @@ def host_flags() -> list[str]:
 
 def demangled(text: str) -> str:
     filter_command = shutil.which("c++filt")
-    return subprocess.run([filter_command], input=text, capture_output=True, text=True).stdout if filter_command else text
+    return (
+        subprocess.run([filter_command], input=text, capture_output=True, text=True).stdout if filter_command else text
+    )
 
 
 def resources(source: Path, log: str) -> list[tuple[str, ...]]:
@@ -78,13 +80,17 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", nargs="+", default=["80", "90", "100"], help="compute capabilities (default: 80 90 100)")
+    parser.add_argument(
+        "--arch", nargs="+", default=["80", "90", "100"], help="compute capabilities (default: 80 90 100)"
+    )
     arguments = parser.parse_args()
     nvcc = find_nvcc()
     if nvcc is None:
         print("edl: nvcc is needed to compile the CUDA sources: install the CUDA toolkit or set CUDA_HOME (none found)")
         return 1
-    jobs = [(source, kernel_flags(arguments.arch)) for source in KERNELS] + [(source, host_flags()) for source in HOST_SOURCES]
+    jobs = [(source, kernel_flags(arguments.arch)) for source in KERNELS] + [
+        (source, host_flags()) for source in HOST_SOURCES
+    ]
     workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(lambda job: compile_source(nvcc, *job), jobs))

@@ -23,7 +23,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL_SECONDS = 570  # for everything: a call of this script ends within ten minutes
-SLOW_TESTS = ["aoti", "cmake_config", "cpp", "examples", "packaging", "pretrain_example", "setup"]  # they say little of the device
+SLOW_TESTS = [
+    "aoti",
+    "cmake_config",
+    "cpp",
+    "examples",
+    "packaging",
+    "pretrain_example",
+    "setup",
+]  # they say little of the device
 
 
 @dataclass
@@ -109,7 +117,9 @@ def run_all(output: Path, device: str) -> dict[str, dict[str, object]]:
         return results
     for stage in stages(output, device):
         seconds = min(stage.seconds, int(deadline - time.monotonic()))
-        results[stage.name] = run(stage, seconds) if seconds >= 10 else {"outcome": "left out: no time left", "seconds": 0}
+        results[stage.name] = (
+            run(stage, seconds) if seconds >= 10 else {"outcome": "left out: no time left", "seconds": 0}
+        )
     return results
 
 

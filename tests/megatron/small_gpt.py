@@ -96,7 +96,10 @@ def _full_value(name: str, shape: tuple[int, ...]) -> Tensor:
 
 def _global_name(name: str) -> str:
     """The name that a parameter of this stage and rank has in the whole model."""
-    stage, stages = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_world_size()
+    stage, stages = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
     rank, ranks = parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_model_parallel_world_size()
     name = re.sub(r"layers\.(\d+)", lambda m: f"layers.{int(m[1]) + stage * (LAYERS // stages)}", name)
     return re.sub(r"local_experts\.(\d+)", lambda m: f"local_experts.{int(m[1]) + rank * (EXPERTS // ranks)}", name)
@@ -290,7 +293,12 @@ def _tokens_for_oracle(step: Step, m: int) -> list:
 
 
 def reference_gradients(
-    step: Step, coeff: float = COEFF, per_token: bool = False, accumulate: bool = False, scores=oracle.softmax, **changes
+    step: Step,
+    coeff: float = COEFF,
+    per_token: bool = False,
+    accumulate: bool = False,
+    scores=oracle.softmax,
+    **changes,
 ) -> tuple[dict[str, Tensor], list[list[float]]]:
     """Gradients by name of the step's loss, and the divergence losses by micro-batch and layer."""
     attention = GatheredAttention if step.cu_seqlens is not None else None
@@ -308,7 +316,8 @@ def reference_gradients(
         earlier = [*earlier, (distributions, tokens)] if accumulate else [(distributions, tokens)]
         divergences = [
             oracle.paper_loss(
-                torch.cat([d[i].detach() for d, _ in earlier[:-1]] + [earlier[-1][0][i]]), sum((t for _, t in earlier), [])
+                torch.cat([d[i].detach() for d, _ in earlier[:-1]] + [earlier[-1][0][i]]),
+                sum((t for _, t in earlier), []),
             )
             for i in range(LAYERS)
         ]

@@ -32,7 +32,11 @@ class Split:
 
     @property
     def config(self) -> dict:
-        parallel = {"tensor_model_parallel_size": self.tp, "sequence_parallel": self.tp > 1, "context_parallel_size": self.cp}
+        parallel = {
+            "tensor_model_parallel_size": self.tp,
+            "sequence_parallel": self.tp > 1,
+            "context_parallel_size": self.cp,
+        }
         parallel |= {"pipeline_model_parallel_size": self.pp, "expert_model_parallel_size": self.ep}
         return parallel | {"calculate_per_token_loss": self.per_token, **dict(self.changes)}
 
@@ -66,7 +70,11 @@ WITHOUT_LOSS = Split("without the loss")
 ONE, DP, TP, CP = Split("one process"), Split("DP 2", 2), Split("TP 2", 2, tp=2), Split("CP 2", 2, cp=2)
 PP, EP = Split("PP 2", 2, pp=2), Split("EP 2", 2, ep=2)
 DP_TP, DP_CP, TP_CP = Split("DP 2 x TP 2", 4, tp=2), Split("DP 2 x CP 2", 4, cp=2), Split("TP 2 x CP 2", 4, tp=2, cp=2)
-PP_TP, PP_DP, TP_EP = Split("PP 2 x TP 2", 4, tp=2, pp=2), Split("PP 2 x DP 2", 4, pp=2), Split("TP 2 x EP 2", 4, tp=2, ep=2)
+PP_TP, PP_DP, TP_EP = (
+    Split("PP 2 x TP 2", 4, tp=2, pp=2),
+    Split("PP 2 x DP 2", 4, pp=2),
+    Split("TP 2 x EP 2", 4, tp=2, ep=2),
+)
 SPLITS = [
     *_variants(ONE),
     _changed(ONE, "padding", kind="padding"),
@@ -159,7 +167,11 @@ def references() -> dict[Split, tuple]:
         changes = dict(split.changes)
         scores = oracle.normalised_sigmoid if changes else oracle.softmax
         steps[split] = small_gpt.reference_gradients(
-            small_gpt.make_step(split.kind), per_token=split.per_token, accumulate=split.accumulate, scores=scores, **changes
+            small_gpt.make_step(split.kind),
+            per_token=split.per_token,
+            accumulate=split.accumulate,
+            scores=scores,
+            **changes,
         )
     steps[WITHOUT_LOSS] = small_gpt.reference_gradients(small_gpt.make_step(), coeff=0.0)
     return steps

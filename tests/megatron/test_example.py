@@ -14,11 +14,19 @@ EXAMPLE = ROOT / "examples" / "megatron" / "pretrain_gpt.py"
 DIFF = re.search(r"```diff\n(.*?)```", (ROOT / "docs" / "megatron.md").read_text(), re.DOTALL)[1].splitlines()
 ADDED = [line[1:] for line in DIFF if line.startswith("+")]
 REMOVED = [line[1:] for line in DIFF if line.startswith("-")]
-ON_CPU = "import sys, runpy, megatron_on_cpu; megatron_on_cpu.enable(); runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+ON_CPU = (
+    "import sys, runpy, megatron_on_cpu; megatron_on_cpu.enable(); runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+)
 
 
 def train(script, folder, *arguments) -> str:
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+        "OMP_NUM_THREADS": "1",
+    }
     assignments = [f"{name}={value}" for name, value in environment.items()]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "megatron")])
     return run(
@@ -48,5 +56,8 @@ def test_script_without_the_diff_runs(tmp_path):
 
 def test_script_with_the_diff_drives_the_domains_apart(tmp_path):
     arguments = ["--expert-divergence-num-domains", 3, "--expert-divergence-coeff"]
-    last = [float(train(EXAMPLE, tmp_path, *arguments, coeff).rsplit("expert_divergence_loss: ", 1)[1]) for coeff in ("1e-12", "0.05")]
+    last = [
+        float(train(EXAMPLE, tmp_path, *arguments, coeff).rsplit("expert_divergence_loss: ", 1)[1])
+        for coeff in ("1e-12", "0.05")
+    ]
     assert last[1] < last[0] - 0.2

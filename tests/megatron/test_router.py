@@ -52,7 +52,13 @@ def test_router_refuses_what_it_cannot_label_and_is_plain_without_labels():
     sentences, warned, is_plain, has_same_keys = on_ranks(1, one_rank.routers)[0]
     for sentence, part in zip(
         sentences,
-        ["mlp_chunks_for_training 1 (got 2)", "(got hybrid_context_parallel)", "(got overlap_", "'local'", "'transformer_engine'"],
+        [
+            "mlp_chunks_for_training 1 (got 2)",
+            "(got hybrid_context_parallel)",
+            "(got overlap_",
+            "'local'",
+            "'transformer_engine'",
+        ],
         strict=True,
     ):
         assert sentence.startswith("edl::EDTopKRouter: ") and part in sentence
@@ -72,6 +78,11 @@ def test_labels_come_from_the_blend(tmp_path):
     assert torch.equal(ids, thirds) and same and extra == 1
     assert torch.equal(mapped, torch.tensor([2, -1, 0])[thirds])
     assert in_evaluation is None
-    parts = ["must hold 'dataset_id'", "on every stage (got no data on stage 0 of 1)", "shape [B] (got [2, 2])", "(got 2 for path 2)"]
+    parts = [
+        "must hold 'dataset_id'",
+        "on every stage (got no data on stage 0 of 1)",
+        "shape [B] (got [2, 2])",
+        "(got 2 for path 2)",
+    ]
     for sentence, part in zip(sentences, parts, strict=True):
         assert sentence.startswith("edl::megatron.with_domain_ids: ") and part in sentence

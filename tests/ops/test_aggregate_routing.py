@@ -51,7 +51,32 @@ def check(routing, segment_ids, num_segments, scores, device="cpu"):
 @pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_number_of_experts(dtype, scores, order, device):
-    for num_experts in (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 128, 130, 160, 256, 257, 1024, 1030, 2048):
+    for num_experts in (
+        1,
+        2,
+        3,
+        7,
+        8,
+        15,
+        16,
+        17,
+        31,
+        32,
+        33,
+        48,
+        63,
+        64,
+        65,
+        100,
+        128,
+        130,
+        160,
+        256,
+        257,
+        1024,
+        1030,
+        2048,
+    ):
         check(make_routing(70, num_experts, scores, dtype), make_ids(70, 5, order), 5, scores, device)
 
 
@@ -59,7 +84,13 @@ def test_every_number_of_experts(dtype, scores, order, device):
 @pytest.mark.parametrize("num_segments", [0, 1, 3, 1000])
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 255, 256, 257, 1030])
 def test_every_number_of_tokens(num_tokens, num_segments, order, device):
-    check(make_routing(num_tokens, 12, "softmax", torch.float32), make_ids(num_tokens, num_segments, order), num_segments, "softmax", device)
+    check(
+        make_routing(num_tokens, 12, "softmax", torch.float32),
+        make_ids(num_tokens, num_segments, order),
+        num_segments,
+        "softmax",
+        device,
+    )
 
 
 @pytest.mark.parametrize("num_experts", [128, 129])
@@ -93,7 +124,9 @@ def test_layouts(layout, dtype, scores, device):
 def test_ids_of_both_types_with_strides(dtype, device):
     ids = torch.stack([make_ids(40, 4, "shuffled"), torch.full((40,), 99)], dim=1).to(dtype)[:, 0]
     check(make_routing(40, 10, "softmax", torch.float32), ids, 4, "softmax", device)
-    check(make_routing(40, 10, "softmax", torch.float32), torch.tensor([3], dtype=dtype).expand(40), 4, "softmax", device)
+    check(
+        make_routing(40, 10, "softmax", torch.float32), torch.tensor([3], dtype=dtype).expand(40), 4, "softmax", device
+    )
 
 
 def test_gradients_arrive_in_any_layout(device):
@@ -208,7 +241,9 @@ def test_gradients_are_rounded_to_16_bits_like_torch_does(num_experts, dtype, de
     between = (finite[1:].double() + finite[:-1].double()) / 2  # ties, and their neighbours on both sides
     ties = between.float()
     numbers = torch.cat([everything, ties, ties.nextafter(torch.tensor(INF)), ties.nextafter(torch.tensor(-INF))])
-    numbers = torch.cat([numbers, torch.tensor([65503.9, 65519.9, 65520.0, 65536.0, 1e30, -1e30, 3.4e38, -3.4e38, 1e-45])])
+    numbers = torch.cat(
+        [numbers, torch.tensor([65503.9, 65519.9, 65520.0, 65536.0, 1e30, -1e30, 3.4e38, -3.4e38, 1e-45])]
+    )
     numbers = torch.cat([numbers, numbers.new_zeros(-len(numbers) % num_experts)]).view(-1, num_experts)
     routing = torch.full((len(numbers), num_experts), 1 / num_experts, dtype=dtype).to(device).requires_grad_()
     sums, _ = ops.aggregate_routing(routing, torch.arange(len(numbers), device=device), len(numbers), "none")
@@ -226,7 +261,12 @@ SHAPE_ERRORS = {
     "routing must have the shape [T, E] (got 1 dimensions)": (LOGITS[0], IDS, 2, "softmax"),
     "routing must have the shape [T, E] (got 3 dimensions)": (LOGITS[None], IDS, 2, "softmax"),
     "routing must be float32, float64, bfloat16 or float16 (got Int)": (LOGITS.int(), IDS, 2, "softmax"),
-    "routing must be float32, float64, bfloat16 or float16 (got ComplexFloat)": (LOGITS.to(torch.complex64), IDS, 2, "softmax"),
+    "routing must be float32, float64, bfloat16 or float16 (got ComplexFloat)": (
+        LOGITS.to(torch.complex64),
+        IDS,
+        2,
+        "softmax",
+    ),
     "routing must have at least one expert (got a tensor of 8 by 0)": (LOGITS[:, :0], IDS, 2, "softmax"),
     "segment_ids must have the shape [T] (got 2 dimensions)": (LOGITS, IDS[None], 2, "softmax"),
     "segment_ids must be int32 or int64 (got Float)": (LOGITS, IDS.float(), 2, "softmax"),
@@ -380,4 +420,6 @@ def test_a_batch_of_gradients():
     basis = torch.eye(sums.numel(), dtype=torch.float64).view(-1, *sums.shape)
     (rows,) = torch.autograd.grad(sums, leaf, basis, is_grads_batched=True, retain_graph=True)
     for row, direction in zip(rows, basis, strict=True):
-        torch.testing.assert_close(row, torch.autograd.grad(sums, leaf, direction, retain_graph=True)[0], rtol=0, atol=0)
+        torch.testing.assert_close(
+            row, torch.autograd.grad(sums, leaf, direction, retain_graph=True)[0], rtol=0, atol=0
+        )

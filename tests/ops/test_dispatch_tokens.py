@@ -27,7 +27,9 @@ def test_dispatch_and_combine_are_adjoint():
     left = (ops.dispatch_tokens(tokens, row_order, 3) * rows).sum()
     right = (tokens * ops.combine_tokens(rows, None, row_order, 3)).sum()
     torch.testing.assert_close(left, right, rtol=1e-12, atol=0)
-    torch.testing.assert_close(ops.combine_tokens(ops.dispatch_tokens(tokens, row_order, 3), None, row_order, 3), 3 * tokens)
+    torch.testing.assert_close(
+        ops.combine_tokens(ops.dispatch_tokens(tokens, row_order, 3), None, row_order, 3), 3 * tokens
+    )
 
 
 def test_differentiable_to_any_order():

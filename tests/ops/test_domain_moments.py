@@ -58,7 +58,17 @@ def check(segment_sums, segment_counts, labels, num_domains, squares=True, devic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_every_size(dtype, kind, squares, device):
     for num_segments, num_experts, num_domains in [
-        *[(0, 5, 3), (1, 1, 1), (9, 5, 1), (40, 63, 4), (40, 64, 4), (40, 65, 4), (7, 200, 30), (300, 16, 3), (5, 2048, 2)]
+        *[
+            (0, 5, 3),
+            (1, 1, 1),
+            (9, 5, 1),
+            (40, 63, 4),
+            (40, 64, 4),
+            (40, 65, 4),
+            (7, 200, 30),
+            (300, 16, 3),
+            (5, 2048, 2),
+        ]
     ]:
         segments = make_segments(num_segments=num_segments, num_experts=num_experts, dtype=dtype)
         check(*segments, make_labels(num_segments, num_domains, kind), num_domains, squares, device)
@@ -77,7 +87,9 @@ def test_layers_are_independent():
     labels = make_labels(11, 4, torch.int64)
     together = ops.domain_moments(sums, counts, labels, 4, True)
     for layer in range(3):
-        for all_layers, alone in zip(together, ops.domain_moments(sums[layer], counts[layer], labels, 4, True), strict=True):
+        for all_layers, alone in zip(
+            together, ops.domain_moments(sums[layer], counts[layer], labels, 4, True), strict=True
+        ):
             assert all_layers[layer].equal(alone)
 
 
@@ -168,7 +180,12 @@ SENTENCES = {
     "segment_counts must have the shape [S] or [..., S] of segment_sums (got 2 dimensions for 2)": (
         *(SUMS, COUNTS[None], LABELS, 3),
     ),
-    "segment_counts must have one entry per segment of segment_sums (got [3] for [4, 5])": (SUMS, COUNTS[:3], LABELS, 3),
+    "segment_counts must have one entry per segment of segment_sums (got [3] for [4, 5])": (
+        SUMS,
+        COUNTS[:3],
+        LABELS,
+        3,
+    ),
     "segment_counts must have one entry per segment of segment_sums (got [2, 4] for [3, 4, 5])": (
         *(SUMS.expand(3, 4, 5), COUNTS.expand(2, 4), LABELS, 3),
     ),
@@ -184,9 +201,24 @@ SENTENCES = {
     ),
     "labels must have one row per segment (got 3 for 4 segments)": (SUMS, COUNTS, LABELS[:3], 3),
     "labels as weights must have one column per domain (got 3 for num_domains = 4)": (SUMS, COUNTS, WEIGHTS, 4),
-    "labels as weights must be finite and at least 0 (got -0.5 for segment 0 and domain 0)": (SUMS, COUNTS, -WEIGHTS, 3),
-    "labels as weights must be finite and at least 0 (got inf for segment 0 and domain 0)": (SUMS, COUNTS, WEIGHTS / 0, 3),
-    "labels as weights must be finite and at least 0 (got nan for segment 0 and domain 0)": (SUMS, COUNTS, WEIGHTS * NAN, 3),
+    "labels as weights must be finite and at least 0 (got -0.5 for segment 0 and domain 0)": (
+        SUMS,
+        COUNTS,
+        -WEIGHTS,
+        3,
+    ),
+    "labels as weights must be finite and at least 0 (got inf for segment 0 and domain 0)": (
+        SUMS,
+        COUNTS,
+        WEIGHTS / 0,
+        3,
+    ),
+    "labels as weights must be finite and at least 0 (got nan for segment 0 and domain 0)": (
+        SUMS,
+        COUNTS,
+        WEIGHTS * NAN,
+        3,
+    ),
     "all tensors must be on one device (got cpu, cpu and meta)": (SUMS, COUNTS, LABELS.to("meta"), 3),
     "all tensors must be on one device (got cpu, meta and cpu)": (SUMS, COUNTS.to("meta"), LABELS, 3),
     "only segment_sums has a gradient (got segment_counts or labels with requires_grad = True)": (
@@ -226,7 +258,13 @@ def test_the_backward_op_reads_no_gradient_of_another_shape():
     none = torch.empty(0, dtype=torch.float64)
     backward = torch.ops.edl._domain_moments_backward
     assert backward(right, none, SUMS, COUNTS, LABELS).shape == SUMS.shape
-    for sums, squares in [(right[:, :4], none), (right[0], none), (right.float(), none), (right, right[:, :4]), (right, right[:2])]:
+    for sums, squares in [
+        (right[:, :4], none),
+        (right[0], none),
+        (right.float(), none),
+        (right, right[:, :4]),
+        (right, right[:2]),
+    ]:
         for device in ("cpu", "meta"):
             arguments = [x.to(device) for x in (sums, squares, SUMS, COUNTS, LABELS)]
             with pytest.raises(ValueError, match="edl::domain_moments: the gradients of sums and squares must"):

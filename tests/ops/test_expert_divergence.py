@@ -16,7 +16,9 @@ FORM_NAMES = ["mean_of_logs", "log_of_mean", "corrected"]
 
 def make_moments(*leading, num_domains, num_experts, scale=2.0, most_segments=5, absent=()):
     """Sums, squares and counts of 1 to `most_segments` segments per domain."""
-    segments = (torch.randn(*leading, num_domains, most_segments, num_experts, dtype=torch.float64) * scale).softmax(dim=-1)
+    segments = (torch.randn(*leading, num_domains, most_segments, num_experts, dtype=torch.float64) * scale).softmax(
+        dim=-1
+    )
     counts = torch.randint(1, most_segments + 1, (*leading, num_domains)).double()
     for domain in absent:
         counts[..., domain] = 0
@@ -31,7 +33,9 @@ def differentiate(function, sums, squares, counts, eps, reduction, bias_correcti
     return loss.detach(), [torch.zeros_like(sums) if g is None else g for g in grads]
 
 
-def check(sums, squares, counts, eps=1e-6, reduction="mean_of_logs", bias_correction=False, device="cpu", closeness=1.0):
+def check(
+    sums, squares, counts, eps=1e-6, reduction="mean_of_logs", bias_correction=False, device="cpu", closeness=1.0
+):
     """Kernel against definition, with and without a gradient; returns loss and gradients of the kernel.
 
     `closeness`: how close the domains are, (p - q) / (p + q): logarithms of their ratios lose that many digits.
@@ -139,7 +143,9 @@ def test_the_slope_at_a_probability_of_zero_is_that_of_the_smallest_float32(devi
     divergence = 0.5 * (math.log(1 / 0.75) + 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(2))
     slope = torch.tensor([[math.log(1 / 0.75), math.log(2.0**-126), 0.0], [math.log(0.5 / 0.75), math.log(2), 0.0]])
     assert_close(grad, -0.5 * slope.double() / divergence, 1e-7)
-    assert_close(grad[:, 0], -0.5 * torch.tensor([math.log(4 / 3), math.log(2 / 3)], dtype=torch.float64) / divergence, 1e-14)
+    assert_close(
+        grad[:, 0], -0.5 * torch.tensor([math.log(4 / 3), math.log(2 / 3)], dtype=torch.float64) / divergence, 1e-14
+    )
 
 
 @pytest.mark.parametrize("form", FORMS, ids=FORM_NAMES)

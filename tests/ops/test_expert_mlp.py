@@ -11,7 +11,16 @@ from tolerances import assert_close, tolerance
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def make(num_tokens=20, hidden_size=12, intermediate_size=10, num_experts=6, top_k=2, dtype=torch.float64, experts=None, device="cpu"):
+def make(
+    num_tokens=20,
+    hidden_size=12,
+    intermediate_size=10,
+    num_experts=6,
+    top_k=2,
+    dtype=torch.float64,
+    experts=None,
+    device="cpu",
+):
     """Arguments of expert_mlp, with gradients on all that have one."""
     if experts is None:
         experts = torch.rand(num_tokens, num_experts).argsort(-1)[:, :top_k]
@@ -26,7 +35,9 @@ def make(num_tokens=20, hidden_size=12, intermediate_size=10, num_experts=6, top
 def gradients(arguments, output=None):
     output = ops.expert_mlp(*arguments) if output is None else output
     leaves = [x for x in arguments if x.requires_grad]
-    return torch.autograd.grad((output.float() * torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)).sum(), leaves)
+    return torch.autograd.grad(
+        (output.float() * torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)).sum(), leaves
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -221,7 +232,9 @@ def test_permuting_tokens_or_experts_permutes_everything(num_tokens, num_experts
     tokens, weights, row_order, offsets, gate_up, down = make(num_tokens, 5, 4, num_experts, experts=experts)
     output = ops.expert_mlp(tokens, weights, row_order, offsets, gate_up, down)
     order = torch.randperm(num_tokens)
-    moved = ops.expert_mlp(tokens[order], weights[order], *ops.sort_by_expert(experts[order], num_experts), gate_up, down)
+    moved = ops.expert_mlp(
+        tokens[order], weights[order], *ops.sort_by_expert(experts[order], num_experts), gate_up, down
+    )
     torch.testing.assert_close(moved, output[order])
     names = torch.randperm(num_experts)
     renamed = torch.cat([names.argsort(), torch.tensor([num_experts])])[experts]

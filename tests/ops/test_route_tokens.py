@@ -40,7 +40,14 @@ def test_logits_keep_apart_what_the_rounding_of_scores_would_make_equal(scores, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_not_finite_logits_reach_the_weights_and_never_leave_the_range(dtype, scores, normalize, device):
     rows = torch.tensor(
-        [[NAN] * 5, [1, 2, NAN, 0, 3], [INF, 0, INF, -INF, 1], [-INF] * 5, [6e4, -6e4, 5e4, 6e4, 0], [-INF, 2, -INF, -INF, -INF]],
+        [
+            [NAN] * 5,
+            [1, 2, NAN, 0, 3],
+            [INF, 0, INF, -INF, 1],
+            [-INF] * 5,
+            [6e4, -6e4, 5e4, 6e4, 0],
+            [-INF, 2, -INF, -INF, -INF],
+        ],
         device=device,
     )
     for bias in (None, torch.zeros(5, device=device), torch.tensor([0.0, 0.0, -5.0, 0.0, 0.0], device=device)):
@@ -118,7 +125,9 @@ def test_a_row_does_not_depend_on_its_neighbours(device):
             assert torch.cat(parts).equal(together[i])
 
 
-@hypothesis.given(st.integers(1, 70), st.integers(1, 40), st.sampled_from(["softmax", "sigmoid"]), st.booleans(), st.data())
+@hypothesis.given(
+    st.integers(1, 70), st.integers(1, 40), st.sampled_from(["softmax", "sigmoid"]), st.booleans(), st.data()
+)
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
 def test_permuting_experts_permutes_the_choice(num_experts, num_tokens, scores, with_bias, data):
     top_k = data.draw(st.integers(1, num_experts))
@@ -127,7 +136,9 @@ def test_permuting_experts_permutes_the_choice(num_experts, num_tokens, scores, 
     bias = torch.randn(num_experts, generator=generator, dtype=torch.float64) if with_bias else None
     order = torch.randperm(num_experts, generator=generator)
     weights, experts = ops.route_tokens(logits, top_k, scores, bias)
-    moved_weights, moved_experts = ops.route_tokens(logits[:, order], top_k, scores, None if bias is None else bias[order])
+    moved_weights, moved_experts = ops.route_tokens(
+        logits[:, order], top_k, scores, None if bias is None else bias[order]
+    )
     assert order[moved_experts].equal(experts)
     torch.testing.assert_close(moved_weights, weights, rtol=1e-12, atol=0)
 
@@ -139,4 +150,6 @@ def test_gradients_of_the_choice_itself_are_refused():
 
 def test_the_private_backward_refuses_experts_out_of_range():
     with pytest.raises(IndexError, match="edl::_route_tokens_backward: experts must be at least 0 and below 4"):
-        torch.ops.edl._route_tokens_backward(torch.ones(2, 1), torch.randn(2, 4), torch.tensor([[0], [4]]), "softmax", True, 1.0)
+        torch.ops.edl._route_tokens_backward(
+            torch.ones(2, 1), torch.randn(2, 4), torch.tensor([[0], [4]]), "softmax", True, 1.0
+        )

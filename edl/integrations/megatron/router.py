@@ -77,10 +77,14 @@ class EDTopKRouter(TopKRouter):
             labels = edl.current_labels()
             if labels is not None:
                 return self._with_divergence(probs, logits, padding_mask, labels), routing_map
-            warnings.warn("edl::EDTopKRouter: trains outside any edl.domain_scope, without divergence loss", stacklevel=2)
+            warnings.warn(
+                "edl::EDTopKRouter: trains outside any edl.domain_scope, without divergence loss", stacklevel=2
+            )
         return probs, routing_map
 
-    def _with_divergence(self, probs: Tensor, logits: Tensor, padding_mask: Tensor | None, labels: edl.Labels) -> Tensor:
+    def _with_divergence(
+        self, probs: Tensor, logits: Tensor, padding_mask: Tensor | None, labels: edl.Labels
+    ) -> Tensor:
         if self.divergence.memory is not None:
             _end_step_with_gradients(self.config, self.divergence.memory)
         # Made inside the loss, which keeps the other ranks from waiting where the labels of one are wrong.
@@ -106,7 +110,9 @@ class EDTopKRouter(TopKRouter):
             return logits
         return compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)[1]
 
-    def _segments(self, sequence_length: int, batch_size: int, padding_mask: Tensor | None, labels: edl.Labels) -> Segments:
+    def _segments(
+        self, sequence_length: int, batch_size: int, padding_mask: Tensor | None, labels: edl.Labels
+    ) -> Segments:
         """Segments of this rank's rows, row s·B + b; labels and masks of the scope are those of its context-parallel slice."""
         sequence_slices = self.tp_group.size() if self.config.sequence_parallel else 1
         num_rows = sequence_length * batch_size
@@ -138,7 +144,9 @@ class EDTopKRouter(TopKRouter):
             tokens = (~padding_mask).sum(dtype=torch.float32)
         elif labels.attention_mask is not None or labels.padding_mask is not None:
             mask = labels.padding_mask.logical_not() if labels.attention_mask is None else labels.attention_mask
-            tokens = mask.sum(dtype=torch.float32) * (tokens / mask.numel())  # the mask covers the tensor-parallel slices
+            tokens = mask.sum(dtype=torch.float32) * (
+                tokens / mask.numel()
+            )  # the mask covers the tensor-parallel slices
         torch.distributed.all_reduce(tokens, group=self.tp_dp_cp_group)
         return tokens / self.data_parallel_size
 
@@ -152,7 +160,9 @@ def _check_config(config: Any) -> None:
         )
     for name in ("hybrid_context_parallel", "dynamic_context_parallel"):
         if getattr(config, name, False):
-            raise ValueError(f"edl::EDTopKRouter: sequences must be cut over one fixed context-parallel group (got {name})")
+            raise ValueError(
+                f"edl::EDTopKRouter: sequences must be cut over one fixed context-parallel group (got {name})"
+            )
     if getattr(config, "overlap_moe_expert_parallel_comm", False):
         raise ValueError(
             "edl::EDTopKRouter: labels are bound to the forward call of the model, which overlap_moe_expert_parallel_comm takes "

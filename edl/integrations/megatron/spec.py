@@ -17,7 +17,9 @@ from edl.integrations.megatron.router import EDTopKRouter
 def _builder(router: Any, options: dict[str, Any]) -> Callable:
     """What builds the router that replaces `router`, a class."""
     if not (isinstance(router, type) and issubclass(router, TopKRouter)):
-        raise ValueError(f"edl::megatron.patch_spec: a router to replace must be a class derived from TopKRouter (got {router})")
+        raise ValueError(
+            f"edl::megatron.patch_spec: a router to replace must be a class derived from TopKRouter (got {router})"
+        )
     if router is TopKRouter:
         return functools.partial(EDTopKRouter, **options)
     # The user's own router keeps what it does.
@@ -99,7 +101,9 @@ def patch_spec(
     if coeff == 0.0:
         return spec
     if num_domains is None:
-        raise ValueError("edl::megatron.patch_spec: num_domains must be given, --expert-divergence-num-domains (got None)")
+        raise ValueError(
+            "edl::megatron.patch_spec: num_domains must be given, --expert-divergence-num-domains (got None)"
+        )
     options = {
         "num_domains": num_domains,
         "coeff": coeff,
@@ -107,7 +111,9 @@ def patch_spec(
         "bias_correction": bias_correction,
         "accumulate": accumulate,
     }
-    if isinstance(spec, types.FunctionType):  # Megatron-LM's model configuration takes a function of the configuration too
+    if isinstance(
+        spec, types.FunctionType
+    ):  # Megatron-LM's model configuration takes a function of the configuration too
         return functools.wraps(spec)(lambda *args, **kwargs: patch_spec(spec(*args, **kwargs), **options))
     if "router" not in {field.name for field in dataclasses.fields(MoESubmodules)}:
         raise ValueError(

@@ -132,9 +132,13 @@ def block_from_layer(layer: MoELayer, family: str | None = None) -> nn.Module:
     if kind.has_shared_expert:
         options["shared_expert_intermediate_size"] = layer.shared_expert.gate_proj.out_features
     package = f"transformers.models.{kind.module}"
-    config = getattr(importlib.import_module(f"{package}.configuration_{kind.module}"), f"{kind.prefix}Config")(**options)
+    config = getattr(importlib.import_module(f"{package}.configuration_{kind.module}"), f"{kind.prefix}Config")(
+        **options
+    )
     with torch.device("meta"):
-        block = getattr(importlib.import_module(f"{package}.modeling_{kind.module}"), f"{kind.prefix}SparseMoeBlock")(config)
+        block = getattr(importlib.import_module(f"{package}.modeling_{kind.module}"), f"{kind.prefix}SparseMoeBlock")(
+            config
+        )
     names = _ROUTED + (_SHARED if kind.has_shared_expert else [])
     _share(layer, block, [(to_name, from_name) for from_name, to_name in names])
     return block.train(layer.training)

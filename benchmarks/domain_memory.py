@@ -14,12 +14,12 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import markdown_table, report
+from report import markdown_table, save
 from torch import Tensor
 
 import edl
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "pretrain"))
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "pretrain"))
 import data  # noqa: E402
 import model as models  # noqa: E402
 
@@ -125,7 +125,7 @@ def main() -> None:
         for name, by_domain in (("sequences in random order", False), ("sequences sorted by domain", True))
     ]
     title = f"DomainMemory: gradients of the routers of the demo's model after {arguments.steps} steps, {SEQUENCES} sequences"
-    report(title, torch.device("cpu"), tables, arguments.save)
+    save(title, torch.device("cpu"), tables, arguments.save)
 
 
 if __name__ == "__main__":

@@ -18,16 +18,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
-from measure import markdown_table, report
+from report import markdown_table, save
 from torch.nn.parallel import DistributedDataParallel
 
 import edl
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "pretrain"))
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "pretrain"))
 import model as models  # noqa: E402
 
 L, E, D, SEQUENCES, LENGTH = 48, 128, 49, 8, 64
-REPEATS = 15
+REPEATS = 7
 
 
 def median_milliseconds(function: Callable[[], object]) -> float:
@@ -121,7 +121,7 @@ def main() -> None:
         ["step ms", "step with the loss ms", "loss alone ms", "share of the step"],
         [[f"{plain:.1f}", f"{with_loss:.1f}", f"{loss:.2f}", f"{100 * loss / plain:.2f} %"]],
     )
-    report(
+    save(
         "Expert Divergence loss across ranks (gloo, one thread a rank)",
         torch.device("cpu"),
         [

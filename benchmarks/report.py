@@ -93,3 +93,12 @@ def main(description: str, sections: Sections) -> None:
     if arguments.save:
         arguments.save.parent.mkdir(parents=True, exist_ok=True)
         arguments.save.write_text("\n".join(parts))
+
+
+def save(title: str, device: torch.device, tables: list[str], path: str | None) -> None:
+    """Prints facts about the machine and tables, and writes them to a file where `path` names one."""
+    text = f"# {title}\n\n{facts(device)}\n\n" + "\n\n".join(tables) + "\n"
+    print(text)
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text)

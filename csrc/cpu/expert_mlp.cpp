@@ -8,7 +8,7 @@
 //
 // Everything is computed and summed in float32 (float64 for float64). Each result is written by one task, in an order that
 // the routing alone decides: the same bits for any number of threads. Scratch, in elements of the accumulation type: 4 MiB per
-// thread (or the rows of one block, where they are more) for a window; kBlockRows·512 + 128·max(H, I, 512) per thread; for
+// thread (or the rows of one block, where they are more) for a window; kBlockRows·512 + 256·max(H, I, 256) per thread; for
 // 16-bit tokens T·H, and 3·I·H where an expert has more rows than a window.
 #include "ops/expert_mlp.h"
 
@@ -18,12 +18,15 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <vector>
 
 #include "common/dtypes.h"
 #include "common/errors.h"
 #include "common/tensors.h"
 #include "cpu/expert_mlp_plan.h"
+#include "cpu/huge_pages.h"
 #include "cpu/row_order.h"
 
 namespace edl {
@@ -120,7 +123,7 @@ class ExpertMlp {
     const auto output_columns = cut_columns(task.hidden, num_threads_);
     for (const Window& window : windows_) {
       task.window_begin = window.begin();
-      over_rows(window, kBlockColumns, loops_.hidden[storage_]);
+      over_rows(window, kHiddenColumns, loops_.hidden[storage_]);
       run(output_columns.size(), [&](int64_t i, void* own) {
         loops_.output[storage_](task, window.experts.data(), window.experts.size(), output_columns[i], own);
       });
@@ -139,7 +142,7 @@ class ExpertMlp {
 
  private:
   at::Tensor scratch(int64_t elements) const {
-    return at::empty({elements}, options_);
+    return on_huge_pages(at::empty({elements}, options_));
   }
 
   void allocate(bool backward) {
@@ -268,7 +271,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cpu(
     const at::Tensor& down) {
   check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
   const Arguments arguments = dense(tokens, weights, row_order, offsets, gate_up, down);
-  at::Tensor pre_activation = at::empty({row_order.size(0), gate_up.size(1)}, tokens.options());
+  at::Tensor pre_activation = on_huge_pages(at::empty({row_order.size(0), gate_up.size(1)}, tokens.options()));
   const int64_t used = arguments.bounds.const_data_ptr<int32_t>()[gate_up.size(0)];
   pre_activation.narrow(0, used, row_order.size(0) - used).zero_(); // sentinels
   return {run_forward(arguments, pre_activation), pre_activation};
@@ -290,7 +293,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
   const at::Tensor grad = with_dense_rows(grad_output);
   const at::Tensor hidden = pre_activation.contiguous();
   const auto empty_if = [&](bool is_needed, const at::Tensor& input) {
-    return is_needed ? at::empty(input.sizes(), input.options()) : at::empty({0}, input.options());
+    return is_needed ? on_huge_pages(at::empty(input.sizes(), input.options())) : at::empty({0}, input.options());
   };
   const at::Tensor token_sums = needed[0] ? zero_sums(tokens) : at::empty({0}, arguments.factors.options());
   const at::Tensor factors = at::zeros(arguments.factors.sizes(), arguments.factors.options()); // zero for sentinels

@@ -49,10 +49,10 @@ inline std::vector<Window> cut_windows(const int32_t* offsets, int64_t num_exper
   return windows;
 }
 
-// Columns in pieces of at most kBlockColumns, of which every number of threads up to `num_threads` gets its share.
+// Columns in pieces of at most kTokenColumns, of which every number of threads up to `num_threads` gets its share.
 inline std::vector<Columns> cut_columns(int64_t columns, int64_t num_threads) {
   constexpr int64_t unit = 16;
-  const int64_t fewest = (columns + kBlockColumns - 1) / kBlockColumns;
+  const int64_t fewest = (columns + kTokenColumns - 1) / kTokenColumns;
   const int64_t pieces = (fewest + num_threads - 1) / num_threads * num_threads;
   const int64_t width = std::max<int64_t>(unit, ((columns + pieces - 1) / std::max<int64_t>(1, pieces) + unit - 1) / unit * unit);
   std::vector<Columns> cut;

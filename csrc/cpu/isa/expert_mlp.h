@@ -10,9 +10,10 @@ namespace edl {
 // ---- sizes of blocks: results do not depend on them ----
 
 inline constexpr int64_t kDepth = 256; //        k of one pass over a block
-inline constexpr int64_t kBlockRows = 84; //     rows of A: whole tiles of 6 and of 14
-inline constexpr int64_t kBlockColumns = 64; //  columns of I or H of a task over rows: whole panels of every instruction set
-inline constexpr int64_t kWideColumns = 128; //  the same where a column takes one product of the gathered rows, not two
+inline constexpr int64_t kBlockRows = 84; //     rows of A: whole tiles of 6 and of 14 rows
+inline constexpr int64_t kHiddenColumns = 64; // columns of I of a task that computes gate and up; all are whole panels
+inline constexpr int64_t kWideColumns = 256; //  columns of I where there is one product: its rows are gathered less often
+inline constexpr int64_t kTokenColumns = 128; // columns of H of a task that adds to tokens
 inline constexpr int64_t kGradColumns = 256; //  columns of a task over a parameter's gradient, of kBlockRows rows
 
 // ---- what all tasks of one call see ----
@@ -96,11 +97,10 @@ struct ExpertMlpLoops {
 EDL_ISA_LOOPS(ExpertMlpLoops, expert_mlp_loops)
 
 // Elements of the accumulation type that a thread needs: A [kBlockRows, kDepth], C [kBlockRows, kGradColumns], and the panels
-// of B.
+// of B: 256 columns of a parameter, or [kDepth, kGradColumns].
 inline int64_t expert_mlp_thread_elements(int64_t hidden, int64_t intermediate) {
   const int64_t longest = hidden > intermediate ? hidden : intermediate;
-  const int64_t panels = 2 * kBlockColumns * longest;
-  return kBlockRows * (kDepth + kGradColumns) + (panels > kDepth * kGradColumns ? panels : kDepth * kGradColumns);
+  return kBlockRows * (kDepth + kGradColumns) + kGradColumns * (longest > kDepth ? longest : kDepth);
 }
 
 } // namespace edl

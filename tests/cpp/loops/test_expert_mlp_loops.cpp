@@ -164,7 +164,7 @@ void check(const ExpertMlpLoops& loops, StorageType type, int64_t window_rows, d
   for (const Window& window : windows) {
     task.window_begin = window.begin();
     for (const ExpertRows& rows : window.blocks) {
-      over_columns(kInner, kBlockColumns, [&](Columns part) { loops.hidden[s](task, rows, part, own.data()); });
+      over_columns(kInner, kHiddenColumns, [&](Columns part) { loops.hidden[s](task, rows, part, own.data()); });
     }
     for (const Columns& part : cut_columns(kHidden, 3)) {
       loops.output[s](task, window.experts.data(), window.experts.size(), part, own.data());

@@ -24,7 +24,7 @@ namespace edl {
 namespace {
 
 constexpr int64_t kPieceRows = 256;
-constexpr int64_t kGrainElements = 1 << 15; // work below this is not worth a thread
+constexpr int64_t kGrainElements = 1 << 16; // work below this is not worth waking a thread
 // Gradients of this size are streamed past the caches. Smaller ones fit them; larger ones are fresh pages (the C library's
 // allocator keeps no block of 32 MiB), which the kernel's zeroing has just brought into the caches: streaming halved the speed.
 constexpr int64_t kStreamFromBytes = 4 << 20;

@@ -19,6 +19,7 @@ namespace edl {
 namespace {
 
 constexpr int64_t kColumns = 64;
+constexpr int64_t kGrainElements = 1 << 14; // work below this is not worth waking a thread
 
 // The labels as a list of (domain, weight) per segment: one entry for an id, up to D for soft labels.
 struct Membership {
@@ -166,7 +167,8 @@ void sum_domains(
     double* counts) {
   const int64_t blocks = extent.column_blocks();
   const int64_t layer_size = num_domains * extent.experts;
-  at::parallel_for(0, extent.layers * blocks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, extent.segments * std::min(kColumns, extent.experts)));
+  at::parallel_for(0, extent.layers * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t layer = task / blocks;
       const int64_t column = task % blocks * kColumns;
@@ -253,7 +255,7 @@ void spread_to_segments(
   const double* grad = grad_sums.const_data_ptr<double>();
   const double* grad2 = grad_squares.dim() == grad_sums.dim() ? grad_squares.const_data_ptr<double>() : nullptr;
   Scalar* out = grad_segments.mutable_data_ptr<Scalar>();
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, extent.experts));
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, extent.experts));
   at::parallel_for(0, extent.layers * extent.segments, grain, [&](int64_t begin, int64_t end) {
     std::vector<double> total(extent.experts);
     for (int64_t i = begin; i < end; ++i) {

@@ -27,6 +27,7 @@ SEQUENCES = 24
 LENGTH = 256
 MICRO_BATCHES = [1, 2, 4, 8, 24]
 BATCHES = 6
+TWO_PASSES = "two passes"
 
 
 def train(model: torch.nn.Module, batches: "data.Batches", divergence: edl.ExpertDivergenceLoss) -> None:
@@ -49,6 +50,7 @@ def gradient(
     labels: Tensor,
     order: Tensor,
     parts: int,
+    two_passes: bool = False,
 ) -> Tensor:
     """The routers' gradient, averaged over micro-batches, in one vector."""
     model.zero_grad()
@@ -57,7 +59,7 @@ def gradient(
     def loss_of(rows: Tensor) -> Tensor:
         return divergence([routing.logits for routing in model(sequences[rows, :-1])[1]], labels[rows])
 
-    if divergence.memory is not None and divergence.two_passes:
+    if two_passes:
         with divergence.memory.collect():
             for rows in micro_batches:
                 loss_of(rows)
@@ -71,17 +73,13 @@ def gradient(
     return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in routers])
 
 
-def ways(num_domains: int) -> dict[str, Callable[[], edl.ExpertDivergenceLoss]]:
-    def make(memory, two_passes: bool = False):
-        divergence = edl.ExpertDivergenceLoss(num_domains, memory=memory)
-        divergence.two_passes = two_passes
-        return divergence
-
+def ways() -> dict[str, Callable[[], edl.DomainMemory | None]]:
+    """The memories to compare; each starts empty."""
     return {
-        "no memory": lambda: make(None),
-        "one pass": lambda: make(edl.DomainMemory()),
-        "one pass, decay 0.9": lambda: make(edl.DomainMemory(decay=0.9)),
-        "two passes": lambda: make(edl.DomainMemory(), two_passes=True),
+        "no memory": lambda: None,
+        "one pass": edl.DomainMemory,
+        "one pass, decay 0.9": lambda: edl.DomainMemory(decay=0.9),
+        TWO_PASSES: edl.DomainMemory,
     }
 
 
@@ -89,14 +87,14 @@ def compare(model, batches, num_domains: int, by_domain: bool) -> list[list[str]
     rows = []
     for parts in MICRO_BATCHES:
         row = [str(parts)]
-        for make in ways(num_domains).values():
-            divergence = make()
+        for name, make_memory in ways().items():
+            divergence = edl.ExpertDivergenceLoss(num_domains, memory=make_memory())
             cosines, ratios = [], []
             for step in range(len(batches) - BATCHES, len(batches)):
                 sequences, labels = batches.sequences(step), batches.labels[step]
                 order = labels.argsort(stable=True) if by_domain else torch.randperm(SEQUENCES)
                 whole = gradient(model, edl.ExpertDivergenceLoss(num_domains), sequences, labels, order, 1)
-                own = gradient(model, divergence, sequences, labels, order, parts)
+                own = gradient(model, divergence, sequences, labels, order, parts, name == TWO_PASSES)
                 cosines.append(F.cosine_similarity(own, whole, dim=0).item())
                 ratios.append((own.norm() / whole.norm()).item())
             row.append(f"{statistics.mean(cosines):.2f} ({statistics.mean(ratios):.2f})")
@@ -118,7 +116,7 @@ def main() -> None:
     batches = data.Batches(domains, arguments.steps + BATCHES, SEQUENCES, LENGTH, 0)
     model = models.LanguageModel(models.ModelSettings(sequence_length=LENGTH))
     train(model, batches, edl.ExpertDivergenceLoss(len(domains)))
-    header = ["micro-batches", *ways(len(domains))]
+    header = ["micro-batches", *ways()]
     tables = [
         f"Micro-batches of {name}, cosine (ratio of norms) to the gradient of the whole batch, mean of {BATCHES} batches:\n\n"
         + markdown_table(header, compare(model, batches, len(domains), by_domain))

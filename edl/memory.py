@@ -141,9 +141,9 @@ class DomainMemory(nn.Module):
         """What the calling forward pass adds to; in a replay, what it found the first time."""
         if self.has_collected:
             return self._carried
-        scope = current_scope()
         if torch._C._current_autograd_node() is None:
             return self._carried
+        scope = current_scope()
         if scope is None:
             raise RuntimeError(
                 "edl::DomainMemory: under activation checkpointing labels must come from edl.domain_scope (got a replay in none)"

@@ -167,7 +167,8 @@ void sum_domains(
     double* counts) {
   const int64_t blocks = extent.column_blocks();
   const int64_t layer_size = num_domains * extent.experts;
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, extent.segments * std::min(kColumns, extent.experts)));
+  const int64_t task_elements = extent.segments * std::min(kColumns, extent.experts);
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, task_elements));
   at::parallel_for(0, extent.layers * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t layer = task / blocks;

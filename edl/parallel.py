@@ -209,12 +209,14 @@ class Ranks:
     def _sum(self, group, parts: tuple, problem: Optional[Exception]) -> Tuple[tuple, Optional[Exception]]:
         if group is None:
             return parts, problem
-        *parts, failures = _SumOverRanks.apply(group.group_name, problem is not None, *parts)
+        *totals, failures = _SumOverRanks.apply(group.group_name, problem is not None, *parts)
+        # torch 2.11, when it compiles, takes what was marked as not differentiable for differentiable.
+        totals = tuple(total if part.requires_grad else total.detach() for total, part in zip(totals, parts))
         if reads_values(failures) and failures.item() > 0:
             for rank, sentence in self._gather(group, None if problem is None else str(problem)):
                 if problem is None and sentence is not None:
                     problem = RuntimeError(f"edl::parallel: rank {rank} failed: {sentence}")
-        return tuple(parts), problem
+        return totals, problem
 
 
 def reads_values(tensor: Tensor) -> bool:

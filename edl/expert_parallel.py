@@ -186,10 +186,15 @@ def expert_mlp(
         the tokens of all ranks of the mesh.
 
     Raises:
-        ValueError: another type of tokens than of experts, weights that are sharded further, a call under torch.export.
+        ValueError: another type of tokens than of experts, weights that are sharded further, a call under torch.export, or under
+            torch.compile on torch 2.11.
     """
+    # Also true while torch 2.11 compiles, which would lose what the exchange receives and give wrong numbers.
     if torch.compiler.is_exporting():
-        raise ValueError("edl::MoELayer: a layer with expert_group cannot be exported (got a call under torch.export)")
+        raise ValueError(
+            "edl::MoELayer: a layer with expert_group cannot be exported, nor compiled on torch 2.11 (got a call under "
+            "torch.export or torch.compile)"
+        )
     group = mesh.get_group()
     gate_up, down = gate_up.to_local(), down.to_local()
     num_local = (offsets.shape[0] - 1) // mesh.size()

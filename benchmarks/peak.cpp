@@ -1,4 +1,5 @@
-// The machine's peak in float32: multiply-adds on registers alone. `peak THREADS` prints GFLOP/s, the best of half a second.
+// The machine's peak in float32: multiply-adds on registers alone. `peak THREADS` prints GFLOP/s, the best of half a
+// second.
 
 #include <chrono>
 #include <cstdio>
@@ -23,22 +24,27 @@ constexpr long kSteps = 2'000'000;
 // Every accumulator is a chain of its own, so that the latency of one hides behind the others.
 static float multiply_add(float factor) {
   Vector sums[kAccumulators];
-  for (int i = 0; i < kAccumulators; ++i) sums[i] = Vector{} + static_cast<float>(i);
+  for (int i = 0; i < kAccumulators; ++i)
+    sums[i] = Vector{} + static_cast<float>(i);
   const Vector factors = Vector{} + factor, addends = Vector{} + 0.5f;
   for (long step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 32
-    for (int i = 0; i < kAccumulators; ++i) sums[i] = sums[i] * factors + addends;
+    for (int i = 0; i < kAccumulators; ++i)
+      sums[i] = sums[i] * factors + addends;
   }
   float total = 0;
-  for (const Vector& sum : sums) total += sum[0];
+  for (const Vector& sum : sums)
+    total += sum[0];
   return total;
 }
 
 static double seconds_of(std::vector<float>& results) {
   std::vector<std::thread> team;
   const auto start = Clock::now();
-  for (float& result : results) team.emplace_back([&result] { result = multiply_add(result); });
-  for (std::thread& thread : team) thread.join();
+  for (float& result : results)
+    team.emplace_back([&result] { result = multiply_add(result); });
+  for (std::thread& thread : team)
+    thread.join();
   return Seconds(Clock::now() - start).count();
 }
 
@@ -46,12 +52,14 @@ int main(int count, char** arguments) {
   const int threads = count > 1 ? std::atoi(arguments[1]) : 1;
   const double operations = 2.0 * kSteps * kAccumulators * (kVectorBytes / sizeof(float)) * threads;
   double best = 0;
-  volatile float used = 0;  // the results, so that no compiler leaves their computation out
+  volatile float used = 0; // the results, so that no compiler leaves their computation out
   for (const auto start = Clock::now(); Seconds(Clock::now() - start).count() < 0.5;) {
     std::vector<float> results(threads, 0.5f);
     const double speed = operations / seconds_of(results);
-    for (float result : results) used = used + result;
-    if (speed > best) best = speed;
+    for (float result : results)
+      used = used + result;
+    if (speed > best)
+      best = speed;
   }
   std::printf("%.1f\n", best * 1e-9);
 }

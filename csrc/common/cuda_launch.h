@@ -1,7 +1,7 @@
 #pragma once
 
-// Every kernel is launched, and names its dynamic shared memory, through these macros alone. An emulation on the host, which
-// compiles the same sources without nvcc, defines them before this file is read.
+// Every kernel is launched, and names its dynamic shared memory, through these macros alone. An emulation on the host,
+// which compiles the same sources without nvcc, defines them before this file is read.
 
 #if !defined(EDL_LAUNCH)
 
@@ -11,7 +11,7 @@
 #define EDL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
 
-#define EDL_DYNAMIC_SHARED(Type, name)                       \
+#define EDL_DYNAMIC_SHARED(Type, name)                        \
   extern __shared__ __align__(16) unsigned char name##_raw[]; \
   Type* const name = reinterpret_cast<Type*>(name##_raw)
 

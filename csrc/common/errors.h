@@ -5,7 +5,8 @@
 
 namespace edl {
 
-// A condition over sizes may be symbolic (torch.compile, torch.export): then it becomes a guard or a run-time assertion.
+// A condition over sizes may be symbolic (torch.compile, torch.export): then it becomes a guard or a run-time
+// assertion.
 inline bool holds(bool condition) {
   return condition;
 }

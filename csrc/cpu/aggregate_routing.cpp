@@ -1,9 +1,9 @@
 // aggregate_routing on the CPU: routing [T, E], segment_ids [T] → sums [S, E], counts [S].
 //
 // The tokens of a segment are cut into pieces of at most kPieceRows rows; a piece is summed in float32 (float64 for
-// float64), the pieces of a segment in float64, in order. Where ids come in runs (sequences), the pieces are the runs and
-// rows are read where they lie; else a stable counting sort brings the rows of a segment together. Pieces depend on the ids
-// alone, so the result does not depend on the number of threads. Scratch O(T + S·E). Cost: one read of routing.
+// float64), the pieces of a segment in float64, in order. Where ids come in runs (sequences), the pieces are the runs
+// and rows are read where they lie; else a stable counting sort brings the rows of a segment together. Pieces depend on
+// the ids alone, so the result does not depend on the number of threads. Scratch O(T + S·E). Cost: one read of routing.
 #include "ops/aggregate_routing.h"
 
 #include <ATen/Parallel.h>
@@ -25,8 +25,9 @@ namespace {
 
 constexpr int64_t kPieceRows = 256;
 constexpr int64_t kGrainElements = 1 << 16; // work below this is not worth waking a thread
-// Gradients of this size are streamed past the caches. Smaller ones fit them; larger ones are fresh pages (the C library's
-// allocator keeps no block of 32 MiB), which the kernel's zeroing has just brought into the caches: streaming halved the speed.
+// Gradients of this size are streamed past the caches. Smaller ones fit them; larger ones are fresh pages (the C
+// library's allocator keeps no block of 32 MiB), which the kernel's zeroing has just brought into the caches: streaming
+// halved the speed.
 constexpr int64_t kStreamFromBytes = 4 << 20;
 constexpr int64_t kStreamBelowBytes = 32 << 20;
 
@@ -59,9 +60,10 @@ int64_t count_segments(const Indices& ids, int64_t num_tokens, int64_t num_segme
   for (int64_t t = 0; t < num_tokens; ++t) {
     const int64_t id = ids[t];
     EDL_CHECK_INDEX(
-        id >= -1 && id < num_segments, "edl::aggregate_routing: segment_ids must be at least -1 and below ", num_segments,
-        ", the number of segments (got ", id, " at row ", t,
-        "; edl.segments gives this id to a token whose label or mask value is not allowed, and to all where cu_seqlens does not rise from 0)");
+        id >= -1 && id < num_segments, "edl::aggregate_routing: segment_ids must be at least -1 and below ",
+        num_segments, ", the number of segments (got ", id, " at row ", t,
+        "; edl.segments gives this id to a token whose label or mask value is not allowed, and to all where cu_seqlens "
+        "does not rise from 0)");
     runs += id != previous;
     previous = id;
     if (id >= 0) {
@@ -83,9 +85,8 @@ Plan plan_runs(const Indices& ids, int64_t num_tokens) {
     }
     begin = end;
   }
-  std::stable_sort(plan.pieces.begin(), plan.pieces.end(), [](const Piece& a, const Piece& b) {
-    return a.segment < b.segment;
-  });
+  std::stable_sort(
+      plan.pieces.begin(), plan.pieces.end(), [](const Piece& a, const Piece& b) { return a.segment < b.segment; });
   return plan;
 }
 
@@ -126,27 +127,28 @@ Plan make_plan(const Indices& ids, int64_t num_tokens, const std::vector<int64_t
 // sums[s] = the pieces of s, added in order.
 template <typename Acc>
 void add_up_pieces(const Plan& plan, const Acc* partial, int64_t num_experts, int64_t num_segments, Acc* sums) {
-  at::parallel_for(0, num_segments, std::max<int64_t>(1, kGrainElements / num_experts), [&](int64_t begin, int64_t end) {
-    std::vector<double> total(num_experts);
-    for (int64_t s = begin; s < end; ++s) {
-      const int64_t first = plan.first_piece[s];
-      const int64_t last = plan.first_piece[s + 1];
-      Acc* out = sums + s * num_experts;
-      if (last - first == 1) {
-        std::copy_n(partial + first * num_experts, num_experts, out);
-        continue;
-      }
-      std::fill(total.begin(), total.end(), 0.0);
-      for (int64_t piece = first; piece < last; ++piece) {
-        for (int64_t e = 0; e < num_experts; ++e) {
-          total[e] += static_cast<double>(partial[piece * num_experts + e]);
+  at::parallel_for(
+      0, num_segments, std::max<int64_t>(1, kGrainElements / num_experts), [&](int64_t begin, int64_t end) {
+        std::vector<double> total(num_experts);
+        for (int64_t s = begin; s < end; ++s) {
+          const int64_t first = plan.first_piece[s];
+          const int64_t last = plan.first_piece[s + 1];
+          Acc* out = sums + s * num_experts;
+          if (last - first == 1) {
+            std::copy_n(partial + first * num_experts, num_experts, out);
+            continue;
+          }
+          std::fill(total.begin(), total.end(), 0.0);
+          for (int64_t piece = first; piece < last; ++piece) {
+            for (int64_t e = 0; e < num_experts; ++e) {
+              total[e] += static_cast<double>(partial[piece * num_experts + e]);
+            }
+          }
+          for (int64_t e = 0; e < num_experts; ++e) {
+            out[e] = static_cast<Acc>(total[e]);
+          }
         }
-      }
-      for (int64_t e = 0; e < num_experts; ++e) {
-        out[e] = static_cast<Acc>(total[e]);
-      }
-    }
-  });
+      });
 }
 
 // Logits taken for probabilities, and the reverse, train quietly on a wrong loss: refuse both.
@@ -162,18 +164,22 @@ void check_form(const std::vector<RowCensus>& censuses, Scores scores, int64_t n
   if (scores == Scores::none) {
     TORCH_CHECK_VALUE(
         all.first_other < 0,
-        "edl::aggregate_routing: with scores = 'none' every row of routing must be a distribution, entries of at least 0 "
-        "that sum to 1 (got something else at row ", all.first_other, "; for logits pass scores = 'softmax' or 'sigmoid', or to ExpertDivergenceLoss input = 'logits')");
+        "edl::aggregate_routing: with scores = 'none' every row of routing must be a distribution, entries of "
+        "at least 0 that sum to 1 (got something else at row ",
+        all.first_other,
+        "; for logits pass scores = 'softmax' or 'sigmoid', or to ExpertDivergenceLoss input = 'logits')");
   } else {
     TORCH_CHECK_VALUE(
         num_experts == 1 || all.finite < 2 || all.distributions < all.finite,
         "edl::aggregate_routing: with scores = 'softmax' or 'sigmoid' routing must be logits (got ", all.finite,
-        " rows that all sum to 1 with entries of at least 0; for probabilities pass scores = 'none', or to ExpertDivergenceLoss input = 'probs')");
+        " rows that all sum to 1 with entries of at least 0; for probabilities pass scores = 'none', or to "
+        "ExpertDivergenceLoss input = 'probs')");
   }
 }
 
 template <typename Acc>
-void sum_pieces(const Plan& plan, RoutingRows rows, Scores scores, StorageType storage, int64_t num_segments, Acc* sums) {
+void sum_pieces(
+    const Plan& plan, RoutingRows rows, Scores scores, StorageType storage, int64_t num_segments, Acc* sums) {
   const auto sum_rows = aggregate_routing_loops().sum_rows[static_cast<int>(storage)][score_index(scores)];
   const bool is_16_bit = storage == StorageType::bfloat16 || storage == StorageType::float16;
   const double tolerance = is_16_bit ? 1e-2 : 1e-3;
@@ -196,10 +202,7 @@ void sum_pieces(const Plan& plan, RoutingRows rows, Scores scores, StorageType s
 }
 
 std::tuple<at::Tensor, at::Tensor> aggregate_routing_cpu(
-    const at::Tensor& routing,
-    const at::Tensor& segment_ids,
-    int64_t num_segments,
-    std::string_view scores_name) {
+    const at::Tensor& routing, const at::Tensor& segment_ids, int64_t num_segments, std::string_view scores_name) {
   const Scores scores = check_aggregate_routing(routing, segment_ids, num_segments, scores_name);
   const at::Tensor rows = with_dense_rows(routing);
   const at::Tensor dense_ids = segment_ids.contiguous();
@@ -239,13 +242,19 @@ at::Tensor aggregate_routing_backward_cpu(
   const int64_t num_experts = rows.size(1);
   const auto bytes = static_cast<int64_t>(grad_routing.nbytes());
   const RoutingGradient gradient{
-      dense_grad.const_data_ptr(), ids.data(), ids.are_64_bit(), rows.const_data_ptr(), rows.stride(0), num_experts,
-      grad_routing.mutable_data_ptr(), bytes > kStreamFromBytes && bytes < kStreamBelowBytes};
+      dense_grad.const_data_ptr(),
+      ids.data(),
+      ids.are_64_bit(),
+      rows.const_data_ptr(),
+      rows.stride(0),
+      num_experts,
+      grad_routing.mutable_data_ptr(),
+      bytes > kStreamFromBytes && bytes < kStreamBelowBytes};
   const auto spread_rows =
       aggregate_routing_loops().spread_rows[static_cast<int>(storage_of(rows))][score_index(scores)];
-  at::parallel_for(0, rows.size(0), std::max<int64_t>(1, kGrainElements / num_experts), [&](int64_t begin, int64_t end) {
-    spread_rows(gradient, begin, end);
-  });
+  at::parallel_for(
+      0, rows.size(0), std::max<int64_t>(1, kGrainElements / num_experts),
+      [&](int64_t begin, int64_t end) { spread_rows(gradient, begin, end); });
   return grad_routing;
 }
 

@@ -1,7 +1,7 @@
 // combine_tokens on the CPU: rows [N, H], weights [T, K] or none, row_order [N] → output [T, H].
 //
-// The inverse of row_order turns the scatter of rows into a gather per token: each token is summed by one thread, in the
-// order of its choices, in float32 (float64 for float64). Scratch O(N).
+// The inverse of row_order turns the scatter of rows into a gather per token: each token is summed by one thread, in
+// the order of its choices, in float32 (float64 for float64). Scratch O(N).
 #include "ops/combine_tokens.h"
 
 #include <ATen/Parallel.h>
@@ -34,10 +34,7 @@ at::Tensor factors_of(const std::optional<at::Tensor>& weights, const at::Tensor
 }
 
 at::Tensor combine_tokens_cpu(
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const at::Tensor& row_order,
-    int64_t top_k) {
+    const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& row_order, int64_t top_k) {
   check_combine_tokens(rows, weights, row_order, top_k);
   const at::Tensor source = with_dense_rows(rows);
   const at::Tensor order = row_order.contiguous();
@@ -46,12 +43,11 @@ at::Tensor combine_tokens_cpu(
   const std::vector<int32_t> row_of_slot = rows_of_slots(kOp, order.const_data_ptr<int32_t>(), order.size(0));
   at::Tensor output = at::empty({num_tokens, rows.size(1)}, rows.options());
   const CombineTask task{
-      source.const_data_ptr(), source.stride(0), row_of_slot.data(), factors.const_data_ptr(), top_k, rows.size(1),
+      source.const_data_ptr(),  source.stride(0), row_of_slot.data(), factors.const_data_ptr(), top_k, rows.size(1),
       output.mutable_data_ptr()};
   const auto combine = combine_tokens_loops().combine[static_cast<int>(storage_of(rows))];
-  at::parallel_for(0, num_tokens, grain_tokens(top_k, rows.size(1)), [&](int64_t begin, int64_t end) {
-    combine(task, begin, end);
-  });
+  at::parallel_for(
+      0, num_tokens, grain_tokens(top_k, rows.size(1)), [&](int64_t begin, int64_t end) { combine(task, begin, end); });
   return output;
 }
 
@@ -70,10 +66,18 @@ std::tuple<at::Tensor, at::Tensor> combine_tokens_backward_cpu(
   const std::vector<int32_t> row_of_slot = rows_of_slots(kOp, order.const_data_ptr<int32_t>(), order.size(0));
   const bool of_weights = needed[1] && weights.has_value();
   at::Tensor grad_rows = needed[0] ? at::empty(rows.sizes(), rows.options()) : at::empty({0}, rows.options());
-  at::Tensor grad_weights = of_weights ? at::empty(factors.sizes(), factors.options()) : at::empty({0}, factors.options());
+  at::Tensor grad_weights =
+      of_weights ? at::empty(factors.sizes(), factors.options()) : at::empty({0}, factors.options());
   const CombineGradient task{
-      grad.const_data_ptr(), grad.stride(0), source.const_data_ptr(), source.stride(0), row_of_slot.data(),
-      factors.const_data_ptr(), top_k, rows.size(1), needed[0] ? grad_rows.mutable_data_ptr() : nullptr,
+      grad.const_data_ptr(),
+      grad.stride(0),
+      source.const_data_ptr(),
+      source.stride(0),
+      row_of_slot.data(),
+      factors.const_data_ptr(),
+      top_k,
+      rows.size(1),
+      needed[0] ? grad_rows.mutable_data_ptr() : nullptr,
       of_weights ? grad_weights.mutable_data_ptr() : nullptr};
   const auto spread = combine_tokens_loops().spread[static_cast<int>(storage_of(rows))];
   at::parallel_for(0, grad.size(0), grain_tokens(top_k, rows.size(1)), [&](int64_t begin, int64_t end) {

@@ -28,11 +28,12 @@ at::Tensor dispatch_tokens_cpu(const at::Tensor& tokens, const at::Tensor& row_o
   auto* to = static_cast<char*>(rows.mutable_data_ptr());
   const int64_t width = tokens.size(1) * tokens.element_size();
   const int64_t stride = source.stride(0) * tokens.element_size();
-  at::parallel_for(0, num_rows, std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      std::memcpy(to + i * width, from + slots[i] / top_k * stride, width);
-    }
-  });
+  at::parallel_for(
+      0, num_rows, std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          std::memcpy(to + i * width, from + slots[i] / top_k * stride, width);
+        }
+      });
   return rows;
 }
 

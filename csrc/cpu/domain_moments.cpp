@@ -1,6 +1,6 @@
 // domain_moments on the CPU: segment_sums [L, S, E] and counts [L, S] → sums, squares [L, D, E] and counts [L, D], in
-// float64. One task per layer and block of columns walks the segments in order, so the result does not depend on the number
-// of threads. Segments without tokens or weight are skipped unread. Cost: one read of segment_sums.
+// float64. One task per layer and block of columns walks the segments in order, so the result does not depend on the
+// number of threads. Segments without tokens or weight are skipped unread. Cost: one read of segment_sums.
 #include "ops/domain_moments.h"
 
 #include <ATen/Parallel.h>
@@ -145,7 +145,11 @@ void add_segments(
 
 template <typename Scalar>
 void count_weights(
-    const Segments<Scalar>& segments, const Extent& extent, const Membership& members, int64_t num_domains, double* counts) {
+    const Segments<Scalar>& segments,
+    const Extent& extent,
+    const Membership& members,
+    int64_t num_domains,
+    double* counts) {
   for (int64_t layer = 0; layer < extent.layers; ++layer) {
     for (int64_t s = 0; s < extent.segments; ++s) {
       const Scalar count = segments.counts[layer * segments.counts_stride + s];
@@ -174,8 +178,8 @@ void sum_domains(
       const int64_t layer = task / blocks;
       const int64_t column = task % blocks * kColumns;
       add_segments(
-          segments, extent, members, layer, column, std::min(column + kColumns, extent.experts), sums + layer * layer_size,
-          squares == nullptr ? nullptr : squares + layer * layer_size);
+          segments, extent, members, layer, column, std::min(column + kColumns, extent.experts),
+          sums + layer * layer_size, squares == nullptr ? nullptr : squares + layer * layer_size);
     }
   });
   count_weights(segments, extent, members, num_domains, counts);
@@ -286,7 +290,8 @@ at::Tensor domain_moments_backward_cpu(
   at::Tensor grad_segments = at::empty(rows.sizes(), rows.options());
   if (rows.scalar_type() == at::kDouble) {
     spread_to_segments(
-        view_segments<double>(rows, row_counts, extent), extent, members, dense_grad, dense_grad_squares, grad_segments);
+        view_segments<double>(rows, row_counts, extent), extent, members, dense_grad, dense_grad_squares,
+        grad_segments);
   } else {
     spread_to_segments(
         view_segments<float>(rows, row_counts, extent), extent, members, dense_grad, dense_grad_squares, grad_segments);

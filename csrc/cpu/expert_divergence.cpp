@@ -1,8 +1,9 @@
-// expert_divergence on the CPU: moments [L, D, E] → loss [L] and, where wanted, its gradient to sums and squares, float64.
+// expert_divergence on the CPU: moments [L, D, E] → loss [L] and, where wanted, its gradient to sums and squares,
+// float64.
 //
-// The pairs of a layer are cut into a fixed number of chunks of neighbouring rows j < k with about the same number of pairs;
-// each chunk has its own gradient table, and the tables are added in order: any number of threads gives the same bits. Cost:
-// D²/2 pairs of E logarithms per layer; one pass gives value and gradient.
+// The pairs of a layer are cut into a fixed number of chunks of neighbouring rows j < k with about the same number of
+// pairs; each chunk has its own gradient table, and the tables are added in order: any number of threads gives the same
+// bits. Cost: D²/2 pairs of E logarithms per layer; one pass gives value and gradient.
 #include "ops/expert_divergence.h"
 
 #include <ATen/Parallel.h>

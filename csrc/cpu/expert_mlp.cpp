@@ -1,15 +1,16 @@
-// expert_mlp on the CPU: tokens [T, H], weights [T, K], row_order [N], offsets [E + 1], gate_up [E, 2I, H], down [E, H, I]
-// → output [T, H].
+// expert_mlp on the CPU: tokens [T, H], weights [T, K], row_order [N], offsets [E + 1], gate_up [E, 2I, H],
+// down [E, H, I] → output [T, H].
 //
 // Windows of rows, one after the other; in each, stages of independent tasks, which threads take as they come free:
 //
 //   forward    hidden (rows x columns of I) ─► output (columns of H)
-//   backward   grad_hidden (rows x columns of I) ─► grad_tokens (columns of H), grad_factors, grad_gate_up, grad_down (blocks)
+//   backward   grad_hidden (rows x columns of I) ─► grad_tokens (columns of H), grad_factors,
+//                                                   grad_gate_up, grad_down (blocks)
 //
-// Everything is computed and summed in float32 (float64 for float64). Each result is written by one task, in an order that
-// the routing alone decides: the same bits for any number of threads. Scratch, in elements of the accumulation type: 4 MiB per
-// thread (or the rows of one block, where they are more) for a window; kBlockRows·512 + 256·max(H, I, 256) per thread; for
-// 16-bit tokens T·H, and 3·I·H where an expert has more rows than a window.
+// Everything is computed and summed in float32 (float64 for float64). Each result is written by one task, in an order
+// that the routing alone decides: the same bits for any number of threads. Scratch, in elements of the accumulation
+// type: 4 MiB per thread (or the rows of one block, where they are more) for a window; kBlockRows·512 + 256·max(H, I,
+// 256) per thread; for 16-bit tokens T·H, and 3·I·H where an expert has more rows than a window.
 #include "ops/expert_mlp.h"
 
 #include <ATen/Parallel.h>
@@ -58,8 +59,8 @@ void check_rows(const at::Tensor& order, const at::Tensor& bounds) {
   for (int64_t e = 0; e < bounds.size(0); ++e) {
     EDL_CHECK_INDEX(
         offsets[e] >= previous && offsets[e] <= order.size(0) && (e > 0 || offsets[e] == 0), kOp,
-        ": offsets must rise from 0 to at most ", order.size(0), ", the number of rows (got ", offsets[e], " at position ", e,
-        ")");
+        ": offsets must rise from 0 to at most ", order.size(0), ", the number of rows (got ", offsets[e],
+        " at position ", e, ")");
     previous = offsets[e];
   }
   rows_of_slots(kOp, order.const_data_ptr<int32_t>(), order.size(0));
@@ -72,9 +73,9 @@ Arguments dense(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down) {
-  const Arguments arguments{
-      with_dense_rows(tokens), weights.to(accumulation_type(weights.scalar_type())).contiguous(), row_order.contiguous(),
-      offsets.contiguous(), with_dense_last(gate_up), with_dense_last(down)};
+  const Arguments arguments{with_dense_rows(tokens),  weights.to(accumulation_type(weights.scalar_type())).contiguous(),
+                            row_order.contiguous(),   offsets.contiguous(),
+                            with_dense_last(gate_up), with_dense_last(down)};
   check_rows(arguments.order, arguments.bounds);
   return arguments;
 }
@@ -146,7 +147,9 @@ class ExpertMlp {
   }
 
   void allocate(bool backward) {
-    const auto padded = [](int64_t width) { return (width + kRowPadding - 1) / kRowPadding * kRowPadding + kRowPadding; };
+    const auto padded = [](int64_t width) {
+      return (width + kRowPadding - 1) / kRowPadding * kRowPadding + kRowPadding;
+    };
     task.activation_stride = padded(task.intermediate);
     task.pre_activation_stride = padded(2 * task.intermediate);
     const int64_t row = task.activation_stride + (backward ? task.pre_activation_stride : 0);
@@ -163,7 +166,8 @@ class ExpertMlp {
       dots_ = scratch(parts(kWideColumns) * task.window_rows);
       task.dots = dots_.mutable_data_ptr();
     }
-    if (backward && storage_ != static_cast<int>(StorageType::float32) && storage_ != static_cast<int>(StorageType::float64)) {
+    if (backward && storage_ != static_cast<int>(StorageType::float32) &&
+        storage_ != static_cast<int>(StorageType::float64)) {
       allocate_carried();
     }
     thread_elements_ = padded(expert_mlp_thread_elements(task.hidden, task.intermediate));

@@ -28,7 +28,8 @@ struct Window {
   }
 };
 
-inline std::vector<Window> cut_windows(const int32_t* offsets, int64_t num_experts, int64_t window_rows, int64_t block_rows) {
+inline std::vector<Window> cut_windows(
+    const int32_t* offsets, int64_t num_experts, int64_t window_rows, int64_t block_rows) {
   std::vector<Window> windows(1);
   for (int64_t e = 0; e < num_experts; ++e) {
     const int64_t end = offsets[e + 1];
@@ -54,7 +55,8 @@ inline std::vector<Columns> cut_columns(int64_t columns, int64_t num_threads) {
   constexpr int64_t unit = 16;
   const int64_t fewest = (columns + kTokenColumns - 1) / kTokenColumns;
   const int64_t pieces = (fewest + num_threads - 1) / num_threads * num_threads;
-  const int64_t width = std::max<int64_t>(unit, ((columns + pieces - 1) / std::max<int64_t>(1, pieces) + unit - 1) / unit * unit);
+  const int64_t width =
+      std::max<int64_t>(unit, ((columns + pieces - 1) / std::max<int64_t>(1, pieces) + unit - 1) / unit * unit);
   std::vector<Columns> cut;
   for (int64_t begin = 0; begin < columns; begin += width) {
     cut.push_back({begin, std::min(columns, begin + width)});

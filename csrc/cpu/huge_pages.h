@@ -10,8 +10,9 @@
 
 namespace edl {
 
-// Asks for huge pages behind a large new tensor. The allocator hands large blocks back to the system, so that the next one is
-// written page by page for the first time again: 4 KiB at a time that takes longer than the multiplications of a small expert.
+// Asks for huge pages behind a large new tensor. The allocator hands large blocks back to the system, so that the next
+// one is written page by page for the first time again: 4 KiB at a time that takes longer than the multiplications of a
+// small expert.
 inline at::Tensor on_huge_pages(at::Tensor fresh) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 2 << 20;

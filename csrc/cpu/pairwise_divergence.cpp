@@ -1,5 +1,5 @@
-// pairwise_divergence on the CPU: moments [L, D, E] → [L, D, D], float64, one task per layer and domain. Cost: D²/2 pairs of
-// E logarithms per layer.
+// pairwise_divergence on the CPU: moments [L, D, E] → [L, D, D], float64, one task per layer and domain. Cost: D²/2
+// pairs of E logarithms per layer.
 #include "ops/pairwise_divergence.h"
 
 #include <ATen/Parallel.h>

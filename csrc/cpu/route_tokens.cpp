@@ -41,13 +41,18 @@ std::tuple<at::Tensor, at::Tensor> route_tokens_cpu(
   at::Tensor weights = at::empty({rows.size(0), top_k}, logits.options().dtype(type));
   at::Tensor experts = at::empty({rows.size(0), top_k}, logits.options().dtype(at::kLong));
   const RouteTask task{
-      rows.const_data_ptr(), rows.stride(0), rows.size(1), top_k,
-      dense_bias.defined() ? dense_bias.const_data_ptr() : nullptr, normalize, scale, weights.mutable_data_ptr(),
+      rows.const_data_ptr(),
+      rows.stride(0),
+      rows.size(1),
+      top_k,
+      dense_bias.defined() ? dense_bias.const_data_ptr() : nullptr,
+      normalize,
+      scale,
+      weights.mutable_data_ptr(),
       experts.mutable_data_ptr<int64_t>()};
   const auto route_rows = route_tokens_loops().route_rows[static_cast<int>(storage_of(rows))][score_index(scores)];
-  at::parallel_for(0, rows.size(0), grain_rows(rows.size(1)), [&](int64_t begin, int64_t end) {
-    route_rows(task, begin, end);
-  });
+  at::parallel_for(
+      0, rows.size(0), grain_rows(rows.size(1)), [&](int64_t begin, int64_t end) { route_rows(task, begin, end); });
   return {weights, experts};
 }
 
@@ -69,12 +74,18 @@ at::Tensor route_tokens_backward_cpu(
       "edl::_route_tokens_backward: experts must be at least 0 and below ", num_experts, ", the number of experts");
   at::Tensor grad_logits = at::empty(logits.sizes(), logits.options().memory_format(at::MemoryFormat::Contiguous));
   const RouteGradient gradient{
-      dense_grad.const_data_ptr(), rows.const_data_ptr(), rows.stride(0), num_experts, experts.size(1), ids, normalize,
-      scale, grad_logits.mutable_data_ptr()};
+      dense_grad.const_data_ptr(),
+      rows.const_data_ptr(),
+      rows.stride(0),
+      num_experts,
+      experts.size(1),
+      ids,
+      normalize,
+      scale,
+      grad_logits.mutable_data_ptr()};
   const auto spread_rows = route_tokens_loops().spread_rows[static_cast<int>(storage_of(rows))][score_index(scores)];
-  at::parallel_for(0, rows.size(0), grain_rows(num_experts), [&](int64_t begin, int64_t end) {
-    spread_rows(gradient, begin, end);
-  });
+  at::parallel_for(
+      0, rows.size(0), grain_rows(num_experts), [&](int64_t begin, int64_t end) { spread_rows(gradient, begin, end); });
   return grad_logits;
 }
 

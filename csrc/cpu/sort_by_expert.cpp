@@ -1,6 +1,6 @@
-// sort_by_expert on the CPU: experts [T, K] → row_order [T·K], offsets [E + 1]. A counting sort: each chunk of slots counts
-// its ids, a running sum over (expert, chunk) gives every chunk its places, each chunk fills them in. Integers only, so the
-// number of chunks does not show in the result. Cost: two reads of experts, one write; scratch chunks · E.
+// sort_by_expert on the CPU: experts [T, K] → row_order [T·K], offsets [E + 1]. A counting sort: each chunk of slots
+// counts its ids, a running sum over (expert, chunk) gives every chunk its places, each chunk fills them in. Integers
+// only, so the number of chunks does not show in the result. Cost: two reads of experts, one write; scratch chunks · E.
 #include "ops/sort_by_expert.h"
 
 #include <ATen/Parallel.h>

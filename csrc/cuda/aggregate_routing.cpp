@@ -18,10 +18,7 @@ namespace {
 constexpr const char* kOp = "edl::aggregate_routing";
 
 std::tuple<at::Tensor, at::Tensor> aggregate_routing_cuda(
-    const at::Tensor& routing,
-    const at::Tensor& segment_ids,
-    int64_t num_segments,
-    std::string_view scores_name) {
+    const at::Tensor& routing, const at::Tensor& segment_ids, int64_t num_segments, std::string_view scores_name) {
   const Scores scores = check_aggregate_routing(routing, segment_ids, num_segments, scores_name);
   EDL_CHECK(
       num_segments < std::numeric_limits<int32_t>::max(), kOp, ": on CUDA num_segments must be below 2^31 - 1 (got ",
@@ -68,8 +65,7 @@ at::Tensor aggregate_routing_backward_cuda(
     std::string_view scores_name) {
   const Scores scores = check_aggregate_routing_backward(grad_sums, routing, segment_ids, scores_name);
   const c10::cuda::CUDAGuard guard(routing.device());
-  at::Tensor grad_routing =
-      at::empty(routing.sizes(), routing.options().memory_format(at::MemoryFormat::Contiguous));
+  at::Tensor grad_routing = at::empty(routing.sizes(), routing.options().memory_format(at::MemoryFormat::Contiguous));
   if (grad_routing.numel() == 0) {
     return grad_routing;
   }

@@ -1,5 +1,5 @@
-// combine_tokens on CUDA, host side; the kernels stand in kernels/rows.cu. A slot that row_order does not name becomes NaN
-// where the CPU raises.
+// combine_tokens on CUDA, host side; the kernels stand in kernels/rows.cu. A slot that row_order does not name becomes
+// NaN where the CPU raises.
 #include "ops/combine_tokens.h"
 
 #include <ATen/ops/empty.h>

@@ -29,7 +29,8 @@ bool values_are_checked(const char* op) {
   }
   EDL_CHECK(
       !is_capturing(), op,
-      ": EDL_CHECK=1 reads values on the host, which a CUDA graph cannot capture (got a stream that is being captured; unset "
+      ": EDL_CHECK=1 reads values on the host, which a CUDA graph cannot capture (got a stream that is being captured; "
+      "unset "
       "EDL_CHECK)");
   return true;
 }

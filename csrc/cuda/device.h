@@ -1,7 +1,7 @@
 #pragma once
 
-// What the host side of every CUDA operator shares. No operator waits for the device, except to check values where EDL_CHECK=1
-// asks for it.
+// What the host side of every CUDA operator shares. No operator waits for the device, except to check values where
+// EDL_CHECK=1 asks for it.
 
 #include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAGuard.h>

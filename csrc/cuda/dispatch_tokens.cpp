@@ -1,5 +1,5 @@
-// dispatch_tokens on CUDA, host side; the kernel stands in kernels/rows.cu. A slot that row_order does not name becomes NaN
-// where the CPU raises.
+// dispatch_tokens on CUDA, host side; the kernel stands in kernels/rows.cu. A slot that row_order does not name becomes
+// NaN where the CPU raises.
 #include "ops/dispatch_tokens.h"
 
 #include <ATen/ops/zeros.h>

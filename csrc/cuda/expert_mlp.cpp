@@ -1,11 +1,12 @@
 // expert_mlp on CUDA, host side: tokens [T, H], weights [T, K], row_order [N], offsets [E + 1], gate_up [E, 2I, H],
 // down [E, H, I] → output [T, H].
 //
-// Gather the tokens' rows, one product for all experts, SwiGLU, one product, add up the rows of each token in float32 (float64
-// for float64) in the order of its choices. The products are those of expert_products.h; all else are our kernels, which zero
-// what no expert owns, so that no uninitialised memory is read. Backward gathers the tokens again rather than saving their
-// rows, and needs no expert's output: with G the gradient of the rows before their weights w, and A the activation,
-// <G down, A> is the gradient of w. Scratch: N (2 H + 3 I) elements forward, N (3 H + 4 I) backward.
+// Gather the tokens' rows, one product for all experts, SwiGLU, one product, add up the rows of each token in float32
+// (float64 for float64) in the order of its choices. The products are those of expert_products.h; all else are our
+// kernels, which zero what no expert owns, so that no uninitialised memory is read. Backward gathers the tokens again
+// rather than saving their rows, and needs no expert's output: with G the gradient of the rows before their weights w,
+// and A the activation, <G down, A> is the gradient of w. Scratch: N (2 H + 3 I) elements forward, N (3 H + 4 I)
+// backward.
 #include "ops/expert_mlp.h"
 
 #include <ATen/ops/empty.h>
@@ -97,8 +98,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cuda(
   const c10::cuda::CUDAGuard guard(tokens.device());
   const Rows rows(row_order, offsets, weights);
   if (is_empty(tokens, rows, down)) {
-    return {
-        at::zeros(tokens.sizes(), tokens.options()), at::zeros({rows.count(), gate_up.size(1)}, tokens.options())};
+    return {at::zeros(tokens.sizes(), tokens.options()), at::zeros({rows.count(), gate_up.size(1)}, tokens.options())};
   }
   const at::Tensor first = gate_up.contiguous();
   const at::Tensor second = down.contiguous();
@@ -164,7 +164,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> zero_gradients(
     return wanted ? at::zeros(like.sizes(), like.options()) : at::empty({0}, like.options());
   };
   return {
-      zeros_if(needed[0], tokens), zeros_if(needed[1], weights), zeros_if(needed[2], gate_up), zeros_if(needed[3], down)};
+      zeros_if(needed[0], tokens), zeros_if(needed[1], weights), zeros_if(needed[2], gate_up),
+      zeros_if(needed[3], down)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_cuda(
@@ -201,8 +202,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
   }
   if (needed[0]) {
     const at::Tensor grad_inputs = products.by_row(own.grad_pre_activation, first);
-    grad_tokens =
-        combine_rows(grad_inputs, rows_of_slots(rows.order, rows.num_used()), at::Tensor(), rows.top_k());
+    grad_tokens = combine_rows(grad_inputs, rows_of_slots(rows.order, rows.num_used()), at::Tensor(), rows.top_k());
   }
   check_launch(kOp);
   return {

@@ -45,7 +45,8 @@ ExpertProducts::ExpertProducts(
   }
   EDL_CHECK(
       !is_capturing(), op,
-      ": a CUDA graph can capture the experts only where one kernel serves all of them: bfloat16, compute capability 9 or 10, "
+      ": a CUDA graph can capture the experts only where one kernel serves all of them: bfloat16, compute capability 9 "
+      "or 10, "
       "H and I multiples of 8 (got ",
       gate_up.scalar_type(), ", H = ", down.size(1), ", I = ", down.size(2), ")");
   bounds_ = read_on_host(offsets);

@@ -9,9 +9,9 @@ namespace edl {
 
 // Matrix products of the rows of each expert, rows offsets[e] .. offsets[e + 1] belonging to expert e.
 //
-// Grouped: one `at::_grouped_mm` for all experts, without waiting for the device; bfloat16 on compute capability 9 and 10,
-// rows of a multiple of 16 bytes, fewer than 1024 experts. Elsewhere the offsets are read on the host and each expert is one
-// `at::mm`, which a CUDA graph cannot capture: that raises.
+// Grouped: one `at::_grouped_mm` for all experts, without waiting for the device; bfloat16 on compute capability 9 and
+// 10, rows of a multiple of 16 bytes, fewer than 1024 experts. Elsewhere the offsets are read on the host and each
+// expert is one `at::mm`, which a CUDA graph cannot capture: that raises.
 class ExpertProducts {
  public:
   ExpertProducts(

@@ -9,8 +9,7 @@
 
 namespace edl {
 
-at::Tensor gather_rows(
-    const at::Tensor& tokens, const at::Tensor& row_order, int64_t top_k, const int32_t* num_used) {
+at::Tensor gather_rows(const at::Tensor& tokens, const at::Tensor& row_order, int64_t top_k, const int32_t* num_used) {
   const at::Tensor source = with_dense_rows(tokens);
   at::Tensor rows = at::empty({row_order.size(0), tokens.size(1)}, tokens.options());
   if (rows.numel() == 0) {

@@ -19,9 +19,10 @@ constexpr const char* kOp = "edl::aggregate_routing";
 void check_rows(const at::Tensor& routing, const at::Tensor& segment_ids) {
   EDL_CHECK(routing.dim() == 2, kOp, ": routing must have the shape [T, E] (got ", routing.dim(), " dimensions)");
   EDL_CHECK(
-      is_storage_type(routing.scalar_type()), kOp,
-      ": routing must be float32, float64, bfloat16 or float16 (got ", routing.scalar_type(), ")");
-  EDL_CHECK(segment_ids.dim() == 1, kOp, ": segment_ids must have the shape [T] (got ", segment_ids.dim(), " dimensions)");
+      is_storage_type(routing.scalar_type()), kOp, ": routing must be float32, float64, bfloat16 or float16 (got ",
+      routing.scalar_type(), ")");
+  EDL_CHECK(
+      segment_ids.dim() == 1, kOp, ": segment_ids must have the shape [T] (got ", segment_ids.dim(), " dimensions)");
   EDL_CHECK(
       is_index_type(segment_ids.scalar_type()), kOp, ": segment_ids must be int32 or int64 (got ",
       segment_ids.scalar_type(), ")");
@@ -50,10 +51,7 @@ Scores check_aggregate_routing(
 }
 
 Scores check_aggregate_routing_backward(
-    const at::Tensor& grad_sums,
-    const at::Tensor& routing,
-    const at::Tensor& segment_ids,
-    std::string_view scores) {
+    const at::Tensor& grad_sums, const at::Tensor& routing, const at::Tensor& segment_ids, std::string_view scores) {
   check_rows(routing, segment_ids);
   EDL_CHECK(
       grad_sums.dim() == 2 && grad_sums.scalar_type() == accumulation_type(routing.scalar_type()), kOp,
@@ -67,10 +65,7 @@ Scores check_aggregate_routing_backward(
 }
 
 std::tuple<at::Tensor, at::Tensor> aggregate_routing(
-    const at::Tensor& routing,
-    const at::Tensor& segment_ids,
-    c10::SymInt num_segments,
-    std::string_view scores) {
+    const at::Tensor& routing, const at::Tensor& segment_ids, c10::SymInt num_segments, std::string_view scores) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("edl::aggregate_routing", "")
                              .typed<std::tuple<at::Tensor, at::Tensor>(
@@ -81,10 +76,7 @@ std::tuple<at::Tensor, at::Tensor> aggregate_routing(
 namespace {
 
 at::Tensor aggregate_routing_backward(
-    const at::Tensor& grad_sums,
-    const at::Tensor& routing,
-    const at::Tensor& segment_ids,
-    std::string_view scores) {
+    const at::Tensor& grad_sums, const at::Tensor& routing, const at::Tensor& segment_ids, std::string_view scores) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("edl::_aggregate_routing_backward", "")
@@ -93,21 +85,14 @@ at::Tensor aggregate_routing_backward(
 }
 
 std::tuple<at::Tensor, at::Tensor> aggregate_routing_meta(
-    const at::Tensor& routing,
-    const at::Tensor& segment_ids,
-    c10::SymInt num_segments,
-    std::string_view scores) {
+    const at::Tensor& routing, const at::Tensor& segment_ids, c10::SymInt num_segments, std::string_view scores) {
   check_aggregate_routing(routing, segment_ids, num_segments, scores);
   const auto options = routing.options().dtype(accumulation_type(routing.scalar_type()));
-  return {
-      at::empty_symint({num_segments, routing.sym_size(1)}, options), at::empty_symint({num_segments}, options)};
+  return {at::empty_symint({num_segments, routing.sym_size(1)}, options), at::empty_symint({num_segments}, options)};
 }
 
 at::Tensor aggregate_routing_backward_meta(
-    const at::Tensor& grad_sums,
-    const at::Tensor& routing,
-    const at::Tensor& segment_ids,
-    std::string_view scores) {
+    const at::Tensor& grad_sums, const at::Tensor& routing, const at::Tensor& segment_ids, std::string_view scores) {
   check_aggregate_routing_backward(grad_sums, routing, segment_ids, scores);
   return at::empty_symint(routing.sym_sizes(), routing.options());
 }
@@ -130,8 +115,7 @@ struct AggregateRoutingFunction : torch::autograd::Function<AggregateRoutingFunc
   }
 
   static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* context,
-      const torch::autograd::variable_list& grads) {
+      torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
     const auto saved = context->get_saved_variables();
     at::Tensor grad_routing;
     if (grads[0].defined() && context->needs_input_grad(0)) {
@@ -143,10 +127,7 @@ struct AggregateRoutingFunction : torch::autograd::Function<AggregateRoutingFunc
 };
 
 std::tuple<at::Tensor, at::Tensor> aggregate_routing_autograd(
-    const at::Tensor& routing,
-    const at::Tensor& segment_ids,
-    c10::SymInt num_segments,
-    std::string_view scores) {
+    const at::Tensor& routing, const at::Tensor& segment_ids, c10::SymInt num_segments, std::string_view scores) {
   auto outputs = AggregateRoutingFunction::apply(routing, segment_ids, std::move(num_segments), scores);
   return {outputs[0], outputs[1]};
 }
@@ -158,8 +139,7 @@ TORCH_LIBRARY_FRAGMENT(edl, m) {
   m.def(
       "aggregate_routing(Tensor routing, Tensor segment_ids, SymInt num_segments, str scores) "
       "-> (Tensor sums, Tensor counts)");
-  m.def(
-      "_aggregate_routing_backward(Tensor grad_sums, Tensor routing, Tensor segment_ids, str scores) -> Tensor");
+  m.def("_aggregate_routing_backward(Tensor grad_sums, Tensor routing, Tensor segment_ids, str scores) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(edl, Meta, m) {

@@ -12,8 +12,8 @@ namespace edl {
 
 // Sums the router's distribution over the tokens of each segment.
 //
-// Differentiable in `routing`. `scores`: "softmax", "sigmoid" (normalised over experts), "none" (already probabilities).
-// Returns sums [S, E] and counts [S] (tokens), float32, or float64 for float64 input.
+// Differentiable in `routing`. `scores`: "softmax", "sigmoid" (normalised over experts), "none" (already
+// probabilities). Returns sums [S, E] and counts [S] (tokens), float32, or float64 for float64 input.
 EDL_API std::tuple<at::Tensor, at::Tensor> aggregate_routing(
     const at::Tensor& routing, //     [T, E] logits or probabilities
     const at::Tensor& segment_ids, // [T] int32 or int64, in [-1, S); -1 = not counted
@@ -21,10 +21,7 @@ EDL_API std::tuple<at::Tensor, at::Tensor> aggregate_routing(
     std::string_view scores);
 
 Scores check_aggregate_routing(
-    const at::Tensor& routing,
-    const at::Tensor& segment_ids,
-    const c10::SymInt& num_segments,
-    std::string_view scores);
+    const at::Tensor& routing, const at::Tensor& segment_ids, const c10::SymInt& num_segments, std::string_view scores);
 
 Scores check_aggregate_routing_backward(
     const at::Tensor& grad_sums, //   [S, E]

@@ -18,11 +18,11 @@ constexpr const char* kOp = "edl::combine_tokens";
 
 } // namespace
 
-void check_routing_weights(const char* op, const at::Tensor& weights, const at::Tensor& values, const char* values_name) {
+void check_routing_weights(
+    const char* op, const at::Tensor& weights, const at::Tensor& values, const char* values_name) {
   EDL_CHECK(weights.dim() == 2, op, ": weights must have the shape [T, K] (got ", weights.dim(), " dimensions)");
   EDL_CHECK(
-      weights.scalar_type() == values.scalar_type() ||
-          weights.scalar_type() == accumulation_type(values.scalar_type()),
+      weights.scalar_type() == values.scalar_type() || weights.scalar_type() == accumulation_type(values.scalar_type()),
       op, ": weights must have the type of ", values_name, ", or be float32 beside 16-bit ", values_name, " (got ",
       weights.scalar_type(), " beside ", values.scalar_type(), ")");
   EDL_CHECK(
@@ -31,10 +31,7 @@ void check_routing_weights(const char* op, const at::Tensor& weights, const at::
 }
 
 void check_combine_tokens(
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const at::Tensor& row_order,
-    int64_t top_k) {
+    const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& row_order, int64_t top_k) {
   EDL_CHECK(rows.dim() == 2, kOp, ": rows must have the shape [N, H] (got ", rows.dim(), " dimensions)");
   EDL_CHECK(
       is_storage_type(rows.scalar_type()), kOp, ": rows must be float32, float64, bfloat16 or float16 (got ",
@@ -76,17 +73,13 @@ void check_combine_tokens_backward(
       ": the gradient of the output must be a matrix in the type of rows (got ", grad_output.dim(), " dimensions of ",
       grad_output.scalar_type(), ")");
   EDL_CHECK(
-      (grad_output.sym_size(0) * top_k).sym_eq(rows.sym_size(0)) &
-          grad_output.sym_size(1).sym_eq(rows.sym_size(1)),
+      (grad_output.sym_size(0) * top_k).sym_eq(rows.sym_size(0)) & grad_output.sym_size(1).sym_eq(rows.sym_size(1)),
       kOp, ": the gradient of the output must have the shape [T, H] (got ", grad_output.sym_size(0), " by ",
       grad_output.sym_size(1), ")");
 }
 
 at::Tensor combine_tokens(
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const at::Tensor& row_order,
-    int64_t top_k) {
+    const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& row_order, int64_t top_k) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("edl::combine_tokens", "")
@@ -114,10 +107,7 @@ TwoGradients combine_tokens_backward(
 }
 
 at::Tensor combine_tokens_meta(
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const at::Tensor& row_order,
-    int64_t top_k) {
+    const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& row_order, int64_t top_k) {
   check_combine_tokens(rows, weights, row_order, top_k);
   const c10::SymInt num_tokens = weights.has_value() ? weights->sym_size(0) : rows.sym_size(0) / top_k;
   return at::empty_symint({num_tokens, rows.sym_size(1)}, rows.options());
@@ -160,25 +150,20 @@ struct CombineTokensFunction : torch::autograd::Function<CombineTokensFunction> 
   }
 
   static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* context,
-      const torch::autograd::variable_list& grads) {
+      torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
     const auto saved = context->get_saved_variables();
     const int64_t top_k = context->saved_data["top_k"].toInt();
     if (saved.size() == 1) { // no weights: the op is linear in its rows
       return {context->needs_input_grad(0) ? dispatch_tokens(grads[0], saved[0], top_k) : at::Tensor(), {}, {}, {}};
     }
     const std::array<bool, 2> needed = {context->needs_input_grad(0), context->needs_input_grad(1)};
-    auto [grad_rows, grad_weights] =
-        combine_tokens_backward(grads[0], saved[1], saved[2], saved[0], top_k, needed);
+    auto [grad_rows, grad_weights] = combine_tokens_backward(grads[0], saved[1], saved[2], saved[0], top_k, needed);
     return {needed[0] ? grad_rows : at::Tensor(), needed[1] ? grad_weights : at::Tensor(), {}, {}};
   }
 };
 
 at::Tensor combine_tokens_autograd(
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const at::Tensor& row_order,
-    int64_t top_k) {
+    const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& row_order, int64_t top_k) {
   return CombineTokensFunction::apply(rows, weights, row_order, top_k);
 }
 

@@ -54,10 +54,7 @@ struct DispatchTokensFunction : torch::autograd::Function<DispatchTokensFunction
   static constexpr bool is_traceable = true;
 
   static at::Tensor forward(
-      torch::autograd::AutogradContext* context,
-      const at::Tensor& tokens,
-      const at::Tensor& row_order,
-      int64_t top_k) {
+      torch::autograd::AutogradContext* context, const at::Tensor& tokens, const at::Tensor& row_order, int64_t top_k) {
     at::AutoDispatchBelowADInplaceOrView guard;
     context->save_for_backward({row_order});
     context->saved_data["top_k"] = top_k;
@@ -65,8 +62,7 @@ struct DispatchTokensFunction : torch::autograd::Function<DispatchTokensFunction
   }
 
   static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* context,
-      const torch::autograd::variable_list& grads) {
+      torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
     at::Tensor grad_tokens;
     if (grads[0].defined() && context->needs_input_grad(0)) {
       grad_tokens = combine_tokens(

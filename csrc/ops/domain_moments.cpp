@@ -80,16 +80,16 @@ void check_domain_moments_backward(
   const bool with_squares = grad_squares.dim() == grad_sums.dim();
   EDL_CHECK(
       grad_sums.dim() == segment_sums.dim() && grad_sums.scalar_type() == at::kDouble &&
-          (grad_squares.scalar_type() == at::kDouble || !with_squares), kOp,
-      ": the gradients of sums and squares must be float64 in their shape (got ", grad_sums.dim(), " dimensions of ",
-      grad_sums.scalar_type(), " and ", grad_squares.dim(), " of ", grad_squares.scalar_type(), ")");
+          (grad_squares.scalar_type() == at::kDouble || !with_squares),
+      kOp, ": the gradients of sums and squares must be float64 in their shape (got ", grad_sums.dim(),
+      " dimensions of ", grad_sums.scalar_type(), " and ", grad_squares.dim(), " of ", grad_squares.scalar_type(), ")");
   check_domain_moments(segment_sums, segment_counts, labels, grad_sums.sym_size(-2));
   for (int64_t i = 0; i < grad_sums.dim(); ++i) {
     const c10::SymInt expected = i == grad_sums.dim() - 2 ? grad_sums.sym_size(i) : segment_sums.sym_size(i);
     EDL_CHECK(
         grad_sums.sym_size(i).sym_eq(expected).sym_and(
-            (with_squares ? grad_squares : grad_sums).sym_size(i).sym_eq(expected)), kOp,
-        ": the gradients of sums and squares must have their shape (got ", grad_sums.sym_sizes(), " and ",
+            (with_squares ? grad_squares : grad_sums).sym_size(i).sym_eq(expected)),
+        kOp, ": the gradients of sums and squares must have their shape (got ", grad_sums.sym_sizes(), " and ",
         grad_squares.sym_sizes(), " for segment_sums ", segment_sums.sym_sizes(), ")");
   }
 }
@@ -135,8 +135,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments_meta(
   shape[shape.size() - 2] = num_domains;
   const c10::SymDimVector counts_shape(shape.begin(), shape.end() - 1);
   return {
-      at::empty_symint(shape, options),
-      squares ? at::empty_symint(shape, options) : at::empty_symint({0}, options),
+      at::empty_symint(shape, options), squares ? at::empty_symint(shape, options) : at::empty_symint({0}, options),
       at::empty_symint(counts_shape, options)};
 }
 
@@ -161,7 +160,8 @@ struct DomainMomentsFunction : torch::autograd::Function<DomainMomentsFunction> 
       c10::SymInt num_domains,
       bool squares) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [sums, squared, counts] = domain_moments(segment_sums, segment_counts, labels, std::move(num_domains), squares);
+    auto [sums, squared, counts] =
+        domain_moments(segment_sums, segment_counts, labels, std::move(num_domains), squares);
     context->save_for_backward({segment_sums, segment_counts, labels});
     context->saved_data["squares"] = squares;
     context->mark_non_differentiable(
@@ -170,8 +170,7 @@ struct DomainMomentsFunction : torch::autograd::Function<DomainMomentsFunction> 
   }
 
   static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* context,
-      const torch::autograd::variable_list& grads) {
+      torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
     const auto saved = context->get_saved_variables();
     const bool squares = context->saved_data["squares"].toBool();
     at::Tensor grad_segment_sums;

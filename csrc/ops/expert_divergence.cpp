@@ -1,5 +1,5 @@
-// domain → pairs: the Expert Divergence loss of domain moments. Its gradient matrices cost little beside the value, so they
-// are computed with it and saved; backward only scales them.
+// domain → pairs: the Expert Divergence loss of domain moments. Its gradient matrices cost little beside the value, so
+// they are computed with it and saved; backward only scales them.
 #include "ops/expert_divergence.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -122,8 +122,9 @@ std::tuple<at::Tensor, at::Tensor> expert_divergence_backward(
   return op.call(grad_loss, grad_sums, grad_squares, sums, squares);
 }
 
-// The same on every device: the work was done in the forward pass. `sums` and `squares` are not read; they are arguments
-// so that a second derivative finds its way to them and is refused, instead of taking the matrices for constants.
+// The same on every device: the work was done in the forward pass. `sums` and `squares` are not read; they are
+// arguments so that a second derivative finds its way to them and is refused, instead of taking the matrices for
+// constants.
 std::tuple<at::Tensor, at::Tensor> expert_divergence_backward_kernel(
     const at::Tensor& grad_loss, //    [...]
     const at::Tensor& grad_sums, //    [..., D, E]
@@ -179,8 +180,7 @@ struct ExpertDivergenceFunction : torch::autograd::Function<ExpertDivergenceFunc
   }
 
   static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* context,
-      const torch::autograd::variable_list& grads) {
+      torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
     const auto saved = context->get_saved_variables();
     auto [grad_sums, grad_squares] = expert_divergence_backward(grads[0], saved[0], saved[1], saved[2], saved[3]);
     const bool has_squares = saved[1].dim() == saved[0].dim();
@@ -217,7 +217,8 @@ TORCH_LIBRARY_FRAGMENT(edl, m) {
       "_expert_divergence_with_gradient(Tensor sums, Tensor squares, Tensor counts, float eps, str reduction, "
       "bool bias_correction) -> (Tensor loss, Tensor grad_sums, Tensor grad_squares)");
   m.def(
-      "_expert_divergence_backward(Tensor grad_loss, Tensor grad_sums, Tensor grad_squares, Tensor sums, Tensor squares) "
+      "_expert_divergence_backward(Tensor grad_loss, Tensor grad_sums, Tensor grad_squares, Tensor sums, Tensor "
+      "squares) "
       "-> (Tensor grad_sums, Tensor grad_squares)");
 }
 

@@ -23,7 +23,8 @@ constexpr const char* kOp = "edl::expert_mlp";
 constexpr int64_t kMostSlots = std::numeric_limits<int32_t>::max();
 
 void check_parameter(const at::Tensor& parameter, const char* name, const char* shape, const at::Tensor& tokens) {
-  EDL_CHECK(parameter.dim() == 3, kOp, ": ", name, " must have the shape ", shape, " (got ", parameter.dim(), " dimensions)");
+  EDL_CHECK(
+      parameter.dim() == 3, kOp, ": ", name, " must have the shape ", shape, " (got ", parameter.dim(), " dimensions)");
   EDL_CHECK(
       parameter.scalar_type() == tokens.scalar_type(), kOp, ": ", name, " must have the type of tokens (got ",
       parameter.scalar_type(), " beside ", tokens.scalar_type(), ")");
@@ -72,10 +73,12 @@ void check_expert_mlp(
   if (const auto num_slots = weights.sym_numel().maybe_as_int()) {
     EDL_CHECK(*num_slots <= kMostSlots, kOp, ": weights must have fewer than 2^31 entries (got ", *num_slots, ")");
   }
-  EDL_CHECK(gate_up.sym_size(0).sym_ge(1), kOp, ": gate_up must have at least one expert (got ", gate_up.sym_size(0), ")");
   EDL_CHECK(
-      offsets.sym_size(0).sym_eq(gate_up.sym_size(0) + 1), kOp, ": offsets must have one entry more than there are experts (got ",
-      offsets.sym_size(0), " for ", gate_up.sym_size(0), " experts)");
+      gate_up.sym_size(0).sym_ge(1), kOp, ": gate_up must have at least one expert (got ", gate_up.sym_size(0), ")");
+  EDL_CHECK(
+      offsets.sym_size(0).sym_eq(gate_up.sym_size(0) + 1), kOp,
+      ": offsets must have one entry more than there are experts (got ", offsets.sym_size(0), " for ",
+      gate_up.sym_size(0), " experts)");
   EDL_CHECK(
       gate_up.sym_size(2).sym_eq(tokens.sym_size(1)), kOp, ": gate_up must have one column per entry of a token (got ",
       gate_up.sym_size(2), " for tokens of ", tokens.sym_size(1), ")");
@@ -86,8 +89,9 @@ void check_expert_mlp(
       down.sym_size(1).sym_eq(tokens.sym_size(1)), kOp, ": down must have one row per entry of a token (got ",
       down.sym_size(1), " for tokens of ", tokens.sym_size(1), ")");
   EDL_CHECK(
-      gate_up.sym_size(1).sym_eq(down.sym_size(2) * 2), kOp, ": gate_up must have twice as many rows as down has columns (got ",
-      gate_up.sym_size(1), " and ", down.sym_size(2), ")");
+      gate_up.sym_size(1).sym_eq(down.sym_size(2) * 2), kOp,
+      ": gate_up must have twice as many rows as down has columns (got ", gate_up.sym_size(1), " and ",
+      down.sym_size(2), ")");
 }
 
 void check_expert_mlp_backward(
@@ -102,8 +106,8 @@ void check_expert_mlp_backward(
   check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
   EDL_CHECK(
       grad_output.dim() == 2 && grad_output.scalar_type() == tokens.scalar_type(), kOp,
-      ": the gradient of the output must be a matrix in the type of tokens (got ", grad_output.dim(),
-      " dimensions of ", grad_output.scalar_type(), ")");
+      ": the gradient of the output must be a matrix in the type of tokens (got ", grad_output.dim(), " dimensions of ",
+      grad_output.scalar_type(), ")");
   EDL_CHECK(
       grad_output.sym_size(0).sym_eq(tokens.sym_size(0)) & grad_output.sym_size(1).sym_eq(tokens.sym_size(1)), kOp,
       ": the gradient of the output must have the shape of tokens (got ", grad_output.sym_size(0), " by ",
@@ -163,12 +167,12 @@ Gradients expert_mlp_backward(
     const at::Tensor& down,
     const at::Tensor& pre_activation,
     std::array<bool, 4> needed) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::_expert_mlp_backward", "")
-                             .typed<Gradients(
-                                 const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                 const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                 std::array<bool, 4>)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("edl::_expert_mlp_backward", "")
+          .typed<Gradients(
+              const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+              const at::Tensor&, const at::Tensor&, const at::Tensor&, std::array<bool, 4>)>();
   return op.call(grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation, needed);
 }
 
@@ -233,18 +237,16 @@ struct ExpertMlpFunction : torch::autograd::Function<ExpertMlpFunction> {
   }
 
   static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* context,
-      const torch::autograd::variable_list& grads) {
+      torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
     const auto saved = context->get_saved_variables();
     const std::array<bool, 4> needed = {
         context->needs_input_grad(0), context->needs_input_grad(1), context->needs_input_grad(4),
         context->needs_input_grad(5)};
-    auto [grad_tokens, grad_weights, grad_gate_up, grad_down] = expert_mlp_backward(
-        grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], needed);
+    auto [grad_tokens, grad_weights, grad_gate_up, grad_down] =
+        expert_mlp_backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], needed);
     const auto if_needed = [&](size_t i, const at::Tensor& gradient) { return needed[i] ? gradient : at::Tensor(); };
-    return {
-        if_needed(0, grad_tokens), if_needed(1, grad_weights), {}, {}, if_needed(2, grad_gate_up),
-        if_needed(3, grad_down)};
+    return {if_needed(0, grad_tokens),  if_needed(1, grad_weights), {}, {},
+            if_needed(2, grad_gate_up), if_needed(3, grad_down)};
   }
 };
 
@@ -288,7 +290,8 @@ TORCH_LIBRARY_FRAGMENT(edl, m) {
       "expert_mlp(Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, Tensor gate_up, Tensor down) "
       "-> Tensor");
   m.def(
-      "_expert_mlp_forward(Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, Tensor gate_up, Tensor down) "
+      "_expert_mlp_forward(Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, Tensor gate_up, Tensor "
+      "down) "
       "-> (Tensor output, Tensor pre_activation)");
   m.def(
       "_expert_mlp_backward(Tensor grad_output, Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, "

@@ -60,8 +60,7 @@ struct InjectFunction : torch::autograd::Function<InjectFunction> {
   }
 
   static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* context,
-      const torch::autograd::variable_list& grads) {
+      torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
     // A copy: autograd may add to a gradient in place.
     return {grads[0], at::clone(context->get_saved_variables()[0]), {}};
   }

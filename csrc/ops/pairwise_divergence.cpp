@@ -18,10 +18,9 @@ void check_pairwise_divergence(
 
 at::Tensor pairwise_divergence(
     const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("edl::pairwise_divergence", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, bool)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("edl::pairwise_divergence", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, bool)>();
   return op.call(sums, squares, counts, bias_correction);
 }
 

@@ -41,10 +41,7 @@ void check_bias(const at::Tensor& bias, const at::Tensor& logits) {
 } // namespace
 
 Scores check_route_tokens(
-    const at::Tensor& logits,
-    int64_t top_k,
-    std::string_view scores,
-    const std::optional<at::Tensor>& bias) {
+    const at::Tensor& logits, int64_t top_k, std::string_view scores, const std::optional<at::Tensor>& bias) {
   const Scores parsed = check_logits(logits, scores);
   EDL_CHECK(top_k >= 1, kOp, ": top_k must be at least 1 (got ", top_k, ")");
   EDL_CHECK(
@@ -57,10 +54,7 @@ Scores check_route_tokens(
 }
 
 Scores check_route_tokens_backward(
-    const at::Tensor& grad_weights,
-    const at::Tensor& logits,
-    const at::Tensor& experts,
-    std::string_view scores) {
+    const at::Tensor& grad_weights, const at::Tensor& logits, const at::Tensor& experts, std::string_view scores) {
   const Scores parsed = check_logits(logits, scores);
   EDL_CHECK(
       experts.dim() == 2 && experts.scalar_type() == at::kLong, kOp, ": experts must be an int64 matrix (got ",
@@ -86,11 +80,11 @@ std::tuple<at::Tensor, at::Tensor> route_tokens(
     const std::optional<at::Tensor>& bias,
     bool normalize,
     double scale) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::route_tokens", "")
-                             .typed<std::tuple<at::Tensor, at::Tensor>(
-                                 const at::Tensor&, int64_t, std::string_view, const std::optional<at::Tensor>&, bool,
-                                 double)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("edl::route_tokens", "")
+          .typed<std::tuple<at::Tensor, at::Tensor>(
+              const at::Tensor&, int64_t, std::string_view, const std::optional<at::Tensor>&, bool, double)>();
   return op.call(logits, top_k, scores, bias, normalize, scale);
 }
 
@@ -103,11 +97,10 @@ at::Tensor route_tokens_backward(
     std::string_view scores,
     bool normalize,
     double scale) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::_route_tokens_backward", "")
-                             .typed<at::Tensor(
-                                 const at::Tensor&, const at::Tensor&, const at::Tensor&, std::string_view, bool,
-                                 double)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("edl::_route_tokens_backward", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, std::string_view, bool, double)>();
   return op.call(grad_weights, logits, experts, scores, normalize, scale);
 }
 
@@ -157,8 +150,7 @@ struct RouteTokensFunction : torch::autograd::Function<RouteTokensFunction> {
   }
 
   static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* context,
-      const torch::autograd::variable_list& grads) {
+      torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
     const auto saved = context->get_saved_variables();
     at::Tensor grad_logits;
     if (grads[0].defined() && context->needs_input_grad(0)) {

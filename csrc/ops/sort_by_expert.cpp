@@ -23,8 +23,10 @@ void check_sort_by_expert(const at::Tensor& experts, const c10::SymInt& num_expe
   EDL_CHECK(
       is_index_type(experts.scalar_type()), kOp, ": experts must be int32 or int64 (got ", experts.scalar_type(), ")");
   EDL_CHECK(
-      num_experts.sym_ge(1) & num_experts.sym_lt(kMostSlots), kOp, ": num_experts must be at least 1 and below 2^31 - 1 "
-      "(got ", num_experts, ")");
+      num_experts.sym_ge(1) & num_experts.sym_lt(kMostSlots), kOp,
+      ": num_experts must be at least 1 and below 2^31 - 1 "
+      "(got ",
+      num_experts, ")");
   // A symbolic size would turn this into a bound on the batch that users of torch.export had to state.
   if (const auto num_slots = experts.sym_numel().maybe_as_int()) {
     EDL_CHECK(*num_slots <= kMostSlots, kOp, ": experts must have fewer than 2^31 entries (got ", *num_slots, ")");

@@ -1,5 +1,5 @@
-// Trains a router in C++ alone, through edl.h: the loss path from logits to the Expert Divergence loss, its gradient, and
-// plain gradient steps; then one pass through the experts with the trained router.
+// Trains a router in C++ alone, through edl.h: the loss path from logits to the Expert Divergence loss, its gradient,
+// and plain gradient steps; then one pass through the experts with the trained router.
 #include <edl/edl.h>
 #include <torch/types.h>
 
@@ -28,8 +28,8 @@ int main() {
   torch::manual_seed(0);
   const torch::Tensor labels = torch::arange(kSequences) % kDomains;
   const torch::Tensor centres = torch::randn({kDomains, kHidden}); // what tokens of a domain have in common
-  const torch::Tensor tokens = torch::randn({kSequences * kLength, kHidden}) +
-      0.5 * centres.index({labels.repeat_interleave(kLength)});
+  const torch::Tensor tokens =
+      torch::randn({kSequences * kLength, kHidden}) + 0.5 * centres.index({labels.repeat_interleave(kLength)});
   const torch::Tensor router = (0.1 * torch::randn({kExperts, kHidden})).requires_grad_(true);
 
   for (int step = 0; step <= 40; ++step) {

@@ -43,12 +43,12 @@ CATCH_TEST_CASE("aggregate_routing refuses wrong arguments in one sentence") {
   CATCH_REQUIRE(
       error_of([&] { edl::aggregate_routing(routing, zeros.slice(0, 1), 1, "softmax"); }) ==
       "edl::aggregate_routing: segment_ids must have one entry per row of routing (got 7 ids for 8 rows)");
-  CATCH_REQUIRE(
-      error_of([&] { edl::aggregate_routing(routing, zeros, 1, "tanh"); }) ==
-      "edl::aggregate_routing: scores must be 'softmax', 'sigmoid' or 'none' (got 'tanh')");
-  CATCH_REQUIRE(
-      error_of([&] { edl::aggregate_routing(routing[0], zeros, 1, "softmax"); }) ==
-      "edl::aggregate_routing: routing must have the shape [T, E] (got 1 dimensions)");
+  CATCH_REQUIRE(error_of([&] {
+                  edl::aggregate_routing(routing, zeros, 1, "tanh");
+                }) == "edl::aggregate_routing: scores must be 'softmax', 'sigmoid' or 'none' (got 'tanh')");
+  CATCH_REQUIRE(error_of([&] {
+                  edl::aggregate_routing(routing[0], zeros, 1, "softmax");
+                }) == "edl::aggregate_routing: routing must have the shape [T, E] (got 1 dimensions)");
   const std::string index =
       error_of<c10::IndexError>([&] { edl::aggregate_routing(routing, zeros + 3, 3, "softmax"); });
   CATCH_REQUIRE(index.rfind("edl::aggregate_routing: segment_ids must be at least -1 and below 3", 0) == 0);

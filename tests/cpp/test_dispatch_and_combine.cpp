@@ -31,12 +31,12 @@ CATCH_TEST_CASE("dispatch_tokens and combine_tokens refuse wrong arguments in on
   CATCH_REQUIRE(
       error_of([&] { edl::dispatch_tokens(at::randn({4, 5}), order, 2); }) ==
       "edl::dispatch_tokens: row_order must have top_k entries per token (got 6 for 4 tokens and top_k 2)");
-  CATCH_REQUIRE(
-      error_of([&] { edl::combine_tokens(at::randn({6, 5}), at::randn({2, 3}), order, 2); }) ==
-      "edl::combine_tokens: weights must have top_k columns (got 3 and top_k 2)");
-  CATCH_REQUIRE(
-      error_of<c10::IndexError>([&] { edl::combine_tokens(at::randn({6, 5}), {}, at::zeros_like(order), 2); }) ==
-      "edl::combine_tokens: row_order must name each of the 6 slots once (got 0 at row 1)");
+  CATCH_REQUIRE(error_of([&] {
+                  edl::combine_tokens(at::randn({6, 5}), at::randn({2, 3}), order, 2);
+                }) == "edl::combine_tokens: weights must have top_k columns (got 3 and top_k 2)");
+  CATCH_REQUIRE(error_of<c10::IndexError>([&] {
+                  edl::combine_tokens(at::randn({6, 5}), {}, at::zeros_like(order), 2);
+                }) == "edl::combine_tokens: row_order must name each of the 6 slots once (got 0 at row 1)");
 }
 
 CATCH_TEST_CASE("inject passes the carrier and its gradient, and gives the loss the gradient of the scale") {
@@ -47,7 +47,7 @@ CATCH_TEST_CASE("inject passes the carrier and its gradient, and gives the loss 
   (output * 3).sum().backward();
   CATCH_REQUIRE(distance(carrier.grad(), at::full({3, 2}, 3.0, at::kDouble)) == 0);
   CATCH_REQUIRE(loss.grad().item<double>() == 0.25);
-  CATCH_REQUIRE(
-      error_of([&] { edl::inject(carrier, at::zeros({2}), doubles({1}, {})); }) ==
-      "edl::inject: loss must be a scalar tensor (got 1 dimensions)");
+  CATCH_REQUIRE(error_of([&] {
+                  edl::inject(carrier, at::zeros({2}), doubles({1}, {}));
+                }) == "edl::inject: loss must be a scalar tensor (got 1 dimensions)");
 }

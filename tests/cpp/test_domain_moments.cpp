@@ -40,12 +40,12 @@ CATCH_TEST_CASE("domain_moments has the gradient of its definition, for all laye
 CATCH_TEST_CASE("domain_moments refuses wrong arguments in one sentence") {
   const at::Tensor sums = at::rand({4, 5});
   const at::Tensor counts = at::ones({4});
-  CATCH_REQUIRE(
-      error_of([&] { edl::domain_moments(sums, counts, ids({0, 0, 0}), 2, false); }) ==
-      "edl::domain_moments: labels must have one row per segment (got 3 for 4 segments)");
-  CATCH_REQUIRE(
-      error_of([&] { edl::domain_moments(sums, counts, ids({0, 0, 0, 0}), 0, false); }) ==
-      "edl::domain_moments: num_domains must be at least 1 (got 0)");
+  CATCH_REQUIRE(error_of([&] {
+                  edl::domain_moments(sums, counts, ids({0, 0, 0}), 2, false);
+                }) == "edl::domain_moments: labels must have one row per segment (got 3 for 4 segments)");
+  CATCH_REQUIRE(error_of([&] {
+                  edl::domain_moments(sums, counts, ids({0, 0, 0, 0}), 0, false);
+                }) == "edl::domain_moments: num_domains must be at least 1 (got 0)");
   CATCH_REQUIRE(
       error_of<c10::IndexError>([&] { edl::domain_moments(sums, counts, ids({0, 1, 2, 0}), 2, false); }) ==
       "edl::domain_moments: labels must be at least -1 and below num_domains = 2 (got 2 for segment 2)");

@@ -70,15 +70,15 @@ CATCH_TEST_CASE("expert_divergence with bias correction has the gradient of the 
 CATCH_TEST_CASE("expert_divergence refuses wrong arguments in one sentence") {
   const at::Tensor counts = at::ones({3}, at::kDouble);
   const at::Tensor none = at::empty({0}, at::kDouble);
-  CATCH_REQUIRE(
-      error_of([&] { loss_of(means().to(at::kFloat), counts); }) ==
-      "edl::expert_divergence: sums and counts must be float64 (got Float and Double)");
-  CATCH_REQUIRE(
-      error_of([&] { edl::expert_divergence(means(), none, counts, -1.0, "mean_of_logs", false); }) ==
-      "edl::expert_divergence: eps must be finite and not negative (got -1)");
-  CATCH_REQUIRE(
-      error_of([&] { loss_of(means(), counts, "sum"); }) ==
-      "edl::expert_divergence: reduction must be 'mean_of_logs' or 'log_of_mean' (got 'sum')");
+  CATCH_REQUIRE(error_of([&] {
+                  loss_of(means().to(at::kFloat), counts);
+                }) == "edl::expert_divergence: sums and counts must be float64 (got Float and Double)");
+  CATCH_REQUIRE(error_of([&] {
+                  edl::expert_divergence(means(), none, counts, -1.0, "mean_of_logs", false);
+                }) == "edl::expert_divergence: eps must be finite and not negative (got -1)");
+  CATCH_REQUIRE(error_of([&] {
+                  loss_of(means(), counts, "sum");
+                }) == "edl::expert_divergence: reduction must be 'mean_of_logs' or 'log_of_mean' (got 'sum')");
 }
 
 CATCH_TEST_CASE("pairwise_divergence is the symmetric table of Jensen-Shannon divergences") {

@@ -43,7 +43,7 @@ CATCH_TEST_CASE("expert_mlp is the weighted sum of the chosen experts") {
 
 CATCH_TEST_CASE("expert_mlp has the gradients of its definition") {
   const at::Tensor weights = at::randn({kTokens, kHidden}, at::kDouble);
-  for (at::Tensor Layer::*argument : {&Layer::tokens, &Layer::weights, &Layer::gate_up, &Layer::down}) {
+  for (at::Tensor Layer::* argument : {&Layer::tokens, &Layer::weights, &Layer::gate_up, &Layer::down}) {
     Layer layer;
     const at::Tensor point = layer.*argument;
     const auto function = [&](const at::Tensor& at_point) {
@@ -70,6 +70,7 @@ CATCH_TEST_CASE("expert_mlp refuses wrong arguments in one sentence") {
       error_of([&] { layer.output(); }) == "edl::expert_mlp: down must have as many experts as gate_up (got 2 and 3)");
   layer = Layer();
   layer.gate_up = layer.gate_up.to(at::kFloat);
-  CATCH_REQUIRE(
-      error_of([&] { layer.output(); }) == "edl::expert_mlp: gate_up must have the type of tokens (got Float beside Double)");
+  CATCH_REQUIRE(error_of([&] {
+                  layer.output();
+                }) == "edl::expert_mlp: gate_up must have the type of tokens (got Float beside Double)");
 }

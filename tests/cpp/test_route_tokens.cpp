@@ -36,13 +36,13 @@ CATCH_TEST_CASE("route_tokens has the gradient of its definition") {
 
 CATCH_TEST_CASE("route_tokens refuses wrong arguments in one sentence") {
   const at::Tensor logits = at::randn({5, 6});
-  CATCH_REQUIRE(
-      error_of([&] { edl::route_tokens(logits, 7, "softmax"); }) ==
-      "edl::route_tokens: top_k must not exceed the number of experts (got 7 of 6)");
-  CATCH_REQUIRE(
-      error_of([&] { edl::route_tokens(logits, 2, "none"); }) ==
-      "edl::route_tokens: scores must be 'softmax' or 'sigmoid' (got 'none')");
-  CATCH_REQUIRE(
-      error_of([&] { edl::route_tokens(logits, 2, "softmax", at::zeros({5})); }) ==
-      "edl::route_tokens: bias must have one entry per expert (got 5 for 6 experts)");
+  CATCH_REQUIRE(error_of([&] {
+                  edl::route_tokens(logits, 7, "softmax");
+                }) == "edl::route_tokens: top_k must not exceed the number of experts (got 7 of 6)");
+  CATCH_REQUIRE(error_of([&] {
+                  edl::route_tokens(logits, 2, "none");
+                }) == "edl::route_tokens: scores must be 'softmax' or 'sigmoid' (got 'none')");
+  CATCH_REQUIRE(error_of([&] {
+                  edl::route_tokens(logits, 2, "softmax", at::zeros({5}));
+                }) == "edl::route_tokens: bias must have one entry per expert (got 5 for 6 experts)");
 }

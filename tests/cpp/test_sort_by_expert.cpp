@@ -16,11 +16,12 @@ CATCH_TEST_CASE("sort_by_expert of no token gives empty experts") {
 }
 
 CATCH_TEST_CASE("sort_by_expert refuses wrong arguments in one sentence") {
-  CATCH_REQUIRE(
-      error_of([] { edl::sort_by_expert(ids({0, 1}), 2); }) ==
-      "edl::sort_by_expert: experts must have the shape [T, K] (got 1 dimensions)");
+  CATCH_REQUIRE(error_of([] {
+                  edl::sort_by_expert(ids({0, 1}), 2);
+                }) == "edl::sort_by_expert: experts must have the shape [T, K] (got 1 dimensions)");
   CATCH_REQUIRE(
       error_of<c10::IndexError>([] { edl::sort_by_expert(ids({0, 3}).unsqueeze(0), 2); }) ==
-      "edl::sort_by_expert: experts must be at least 0 and at most 2, the number of experts, which means no expert (got 3 at "
+      "edl::sort_by_expert: experts must be at least 0 and at most 2, the number of experts, which means no expert "
+      "(got 3 at "
       "slot 1)");
 }

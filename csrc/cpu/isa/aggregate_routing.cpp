@@ -36,7 +36,7 @@ EDL_INLINE int64_t row_at(const RoutingRows& rows, int64_t i) {
   return rows.order != nullptr ? rows.order[i] : i;
 }
 
-// ---- forward, no score: a plain sum. Columns in blocks of up to 8 vectors, whose sums stay in registers over all rows ----
+// ---- forward, no score: a plain sum, in blocks of up to 8 vectors whose sums stay in registers over all rows ----
 
 // Adds `count` rows' columns [column, column + vectors * lanes) to sums, and each row's own sum and minimum to row_sum
 // and row_minimum.
@@ -118,8 +118,8 @@ EDL_FLATTEN void sum_plain_rows(const RoutingRows& rows, double tolerance, void*
 
 // ---- scores, on one row at a time ----
 
-// One row of E values, padded to whole vectors. With `fixed` > 0 that many vectors, which the compiler keeps in registers;
-// with 0 any number, in memory.
+// One row of E values, padded to whole vectors. With `fixed` > 0 that many vectors, which the compiler keeps in
+// registers; with 0 any number, in memory.
 template <typename Acc, int64_t fixed>
 struct Row {
   explicit Row(int64_t) {}
@@ -159,8 +159,9 @@ struct Row<Acc, 0> {
 template <int64_t fixed, typename Body>
 EDL_INLINE void for_vectors(int64_t count, Body body) {
   if constexpr (fixed > 0) {
-    [&]<int64_t... v>(std::integer_sequence<int64_t, v...>) { (body(v), ...); }
-    (std::make_integer_sequence<int64_t, fixed>{});
+    [&]<int64_t... v>(std::integer_sequence<int64_t, v...>) {
+      (body(v), ...);
+    }(std::make_integer_sequence<int64_t, fixed>{});
   } else {
     for (int64_t v = 0; v < count; ++v) {
       body(v);
@@ -209,7 +210,8 @@ EDL_INLINE void store_vector(Vector<Acc> x, int64_t v, int64_t num_experts, Stor
 
 // While no row has turned out to be logits, looks whether this one could be a distribution.
 template <typename Storage>
-__attribute__((noinline)) void take_census(const Storage* data, int64_t num_experts, double tolerance, int64_t row, RowCensus* census) {
+__attribute__((noinline)) void take_census(
+    const Storage* data, int64_t num_experts, double tolerance, int64_t row, RowCensus* census) {
   double sum = 0;
   bool negative = false;
   for (int64_t e = 0; e < num_experts; ++e) {
@@ -226,9 +228,7 @@ EDL_INLINE Acc score_row(Row<Acc, fixed>& row) {
   Vector<Acc> total{};
   if constexpr (score == Score::softmax) {
     Vector<Acc> highest = row[0];
-    for_vectors<fixed>(row.vectors(), [&](int64_t v) {
-      highest = maximum<Acc>(highest, row[v]);
-    });
+    for_vectors<fixed>(row.vectors(), [&](int64_t v) { highest = maximum<Acc>(highest, row[v]); });
     const Acc top = max_of<Acc>(highest);
     for_vectors<fixed>(row.vectors(), [&](int64_t v) {
       row[v] = exp_of(row[v] - top);
@@ -258,9 +258,7 @@ EDL_FLATTEN void sum_scored(const RoutingRows& rows, double tolerance, Accumulat
   const int64_t num_experts = rows.num_experts;
   Row<Acc, fixed> total(num_experts);
   Row<Acc, fixed> row(num_experts);
-  for_vectors<fixed>(total.vectors(), [&](int64_t v) {
-    total[v] = Vector<Acc>{};
-  });
+  for_vectors<fixed>(total.vectors(), [&](int64_t v) { total[v] = Vector<Acc>{}; });
   bool maybe_distributions = true;
   for (int64_t i = rows.begin; i < rows.end; ++i) {
     const int64_t t = row_at(rows, i);
@@ -269,17 +267,11 @@ EDL_FLATTEN void sum_scored(const RoutingRows& rows, double tolerance, Accumulat
       take_census(entries, num_experts, tolerance, t, census);
       maybe_distributions = census->first_other < 0; // one row of logits settles it
     }
-    for_vectors<fixed>(row.vectors(), [&](int64_t v) {
-      row[v] = load_vector<fixed>(entries, v, num_experts, beyond);
-    });
+    for_vectors<fixed>(row.vectors(), [&](int64_t v) { row[v] = load_vector<fixed>(entries, v, num_experts, beyond); });
     const Acc scale = normaliser<score>(score_row<score>(row));
-    for_vectors<fixed>(row.vectors(), [&](int64_t v) {
-      total[v] += row[v] * scale;
-    });
+    for_vectors<fixed>(row.vectors(), [&](int64_t v) { total[v] += row[v] * scale; });
   }
-  for_vectors<fixed>(total.vectors(), [&](int64_t v) {
-    store_vector<false, fixed>(total[v], v, num_experts, sums);
-  });
+  for_vectors<fixed>(total.vectors(), [&](int64_t v) { store_vector<false, fixed>(total[v], v, num_experts, sums); });
 }
 
 // Calls `run` with the number of vectors of a row where that is a small power of two, else with 0.
@@ -323,9 +315,8 @@ template <Score score, int64_t fixed, typename Acc>
 EDL_INLINE void backward_through_score(const Acc* grad, int64_t num_experts, Row<Acc, fixed>& row) {
   const Acc scale = normaliser<score>(score_row<score>(row));
   Vector<Acc> dots{};
-  for_vectors<fixed>(row.vectors(), [&](int64_t v) {
-    dots += row[v] * load_vector<fixed>(grad, v, num_experts, Acc(0));
-  });
+  for_vectors<fixed>(
+      row.vectors(), [&](int64_t v) { dots += row[v] * load_vector<fixed>(grad, v, num_experts, Acc(0)); });
   const Acc dot = sum_of<Acc>(dots) * scale;
   for_vectors<fixed>(row.vectors(), [&](int64_t v) {
     Vector<Acc> slope = row[v] * scale;
@@ -361,9 +352,8 @@ EDL_FLATTEN void spread(const RoutingGradient& gradient, int64_t begin, int64_t 
     if constexpr (score != Score::none) {
       backward_through_score<score>(grad, num_experts, row);
     }
-    for_vectors<fixed>(row.vectors(), [&](int64_t v) {
-      store_vector<past_caches, fixed>(row[v], v, num_experts, out_row);
-    });
+    for_vectors<fixed>(
+        row.vectors(), [&](int64_t v) { store_vector<past_caches, fixed>(row[v], v, num_experts, out_row); });
   }
   if constexpr (past_caches) {
     stream_fence();
@@ -387,15 +377,13 @@ void spread_rows(const RoutingGradient& gradient, int64_t begin, int64_t end) {
 } // namespace
 
 #define EDL_ALL_SCORES(loop, Storage) \
-  { loop<Storage, Score::softmax>, loop<Storage, Score::sigmoid>, loop<Storage, Score::none> }
+  {loop<Storage, Score::softmax>, loop<Storage, Score::sigmoid>, loop<Storage, Score::none>}
 #define EDL_SUM_SCORES(Storage) \
-  { sum_scored_rows<Storage, Score::softmax>, sum_scored_rows<Storage, Score::sigmoid>, sum_plain_rows<Storage> }
+  {sum_scored_rows<Storage, Score::softmax>, sum_scored_rows<Storage, Score::sigmoid>, sum_plain_rows<Storage>}
 
 extern const AggregateRoutingLoops aggregate_routing_loops = {
     {EDL_SUM_SCORES(float), EDL_SUM_SCORES(double), EDL_SUM_SCORES(BFloat16), EDL_SUM_SCORES(Float16)},
-    {EDL_ALL_SCORES(spread_rows, float),
-     EDL_ALL_SCORES(spread_rows, double),
-     EDL_ALL_SCORES(spread_rows, BFloat16),
+    {EDL_ALL_SCORES(spread_rows, float), EDL_ALL_SCORES(spread_rows, double), EDL_ALL_SCORES(spread_rows, BFloat16),
      EDL_ALL_SCORES(spread_rows, Float16)},
 };
 

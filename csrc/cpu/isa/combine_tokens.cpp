@@ -1,5 +1,5 @@
-// Inner loops of combine_tokens: sums in float32 (float64 for float64), a block of columns at a time, so that a block's sums
-// stay in registers over a token's rows. Cost: one read of the rows, one write of the tokens.
+// Inner loops of combine_tokens: sums in float32 (float64 for float64), a block of columns at a time, so that a block's
+// sums stay in registers over a token's rows. Cost: one read of the rows, one write of the tokens.
 #include "cpu/isa/combine_tokens.h"
 
 #include "cpu/isa/simd.h"

@@ -1,9 +1,9 @@
 #pragma once
 
-// Run-time choice among the builds of one source. setup.py compiles every `cpu/isa/*.cpp` once for each instruction set,
-// with EDL_ISA naming the namespace and EDL_VECTOR_BYTES the register width; on other processors only `baseline` exists.
-// These sources include no torch header, and everything inline in them lives in anonymous namespaces, so that the
-// linker can never merge AVX-512 code into a function that a weaker processor runs.
+// Run-time choice among the builds of one source. setup.py compiles every `cpu/isa/*.cpp` once for each instruction
+// set, with EDL_ISA naming the namespace and EDL_VECTOR_BYTES the register width; on other processors only `baseline`
+// exists. These sources include no torch header, and everything inline in them lives in anonymous namespaces, so that
+// the linker can never merge AVX-512 code into a function that a weaker processor runs.
 
 namespace edl {
 
@@ -16,32 +16,32 @@ const char* instruction_set_name();
 } // namespace edl
 
 #if defined(EDL_WITH_X86)
-#define EDL_ISA_LOOPS(Table, name)          \
-  namespace baseline {                      \
-  extern const Table name;                  \
-  }                                         \
-  namespace avx2 {                          \
-  extern const Table name;                  \
-  }                                         \
-  namespace avx512 {                        \
-  extern const Table name;                  \
-  }                                         \
-  inline const Table& name() {              \
-    switch (instruction_set()) {            \
-      case InstructionSet::avx512:          \
-        return avx512::name;                \
-      case InstructionSet::avx2:            \
-        return avx2::name;                  \
-      default:                              \
-        return baseline::name;              \
-    }                                       \
+#define EDL_ISA_LOOPS(Table, name) \
+  namespace baseline {             \
+  extern const Table name;         \
+  }                                \
+  namespace avx2 {                 \
+  extern const Table name;         \
+  }                                \
+  namespace avx512 {               \
+  extern const Table name;         \
+  }                                \
+  inline const Table& name() {     \
+    switch (instruction_set()) {   \
+      case InstructionSet::avx512: \
+        return avx512::name;       \
+      case InstructionSet::avx2:   \
+        return avx2::name;         \
+      default:                     \
+        return baseline::name;     \
+    }                              \
   }
 #else
-#define EDL_ISA_LOOPS(Table, name)          \
-  namespace baseline {                      \
-  extern const Table name;                  \
-  }                                         \
-  inline const Table& name() {              \
-    return baseline::name;                  \
+#define EDL_ISA_LOOPS(Table, name) \
+  namespace baseline {             \
+  extern const Table name;         \
+  }                                \
+  inline const Table& name() {     \
+    return baseline::name;         \
   }
 #endif

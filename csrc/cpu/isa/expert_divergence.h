@@ -17,11 +17,21 @@ struct ExpertDivergenceLoops {
   void (*log_means)(const double* means, int64_t length, double* out);
   // Jensen-Shannon divergence of p and q, and its slopes dD/dp, dD/dq where these are wanted (not null).
   double (*divergence)(
-      const double* p, const double* q, const double* log_p, const double* log_q, int64_t length, double* slope_p,
+      const double* p,
+      const double* q,
+      const double* log_p,
+      const double* log_q,
+      int64_t length,
+      double* slope_p,
       double* slope_q);
   // b = 1/8 Σ (v_p + v_q) / m with m = (p + q)/2, its slope db/dp = db/dq, and db/dv = inverse = 1/(8 m).
   double (*bias)(
-      const double* p, const double* q, const double* v_p, const double* v_q, int64_t length, double* slope,
+      const double* p,
+      const double* q,
+      const double* v_p,
+      const double* v_q,
+      int64_t length,
+      double* slope,
       double* inverse);
   // out += scale * x.
   void (*add_scaled)(double scale, const double* x, int64_t length, double* out);

@@ -7,8 +7,8 @@
 //   grad_gate_up  dP^T X per expert                              4·H·I
 //   grad_down     dO^T (factor · A) per expert                   2·H·I
 //
-// X and dO are the tokens' rows of tokens and of grad_output, gathered while they are packed. Parameters are packed once per
-// task; A and dP lie in the scratch of the window.
+// X and dO are the tokens' rows of tokens and of grad_output, gathered while they are packed. Parameters are packed
+// once per task; A and dP lie in the scratch of the window.
 #include "cpu/isa/expert_mlp.h"
 
 #include "cpu/isa/gemm.h"
@@ -76,8 +76,8 @@ const Storage* down_of(const ExpertMlpTask& task, int64_t expert, int64_t row) {
   return static_cast<const Storage*>(task.down) + expert * task.down_strides[0] + row * task.down_strides[1];
 }
 
-// Calls part(begin, count) for pieces of at most `step`; once with nothing where there is nothing, so that products of no
-// terms still write their zeros.
+// Calls part(begin, count) for pieces of at most `step`; once with nothing where there is nothing, so that products of
+// no terms still write their zeros.
 template <typename Part>
 EDL_INLINE void in_parts(int64_t begin, int64_t end, int64_t step, Part part) {
   do {
@@ -114,7 +114,8 @@ EDL_INLINE void store_some(Vector<Acc> x, int64_t count, Storage* out) {
 
 // own.c [count, columns] = rows begin.. of a gathered matrix, times the panels in own.b.
 template <typename Storage, typename Acc>
-void multiply_gathered(GatheredRows<Storage> rows, int64_t begin, int64_t count, int64_t depth, int64_t columns, Own<Acc> own) {
+void multiply_gathered(
+    GatheredRows<Storage> rows, int64_t begin, int64_t count, int64_t depth, int64_t columns, Own<Acc> own) {
   in_parts(0, depth, kDepth, [&](int64_t k, int64_t part) {
     for (int64_t i = 0; i < count; ++i) {
       copy_row(rows(begin + i) + k, part, own.a + i * kDepth);
@@ -127,13 +128,15 @@ void multiply_gathered(GatheredRows<Storage> rows, int64_t begin, int64_t count,
 template <typename Acc>
 void multiply_scratch(const Acc* rows, int64_t stride, int64_t count, int64_t depth, int64_t columns, Own<Acc> own) {
   in_parts(0, depth, kDepth, [&](int64_t k, int64_t part) {
-    multiply(Left<Layout::rows, Acc>{rows + k, stride}, own.b + k * columns, count, columns, part, own.c, columns, k > 0);
+    multiply(
+        Left<Layout::rows, Acc>{rows + k, stride}, own.b + k * columns, count, columns, part, own.c, columns, k > 0);
   });
 }
 
 // sums[token] += factor · row, or += row, for the columns of a task. Each task owns its columns: no other adds to them.
 template <typename Storage, bool weighted, typename Acc>
-void add_to_tokens(const ExpertMlpTask& task, int64_t begin, int64_t count, Columns columns, const Acc* rows, int64_t stride) {
+void add_to_tokens(
+    const ExpertMlpTask& task, int64_t begin, int64_t count, Columns columns, const Acc* rows, int64_t stride) {
   const int64_t width = columns.end - columns.begin;
   for (int64_t i = 0; i < count; ++i, rows += stride) {
     const Acc factor = weighted ? factor_of<Storage>(task, begin + i) : Acc(1);
@@ -216,7 +219,8 @@ void output(const ExpertMlpTask& task, const ExpertRows* experts, int64_t num_ex
 
 // From own.c: the gradient of the activation before its factor.
 template <typename Storage, typename Acc>
-void activate_backward(const ExpertMlpTask& task, int64_t begin, int64_t count, Columns columns, int64_t stride, const Acc* c) {
+void activate_backward(
+    const ExpertMlpTask& task, int64_t begin, int64_t count, Columns columns, int64_t stride, const Acc* c) {
   const int64_t width = columns.end - columns.begin, intermediate = task.intermediate;
   Acc* dots = static_cast<Acc*>(task.dots) + columns.begin / kWideColumns * task.window_rows;
   for (int64_t row = begin; row < begin + count; ++row, c += stride) {
@@ -257,7 +261,8 @@ void grad_hidden(const ExpertMlpTask& task, ExpertRows rows, Columns columns, vo
 }
 
 template <typename Storage>
-void grad_tokens(const ExpertMlpTask& task, const ExpertRows* experts, int64_t num_experts, Columns columns, void* memory) {
+void grad_tokens(
+    const ExpertMlpTask& task, const ExpertRows* experts, int64_t num_experts, Columns columns, void* memory) {
   using Acc = Accumulation<Storage>;
   const Own<Acc> own(memory);
   const int64_t width = columns.end - columns.begin, padded = round_up(width, kTileColumns<Acc>);
@@ -291,7 +296,14 @@ void grad_factors(const ExpertMlpTask& task, int64_t begin, int64_t end) {
 // c [rows, columns] = or += the sum over the rows r of an expert of left(r)^T right(r).
 template <typename LeftRow, typename RightRow, typename Acc>
 void multiply_outer(
-    ExpertRows range, LeftRow left, int64_t rows, RightRow right, int64_t columns, Acc* c, int64_t stride, bool accumulate,
+    ExpertRows range,
+    LeftRow left,
+    int64_t rows,
+    RightRow right,
+    int64_t columns,
+    Acc* c,
+    int64_t stride,
+    bool accumulate,
     Own<Acc> own) {
   in_parts(range.begin, range.end, kGradDepth, [&](int64_t begin, int64_t part) {
     for (int64_t i = 0; i < part; ++i) {
@@ -314,7 +326,15 @@ void copy_block(const Acc* from, int64_t from_stride, int64_t rows, int64_t colu
 
 // A block of the gradient [M, N] of one expert: summed in place, or, for 16-bit storage, beside it.
 template <typename Storage, typename LeftRow, typename RightRow, typename Acc = Accumulation<Storage>>
-void grad_block(const GradBlock& block, LeftRow left, int64_t m, RightRow right, int64_t n, Storage* grad, Acc* carried, void* memory) {
+void grad_block(
+    const GradBlock& block,
+    LeftRow left,
+    int64_t m,
+    RightRow right,
+    int64_t n,
+    Storage* grad,
+    Acc* carried,
+    void* memory) {
   const Own<Acc> own(memory);
   const int64_t rows = std::min(kBlockRows, m - block.row), columns = std::min(kGradColumns, n - block.column);
   const int64_t place = block.row * n + block.column;
@@ -341,7 +361,8 @@ void grad_gate_up(const ExpertMlpTask& task, const GradBlock& block, void* memor
   grad_block<Storage>(
       block, [&](int64_t row) { return grad_pre_activation_of<Storage>(task, row) + block.row; }, m,
       [&](int64_t row) { return tokens(row) + block.column; }, n,
-      static_cast<Storage*>(task.grad_gate_up) + block.rows.expert * m * n, static_cast<Acc*>(task.carried_gate_up), memory);
+      static_cast<Storage*>(task.grad_gate_up) + block.rows.expert * m * n, static_cast<Acc*>(task.carried_gate_up),
+      memory);
 }
 
 template <typename Storage>
@@ -357,8 +378,7 @@ void grad_down(const ExpertMlpTask& task, const GradBlock& block, void* memory) 
 
 } // namespace
 
-#define EDL_ALL_STORAGE(loop) \
-  { loop<float>, loop<double>, loop<BFloat16>, loop<Float16> }
+#define EDL_ALL_STORAGE(loop) {loop<float>, loop<double>, loop<BFloat16>, loop<Float16>}
 
 extern const ExpertMlpLoops expert_mlp_loops = {
     EDL_ALL_STORAGE(hidden),      EDL_ALL_STORAGE(output),       EDL_ALL_STORAGE(grad_hidden),

@@ -12,7 +12,7 @@ namespace edl {
 inline constexpr int64_t kDepth = 256; //        k of one pass over a block
 inline constexpr int64_t kBlockRows = 84; //     rows of A: whole tiles of 6 and of 14 rows
 inline constexpr int64_t kHiddenColumns = 64; // columns of I of a task that computes gate and up; all are whole panels
-inline constexpr int64_t kWideColumns = 256; //  columns of I where there is one product: its rows are gathered less often
+inline constexpr int64_t kWideColumns = 256; //  columns of I where there is one product: fewer gathers of its rows
 inline constexpr int64_t kTokenColumns = 128; // columns of H of a task that adds to tokens
 inline constexpr int64_t kGradColumns = 256; //  columns of a task over a parameter's gradient, of kBlockRows rows
 
@@ -41,8 +41,8 @@ struct ExpertMlpTask {
   void* grad_factors; //          [T, K] accumulation type
   void* grad_gate_up; //          [E, 2I, H] storage
   void* grad_down; //             [E, H, I] storage
-  void* carried_gate_up; //       [2I, H] accumulation type, for an expert that windows share; null for float and double,
-                         //       whose gradients carry themselves
+  // For an expert that windows share, accumulation type; null for float and double, whose gradients carry themselves.
+  void* carried_gate_up; //       [2I, H]
   void* carried_down; //          [H, I]
 
   // Scratch for the rows of one window, accumulation type.
@@ -96,8 +96,8 @@ struct ExpertMlpLoops {
 
 EDL_ISA_LOOPS(ExpertMlpLoops, expert_mlp_loops)
 
-// Elements of the accumulation type that a thread needs: A [kBlockRows, kDepth], C [kBlockRows, kGradColumns], and the panels
-// of B: 256 columns of a parameter, or [kDepth, kGradColumns].
+// Elements of the accumulation type that a thread needs: A [kBlockRows, kDepth], C [kBlockRows, kGradColumns], and the
+// panels of B: 256 columns of a parameter, or [kDepth, kGradColumns].
 inline int64_t expert_mlp_thread_elements(int64_t hidden, int64_t intermediate) {
   const int64_t longest = hidden > intermediate ? hidden : intermediate;
   return kBlockRows * (kDepth + kGradColumns) + kGradColumns * (longest > kDepth ? longest : kDepth);

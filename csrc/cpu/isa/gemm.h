@@ -9,8 +9,8 @@
 //                  └─────┴─────┴─────┘                      the thread, so results do not depend on any of them.
 //                   kTileRows x 2 vectors, registers
 //
-// Cost of a tile per k: 2 · rows multiply-adds of a vector, rows + 2 loads. Packing: a load and a store per vector, and 3
-// shuffles more where it transposes.
+// Cost of a tile per k: 2 · rows multiply-adds of a vector, rows + 2 loads. Packing: a load and a store per vector, and
+// 3 shuffles more where it transposes.
 
 #include <algorithm>
 #include <cstdint>
@@ -101,8 +101,17 @@ struct Left {
 
 // The last, incomplete panel: its columns of C go through a tile of their own.
 template <typename Acc>
-void edge_tile(Tile<Acc> tile, int64_t rows, int64_t columns, int64_t depth, const Acc* a, int64_t a_stride, const Acc* b,
-               Acc* c, int64_t c_stride, bool accumulate) {
+void edge_tile(
+    Tile<Acc> tile,
+    int64_t rows,
+    int64_t columns,
+    int64_t depth,
+    const Acc* a,
+    int64_t a_stride,
+    const Acc* b,
+    Acc* c,
+    int64_t c_stride,
+    bool accumulate) {
   constexpr int64_t width = kTileColumns<Acc>;
   Acc own[kTileRows * width] = {};
   for (int64_t m = 0; accumulate && m < rows; ++m) {
@@ -116,8 +125,15 @@ void edge_tile(Tile<Acc> tile, int64_t rows, int64_t columns, int64_t depth, con
 
 // C [rows, columns] = or += A B, with B in panels of [depth, kTileColumns]. Rows are shared out evenly among the tiles.
 template <Layout layout, typename Acc>
-void multiply(Left<layout, Acc> a, const Acc* b, int64_t rows, int64_t columns, int64_t depth, Acc* c, int64_t c_stride,
-              bool accumulate) {
+void multiply(
+    Left<layout, Acc> a,
+    const Acc* b,
+    int64_t rows,
+    int64_t columns,
+    int64_t depth,
+    Acc* c,
+    int64_t c_stride,
+    bool accumulate) {
   constexpr int64_t width = kTileColumns<Acc>;
   const int64_t groups = (rows + kTileRows - 1) / kTileRows;
   for (int64_t n = 0; n < columns; n += width) {

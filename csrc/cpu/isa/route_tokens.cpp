@@ -1,6 +1,6 @@
 // Inner loops of route_tokens: logits [T, E] in float32, float64, bfloat16 or float16, everything computed in float32
-// (float64 for float64). Cost: one read of the logits, K scans of a row in cache; the scores of a whole row are formed only
-// where its choice or its weights need them.
+// (float64 for float64). Cost: one read of the logits, K scans of a row in cache; the scores of a whole row are formed
+// only where its choice or its weights need them.
 #include "cpu/isa/route_tokens.h"
 
 #include "cpu/isa/row_scores.h"
@@ -137,7 +137,8 @@ EDL_INLINE void gather_chosen(const Acc* values, const int64_t* chosen, int64_t 
 }
 
 template <Score score, typename Acc>
-EDL_INLINE void weigh(const RouteTask& task, const int64_t* chosen, Acc row_sum, RouteScratch<Acc>* scratch, Acc* weights) {
+EDL_INLINE void weigh(
+    const RouteTask& task, const int64_t* chosen, Acc row_sum, RouteScratch<Acc>* scratch, Acc* weights) {
   RowBuffer<Acc>& few = scratch->few;
   Acc factor = static_cast<Acc>(task.scale);
   if (score == Score::softmax && !task.normalize) {
@@ -235,17 +236,12 @@ void spread_rows(const RouteGradient& task, int64_t begin, int64_t end) {
 
 } // namespace
 
-#define EDL_BOTH_SCORES(loop, Storage) \
-  { loop<Storage, Score::softmax>, loop<Storage, Score::sigmoid> }
+#define EDL_BOTH_SCORES(loop, Storage) {loop<Storage, Score::softmax>, loop<Storage, Score::sigmoid>}
 
 extern const RouteTokensLoops route_tokens_loops = {
-    {EDL_BOTH_SCORES(route_rows, float),
-     EDL_BOTH_SCORES(route_rows, double),
-     EDL_BOTH_SCORES(route_rows, BFloat16),
+    {EDL_BOTH_SCORES(route_rows, float), EDL_BOTH_SCORES(route_rows, double), EDL_BOTH_SCORES(route_rows, BFloat16),
      EDL_BOTH_SCORES(route_rows, Float16)},
-    {EDL_BOTH_SCORES(spread_rows, float),
-     EDL_BOTH_SCORES(spread_rows, double),
-     EDL_BOTH_SCORES(spread_rows, BFloat16),
+    {EDL_BOTH_SCORES(spread_rows, float), EDL_BOTH_SCORES(spread_rows, double), EDL_BOTH_SCORES(spread_rows, BFloat16),
      EDL_BOTH_SCORES(spread_rows, Float16)},
 };
 

@@ -1,7 +1,7 @@
 #pragma once
 
-// Scores of one row of logits of any length, in a padded buffer whose entries can be taken one by one. No torch header, no
-// external linkage.
+// Scores of one row of logits of any length, in a padded buffer whose entries can be taken one by one. No torch header,
+// no external linkage.
 
 #include "cpu/isa/simd.h"
 

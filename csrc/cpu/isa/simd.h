@@ -1,7 +1,8 @@
 #pragma once
 
 // Vectors of EDL_VECTOR_BYTES for the sources of this folder, on the compiler's vector extension: element-wise
-// operators come from the language, and each instruction set compiles the same text. No torch header, no external linkage.
+// operators come from the language, and each instruction set compiles the same text. No torch header, no external
+// linkage.
 
 #include <cmath>
 #include <cstdint>

@@ -1,15 +1,16 @@
 // aggregate_routing on CUDA: routing [T, E], segment_ids [T] → sums [S, E], counts [S], in two launches.
 //
-// 1. `sum_chunks`: a block takes a chunk of 64 to 256 rows (by T alone) and sorts it stably by segment. A group of at least
-//    8 rows of one segment becomes one partial sum, in float32 (float64 for float64); smaller groups are left.
-// 2. `add_up_segments`: a block per segment looks through the chunks in order and adds up, in float64, its partial sums and
-//    the rows that were left.
-// Chunks, groups and orders depend on T and the ids alone, so the bits do not depend on the device. An id outside [-1, S)
-// makes every sum and count NaN. Cost: one read of routing; runs of equal ids read T/chunk partial sums on top, and ids
-// without any order read the rows in pass 2. Scratch: T (E/8 + 2) numbers at most.
+// 1. `sum_chunks`: a block takes a chunk of 64 to 256 rows (by T alone) and sorts it stably by segment. A group of at
+//    least 8 rows of one segment becomes one partial sum, in float32 (float64 for float64); smaller groups are left.
+// 2. `add_up_segments`: a block per segment looks through the chunks in order and adds up, in float64, its partial sums
+//    and the rows that were left.
+// Chunks, groups and orders depend on T and the ids alone, so the bits do not depend on the device. An id outside [-1,
+// S) makes every sum and count NaN. Cost: one read of routing; runs of equal ids read T/chunk partial sums on top, and
+// ids without any order read the rows in pass 2. Scratch: T (E/8 + 2) numbers at most.
 //
-// Considered and left: a table [S, E] in shared memory per block (limits S·E, and its partial tables cost as much traffic as
-// the input); a counting sort of all rows first (two more launches); float atomics (order changes from run to run).
+// Considered and left: a table [S, E] in shared memory per block (limits S·E, and its partial tables cost as much
+// traffic as the input); a counting sort of all rows first (two more launches); float atomics (order changes from run
+// to run).
 //
 // Backward: grad_routing[t] = grad_sums[segment_ids[t]] through the score; one launch, one write, one read with scores.
 #include "cuda/kernels/aggregate_routing.h"
@@ -47,7 +48,7 @@ template <typename Acc>
 struct Scratch {
   ChunkHeader* headers; // [chunks]
   int32_t* sorted; //      [chunks, chunk_rows] segments, where a chunk has several
-  uint8_t* order; //       [chunks, chunk_rows] the row of the chunk that stands there, where it has rows to be read again
+  uint8_t* order; //       [chunks, chunk_rows] the row of the chunk at that place, where rows will be read again
   Acc* partial; //         [chunks, chunk_rows / kLongGroup, E]
 };
 
@@ -94,8 +95,8 @@ struct SortedChunk {
   bool wrong;
 };
 
-// The block's threads sort the chunk and find its long groups. Each thread has one row; ranks are counted, and only where the
-// rows are not in order already.
+// The block's threads sort the chunk and find its long groups. Each thread has one row; ranks are counted, and only
+// where the rows are not in order already.
 template <typename Storage>
 __device__ void sort_chunk(const Problem<Storage>& problem, int64_t first_row, int rows, SortedChunk* chunk) {
   const int i = threadIdx.x;
@@ -177,10 +178,17 @@ __device__ void write_index(const Problem<Storage>& problem, int64_t chunk_index
   }
 }
 
-// Adds rows order[begin..end) of a chunk (pass 2: of a list), columns of one tile, to the lane's totals. Rows are dealt to the
-// teams in turn; each has `at_once` of them in flight. `statistics`: of every row of the chunk, where a tile does not hold a
-// whole row; else null.
-template <typename Storage, int width, int packs, int at_once, typename Index, typename Total, typename Acc = Accumulation<Storage>>
+// Adds rows order[begin..end) of a chunk (pass 2: of a list), columns of one tile, to the lane's totals. Rows are dealt
+// to the teams in turn; each has `at_once` of them in flight. `statistics`: of every row of the chunk, where a tile
+// does not hold a whole row; else null.
+template <
+    typename Storage,
+    int width,
+    int packs,
+    int at_once,
+    typename Index,
+    typename Total,
+    typename Acc = Accumulation<Storage>>
 __device__ void add_rows(
     const Problem<Storage>& problem,
     int64_t first_row,
@@ -231,8 +239,8 @@ __device__ void add_rows(
   }
 }
 
-// Adds up the teams' totals, in a warp and then warp after warp, and hands each column's to `write(column, sum)`. All threads
-// call.
+// Adds up the teams' totals, in a warp and then warp after warp, and hands each column's to `write(column, sum)`. All
+// threads call.
 template <int width, int packs, typename Total, typename Write>
 __device__ void add_teams(
     Total (&total)[packs * width],
@@ -304,11 +312,13 @@ __global__ void __launch_bounds__(kThreads, 2) sum_chunks(Problem<Storage> probl
     Acc* partial = problem.scratch.partial + (chunk_index * slots + slot) * problem.num_experts;
     for (int64_t first_column = 0; first_column < problem.num_experts; first_column += tile_columns) {
       Acc total[packs * width] = {};
-      constexpr int at_once = 128 / (width * packs * static_cast<int>(sizeof(Storage)));
-      add_rows<Storage, width, packs, at_once < 4 ? at_once : 4>(
+      constexpr int in_flight = 128 / (width * packs * static_cast<int>(sizeof(Storage)));
+      constexpr int at_once = in_flight < 4 ? in_flight : 4;
+      add_rows<Storage, width, packs, at_once>(
           problem, first_row, chunk.order, begin, end, first_column, team, wide ? statistics : nullptr, total);
-      add_teams<width, packs>(
-          total, sums, problem.num_experts, first_column, team, [&](int64_t column, Acc sum) { partial[column] = sum; });
+      add_teams<width, packs>(total, sums, problem.num_experts, first_column, team, [&](int64_t column, Acc sum) {
+        partial[column] = sum;
+      });
     }
   }
 }
@@ -349,8 +359,8 @@ __device__ inline Group find_group(const ChunkHeader& header, const int32_t* sor
   return {begin, lower_bound(sorted, header.valid, segment + 1) - begin};
 }
 
-// The groups of one segment in kThreads chunks, in the order of the chunks. Numbers are relative to the first chunk, so that
-// 16 bits hold them.
+// The groups of one segment in kThreads chunks, in the order of the chunks. Numbers are relative to the first chunk, so
+// that 16 bits hold them.
 struct GroupList {
   uint16_t slots[kThreads]; //                    long groups: their slot
   uint16_t rows[kThreads * (kLongGroup - 1)]; //  short groups: their rows
@@ -364,8 +374,8 @@ struct GroupCounts {
 };
 
 template <typename Storage>
-__device__ GroupCounts list_groups(
-    const Problem<Storage>& problem, int64_t chunk_index, const Group& group, GroupList* list) {
+__device__ GroupCounts
+list_groups(const Problem<Storage>& problem, int64_t chunk_index, const Group& group, GroupList* list) {
   const int slots_per_chunk = problem.chunk_rows / kLongGroup;
   const bool is_long = group.count >= kLongGroup;
   const int few = is_long ? 0 : group.count;
@@ -632,8 +642,8 @@ __global__ void __launch_bounds__(kThreads, 2) spread_rows(GradientProblem<Stora
 
 // ---- launches ----
 
-// Calls `function.template operator()<width, packs>()`: a lane holds 16 columns of a row in packs of 16 bytes where length and
-// alignment allow it, so a team of 8 lanes holds 128 columns. float64 is for checking and has one form.
+// Calls `function.template operator()<width, packs>()`: a lane holds 16 columns of a row in packs of 16 bytes where
+// length and alignment allow it, so a team of 8 lanes holds 128 columns. float64 is for checking and has one form.
 template <typename Storage, typename Function>
 void with_tile(bool aligned, int64_t num_experts, const Function& function) {
   constexpr int width = kPackWidth<Storage>;

@@ -1,9 +1,10 @@
-// domain_moments on CUDA: segment sums [L, S, E] and counts [L, S] → sums, squares [L, D, E] and counts [L, D], float64.
+// domain_moments on CUDA: segment sums [L, S, E] and counts [L, S] → sums, squares [L, D, E] and counts [L, D],
+// float64.
 //
-// A block has one layer, one domain and 32 columns. It lists the domain's segments, 256 candidates at a time, in order; its 8
-// warps take them in turn, and their sums are added warp after warp: the order depends on the labels alone. A label outside
-// [-1, D), or a weight that is negative or not finite, makes sums and counts NaN. Cost: one read of the segments that have a
-// domain, and D · E/32 reads of the labels and counts.
+// A block has one layer, one domain and 32 columns. It lists the domain's segments, 256 candidates at a time, in order;
+// its 8 warps take them in turn, and their sums are added warp after warp: the order depends on the labels alone. A
+// label outside [-1, D), or a weight that is negative or not finite, makes sums and counts NaN. Cost: one read of the
+// segments that have a domain, and D · E/32 reads of the labels and counts.
 //
 // Backward: a block per segment, its gradient is Σ_d w_sd / count (grad_sums[d] + 2 x grad_squares[d]).
 #include "cuda/kernels/domain_moments.h"

@@ -1,6 +1,7 @@
 #pragma once
 
-// Elements of device memory: their types, packs of up to 16 bytes, and the conversion to and from the accumulation type.
+// Elements of device memory: their types, packs of up to 16 bytes, and the conversion to and from the accumulation
+// type.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

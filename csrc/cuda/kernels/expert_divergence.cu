@@ -1,14 +1,14 @@
-// expert_divergence and pairwise_divergence on CUDA: moments [L, D, E] → pairs [L, D, D], loss [L] and its gradient to sums
-// and squares [L, D, E], all float64.
+// expert_divergence and pairwise_divergence on CUDA: moments [L, D, E] → pairs [L, D, D], loss [L] and its gradient to
+// sums and squares [L, D, E], all float64.
 //
 // 1. `pair_divergences`: a warp per pair j < k, lanes over the experts.
-// 2. `divergence_gradients`: a block per domain j and 32 columns; its 8 warps take the partners k in turn, and their sums are
-//    added warp after warp. A further block per layer adds up the loss, pair after pair in a fixed order. For `log_of_mean`
-//    the gradient needs that sum first, so `divergence_losses` runs in between.
+// 2. `divergence_gradients`: a block per domain j and 32 columns; its 8 warps take the partners k in turn, and their
+//    sums are added warp after warp. A further block per layer adds up the loss, pair after pair in a fixed order. For
+//    `log_of_mean` the gradient needs that sum first, so `divergence_losses` runs in between.
 // With m = (p + q)/2 and u = (p - q)/(p + q), as on the CPU:
 //   D = 1/2 Σ m φ(u),  φ(u) = (1+u) log(1+u) + (1-u) log(1-u) = Σ_n u^2n / (n (2n - 1)),  dD/dp = 1/2 log(p/m);
-// the series where |u| < 0.3, where the logarithms cancel; a log ratio is at least log(2^-126), so that a probability of zero
-// has a finite slope. Cost: D²/2 pairs of 2 E logarithms, D² E for the gradient.
+// the series where |u| < 0.3, where the logarithms cancel; a log ratio is at least log(2^-126), so that a probability of
+// zero has a finite slope. Cost: D²/2 pairs of 2 E logarithms, D² E for the gradient.
 #include "cuda/kernels/expert_divergence.h"
 
 #include "cuda/kernels/elements.cuh"

@@ -15,8 +15,8 @@ struct DomainMoments {
   int64_t num_experts; //   E, at least 1
 };
 
-// divergences[l, j, k]: D_jk, less its bias where `subtract_bias`; 0 on the diagonal, NaN where j or k does not take part.
-// biases, where not null: b_jk off the diagonal.
+// divergences[l, j, k]: D_jk, less its bias where `subtract_bias`; 0 on the diagonal, NaN where j or k does not take
+// part. biases, where not null: b_jk off the diagonal.
 void launch_pair_divergences(
     const DomainMoments& moments,
     bool subtract_bias,

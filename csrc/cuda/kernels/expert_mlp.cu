@@ -1,6 +1,7 @@
-// What expert_mlp does between its matrix products, on rows in the order of the experts: SwiGLU and its gradient, everything
-// in float32 (float64 for float64). A warp per row, 16 bytes per lane where width and alignment allow it; each element is read
-// and written once. Rows from *num_used on have no expert: their memory was never written, so it is not read either.
+// What expert_mlp does between its matrix products, on rows in the order of the experts: SwiGLU and its gradient,
+// everything in float32 (float64 for float64). A warp per row, 16 bytes per lane where width and alignment allow it;
+// each element is read and written once. Rows from *num_used on have no expert: their memory was never written, so it
+// is not read either.
 #include "cuda/kernels/expert_mlp.h"
 
 #include "cuda/kernels/elements.cuh"

@@ -1,9 +1,10 @@
 // route_tokens on CUDA: logits [T, E] → weights, experts [T, K]. A warp per token; everything in float32 (float64 for
 // float64).
 //
-// What orders the experts (the logit, or score + bias) becomes an integer of the same order, NaN highest and -0 equal to 0,
-// in shared memory; then K times the highest is taken, the lowest expert among equals. The weights need only the chosen
-// logits, and the sum over the row for a plain softmax. Cost: one read of the logits, K scans of a row in shared memory.
+// What orders the experts (the logit, or score + bias) becomes an integer of the same order, NaN highest and -0 equal
+// to 0, in shared memory; then K times the highest is taken, the lowest expert among equals. The weights need only the
+// chosen logits, and the sum over the row for a plain softmax. Cost: one read of the logits, K scans of a row in shared
+// memory.
 //
 // Backward: one write of grad_logits; the logits are read whole only for a plain softmax.
 #include "cuda/kernels/route_tokens.h"
@@ -293,17 +294,10 @@ void launch_route_tokens(const RouteTask& task, cudaStream_t stream) {
   with_storage(task.storage, [&]<typename Storage>() {
     using Acc = Accumulation<Storage>;
     const Problem<Storage> problem = {
-        static_cast<const Storage*>(task.logits),
-        task.row_stride,
-        task.num_tokens,
-        static_cast<int>(task.num_experts),
-        task.top_k,
-        task.scores,
-        static_cast<const Acc*>(task.bias),
-        task.normalize,
-        static_cast<Acc>(task.scale),
-        static_cast<Acc*>(task.weights),
-        task.experts};
+        static_cast<const Storage*>(task.logits), task.row_stride, task.num_tokens,
+        static_cast<int>(task.num_experts),       task.top_k,      task.scores,
+        static_cast<const Acc*>(task.bias),       task.normalize,  static_cast<Acc>(task.scale),
+        static_cast<Acc*>(task.weights),          task.experts};
     const int64_t row_bytes = task.num_experts * static_cast<int64_t>(sizeof(Key<Acc>));
     const int64_t fitting = kSharedBytes / row_bytes;
     const int64_t warps = fitting < kMostWarps ? fitting : kMostWarps;

@@ -1,6 +1,7 @@
-// Rows between the order of the tokens [T, H] and the order of the experts [N, H]: what dispatch_tokens, combine_tokens and
-// expert_mlp share. A warp per row, or per token where rows are summed; 16 bytes per lane where width and alignment allow it.
-// Sums in float32 (float64 for float64), in the order of a token's choices. Cost: each row is read and written once.
+// Rows between the order of the tokens [T, H] and the order of the experts [N, H]: what dispatch_tokens, combine_tokens
+// and expert_mlp share. A warp per row, or per token where rows are summed; 16 bytes per lane where width and alignment
+// allow it. Sums in float32 (float64 for float64), in the order of a token's choices. Cost: each row is read and
+// written once.
 #include "cuda/kernels/rows.h"
 
 #include "cuda/kernels/elements.cuh"
@@ -204,12 +205,18 @@ void launch_invert(
 }
 
 void launch_gather(const GatherTask& task, cudaStream_t stream) {
-  const bool aligned = rows_are_aligned(task.tokens, task.tokens_stride, task.width, task.storage) &&
-      is_aligned_to_16(task.rows);
+  const bool aligned =
+      rows_are_aligned(task.tokens, task.tokens_stride, task.width, task.storage) && is_aligned_to_16(task.rows);
   with_storage(task.storage, [&]<typename Storage>() {
     const Gather<Storage> problem = {
-        static_cast<const Storage*>(task.tokens), task.tokens_stride, task.row_order, task.num_rows, task.num_used,
-        task.top_k, task.width, static_cast<Storage*>(task.rows)};
+        static_cast<const Storage*>(task.tokens),
+        task.tokens_stride,
+        task.row_order,
+        task.num_rows,
+        task.num_used,
+        task.top_k,
+        task.width,
+        static_cast<Storage*>(task.rows)};
     with_pack<Storage>(aligned, [&]<int width>() {
       EDL_LAUNCH((gather<Storage, width>), blocks_for(task.num_rows), kThreads, 0, stream, problem);
     });
@@ -217,12 +224,17 @@ void launch_gather(const GatherTask& task, cudaStream_t stream) {
 }
 
 void launch_combine(const CombineTask& task, cudaStream_t stream) {
-  const bool aligned = rows_are_aligned(task.rows, task.rows_stride, task.width, task.storage) &&
-      is_aligned_to_16(task.output);
+  const bool aligned =
+      rows_are_aligned(task.rows, task.rows_stride, task.width, task.storage) && is_aligned_to_16(task.output);
   with_storage(task.storage, [&]<typename Storage>() {
     const Combine<Storage> problem = {
-        static_cast<const Storage*>(task.rows), task.rows_stride, task.row_of_slot,
-        static_cast<const Accumulation<Storage>*>(task.weights), task.num_tokens, task.top_k, task.width,
+        static_cast<const Storage*>(task.rows),
+        task.rows_stride,
+        task.row_of_slot,
+        static_cast<const Accumulation<Storage>*>(task.weights),
+        task.num_tokens,
+        task.top_k,
+        task.width,
         static_cast<Storage*>(task.output)};
     with_pack<Storage>(aligned, [&]<int width>() {
       EDL_LAUNCH((combine<Storage, width>), blocks_for(task.num_tokens), kThreads, 0, stream, problem);
@@ -238,10 +250,17 @@ void launch_combine_backward(const CombineGradient& gradient, cudaStream_t strea
   with_storage(gradient.storage, [&]<typename Storage>() {
     using Acc = Accumulation<Storage>;
     const CombineBackward<Storage> problem = {
-        static_cast<const Storage*>(gradient.grad_output), gradient.grad_output_stride,
-        static_cast<const Storage*>(gradient.rows), gradient.rows_stride, gradient.row_order,
-        static_cast<const Acc*>(gradient.weights), gradient.num_rows, gradient.top_k, gradient.width,
-        static_cast<Storage*>(gradient.grad_rows), static_cast<Acc*>(gradient.grad_weights)};
+        static_cast<const Storage*>(gradient.grad_output),
+        gradient.grad_output_stride,
+        static_cast<const Storage*>(gradient.rows),
+        gradient.rows_stride,
+        gradient.row_order,
+        static_cast<const Acc*>(gradient.weights),
+        gradient.num_rows,
+        gradient.top_k,
+        gradient.width,
+        static_cast<Storage*>(gradient.grad_rows),
+        static_cast<Acc*>(gradient.grad_weights)};
     with_pack<Storage>(aligned, [&]<int width>() {
       EDL_LAUNCH((combine_backward<Storage, width>), blocks_for(gradient.num_rows), kThreads, 0, stream, problem);
     });

@@ -8,11 +8,11 @@
 
 namespace edl {
 
-// Rows of one width between the order of the tokens and the order of the experts. Slot t * K + k is token t's k-th choice;
-// row_order names the slot that stands at each of the N rows, -1 none.
+// Rows of one width between the order of the tokens and the order of the experts. Slot t * K + k is token t's k-th
+// choice; row_order names the slot that stands at each of the N rows, -1 none.
 
-// row_of_slot[row_order[i]] = i; kNoExpert for the rows i from *num_used on. Slots that row_order does not name keep what
-// row_of_slot holds.
+// row_of_slot[row_order[i]] = i; kNoExpert for the rows i from *num_used on. Slots that row_order does not name keep
+// what row_of_slot holds.
 inline constexpr int32_t kNoExpert = -2; // contributes zeros
 inline constexpr int32_t kUnknown = -1; //  contributes NaN
 
@@ -68,7 +68,8 @@ struct CombineGradient {
   void* grad_weights; //          [T, K] accumulation type, or null
 };
 
-// grad_rows[i] = weight · grad_output[t], grad_weights[slot] = <grad_output[t], rows[i]> for the slot and token of row i.
+// grad_rows[i] = weight · grad_output[t], grad_weights[slot] = <grad_output[t], rows[i]> for the slot and token of row
+// i.
 void launch_combine_backward(const CombineGradient& gradient, cudaStream_t stream);
 
 } // namespace edl

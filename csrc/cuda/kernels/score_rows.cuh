@@ -8,8 +8,8 @@
 
 namespace edl {
 
-// A tile is a range of columns that a team holds at once: `packs` packs of `width` elements per lane, so lanes * packs *
-// width columns. Pack p of a lane starts at column first + (p * lanes + lane) * width; E is a multiple of the width.
+// A tile is a range of columns that a team holds at once: `packs` packs of `width` elements per lane, so lanes * packs
+// * width columns. Pack p of a lane starts at column first + (p * lanes + lane) * width; E is a multiple of the width.
 struct Team {
   int lanes; // a power of two, at most 32
   int lane;
@@ -18,8 +18,9 @@ struct Team {
 };
 
 __device__ inline Team team_of_thread(int lanes) {
-  return {lanes, static_cast<int>(threadIdx.x) % lanes, static_cast<int>(threadIdx.x) / lanes,
-          static_cast<int>(blockDim.x) / lanes};
+  return {
+      lanes, static_cast<int>(threadIdx.x) % lanes, static_cast<int>(threadIdx.x) / lanes,
+      static_cast<int>(blockDim.x) / lanes};
 }
 
 // The fewest lanes (a power of two) whose packs cover a row, at most a warp.
@@ -38,7 +39,11 @@ __device__ inline int64_t column_of(const Team& team, int64_t first_column, int 
 
 template <typename Storage, int width, int packs>
 __device__ inline void load_tile(
-    const Storage* row, int64_t num_experts, int64_t first_column, const Team& team, Pack<Storage, width> (&tile)[packs]) {
+    const Storage* row,
+    int64_t num_experts,
+    int64_t first_column,
+    const Team& team,
+    Pack<Storage, width> (&tile)[packs]) {
 #pragma unroll
   for (int p = 0; p < packs; ++p) {
     const int64_t column = column_of<width>(team, first_column, p);

@@ -2,10 +2,10 @@
 //
 // 1. `count_chunks`: a block counts the ids of a chunk of 1024 slots.
 // 2. `scan_counts`: a block per id turns the chunks' counts into running sums, and leaves the total.
-// 3. `place_slots`: a warp per chunk adds up the totals of lower ids, and then hands out places 32 slots at a time; equal
-//    ids among the 32 find their order by a vote.
-// Integers only: the result depends on the ids alone. An id outside [0, E] sorts last and leaves -1 in row_order, which makes
-// the token's output NaN. Cost: two reads of experts, one write; scratch (N/1024 + 1) (E + 2) int32.
+// 3. `place_slots`: a warp per chunk adds up the totals of lower ids, and then hands out places 32 slots at a time;
+//    equal ids among the 32 find their order by a vote.
+// Integers only: the result depends on the ids alone. An id outside [0, E] sorts last and leaves -1 in row_order, which
+// makes the token's output NaN. Cost: two reads of experts, one write; scratch (N/1024 + 1) (E + 2) int32.
 //
 // Considered and left: a library's radix sort (its temporary memory and its ten launches cost more than these three).
 #include "cuda/kernels/sort_by_expert.h"

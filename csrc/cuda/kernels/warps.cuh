@@ -11,8 +11,8 @@ namespace edl {
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// A team is `lanes` neighbouring lanes of a warp, a power of two. All 32 lanes of the warp call; each gets its team's result,
-// the same bits in every lane.
+// A team is `lanes` neighbouring lanes of a warp, a power of two. All 32 lanes of the warp call; each gets its team's
+// result, the same bits in every lane.
 template <typename Scalar>
 __device__ inline Scalar team_sum(Scalar x, int lanes) {
   for (int step = lanes / 2; step > 0; step /= 2) {

@@ -88,7 +88,8 @@ double sigmoid(double x) {
 }
 
 // The definition, one row after the other.
-Results expected(const Routing& routing, const Values& x, const Values& w, const Values& gu, const Values& dn, const Values& go) {
+Results expected(
+    const Routing& routing, const Values& x, const Values& w, const Values& gu, const Values& dn, const Values& go) {
   Results r{Values(x.size()), Values(x.size()), Values(w.size()), Values(gu.size()), Values(dn.size())};
   for (int64_t e = 0; e < kExperts; ++e) {
     const double *g = &gu[e * 2 * kInner * kHidden], *d = &dn[e * kHidden * kInner];
@@ -130,7 +131,8 @@ std::vector<GradBlock> grad_blocks(const Window& window, const Routing& routing,
   for (const ExpertRows& e : window.experts) {
     for (int64_t row = 0; row < rows; row += kBlockRows) {
       over_columns(columns, kGradColumns, [&](Columns part) {
-        blocks.push_back({e, e.begin > routing.offsets[e.expert], e.end == routing.offsets[e.expert + 1], row, part.begin});
+        blocks.push_back(
+            {e, e.begin > routing.offsets[e.expert], e.end == routing.offsets[e.expert + 1], row, part.begin});
       });
     }
   }
@@ -174,7 +176,8 @@ void check(const ExpertMlpLoops& loops, StorageType type, int64_t window_rows, d
   task.sums = tokens.data(), task.grad_output = go.data(), task.grad_output_stride = kHidden;
   task.grad_factors = factors.data(), task.grad_gate_up = grad_gu.data(), task.grad_down = grad_dn.data();
   task.carried_gate_up = carried.data(), task.carried_down = carried.data() + 2 * kInner * kHidden;
-  task.grad_pre_activation = grad_pre.data(), task.pre_activation_stride = 2 * kInner + kPadding, task.dots = dots.data();
+  task.grad_pre_activation = grad_pre.data(), task.pre_activation_stride = 2 * kInner + kPadding,
+  task.dots = dots.data();
   for (const Window& window : windows) {
     task.window_begin = window.begin();
     for (const ExpertRows& rows : window.blocks) {

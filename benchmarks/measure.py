@@ -1,5 +1,6 @@
 """Time and memory: interleaved timing, saved bytes, peak memory."""
 
+import contextlib
 import ctypes
 import gc
 import statistics
@@ -49,13 +50,13 @@ def interleaved(
     """Times functions that have run before, in turn, so that a slow moment of the machine meets all of them.
 
     Each function is called 3 to 100 times, for `seconds` in all where that allows it, and its calls are spread evenly over
-    the whole measurement. `known` holds milliseconds of a call already made. Where the first call takes more than five
-    times `seconds`, it stands as the measurement.
+    the whole measurement. `known` holds milliseconds of a call already made. Where that takes more than five times
+    `seconds` one more call is made, and where it takes more than twenty times `seconds` it stands as the measurement.
     """
     known = known or {}
     first = known | {name: milliseconds(functions[name], device) for name in functions if name not in known}
     runs = {name: min(MOST_RUNS, max(3, int(seconds * 1e3 / time))) for name, time in first.items()}
-    runs |= {name: 0 for name, time in first.items() if time > 5e3 * seconds}
+    runs |= {name: int(time < 20e3 * seconds) for name, time in first.items() if time > 5e3 * seconds}
     times: dict[str, list[float]] = {name: [] for name in functions}
     rounds = max(runs.values())
     for turn in range(rounds):
@@ -64,6 +65,20 @@ def interleaved(
                 times[name].append(milliseconds(function, device))
     times = {name: values or [first[name]] for name, values in times.items()}
     return {name: Timing(statistics.median(values), min(values), len(values)) for name, values in times.items()}
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep what is freed, as the allocators do that are advised for training on CPUs.
+
+    Handed back instead, large tensors come as fresh pages on every call, and every way is timed with the system's clearing
+    of them, which can take as long as the products and differs most between machines. Only glibc knows these switches.
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(mmap_max, 0)
+        set_option(trim_threshold, 2**31 - 1)
+        set_option(top_pad, 2**28)
 
 
 class Probe(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Callable, Iterator, NamedTuple
 
 import machine
 import torch
+from measure import keep_freed_memory
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Run:
     peak_note: str = field(init=False)
 
     def __post_init__(self) -> None:
+        keep_freed_memory()
         torch.set_num_threads(self.threads)
         torch.manual_seed(0)
         self.peak, self.peak_note = machine.peak(self.device, self.threads)

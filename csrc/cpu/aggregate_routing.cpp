@@ -19,17 +19,16 @@
 #include "common/tensors.h"
 #include "cpu/indices.h"
 #include "cpu/isa/aggregate_routing.h"
+#include "cpu/pages.h"
 
 namespace edl {
 namespace {
 
 constexpr int64_t kPieceRows = 256;
 constexpr int64_t kGrainElements = 1 << 16; // work below this is not worth waking a thread
-// Gradients of this size are streamed past the caches. Smaller ones fit them; larger ones are fresh pages (the C
-// library's allocator keeps no block of 32 MiB), which the kernel's zeroing has just brought into the caches: streaming
-// halved the speed.
+// Gradients above this size are streamed past the caches, unless they lie on fresh pages: the system's clearing has just
+// brought those into the caches, and streaming halved the speed.
 constexpr int64_t kStreamFromBytes = 4 << 20;
-constexpr int64_t kStreamBelowBytes = 32 << 20;
 
 struct Piece {
   int64_t segment;
@@ -53,38 +52,60 @@ void add_pieces(int64_t segment, int64_t begin, int64_t end, std::vector<Piece>*
   }
 }
 
+// Tokens [begin, end) with one id.
+struct IdRun {
+  int64_t id;
+  int64_t begin;
+  int64_t end;
+};
+
+// Calls take(run) for the runs of equal ids, in order.
+template <typename Id, typename Take>
+void for_runs_of(const Id* ids, int64_t num_tokens, Take take) {
+  for (int64_t begin = 0; begin < num_tokens;) {
+    const Id id = ids[begin];
+    int64_t end = begin + 1;
+    while (end < num_tokens && ids[end] == id) {
+      ++end;
+    }
+    take(IdRun{id, begin, end});
+    begin = end;
+  }
+}
+
+template <typename Take>
+void for_runs(const Indices& ids, int64_t num_tokens, Take take) {
+  if (ids.are_64_bit()) {
+    for_runs_of(static_cast<const int64_t*>(ids.data()), num_tokens, take);
+  } else {
+    for_runs_of(static_cast<const int32_t*>(ids.data()), num_tokens, take);
+  }
+}
+
 // Counts the tokens of each segment and refuses ids that name none. Returns the number of runs of equal ids.
 int64_t count_segments(const Indices& ids, int64_t num_tokens, int64_t num_segments, std::vector<int64_t>* counts) {
   int64_t runs = 0;
-  int64_t previous = -2;
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    const int64_t id = ids[t];
+  for_runs(ids, num_tokens, [&](IdRun run) {
     EDL_CHECK_INDEX(
-        id >= -1 && id < num_segments, "edl::aggregate_routing: segment_ids must be at least -1 and below ",
-        num_segments, ", the number of segments (got ", id, " at row ", t,
+        run.id >= -1 && run.id < num_segments, "edl::aggregate_routing: segment_ids must be at least -1 and below ",
+        num_segments, ", the number of segments (got ", run.id, " at row ", run.begin,
         "; edl.segments gives this id to a token whose label or mask value is not allowed, and to all where cu_seqlens "
         "does not rise from 0)");
-    runs += id != previous;
-    previous = id;
-    if (id >= 0) {
-      ++(*counts)[id];
+    ++runs;
+    if (run.id >= 0) {
+      (*counts)[run.id] += run.end - run.begin;
     }
-  }
+  });
   return runs;
 }
 
 Plan plan_runs(const Indices& ids, int64_t num_tokens) {
   Plan plan;
-  for (int64_t begin = 0; begin < num_tokens;) {
-    int64_t end = begin + 1;
-    while (end < num_tokens && ids[end] == ids[begin]) {
-      ++end;
+  for_runs(ids, num_tokens, [&](IdRun run) {
+    if (run.id >= 0) {
+      add_pieces(run.id, run.begin, run.end, &plan.pieces);
     }
-    if (ids[begin] >= 0) {
-      add_pieces(ids[begin], begin, end, &plan.pieces);
-    }
-    begin = end;
-  }
+  });
   std::stable_sort(
       plan.pieces.begin(), plan.pieces.end(), [](const Piece& a, const Piece& b) { return a.segment < b.segment; });
   return plan;
@@ -180,7 +201,7 @@ void check_form(const std::vector<RowCensus>& censuses, Scores scores, int64_t n
 template <typename Acc>
 void sum_pieces(
     const Plan& plan, RoutingRows rows, Scores scores, StorageType storage, int64_t num_segments, Acc* sums) {
-  const auto sum_rows = aggregate_routing_loops().sum_rows[static_cast<int>(storage)][score_index(scores)];
+  const auto sum_at_once = aggregate_routing_loops().sum_pieces[static_cast<int>(storage)][score_index(scores)];
   const bool is_16_bit = storage == StorageType::bfloat16 || storage == StorageType::float16;
   const double tolerance = is_16_bit ? 1e-2 : 1e-3;
   const int64_t num_experts = rows.num_experts;
@@ -190,11 +211,16 @@ void sum_pieces(
   rows.order = plan.order.empty() ? nullptr : plan.order.data();
   const int64_t grain = std::max<int64_t>(1, kGrainElements / (num_experts * kPieceRows));
   at::parallel_for(0, num_pieces, grain, [&](int64_t begin, int64_t end) {
-    RoutingRows own = rows;
-    for (int64_t i = begin; i < end; ++i) {
-      own.begin = plan.pieces[i].begin;
-      own.end = plan.pieces[i].end;
-      sum_rows(own, tolerance, partial.data() + i * num_experts, &censuses[i]);
+    // Pieces far from each other go together, and each is followed by its neighbour: so many streams of reads.
+    const int64_t apart = (end - begin + kPiecesAtOnce - 1) / kPiecesAtOnce;
+    for (int64_t first = begin; first < begin + apart; ++first) {
+      RowPiece together[kPiecesAtOnce];
+      int64_t count = 0;
+      for (int64_t i = first; i < end; i += apart) {
+        const Piece& piece = plan.pieces[i];
+        together[count++] = {piece.begin, piece.end, partial.data() + i * num_experts, &censuses[i]};
+      }
+      sum_at_once(rows, together, count, tolerance);
     }
   });
   check_form(censuses, scores, num_experts);
@@ -215,7 +241,7 @@ std::tuple<at::Tensor, at::Tensor> aggregate_routing_cpu(
   std::vector<int64_t> tokens_of(num_segments, 0);
   const int64_t runs = count_segments(ids, num_tokens, num_segments, &tokens_of);
   const Plan plan = make_plan(ids, num_tokens, tokens_of, runs);
-  const RoutingRows view{rows.const_data_ptr(), rows.stride(0), rows.size(1), nullptr, 0, 0};
+  const RoutingRows view{rows.const_data_ptr(), rows.stride(0), rows.size(1), nullptr};
   const auto run = [&](auto* out_sums, auto* out_counts) {
     std::copy(tokens_of.begin(), tokens_of.end(), out_counts);
     sum_pieces(plan, view, scores, storage_of(rows), num_segments, out_sums);
@@ -249,7 +275,7 @@ at::Tensor aggregate_routing_backward_cpu(
       rows.stride(0),
       num_experts,
       grad_routing.mutable_data_ptr(),
-      bytes > kStreamFromBytes && bytes < kStreamBelowBytes};
+      bytes > kStreamFromBytes && !is_on_fresh_pages(grad_routing)};
   const auto spread_rows =
       aggregate_routing_loops().spread_rows[static_cast<int>(storage_of(rows))][score_index(scores)];
   at::parallel_for(

@@ -27,7 +27,7 @@
 #include "common/errors.h"
 #include "common/tensors.h"
 #include "cpu/expert_mlp_plan.h"
-#include "cpu/huge_pages.h"
+#include "cpu/pages.h"
 #include "cpu/row_order.h"
 
 namespace edl {

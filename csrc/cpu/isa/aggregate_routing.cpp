@@ -12,7 +12,6 @@ namespace {
 
 enum class Score { softmax, sigmoid, none };
 
-constexpr int64_t kRowsAtOnce = 256;
 constexpr int64_t kVectorsOnStack = 64;
 
 template <typename Acc>
@@ -36,82 +35,67 @@ EDL_INLINE int64_t row_at(const RoutingRows& rows, int64_t i) {
   return rows.order != nullptr ? rows.order[i] : i;
 }
 
-// ---- forward, no score: a plain sum, in blocks of up to 8 vectors whose sums stay in registers over all rows ----
+// ---- forward, no score: a plain sum ----
 
-// Adds `count` rows' columns [column, column + vectors * lanes) to sums, and each row's own sum and minimum to row_sum
-// and row_minimum.
-template <typename Storage, int64_t vectors, typename Acc = Accumulation<Storage>>
-EDL_INLINE void sum_block(
-    const RoutingRows& rows, int64_t first, int64_t count, int64_t column, Acc* sums, Acc* row_sum, Acc* row_minimum) {
-  constexpr int64_t lanes = kLanes<Acc>;
-  const auto* data = static_cast<const Storage*>(rows.data);
-  Vector<Acc> total[vectors];
-  for (int64_t v = 0; v < vectors; ++v) {
-    total[v] = load(sums + column + v * lanes);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const Storage* row = data + row_at(rows, first + i) * rows.row_stride + column;
-    Vector<Acc> x = load(row);
-    Vector<Acc> across = x;
-    Vector<Acc> least = x;
-    total[0] += x;
-    for (int64_t v = 1; v < vectors; ++v) {
-      x = load(row + v * lanes);
-      total[v] += x;
-      across += x;
-      least = minimum<Acc>(x, least);
-    }
-    row_sum[i] += sum_of<Acc>(across);
-    const Acc lowest = -max_of<Acc>(-least);
-    row_minimum[i] = lowest < row_minimum[i] ? lowest : row_minimum[i];
-  }
-  for (int64_t v = 0; v < vectors; ++v) {
-    store(total[v], sums + column + v * lanes);
-  }
-}
+template <typename Acc>
+using Bits = std::conditional_t<sizeof(Acc) == 4, Int32s, Int64s>;
 
+// Adds row i to the sums of its piece and looks whether it is a distribution.
 template <typename Storage, typename Acc = Accumulation<Storage>>
-__attribute__((noinline)) void sum_tail(
-    const RoutingRows& rows, int64_t first, int64_t count, int64_t column, Acc* sums, Acc* row_sum, Acc* row_minimum) {
-  const auto* data = static_cast<const Storage*>(rows.data);
-  for (int64_t i = 0; i < count; ++i) {
-    const Storage* row = data + row_at(rows, first + i) * rows.row_stride;
-    for (int64_t e = column; e < rows.num_experts; ++e) {
-      const Acc x = widen(row[e]);
-      sums[e] += x;
-      row_sum[i] += x;
-      row_minimum[i] = x < row_minimum[i] ? x : row_minimum[i];
-    }
+EDL_INLINE void add_plain_row(const RoutingRows& rows, int64_t i, double tolerance, const RowPiece& piece) {
+  constexpr int64_t lanes = kLanes<Acc>;
+  const int64_t num_experts = rows.num_experts;
+  const int64_t t = row_at(rows, i);
+  const Storage* row = static_cast<const Storage*>(rows.data) + t * rows.row_stride;
+  auto* sums = static_cast<Acc*>(piece.sums);
+  Vector<Acc> across[2] = {}; // two chains of additions
+  Bits<Acc> bits = {};
+  int64_t e = 0;
+  const auto add_vector = [&](int64_t chain) {
+    const Vector<Acc> x = load(row + e);
+    Bits<Acc> x_bits;
+    std::memcpy(&x_bits, &x, sizeof(x));
+    store(load(sums + e) + x, sums + e);
+    across[chain] += x;
+    bits |= x_bits;
+    e += lanes;
+  };
+  while (e + 2 * lanes <= num_experts) {
+    add_vector(0);
+    add_vector(1);
   }
+  if (e + lanes <= num_experts) {
+    add_vector(0);
+  }
+  bool maybe_negative = false; // or -0, or a NaN
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    maybe_negative |= bits[lane] < 0;
+  }
+  Acc row_sum = sum_of<Acc>(across[0] + across[1]);
+  for (; e < num_experts; ++e) {
+    const Acc x = widen(row[e]);
+    sums[e] += x;
+    row_sum += x;
+    maybe_negative |= x < 0;
+  }
+  bool negative = false;
+  for (int64_t j = 0; maybe_negative && j < num_experts; ++j) {
+    negative |= widen(row[j]) < 0;
+  }
+  count_row(row_sum, negative, tolerance, t, piece.census);
 }
 
 template <typename Storage>
-EDL_FLATTEN void sum_plain_rows(const RoutingRows& rows, double tolerance, void* sums_out, RowCensus* census) {
-  using Acc = Accumulation<Storage>;
-  constexpr int64_t lanes = kLanes<Acc>;
-  auto* sums = static_cast<Acc*>(sums_out);
-  Acc row_sum[kRowsAtOnce];
-  Acc row_minimum[kRowsAtOnce];
-  for (int64_t first = rows.begin; first < rows.end; first += kRowsAtOnce) {
-    const int64_t count = rows.end - first < kRowsAtOnce ? rows.end - first : kRowsAtOnce;
-    std::memset(row_sum, 0, sizeof(row_sum));
-    std::memset(row_minimum, 0, sizeof(row_minimum));
-    int64_t column = 0;
-    const auto sum_blocks = [&](auto vectors) {
-      constexpr int64_t width = decltype(vectors)::value * lanes;
-      for (; column + width <= rows.num_experts; column += width) {
-        sum_block<Storage, decltype(vectors)::value>(rows, first, count, column, sums, row_sum, row_minimum);
+EDL_FLATTEN void sum_plain_pieces(
+    const RoutingRows& rows, const RowPiece* pieces, int64_t num_pieces, double tolerance) {
+  bool any = true;
+  for (int64_t i = 0; any; ++i) {
+    any = false;
+    for (int64_t p = 0; p < num_pieces; ++p) {
+      if (pieces[p].begin + i < pieces[p].end) {
+        add_plain_row<Storage>(rows, pieces[p].begin + i, tolerance, pieces[p]);
+        any = true;
       }
-    };
-    sum_blocks(std::integral_constant<int64_t, 8>{});
-    sum_blocks(std::integral_constant<int64_t, 4>{});
-    sum_blocks(std::integral_constant<int64_t, 2>{});
-    sum_blocks(std::integral_constant<int64_t, 1>{});
-    if (column < rows.num_experts) {
-      sum_tail<Storage>(rows, first, count, column, sums, row_sum, row_minimum);
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      count_row(row_sum[i], row_minimum[i] < 0, tolerance, row_at(rows, first + i), census);
     }
   }
 }
@@ -251,7 +235,7 @@ EDL_INLINE Acc normaliser(Acc sum) {
 }
 
 template <typename Storage, Score score, int64_t fixed>
-EDL_FLATTEN void sum_scored(const RoutingRows& rows, double tolerance, Accumulation<Storage>* sums, RowCensus* census) {
+EDL_FLATTEN void sum_scored(const RoutingRows& rows, const RowPiece& piece, double tolerance) {
   using Acc = Accumulation<Storage>;
   constexpr Acc beyond = -std::numeric_limits<Acc>::infinity();
   const auto* data = static_cast<const Storage*>(rows.data);
@@ -260,17 +244,18 @@ EDL_FLATTEN void sum_scored(const RoutingRows& rows, double tolerance, Accumulat
   Row<Acc, fixed> row(num_experts);
   for_vectors<fixed>(total.vectors(), [&](int64_t v) { total[v] = Vector<Acc>{}; });
   bool maybe_distributions = true;
-  for (int64_t i = rows.begin; i < rows.end; ++i) {
+  for (int64_t i = piece.begin; i < piece.end; ++i) {
     const int64_t t = row_at(rows, i);
     const Storage* entries = data + t * rows.row_stride;
     if (maybe_distributions) {
-      take_census(entries, num_experts, tolerance, t, census);
-      maybe_distributions = census->first_other < 0; // one row of logits settles it
+      take_census(entries, num_experts, tolerance, t, piece.census);
+      maybe_distributions = piece.census->first_other < 0; // one row of logits settles it
     }
     for_vectors<fixed>(row.vectors(), [&](int64_t v) { row[v] = load_vector<fixed>(entries, v, num_experts, beyond); });
     const Acc scale = normaliser<score>(score_row<score>(row));
     for_vectors<fixed>(row.vectors(), [&](int64_t v) { total[v] += row[v] * scale; });
   }
+  auto* sums = static_cast<Acc*>(piece.sums);
   for_vectors<fixed>(total.vectors(), [&](int64_t v) { store_vector<false, fixed>(total[v], v, num_experts, sums); });
 }
 
@@ -295,10 +280,11 @@ EDL_INLINE void with_fixed_length(int64_t num_experts, Run run) {
 }
 
 template <typename Storage, Score score>
-void sum_scored_rows(const RoutingRows& rows, double tolerance, void* sums, RowCensus* census) {
-  using Acc = Accumulation<Storage>;
-  with_fixed_length<Acc>(rows.num_experts, [&](auto fixed) {
-    sum_scored<Storage, score, decltype(fixed)::value>(rows, tolerance, static_cast<Acc*>(sums), census);
+void sum_scored_pieces(const RoutingRows& rows, const RowPiece* pieces, int64_t num_pieces, double tolerance) {
+  with_fixed_length<Accumulation<Storage>>(rows.num_experts, [&](auto fixed) {
+    for (int64_t p = 0; p < num_pieces; ++p) {
+      sum_scored<Storage, score, decltype(fixed)::value>(rows, pieces[p], tolerance);
+    }
   });
 }
 
@@ -379,7 +365,7 @@ void spread_rows(const RoutingGradient& gradient, int64_t begin, int64_t end) {
 #define EDL_ALL_SCORES(loop, Storage) \
   {loop<Storage, Score::softmax>, loop<Storage, Score::sigmoid>, loop<Storage, Score::none>}
 #define EDL_SUM_SCORES(Storage) \
-  {sum_scored_rows<Storage, Score::softmax>, sum_scored_rows<Storage, Score::sigmoid>, sum_plain_rows<Storage>}
+  {sum_scored_pieces<Storage, Score::softmax>, sum_scored_pieces<Storage, Score::sigmoid>, sum_plain_pieces<Storage>}
 
 extern const AggregateRoutingLoops aggregate_routing_loops = {
     {EDL_SUM_SCORES(float), EDL_SUM_SCORES(double), EDL_SUM_SCORES(BFloat16), EDL_SUM_SCORES(Float16)},

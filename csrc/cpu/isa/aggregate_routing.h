@@ -14,15 +14,24 @@ struct RowCensus {
   int64_t first_other = -1; //   the first finite row that is no distribution
 };
 
-// Rows `order[begin..end)` of routing, or rows begin..end themselves where order is null.
+// Row i is that of `order[i]` in routing, or i itself where order is null.
 struct RoutingRows {
   const void* data; //      [T, E], storage type
   int64_t row_stride; //    elements
   int64_t num_experts; //   E
   const int32_t* order; //  [T] or null
+};
+
+// Rows begin..end, and where their sums go.
+struct RowPiece {
   int64_t begin;
   int64_t end;
+  void* sums; //            [E], accumulation type, zero before
+  RowCensus* census;
 };
+
+// A plain sum reads this many pieces side by side: what one stream of reads gets from memory is half of what a core can.
+inline constexpr int64_t kPiecesAtOnce = 4;
 
 struct RoutingGradient {
   const void* grad_sums; //       [S, E], accumulation type
@@ -37,8 +46,8 @@ struct RoutingGradient {
 
 // Indexed by storage and by score (softmax, sigmoid, none).
 struct AggregateRoutingLoops {
-  // sums[e] = sum of score(row)[e] over the rows, in their order.
-  void (*sum_rows[4][3])(const RoutingRows& rows, double tolerance, void* sums, RowCensus* census);
+  // Of each piece, at most kPiecesAtOnce: sums[e] = sum of score(row)[e] over its rows, in their order.
+  void (*sum_pieces[4][3])(const RoutingRows& rows, const RowPiece* pieces, int64_t num_pieces, double tolerance);
   // Rows begin..end of the gradient; row t is that of segment_ids[t] through the score, zero where the id is -1.
   void (*spread_rows[4][3])(const RoutingGradient& gradient, int64_t begin, int64_t end);
 };

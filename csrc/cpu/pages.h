@@ -25,4 +25,18 @@ inline at::Tensor on_huge_pages(at::Tensor fresh) {
   return fresh;
 }
 
+// Whether the system has yet to hand out the pages behind a tensor. It clears them when they are first written, which
+// leaves them in the caches.
+inline bool is_on_fresh_pages(const at::Tensor& tensor) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 4096;
+  const auto middle = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) + tensor.nbytes() / 2;
+  unsigned char is_resident = 0;
+  // A page size above 4 KiB makes this fail: then the pages count as used.
+  return mincore(reinterpret_cast<void*>(middle / page * page), 1, &is_resident) == 0 && (is_resident & 1) == 0;
+#else
+  return false;
+#endif
+}
+
 } // namespace edl

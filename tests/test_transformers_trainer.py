@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -304,6 +305,8 @@ def test_packing_keeps_labels_positions_and_targets():
         "position_ids": [[0, 1, 2, 0], [0, 1, 2, 3]],
         "domain_ids": [[0, 0, 0, 1], [1, 2, 2, 2]],
     }
+    numbers = {**documents, "domain_ids": [numpy.int64(0), torch.tensor(1), torch.tensor([1, 1, 2, 2, 2]), -1]}
+    assert pack_documents(numbers, length=4) == pack_documents(documents, length=4)
     del documents["labels"]
     assert pack_documents(documents, length=5)["labels"] == [[-100, 11, 12, -100, 21], [22, 23, 24, -100, 31]]
     assert pack_documents(documents, length=11) == {"input_ids": [], "labels": [], "position_ids": [], "domain_ids": []}
@@ -350,6 +353,14 @@ BAD_BATCHES = {
     "label list": (
         lambda: collate([[0, 1], [2, 2]]),
         "DomainCollator: domain_ids must be one label per example or per token (got 2 for 3 tokens)",
+    ),
+    "no label": (
+        lambda: collate([None, None], domain_ids=None),
+        "DomainCollator: domain_ids must be a number, -1 = unknown, or a list of numbers (got None)",
+    ),
+    "pack names": (
+        lambda: pack_documents({"input_ids": [[1, 2]], "domain_ids": ["wiki"]}, 2),
+        "pack_documents: domain_ids must be a number, -1 = unknown, or a list of numbers (got 'wiki')",
     ),
     "pack length": (lambda: pack_documents({}, 0), "pack_documents: length must be at least 1 (got 0)"),
     "pack labels": (

@@ -245,6 +245,9 @@ class DomainMemory(nn.Module):
         """What `load_state_dict` restores."""
         *moments, micro_batches = state or (0.0,)
         self._carried = Carried(Moments(*moments), micro_batches) if moments else _NOTHING
+        # A state is that between steps, also where a step that failed is left for it.
+        self._collected = self._trained_on = 0
+        self._before_pass.clear()
 
     def extra_repr(self) -> str:
         return f"decay={self.decay:g}"

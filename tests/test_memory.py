@@ -219,6 +219,7 @@ def saved_and_loaded_by_distributed_checkpoint(state, into, folder):
     return loaded["divergence"]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("resume", [saved_and_loaded, saved_and_loaded_by_distributed_checkpoint])
 def test_a_state_dict_resumes_the_average(resume, tmp_path):
     divergence = with_average()
@@ -229,6 +230,18 @@ def test_a_state_dict_resumes_the_average(resume, tmp_path):
     expected, actual = (losses_and_gradient(module, 1, torch.arange(8, 12)) for module in (divergence, resumed))
     assert expected[0].ne(0).all()
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_state_that_is_restored_ends_a_step_that_failed():
+    divergence = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory())
+    state = divergence.state_dict()
+    collect(divergence.memory, divergence, 3)
+    divergence.load_state_dict(state)
+    collect(divergence.memory, divergence, 4)
+    losses, _ = losses_and_gradient(divergence, 4)
+    divergence.memory.step()
+    expected, _ = losses_and_gradient(edl.ExpertDivergenceLoss(D), 1)
+    assert_close(losses, expected.expand(4), ALLOWED)
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,28 @@ def test_two_passes_have_the_gradient_of_one_batch(tmp_path):
         assert_steps(one_pass.gradients, at_once.gradients)
 
 
+class FailsOnce(TrainerCallback):
+    """Stops a training in the middle of its first step, as a device without memory does."""
+
+    failed = False
+
+    def on_substep_end(self, *args, **kwargs):
+        if not self.failed:
+            self.failed = True
+            raise MemoryError
+
+
+def test_two_passes_begin_anew_after_a_step_that_failed(tmp_path):
+    args = arguments(tmp_path, gradient_accumulation_steps=3)
+    options = {"train_dataset": make_dataset(), "num_domains": D, "beta": BETA, "two_passes": True}
+    recorded = Gradients()
+    trainer = EDTrainer(seeded_model(), args, callbacks=[recorded, FailsOnce()], **options)
+    with pytest.raises(MemoryError):
+        trainer.train()
+    trainer.train()
+    assert_steps(recorded.steps, train(EDTrainer, args, two_passes=True).gradients)
+
+
 def test_equal_micro_batches_have_the_gradient_of_one_batch(tmp_path):
     """Accumulation of the same sequences, and one batch of them all."""
     rows = make_dataset(4).select([0, 1, 2, 3] * 3)

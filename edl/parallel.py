@@ -119,7 +119,9 @@ class Ranks:
                 )
             return 1 if self.group is None else dist.get_world_size(self.group)
         if not isinstance(averaging_ranks, int) or averaging_ranks < 1:
-            raise ValueError(f"edl::parallel: averaging_ranks must be an integer of at least 1 (got {averaging_ranks!r})")
+            raise ValueError(
+                f"edl::parallel: averaging_ranks must be an integer of at least 1 (got {averaging_ranks!r})"
+            )
         return averaging_ranks
 
     def _check_disjoint(self) -> None:

@@ -436,7 +436,9 @@ def test_ranks_of_a_sequence_group_with_other_segments_are_an_error_on_all():
     for outcomes in (first, second):
         assert outcomes[0] == outcomes[3] == sentence and outcomes[1] == outcomes[4] == "a number"
     assert second[2].startswith("ValueError: edl::segments: domain_ids must have one row per sequence, 3 (got [4])")
-    assert first[2].startswith("RuntimeError: edl::parallel: rank 1 failed: edl::segments: domain_ids must have one row")
+    assert first[2].startswith(
+        "RuntimeError: edl::parallel: rank 1 failed: edl::segments: domain_ids must have one row"
+    )
 
 
 def routing_that_is_not_finite() -> tuple[float, bool]:

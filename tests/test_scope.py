@@ -161,7 +161,9 @@ def test_a_scope_opened_inside_what_is_checkpointed(run):
     fifo = ORDERS["first in, first out"]
     expected = router_gradient(plain, [BOTH], fifo)
     for around in (None, ONE):
-        torch.testing.assert_close(router_gradient(opens_its_own(BOTH), [around], fifo), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            router_gradient(opens_its_own(BOTH), [around], fifo), expected, rtol=1e-12, atol=1e-12
+        )
 
 
 def test_nested_scopes_and_errors_restore_what_was_before():

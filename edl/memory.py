@@ -60,7 +60,7 @@ class DomainMemory(nn.Module):
     The mean of their gradients is the gradient of the batch, and the value of every loss is the batch's.
 
     The state travels in `state_dict` (between steps; collected moments do not). Not for code under `torch.compile`. With
-    activation checkpointing labels must come from `edl.domain_scope`.
+    activation checkpointing labels must come from an `edl.domain_scope` around what is checkpointed.
 
     Args:
         decay (float): factor of what is carried at each `step()`, in [0, 1): 0 (default) forgets, d > 0 keeps an exponential

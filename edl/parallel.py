@@ -1,7 +1,7 @@
 """The loss of a batch that several ranks hold: what is added over them, by whom, and what becomes of a rank that fails.
 
-Two seams, each one all-reduce forward and nothing backward: segment sums over the ranks that hold parts of the same sequences,
-domain moments over the ranks that share the batch. Every rank then has the loss of the whole batch and differentiates its own
+Two seams, each one all-reduce forward and nothing backward: segment sums over the ranks that hold parts of the same sequences
+(where values are looked at, after a comparison of their number), domain moments over the ranks that share the batch. Every rank then has the loss of the whole batch and differentiates its own
 contribution to it.
 """
 
@@ -160,9 +160,12 @@ class Ranks:
         Raises:
             Exception: at the first call: the problem of any rank, or layouts that differ, on all ranks.
         """
-        if torch.compiler.is_compiling() or (self.sequence_group is None and self.group is None):
+        is_alone = self.sequence_group is None and self.group is None
+        if torch.compiler.is_compiling() or is_alone:
             if problem is not None:
                 raise problem
+            if is_alone and not torch.compiler.is_compiling():
+                self._layout = layout  # of this call, for moments that stand in
             return None
         if self._layout is not None:
             if problem is None and layout != self._layout:

@@ -294,6 +294,15 @@ def refused(call) -> str:
     return str(error.value)
 
 
+def test_a_wrong_label_is_an_error_and_changes_nothing():
+    divergence = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory())
+    router = ROUTER[0].clone().requires_grad_(True)
+    with pytest.raises(IndexError) as error:
+        divergence(HIDDEN[0] @ router.T, LABELS + 1)
+    assert "labels must be at least -1 and below num_domains = 3 (got 3 for segment 8)" in str(error.value)
+    assert divergence.state_dict() == edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory()).state_dict()
+
+
 def test_wrong_use_is_refused():
     divergence = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory())
     memory = divergence.memory

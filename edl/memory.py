@@ -60,7 +60,7 @@ class DomainMemory(nn.Module):
     The mean of their gradients is the gradient of the batch, and the value of every loss is the batch's.
 
     The state travels in `state_dict` (between steps; collected moments do not). Not for code under `torch.compile`. With
-    activation checkpointing labels must come from `edl.domain_scope`.
+    activation checkpointing labels must come from an `edl.domain_scope` around what is checkpointed.
 
     Args:
         decay (float): factor of what is carried at each `step()`, in [0, 1): 0 (default) forgets, d > 0 keeps an exponential
@@ -139,15 +139,17 @@ class DomainMemory(nn.Module):
 
     def before_pass(self) -> Carried:
         """What the calling forward pass adds to; in a replay, what it found the first time."""
-        if self.has_collected:
-            return self._carried
         if torch._C._current_autograd_node() is None:
             return self._carried
         scope = current_scope()
-        if scope is None:
+        # A scope that the replay opens anew is not that of the first time.
+        if (scope is None and not self.has_collected) or (scope is not None and scope.opened_in is not None):
             raise RuntimeError(
-                "edl::DomainMemory: under activation checkpointing labels must come from edl.domain_scope (got a replay in none)"
+                "edl::DomainMemory: under activation checkpointing labels must come from an edl.domain_scope around what is "
+                f"checkpointed (got a replay {'in none' if scope is None else 'that opens its own'})"
             )
+        if self.has_collected:
+            return self._carried
         return self._before_pass.get(scope, self._carried)
 
     def gradient_scale(self, before: Carried) -> float:
@@ -206,10 +208,18 @@ class DomainMemory(nn.Module):
         self._carried = Carried(total, before.micro_batches + 1)
 
     def _check_shape(self, before: Carried, live: Moments) -> None:
-        if before.moments is not None and before.moments.sums.shape != live.sums.shape:
+        if before.moments is None:
+            return
+        if before.moments.sums.shape != live.sums.shape:
             raise ValueError(
-                "edl::DomainMemory: all micro-batches must have the same layers, domains and experts, "
-                f"{list(before.moments.sums.shape)} (got {list(live.sums.shape)})"
+                "edl::DomainMemory: all micro-batches, and a state that was restored, must have the same layers, domains and "
+                f"experts, {list(before.moments.sums.shape)} (got {list(live.sums.shape)})"
+            )
+        if before.moments.squares.shape != live.squares.shape:
+            with_squares = live.squares.numel() > 0
+            raise ValueError(
+                "edl::DomainMemory: all micro-batches, and a state that was restored, must have the same bias_correction, "
+                f"{not with_squares} (got {with_squares})"
             )
 
     def _warn_where_step_was_forgotten(self) -> None:
@@ -223,16 +233,21 @@ class DomainMemory(nn.Module):
         if not counted:
             self._optimizer_steps_seen = _optimizer_steps
 
-    def get_extra_state(self) -> dict:
-        """What `state_dict` saves."""
-        moments, micro_batches = self._carried
-        return {} if moments is None else {**moments._asdict(), "micro_batches": micro_batches}
+    def get_extra_state(self) -> tuple:
+        """What `state_dict` saves: sums, squares, counts and how many micro-batches they are worth, or nothing.
 
-    def set_extra_state(self, state: dict) -> None:
+        A tuple, which torch.distributed.checkpoint takes as a whole: into the empty dict of a new memory it would load nothing.
+        """
+        moments, micro_batches = self._carried
+        return () if moments is None else (*moments.to(torch.device("cpu")), micro_batches)
+
+    def set_extra_state(self, state: tuple) -> None:
         """What `load_state_dict` restores."""
-        state = dict(state)
-        micro_batches = state.pop("micro_batches", 0.0)
-        self._carried = Carried(Moments(**state), micro_batches) if state else _NOTHING
+        *moments, micro_batches = state or (0.0,)
+        self._carried = Carried(Moments(*moments), micro_batches) if moments else _NOTHING
+        # A state is that between steps, also where a step that failed is left for it.
+        self._collected = self._trained_on = 0
+        self._before_pass.clear()
 
     def extra_repr(self) -> str:
         return f"decay={self.decay:g}"

@@ -1,10 +1,11 @@
 """The loss of a batch that several ranks hold: what is added over them, by whom, and what becomes of a rank that fails.
 
-Two seams, each one all-reduce forward and nothing backward: segment sums over the ranks that hold parts of the same sequences,
-domain moments over the ranks that share the batch. Every rank then has the loss of the whole batch and differentiates its own
+Two seams, each one all-reduce forward and nothing backward: segment sums over the ranks that hold parts of the same sequences
+(where values are looked at, after a comparison of their number), domain moments over the ranks that share the batch. Every rank then has the loss of the whole batch and differentiates its own
 contribution to it.
 """
 
+import copy
 import os
 from typing import List, NamedTuple, Optional, Tuple
 
@@ -106,6 +107,9 @@ class Ranks:
         self._layout: Optional[Layout] = None
         self._num_segments = 0
 
+    def __deepcopy__(self, memo: dict) -> "Ranks":
+        return copy.copy(self)  # groups cannot be copied; a copy of a model spans the same ranks
+
     def _averaging_ranks(self, averaging_ranks: Optional[int]) -> int:
         if averaging_ranks is None:
             if self.sequence_group is not None:
@@ -114,8 +118,10 @@ class Ranks:
                     "averages gradients (got None)"
                 )
             return 1 if self.group is None else dist.get_world_size(self.group)
-        if averaging_ranks < 1:
-            raise ValueError(f"edl::parallel: averaging_ranks must be at least 1 (got {averaging_ranks})")
+        if not isinstance(averaging_ranks, int) or averaging_ranks < 1:
+            raise ValueError(
+                f"edl::parallel: averaging_ranks must be an integer of at least 1 (got {averaging_ranks!r})"
+            )
         return averaging_ranks
 
     def _check_disjoint(self) -> None:
@@ -154,9 +160,12 @@ class Ranks:
         Raises:
             Exception: at the first call: the problem of any rank, or layouts that differ, on all ranks.
         """
-        if torch.compiler.is_compiling() or (self.sequence_group is None and self.group is None):
+        is_alone = self.sequence_group is None and self.group is None
+        if torch.compiler.is_compiling() or is_alone:
             if problem is not None:
                 raise problem
+            if is_alone and not torch.compiler.is_compiling():
+                self._layout = layout  # of this call, for moments that stand in
             return None
         if self._layout is not None:
             if problem is None and layout != self._layout:
@@ -196,6 +205,20 @@ class Ranks:
         self, sums: Tensor, counts: Tensor, problem: Optional[Exception]
     ) -> Tuple[Tensor, Tensor, Optional[Exception]]:
         """Adds segment sums [L, S, E] and counts [S] over `sequence_group`; NaN, and a problem, where a rank of it failed."""
+        if self.sequence_group is not None and reads_values(counts):
+            # A collective of different sizes may end the process.
+            numbers = dict(self._gather(self.sequence_group, counts.shape[0] if problem is None else None))
+            different = set(numbers.values()) - {None}
+            if len(different) > 1 and problem is None:
+                problem = ValueError(
+                    "edl::parallel: all ranks of sequence_group must pass the same segments: labels, or cu_seqlens, of whole "
+                    f"sequences (got, by rank, these numbers of segments: {numbers})"
+                )
+            if len(different) != 1:
+                return sums, counts, problem
+            if problem is not None:
+                (self._num_segments,) = different
+                sums, counts = self.stand_in_segments()
         self._num_segments = counts.shape[0]
         (sums, counts), problem = self._sum(self.sequence_group, (sums, counts), problem)
         return sums, counts, problem

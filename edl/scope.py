@@ -10,7 +10,7 @@ import collections
 import contextlib
 import contextvars
 import threading
-from typing import Iterator, NamedTuple, Optional
+from typing import Iterator, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -30,11 +30,18 @@ class Labels(NamedTuple):
     cu_seqlens: Optional[Tensor] = None
 
 
+def _current_replay() -> Optional[Tuple[int, int]]:
+    """The backward pass and its node that the calling code runs in; None in no backward pass."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else (torch._C._current_graph_task_id(), node._sequence_nr())
+
+
 class Scope:
     """One forward pass: its labels, and the numbers of the autograd nodes made in it, from `first` up to `last`."""
 
     def __init__(self, labels: Labels) -> None:
         self.labels = labels
+        self.opened_in = _current_replay()
         self.thread = threading.get_ident()
         self.first = torch._C._autograd._get_sequence_nr()
         self.last: Optional[int] = None  # open
@@ -95,9 +102,9 @@ def domain_scope(
     """Binds labels to the forward passes run inside: `with edl.domain_scope(domain_ids): output = model(tokens)`.
 
     The backward pass may run inside or outside, in any order with those of other scopes; activation checkpointing gets the
-    labels of the pass it replays. A forward pass outside any scope has no labels, and so no divergence loss; nothing is left
+    labels of the pass it replays, or those of a scope that it opens itself. A forward pass outside any scope has no labels, and so no divergence loss; nothing is left
     set. Not for code under `torch.compile` or TorchScript: pass the labels as arguments there. Reentrant checkpointing must
-    not be nested in reentrant checkpointing.
+    be neither inside other checkpointing nor around it.
 
     Args:
         domain_ids (Tensor): labels in any form that `ExpertDivergenceLoss` takes.
@@ -126,10 +133,11 @@ def domain_scope(
 
 def current_scope() -> Optional[Scope]:
     """The scope of the forward pass that the caller belongs to; see `current_labels`."""
-    node = torch._C._current_autograd_node()
-    if node is None:
-        return _OPEN.get()
-    scope = _SCOPES.find(node._sequence_nr())
+    replay, scope = _current_replay(), _OPEN.get()
+    if replay is None:
+        return scope
+    if scope is None or scope.opened_in != replay:  # else what is replayed opens its scope itself
+        scope = _SCOPES.find(replay[1])
     if scope is not None and not torch.is_grad_enabled():
         # The inner replay would come from a node made here, in no scope, and its loss would be missing without a word.
         raise RuntimeError(

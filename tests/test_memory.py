@@ -1,5 +1,6 @@
 """DomainMemory: micro-batches that know of each other."""
 
+import contextlib
 import copy
 import io
 import warnings
@@ -7,7 +8,8 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
+from torch.distributed import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 import edl
 from ranks import Collectives, on_ranks
@@ -143,7 +145,7 @@ def in_flight(divergence, use_reentrant) -> torch.Tensor:
     for rows in torch.arange(B).chunk(3):
         hidden = HIDDEN[0][rows].clone().requires_grad_(True)
         with edl.domain_scope(LABELS[rows]):
-            output = block(hidden) if use_reentrant is None else checkpoint(block, hidden, use_reentrant=use_reentrant)
+            output = block(hidden) if use_reentrant is None else recompute(block, hidden, use_reentrant=use_reentrant)
         outputs.append(output.sum())
     for output in outputs:
         output.backward()
@@ -163,16 +165,23 @@ def test_a_replay_finds_what_its_forward_pass_found(use_reentrant):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_a_replay_without_a_scope_is_refused():
+@pytest.mark.parametrize(
+    "scope, got", [(contextlib.nullcontext, "in none"), (lambda: edl.domain_scope(LABELS), "that opens its own")]
+)
+def test_a_replay_without_a_scope_around_it_is_refused(scope, got):
     divergence = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory())
     router = ROUTER[0].clone().requires_grad_(True)
-    loss = checkpoint(
-        lambda hidden: divergence(hidden @ router.T, LABELS), HIDDEN[0].clone().requires_grad_(True), use_reentrant=True
-    )
+
+    def block(hidden):
+        with scope():
+            return divergence(hidden @ router.T, LABELS)
+
+    loss = recompute(block, HIDDEN[0].clone().requires_grad_(True), use_reentrant=True)
     with pytest.raises(RuntimeError) as error:
         loss.backward()
     assert str(error.value) == (
-        "edl::DomainMemory: under activation checkpointing labels must come from edl.domain_scope (got a replay in none)"
+        "edl::DomainMemory: under activation checkpointing labels must come from an edl.domain_scope around what is "
+        f"checkpointed (got a replay {got})"
     )
 
 
@@ -192,23 +201,63 @@ def test_evaluation_neither_reads_nor_changes_the_memory():
     torch.testing.assert_close(memory.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_state_dict_resumes_the_average():
-    def two_steps(divergence, resume: bool):
-        losses_and_gradient(divergence, 1, torch.arange(0, 8))
-        divergence.memory.step()
-        if resume:
-            saved = io.BytesIO()
-            torch.save(divergence.state_dict(), saved)
-            saved.seek(0)
-            divergence = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory(decay=0.9))
-            divergence.load_state_dict(torch.load(saved))
-        return losses_and_gradient(divergence, 1, torch.arange(8, 12))
+def with_average(**options) -> edl.ExpertDivergenceLoss:
+    return edl.ExpertDivergenceLoss(**{"num_domains": D, **options}, memory=edl.DomainMemory(decay=0.9))
 
-    expected, actual = (
-        two_steps(edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory(decay=0.9)), resume) for resume in (False, True)
-    )
+
+def saved_and_loaded(state, into, folder):
+    saved = io.BytesIO()
+    torch.save(state, saved)
+    saved.seek(0)
+    return torch.load(saved)
+
+
+def saved_and_loaded_by_distributed_checkpoint(state, into, folder):
+    checkpoint.save({"divergence": state}, checkpoint_id=folder, no_dist=True)
+    loaded = {"divergence": into}
+    checkpoint.load(loaded, checkpoint_id=folder, no_dist=True)
+    return loaded["divergence"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("resume", [saved_and_loaded, saved_and_loaded_by_distributed_checkpoint])
+def test_a_state_dict_resumes_the_average(resume, tmp_path):
+    divergence = with_average()
+    losses_and_gradient(divergence, 1, torch.arange(0, 8))
+    divergence.memory.step()
+    resumed = with_average()
+    resumed.load_state_dict(resume(divergence.state_dict(), resumed.state_dict(), tmp_path))
+    expected, actual = (losses_and_gradient(module, 1, torch.arange(8, 12)) for module in (divergence, resumed))
     assert expected[0].ne(0).all()
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_state_that_is_restored_ends_a_step_that_failed():
+    divergence = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory())
+    state = divergence.state_dict()
+    collect(divergence.memory, divergence, 3)
+    divergence.load_state_dict(state)
+    collect(divergence.memory, divergence, 4)
+    losses, _ = losses_and_gradient(divergence, 4)
+    divergence.memory.step()
+    expected, _ = losses_and_gradient(edl.ExpertDivergenceLoss(D), 1)
+    assert_close(losses, expected.expand(4), ALLOWED)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"num_domains": D + 1}, "the same layers, domains and experts, [2, 3, 8] (got [2, 4, 8])"),
+        ({"bias_correction": True}, "the same bias_correction, False (got True)"),
+    ],
+)
+def test_the_state_of_another_loss_is_refused(options, sentence):
+    divergence, other = with_average(), with_average(**options)
+    losses_and_gradient(divergence, 1)
+    other.load_state_dict(divergence.state_dict())
+    assert refused(lambda: losses_and_gradient(other, 1)) == (
+        f"edl::DomainMemory: all micro-batches, and a state that was restored, must have {sentence}"
+    )
 
 
 def test_a_micro_batch_that_overflowed_does_not_stay():
@@ -245,6 +294,15 @@ def refused(call) -> str:
     return str(error.value)
 
 
+def test_a_wrong_label_is_an_error_and_changes_nothing():
+    divergence = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory())
+    router = ROUTER[0].clone().requires_grad_(True)
+    with pytest.raises(IndexError) as error:
+        divergence(HIDDEN[0] @ router.T, LABELS + 1)
+    assert "labels must be at least -1 and below num_domains = 3 (got 3 for segment 8)" in str(error.value)
+    assert divergence.state_dict() == edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory()).state_dict()
+
+
 def test_wrong_use_is_refused():
     divergence = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory())
     memory = divergence.memory
@@ -260,7 +318,7 @@ def test_wrong_use_is_refused():
     )
     losses_and_gradient(divergence, 1)
     assert "collect() must come first in a step, once" in refused(lambda: memory.collect().__enter__())
-    assert "all micro-batches must have the same layers, domains and experts, [2, 3, 8] (got [1, 3, 8])" in refused(
+    assert "must have the same layers, domains and experts, [2, 3, 8] (got [1, 3, 8])" in refused(
         lambda: divergence((HIDDEN[0] @ ROUTER[0].T).requires_grad_(True), LABELS)
     )
     memory.step()

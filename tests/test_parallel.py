@@ -1,5 +1,7 @@
 """The loss over several ranks: after the framework's averaging, the gradients are those of one process that saw the whole batch."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -117,6 +119,29 @@ def check_random_splits(data_ranks: int, context_ranks: int, seeds: range) -> No
 @pytest.mark.parametrize("data_ranks, context_ranks", [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4)])
 def test_gradients_equal_one_process_however_the_batch_is_split(data_ranks, context_ranks):
     on_ranks(data_ranks * context_ranks, check_random_splits, data_ranks, context_ranks, range(20))
+
+
+def rank_without_tokens() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of every rank: its value, and the gradient added over ranks, where the last rank has no token."""
+    batch = Batch(1)
+    divergence = edl.ExpertDivergenceLoss(D, group=dist.group.WORLD)
+    shapes = (lambda h: h, lambda h: h.flatten(1, 2))
+    results = []
+    for shape in shapes:
+        sequences = slice(8) if dist.get_rank() == 0 else slice(0)
+        hidden, labels, keep = batch.part(sequences, slice(None))
+        loss, gradient = loss_and_gradient(divergence, shape(hidden), batch.router, labels, keep)
+        dist.all_reduce(gradient)
+        results.append((loss, gradient / 2))
+    return results
+
+
+def test_a_rank_may_have_no_token():
+    loss, gradient = one_process(Batch(1))
+    for results in on_ranks(2, rank_without_tokens):
+        for own_loss, own_gradient in results:
+            assert_close(own_loss, loss, tolerance(torch.float64, 64))
+            assert_close(own_gradient, gradient, tolerance(torch.float64, 64, roundings=4))
 
 
 def test_the_reference_of_the_splits_is_the_papers_loss():
@@ -283,6 +308,18 @@ def test_compiles_without_graph_break():
     on_ranks(4, compiled_and_eager)
 
 
+def value_of_a_copy() -> list[float]:
+    divergence = edl.ExpertDivergenceLoss(D, group=dist.group.WORLD)
+    labels = LABELS[2 * dist.get_rank() :][:2]
+    values = [copied(LOGITS[:2], labels).item() for copied in (divergence, copy.deepcopy(divergence))]
+    return [*values, copy.deepcopy(divergence)(LOGITS[:2], labels).item()]
+
+
+def test_a_copy_spans_the_same_ranks():
+    for first, unused, used in on_ranks(2, value_of_a_copy):
+        assert first == unused == used != 0
+
+
 def no_two_ranks_differ() -> bytes:
     batch = Batch(1, torch.float32)
     hidden, labels, keep = this_rank_part(batch, 4, 1)
@@ -380,6 +417,30 @@ def test_what_ranks_must_agree_on_is_compared_at_the_first_call(case):
             assert own.endswith(f"on rank {other})")
 
 
+def differ_in_segments() -> list[str]:
+    """Ranks of a sequence_group with other numbers of segments than each other, or than in the last call."""
+    divergence = edl.ExpertDivergenceLoss(D, sequence_group=dist.group.WORLD, averaging_ranks=2)
+    first = dist.get_rank() == 0
+    three, four = (LOGITS[:3], LABELS[:3]), (LOGITS, LABELS)
+    wrong = (LOGITS[:3], LABELS)
+    calls = [three if first else four, four, three if first else wrong, three if first else four, three]
+    return [outcome(lambda: divergence(*arguments)) for arguments in calls]
+
+
+def test_ranks_of_a_sequence_group_with_other_segments_are_an_error_on_all():
+    first, second = on_ranks(2, differ_in_segments)
+    sentence = (
+        "ValueError: edl::parallel: all ranks of sequence_group must pass the same segments: labels, or cu_seqlens, of whole "
+        "sequences (got, by rank, these numbers of segments: {0: 3, 1: 4})"
+    )
+    for outcomes in (first, second):
+        assert outcomes[0] == outcomes[3] == sentence and outcomes[1] == outcomes[4] == "a number"
+    assert second[2].startswith("ValueError: edl::segments: domain_ids must have one row per sequence, 3 (got [4])")
+    assert first[2].startswith(
+        "RuntimeError: edl::parallel: rank 1 failed: edl::segments: domain_ids must have one row"
+    )
+
+
 def routing_that_is_not_finite() -> tuple[float, bool]:
     divergence = edl.ExpertDivergenceLoss(D, group=dist.group.WORLD)
     logits = LOGITS.clone()
@@ -420,7 +481,7 @@ def test_groups_that_cannot_be_are_refused():
             "ValueError: edl::parallel: group must be a ProcessGroup of this rank or a DeviceMesh of one dimension (got str)",
             "ValueError: edl::parallel: averaging_ranks is required with sequence_group: the number of ranks over which the "
             "framework averages gradients (got None)",
-            "ValueError: edl::parallel: averaging_ranks must be at least 1 (got 0)",
+            "ValueError: edl::parallel: averaging_ranks must be an integer of at least 1 (got 0)",
         ]
         neighbour = rank + 1 - 2 * (rank % 2)
         assert sentences[4] == (

@@ -144,6 +144,28 @@ def test_backward_inside_the_scope_of_another_pass():
     assert block.seen == [BOTH.tolist(), ONE.tolist(), BOTH.tolist(), ONE.tolist()]
 
 
+@pytest.mark.parametrize("run", CHECKPOINTS)
+def test_a_scope_opened_inside_what_is_checkpointed(run):
+    """The replay opens it again, and it is the innermost, also where the forward pass had another around it."""
+
+    def opens_its_own(ids):
+        def inner(block, hidden):
+            def labelled(hidden):
+                with edl.domain_scope(ids):
+                    return block(hidden)
+
+            return run(labelled, hidden)
+
+        return inner
+
+    fifo = ORDERS["first in, first out"]
+    expected = router_gradient(plain, [BOTH], fifo)
+    for around in (None, ONE):
+        torch.testing.assert_close(
+            router_gradient(opens_its_own(BOTH), [around], fifo), expected, rtol=1e-12, atol=1e-12
+        )
+
+
 def test_nested_scopes_and_errors_restore_what_was_before():
     assert edl.current_labels() is None
     with edl.domain_scope(BOTH):

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -189,6 +190,28 @@ def test_two_passes_have_the_gradient_of_one_batch(tmp_path):
         assert_steps(one_pass.gradients, at_once.gradients)
 
 
+class FailsOnce(TrainerCallback):
+    """Stops a training in the middle of its first step, as a device without memory does."""
+
+    failed = False
+
+    def on_substep_end(self, *args, **kwargs):
+        if not self.failed:
+            self.failed = True
+            raise MemoryError
+
+
+def test_two_passes_begin_anew_after_a_step_that_failed(tmp_path):
+    args = arguments(tmp_path, gradient_accumulation_steps=3)
+    options = {"train_dataset": make_dataset(), "num_domains": D, "beta": BETA, "two_passes": True}
+    recorded = Gradients()
+    trainer = EDTrainer(seeded_model(), args, callbacks=[recorded, FailsOnce()], **options)
+    with pytest.raises(MemoryError):
+        trainer.train()
+    trainer.train()
+    assert_steps(recorded.steps, train(EDTrainer, args, two_passes=True).gradients)
+
+
 def test_equal_micro_batches_have_the_gradient_of_one_batch(tmp_path):
     """Accumulation of the same sequences, and one batch of them all."""
     rows = make_dataset(4).select([0, 1, 2, 3] * 3)
@@ -304,6 +327,8 @@ def test_packing_keeps_labels_positions_and_targets():
         "position_ids": [[0, 1, 2, 0], [0, 1, 2, 3]],
         "domain_ids": [[0, 0, 0, 1], [1, 2, 2, 2]],
     }
+    numbers = {**documents, "domain_ids": [numpy.int64(0), torch.tensor(1), torch.tensor([1, 1, 2, 2, 2]), -1]}
+    assert pack_documents(numbers, length=4) == pack_documents(documents, length=4)
     del documents["labels"]
     assert pack_documents(documents, length=5)["labels"] == [[-100, 11, 12, -100, 21], [22, 23, 24, -100, 31]]
     assert pack_documents(documents, length=11) == {"input_ids": [], "labels": [], "position_ids": [], "domain_ids": []}
@@ -350,6 +375,14 @@ BAD_BATCHES = {
     "label list": (
         lambda: collate([[0, 1], [2, 2]]),
         "DomainCollator: domain_ids must be one label per example or per token (got 2 for 3 tokens)",
+    ),
+    "no label": (
+        lambda: collate([None, None], domain_ids=None),
+        "DomainCollator: domain_ids must be a number, -1 = unknown, or a list of numbers (got None)",
+    ),
+    "pack names": (
+        lambda: pack_documents({"input_ids": [[1, 2]], "domain_ids": ["wiki"]}, 2),
+        "pack_documents: domain_ids must be a number, -1 = unknown, or a list of numbers (got 'wiki')",
     ),
     "pack length": (lambda: pack_documents({}, 0), "pack_documents: length must be at least 1 (got 0)"),
     "pack labels": (

@@ -7,6 +7,16 @@ import torch
 from torch import Tensor
 
 
+def _label(op: str, domain_ids: Any) -> Tensor:
+    """The label, or labels, of one example, in whatever form a dataset gives them."""
+    try:
+        return torch.as_tensor(domain_ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"edl::{op}: domain_ids must be a number, -1 = unknown, or a list of numbers (got {domain_ids!r})"
+        ) from None
+
+
 def _token_labels(labels: List[Tensor], lengths: List[int], batch: Dict[str, Any]) -> Tensor:
     """Labels [B, S_len], one per token and -1 at padding, of examples that were padded, or flattened into one row."""
     for label, n in zip(labels, lengths):
@@ -44,7 +54,8 @@ class DomainCollator:
         collator (Callable): makes a batch of tensors of a list of examples, without their `domain_ids`.
 
     Raises:
-        ValueError: only some examples have `domain_ids`, or the tokens of the batch are not those of the examples.
+        ValueError: only some examples have `domain_ids`, or have what is no number; or the tokens of the batch are not those
+            of the examples.
     """
 
     def __init__(self, collator: Callable[[List[Dict[str, Any]]], Dict[str, Any]]) -> None:
@@ -52,7 +63,7 @@ class DomainCollator:
 
     def __call__(self, examples: List[Dict[str, Any]]) -> Dict[str, Any]:
         batch = self.collator([{k: v for k, v in example.items() if k != "domain_ids"} for example in examples])
-        labels = [torch.as_tensor(example["domain_ids"]) for example in examples if "domain_ids" in example]
+        labels = [_label("DomainCollator", example["domain_ids"]) for example in examples if "domain_ids" in example]
         if not labels:
             return batch
         if len(labels) != len(examples):
@@ -89,15 +100,15 @@ def pack_documents(examples: Dict[str, List[Any]], length: int) -> Dict[str, Lis
         and `domain_ids`, all lists of rows of `length`.
 
     Raises:
-        ValueError: a length below 1, or a list of labels with another length than its document.
+        ValueError: a length below 1, a label that is no number, or a list of labels with another length than its document.
     """
     if length < 1:
         raise ValueError(f"edl::pack_documents: length must be at least 1 (got {length})")
     documents = examples["input_ids"]
     lengths = torch.tensor([len(tokens) for tokens in documents], dtype=torch.int64)
+    labels = [_label("pack_documents", domain) for domain in examples["domain_ids"]]
     domain_ids = [
-        [domain] * len(tokens) if isinstance(domain, int) else domain
-        for domain, tokens in zip(examples["domain_ids"], documents)
+        (label.expand(len(tokens)) if label.dim() == 0 else label).tolist() for label, tokens in zip(labels, documents)
     ]
     targets = examples.get("labels", documents)
     for name, column in (("domain_ids", domain_ids), ("labels", targets)):

@@ -1,5 +1,6 @@
 """The Expert Divergence loss in transformers' `Trainer`."""
 
+import contextlib
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -107,7 +108,10 @@ class EDTrainerMixin:
     def _collect(self, batch_samples: List[Dict[str, Any]]) -> None:
         """The first of two passes over the micro-batches of a step: domain moments only."""
         model = self.model_wrapped.train()
-        with self.expert_divergence.divergence.memory.collect(), self.compute_loss_context_manager():
+        memory = self.expert_divergence.divergence.memory
+        with contextlib.suppress(RuntimeError):  # ends a step that failed, as where auto_find_batch_size tries again
+            memory.step()
+        with memory.collect(), self.compute_loss_context_manager():
             for inputs in batch_samples:
                 inputs = self._prepare_inputs(inputs)
                 model(**{name: value for name, value in inputs.items() if name not in ("domain_ids", "labels")})

@@ -80,7 +80,12 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> list[st
 
     name = ",".join(map(str, shape))
     average = num_tokens * top_k // num_experts
-    return [name, str(average), str(dtype).removeprefix("torch."), *map(rate, ("own forward", "mm forward", "own", "mm"))]
+    return [
+        name,
+        str(average),
+        str(dtype).removeprefix("torch."),
+        *map(rate, ("own forward", "mm forward", "own", "mm")),
+    ]
 
 
 def main() -> None:
@@ -91,7 +96,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
-    header = ["T,H,I,E,K", "rows per expert", "type", "expert_mlp forward", "at::mm forward", "expert_mlp with backward", "at::mm with backward"]
+    header = [
+        "T,H,I,E,K",
+        "rows per expert",
+        "type",
+        "expert_mlp forward",
+        "at::mm forward",
+        "expert_mlp with backward",
+        "at::mm with backward",
+    ]
     table = markdown_table(header, [measure(shape, dtype, arguments.repeats) for dtype in DTYPES for shape in SHAPES])
     save("expert_mlp against at::mm, GFLOP/s", torch.device("cpu"), [table], arguments.save)
 

@@ -60,6 +60,11 @@ def _check_layers(layers: List[Tensor]) -> None:
 
 
 def _as_layers(router_logits: Union[Tensor, List[Tensor]]) -> List[Tensor]:
+    if not torch.jit.is_scripting() and not isinstance(router_logits, (Tensor, list, tuple)):
+        raise ValueError(
+            "edl::expert_divergence_loss: router_logits must be a tensor, or a list of tensors "
+            f"(got {type(router_logits).__name__})"
+        )
     if isinstance(router_logits, Tensor):
         layers = [router_logits]
     else:
@@ -88,6 +93,10 @@ def _segments_of(
 ) -> Segments:
     """What each token of a layer [T, E] or [B, S_len, E] counts for."""
     if not torch.jit.is_scripting():
+        if not isinstance(domain_ids, Tensor):
+            raise ValueError(
+                f"edl::expert_divergence_loss: domain_ids must be a tensor (got {type(domain_ids).__name__})"
+            )
         ops._refuse_dtensor("expert_divergence_loss", domain_ids, attention_mask, padding_mask, cu_seqlens)
     if bias_correction and domain_ids.is_floating_point():
         raise ValueError("edl::expert_divergence_loss: bias_correction needs one label per segment (got soft labels)")
@@ -417,8 +426,8 @@ class ExpertDivergenceLoss(nn.Module):
         cu_seqlens: Optional[Tensor],
     ) -> None:
         """Lets the CPU kernels look at the values of the first eager call elsewhere: logits or probabilities, labels, masks."""
-        layer = router_logits if isinstance(router_logits, Tensor) else router_logits[0] if router_logits else None
-        if self._values_checked or layer is None or not layer.is_cuda or torch.compiler.is_compiling():
+        layer = router_logits[0] if isinstance(router_logits, (list, tuple)) and router_logits else router_logits
+        if self._values_checked or torch.compiler.is_compiling() or not isinstance(layer, Tensor) or not layer.is_cuda:
             return
         if torch.cuda.is_current_stream_capturing():
             return

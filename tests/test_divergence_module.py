@@ -416,6 +416,16 @@ INPUT_ERRORS = [
         *(([LOGITS, None], LABELS), {}, {}),
     ),
     (
+        "expert_divergence_loss: router_logits must be a tensor, or a list of tensors (got NoneType)",
+        *((None, LABELS), {}, {}),
+    ),
+    (
+        "expert_divergence_loss: router_logits must be a tensor, or a list of tensors (got generator)",
+        *(((layer for layer in [LOGITS]), LABELS), {}, {}),
+    ),
+    ("expert_divergence_loss: domain_ids must be a tensor (got NoneType)", (LOGITS, None), {}, {}),
+    ("expert_divergence_loss: domain_ids must be a tensor (got list)", (LOGITS, [0] * 8), {}, {}),
+    (
         "expert_divergence_loss: all layers must have one shape, dtype and device (got [8, 12, 20] torch.float32 and [8, 12, 19] "
         "torch.float32)",
         *(([LOGITS, LOGITS[..., :19]], LABELS), {}, {}),

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) reverse(const int* in, int* out, Mis
   }
   value = values[kThreads - 1 - i];
   if (mistake == Mistake::read_of_uninitialised_output) {
-    value += 0 * out[at];
+    value += out[at];
   }
   if (mistake == Mistake::write_of_input) {
     const_cast<int*>(in)[at] = value;

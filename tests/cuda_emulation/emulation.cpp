@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -49,9 +50,9 @@ struct Fiber {
 };
 
 struct Thread {
-  enum { ready, waiting, finished } state;
-  Place place; // where it waits
-  uint32_t warp_operations; // so far
+  enum { ready, waiting, finished } state = ready;
+  Place place = {}; // where it waits
+  uint32_t warp_operations = 0; // so far
 };
 
 std::array<Fiber, kMostThreads> fibers;
@@ -140,6 +141,8 @@ Block block;
 Order order = Order::forward;
 std::mt19937_64 generator;
 std::vector<unsigned> turns; // threads, the first that is ready runs
+std::array<unsigned, kMostThreads> turn_of; // the other way round
+std::array<uint64_t, kMostThreads / 64> ready_turns; // a bit each
 char* dynamic_memory = nullptr;
 
 std::string describe(const Place& place) {
@@ -165,6 +168,7 @@ void expect_same_place(unsigned first, unsigned count) {
 void release(unsigned first, unsigned count) {
   for (unsigned thread = first; thread < first + count; ++thread) {
     threads[thread].state = Thread::ready;
+    ready_turns[turn_of[thread] / 64] |= uint64_t(1) << turn_of[thread] % 64;
   }
 }
 
@@ -199,11 +203,13 @@ std::vector<unsigned> permutation(unsigned count) {
 
 // The next thread that can run. In random order the search begins anywhere.
 bool choose_thread() {
-  const size_t first = order == Order::random ? generator() % turns.size() : 0;
-  for (size_t i = 0; i < turns.size(); ++i) {
-    const size_t turn = first + i < turns.size() ? first + i : first + i - turns.size();
-    if (threads[turns[turn]].state == Thread::ready) {
-      running = turns[turn];
+  const size_t words = (turns.size() + 63) / 64;
+  const size_t first = order == Order::random ? generator() % words : 0;
+  for (size_t i = 0; i < words; ++i) {
+    const size_t word = (first + i) % words;
+    if (uint64_t& ready = ready_turns[word]; ready != 0) {
+      running = turns[word * 64 + static_cast<size_t>(std::countr_zero(ready))];
+      ready &= ready - 1;
       return true;
     }
   }
@@ -221,6 +227,10 @@ void abandon_fibers() {
 
 void run_block() {
   turns = permutation(block.size);
+  for (unsigned turn = 0; turn < block.size; ++turn) {
+    turn_of[turns[turn]] = turn;
+  }
+  ready_turns.fill(0);
   block.arrived = 0;
   block.predicates = 0;
   block.epoch = 0;
@@ -228,7 +238,8 @@ void run_block() {
   for (Warp& warp : block.warps) {
     warp.arrived = 0;
   }
-  std::fill_n(threads.begin(), block.size, Thread{Thread::ready, {}, 0});
+  std::fill_n(threads.begin(), block.size, Thread{});
+  release(0, block.size);
   unsigned finished = 0;
   while (finished < block.size) {
     if (!choose_thread()) {
@@ -280,18 +291,14 @@ void set_order(Order new_order, uint64_t seed) {
 }
 
 void poison(void* data, size_t bytes, uint64_t seed) {
-  auto* out = static_cast<volatile unsigned char*>(data);
-  uint64_t state = seed * 2 + 1;
-  size_t at = 0;
-  for (; at < bytes && reinterpret_cast<uintptr_t>(out + at) % 8 != 0; ++at) {
-    out[at] = static_cast<unsigned char>(seed + at);
+  auto* out = static_cast<unsigned char*>(data);
+  const size_t whole = bytes / sizeof(uint64_t);
+  for (size_t i = 0; i < whole; ++i) {
+    const uint64_t word = (seed + i + 1) * 0x9e3779b97f4a7c15u;
+    std::memcpy(out + i * sizeof(word), &word, sizeof(word));
   }
-  for (; at + 8 <= bytes; at += 8) { // volatile: the sanitizers take no memset between variables of shared memory
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    *reinterpret_cast<volatile uint64_t*>(out + at) = state ^ (state >> 29);
-  }
-  for (; at < bytes; ++at) {
-    out[at] = static_cast<unsigned char>(seed + at);
+  for (size_t i = whole * sizeof(uint64_t); i < bytes; ++i) {
+    out[i] = static_cast<unsigned char>((seed + i + 1) * 0x9d);
   }
 }
 

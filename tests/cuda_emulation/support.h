@@ -174,12 +174,15 @@ class Buffer {
 
 // Runs `launch` with threads and blocks in several orders; all must leave the same bits in `results`. What is in
 // `scratch` may differ.
+using edl_emulation::Order;
 inline void run(
-    const std::vector<Buffer*>& results, const std::vector<Buffer*>& scratch, const std::function<void()>& launch) {
-  using edl_emulation::Order;
+    const std::vector<Buffer*>& results,
+    const std::vector<Buffer*>& scratch,
+    const std::function<void()>& launch,
+    const std::vector<Order>& orders = {Order::forward, Order::reversed, Order::random, Order::random}) {
   std::vector<std::vector<char>> first;
   uint64_t seed = 0;
-  for (const Order order : {Order::forward, Order::reversed, Order::random, Order::random}) {
+  for (const Order order : orders) {
     edl_emulation::set_order(order, ++seed);
     for (const std::vector<Buffer*>* buffers : {&results, &scratch}) {
       for (Buffer* buffer : *buffers) {

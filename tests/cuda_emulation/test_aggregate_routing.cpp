@@ -107,7 +107,7 @@ void check_sums(
     Scores scores,
     const std::vector<Order>& orders = {Order::forward, Order::reversed, Order::random}) {
   const Values id_values = ids_of(size);
-  const Buffer ids = Buffer::input("segment_ids", ids_of(size.ids_are_64_bit), id_values);
+  const Buffer ids = Buffer::input("segment_ids", edl_tests::ids_of(size.ids_are_64_bit), id_values);
   const Buffer routing =
       Buffer::input("routing", element_of(storage), routing_of(size, id_values, scores), size.offset);
   const Sums actual = aggregate(size, routing, ids, storage, scores, orders);
@@ -138,7 +138,7 @@ void check_backward(const Case& size, StorageType storage, Scores scores) {
     id_values[3] = -2;
     id_values[size.num_tokens - 1] = static_cast<double>(size.num_segments);
   }
-  const Buffer ids = Buffer::input("segment_ids", ids_of(size.ids_are_64_bit), id_values);
+  const Buffer ids = Buffer::input("segment_ids", edl_tests::ids_of(size.ids_are_64_bit), id_values);
   const Buffer routing = Buffer::input("routing", element, routing_of(size, id_values, scores), size.offset);
   const Buffer grad = Buffer::input("grad_sums", wide, random_values(size.num_segments * size.num_experts, 1, 3));
   Buffer grad_routing = Buffer::output("grad_routing", element, size.num_tokens * size.num_experts);

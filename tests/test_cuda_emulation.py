@@ -15,7 +15,7 @@ BUILD = ROOT / "build" / "cuda-emulation"
 NAMES = [
     name
     for path in sorted(SOURCES.glob("test_*.cpp"))
-    for name in re.findall(r'CATCH_TEST_CASE\("(.+?)"\)', path.read_text())
+    for name in re.findall(r'CATCH_TEST_CASE\("([^"]+)"\)', path.read_text())
 ]
 
 

@@ -18,7 +18,7 @@ void add_shared_memory(const char* name, const void* data, size_t bytes); // wri
 void set_contents(const void* data, Contents contents);
 void remove_memory(const void* data);
 
-// How many bytes were checked so far: none in a program that is built without the calls.
-size_t checked_bytes();
+// Whether this program is built with the calls.
+bool accesses_are_checked();
 
 } // namespace edl_emulation

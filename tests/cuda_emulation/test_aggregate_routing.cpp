@@ -24,15 +24,15 @@ const Case kCases[] = {
     {63, 3, 2, Ids::runs},
     {64, 16, 1, Ids::one, 0, 0, false},
     {65, 7, 70, Ids::random, 2, 1},
-    {200, 128, 5, Ids::runs, 8},
-    {200, 128, 5, Ids::random, 0, 1, false},
-    {300, 136, 7, Ids::runs},
-    {150, 131, 4, Ids::random, 1},
-    {130, 520, 3, Ids::alternating},
-    {129, 520, 2, Ids::runs, 8},
+    {150, 128, 5, Ids::runs, 8},
+    {100, 128, 5, Ids::random, 0, 1, false},
+    {170, 136, 7, Ids::runs},
+    {100, 131, 4, Ids::random, 1},
+    {90, 520, 3, Ids::alternating},
+    {70, 520, 2, Ids::runs, 8},
     {90, 24, 3, Ids::none},
-    {330, 2, 12, Ids::random, 0, 0, false},
-    {140, 64, 9, Ids::alternating},
+    {200, 2, 12, Ids::random, 0, 0, false},
+    {100, 64, 9, Ids::alternating},
 };
 
 Values ids_of(const Case& size) {
@@ -73,7 +73,7 @@ Sums aggregate(
     const Buffer& ids,
     StorageType storage,
     Scores scores,
-    const std::vector<Order>& orders = {Order::forward, Order::reversed, Order::random}) {
+    const std::vector<Order>& orders = every_order()) {
   const Element wide = accumulation_of(storage);
   Buffer sums = Buffer::output("sums", wide, size.num_segments * size.num_experts);
   Buffer counts = Buffer::output("counts", wide, size.num_segments);
@@ -105,7 +105,7 @@ void check_sums(
     const Case& size,
     StorageType storage,
     Scores scores,
-    const std::vector<Order>& orders = {Order::forward, Order::reversed, Order::random}) {
+    const std::vector<Order>& orders = every_order()) {
   const Values id_values = ids_of(size);
   const Buffer ids = Buffer::input("segment_ids", edl_tests::ids_of(size.ids_are_64_bit), id_values);
   const Buffer routing =
@@ -182,18 +182,25 @@ void check_backward(const Case& size, StorageType storage, Scores scores) {
   check_close(grad_routing.values(), expected, tolerance(element, wide, size.num_experts), largest);
 }
 
-const Scores kScores[] = {Scores::softmax, Scores::sigmoid, Scores::none};
+// Every score for the types that differ most; float16 and float64 differ from these in conversions alone.
+template <typename Check>
+void check_all(const Check& check) {
+  for (const StorageType storage : kStorages) {
+    for (const Scores scores : {Scores::softmax, Scores::sigmoid, Scores::none}) {
+      const bool converts_alone = storage == StorageType::float16 || storage == StorageType::float64;
+      for (const Case& size : kCases) {
+        if (!converts_alone || scores == Scores::softmax) {
+          check(size, storage, scores);
+        }
+      }
+    }
+  }
+}
 
 } // namespace
 
 CATCH_TEST_CASE("aggregate_routing: the sums and counts of every segment") {
-  for (const StorageType storage : kStorages) {
-    for (const Scores scores : kScores) {
-      for (const Case& size : kCases) {
-        check_sums(size, storage, scores);
-      }
-    }
-  }
+  check_all([](const Case& size, StorageType storage, Scores scores) { check_sums(size, storage, scores); });
 }
 
 CATCH_TEST_CASE("aggregate_routing: the larger chunks of many tokens, and more chunks than a block has threads") {
@@ -228,11 +235,5 @@ CATCH_TEST_CASE("aggregate_routing: a logit of NaN shows in its segment alone") 
 }
 
 CATCH_TEST_CASE("aggregate_routing_backward: the gradient of routing; NaN for ids outside, zeros for uncounted tokens") {
-  for (const StorageType storage : kStorages) {
-    for (const Scores scores : kScores) {
-      for (const Case& size : kCases) {
-        check_backward(size, storage, scores);
-      }
-    }
-  }
+  check_all(check_backward);
 }

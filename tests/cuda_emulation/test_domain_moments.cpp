@@ -11,7 +11,7 @@ struct Case {
   bool shared_counts;
 };
 // One of everything; columns and segments that fill no warp; more segments than a block looks at together.
-const Case kCases[] = {{1, 1, 1, 1, false}, {2, 7, 3, 33, true}, {2, 20, 5, 64, false}, {1, 600, 2, 40, false}};
+const Case kCases[] = {{1, 1, 1, 1, false}, {2, 7, 3, 33, true}, {2, 20, 5, 64, false}, {1, 300, 2, 40, false}};
 
 enum class Labels { int32, int64, weights };
 

@@ -5,6 +5,7 @@
 namespace {
 
 using namespace edl_tests;
+using edl_emulation::accesses_are_checked;
 
 constexpr int kBlocks = 3;
 
@@ -17,7 +18,6 @@ std::string complaint(Mistake mistake) {
   }
   const Buffer in = Buffer::input("in", Element::int32, numbers);
   Buffer out = Buffer::output("out", Element::int32, kBlocks * 256);
-  using edl_emulation::Order;
   for (const Order order : {Order::forward, Order::reversed, Order::random}) {
     edl_emulation::set_order(order, 1);
     out.reset(1);
@@ -31,10 +31,6 @@ std::string complaint(Mistake mistake) {
     }
   }
   return "";
-}
-
-bool accesses_are_checked() {
-  return edl_emulation::checked_bytes() > 0;
 }
 
 } // namespace
@@ -52,7 +48,6 @@ CATCH_TEST_CASE("the emulation finds threads that wait at different places or fo
 
 CATCH_TEST_CASE("the emulation finds a missing barrier by the order of threads, or as a race where accesses are checked") {
   using Catch::Matchers::Contains;
-  complaint(Mistake::none);
   for (const Mistake mistake : {Mistake::no_barrier, Mistake::no_warp_barrier, Mistake::write_of_two_blocks}) {
     const std::string sentence = complaint(mistake);
     if (accesses_are_checked()) {
@@ -65,7 +60,6 @@ CATCH_TEST_CASE("the emulation finds a missing barrier by the order of threads, 
 
 CATCH_TEST_CASE("the emulation finds reads of what was not written, and writes of inputs where accesses are checked") {
   using Catch::Matchers::Contains;
-  complaint(Mistake::none);
   CATCH_CHECK(complaint(Mistake::read_of_uninitialised_shared) != "");
   if (accesses_are_checked()) {
     CATCH_CHECK_THAT(complaint(Mistake::read_of_uninitialised_shared), Contains("reads what was not written"));

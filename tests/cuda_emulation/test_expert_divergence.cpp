@@ -119,15 +119,13 @@ struct Memory {
   Buffer sums, squares, counts, divergences, biases, means, loss, grad_sums, grad_squares;
 };
 
-const std::vector<Order> kEveryOrder = {Order::forward, Order::reversed, Order::random};
-
 // As expert_divergence calls them.
 void run_loss(
     Memory& memory,
     double eps,
     bool log_of_mean,
     bool with_gradient,
-    const std::vector<Order>& orders = kEveryOrder) {
+    const std::vector<Order>& orders = every_order()) {
   std::vector<Buffer*> results = {&memory.loss};
   if (with_gradient) {
     results.insert(results.end(), {&memory.grad_sums, &memory.grad_squares});
@@ -260,10 +258,13 @@ CATCH_TEST_CASE("divergence_loss: its value and gradient, both reductions, with 
       check_close(memory.loss.values(), expected, relative, 1);
       run_loss(memory, kEps, log_of_mean, true);
       check_close(memory.loss.values(), expected, relative, 1);
+      if (size.experts == 1 && !with_bias) { // equal domains: no gradient but for roundings, which eps divides
+        check_close(memory.grad_sums.values(), Values(moments.sums.size(), 0), relative, 1 / kEps);
+        continue;
+      }
       const double of_differences = 1e-9;
       check_close(
-          memory.grad_sums.values(), numeric_gradient(moments, &Moments::sums, log_of_mean, with_bias), of_differences,
-          size.experts == 1 ? 1 : 0);
+          memory.grad_sums.values(), numeric_gradient(moments, &Moments::sums, log_of_mean, with_bias), of_differences);
       if (with_bias) {
         check_close(
             memory.grad_squares.values(), numeric_gradient(moments, &Moments::squares, log_of_mean, with_bias),

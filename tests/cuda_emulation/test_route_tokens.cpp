@@ -75,7 +75,7 @@ Routed route(
     const Rule& rule,
     const Values& logit_values,
     const Values* bias_values,
-    const std::vector<Order>& orders = {Order::forward, Order::reversed, Order::random}) {
+    const std::vector<Order>& orders = every_order()) {
   const Element wide = accumulation_of(storage);
   const int64_t stride = size.num_experts + size.padding, chosen = size.num_tokens * size.top_k;
   const Buffer logits = Buffer::input("logits", element_of(storage), logit_values);

@@ -159,8 +159,8 @@ void expect_same_place(unsigned first, unsigned count) {
   for (unsigned thread = first + 1; thread < first + count; ++thread) {
     if (!same(threads[first].place, threads[thread].place)) {
       fail(
-          "threads " + std::to_string(first) + " and " + std::to_string(thread) + " wait at different places: " +
-          describe(threads[first].place) + " and " + describe(threads[thread].place));
+          "threads " + std::to_string(first) + " and " + std::to_string(thread) +
+          " wait at different places: " + describe(threads[first].place) + " and " + describe(threads[thread].place));
     }
   }
 }

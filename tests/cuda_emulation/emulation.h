@@ -25,8 +25,7 @@
 #define __launch_bounds__(...)
 
 #define EDL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  (static_cast<void>(stream),                                      \
-   ::edl_emulation::launch(#kernel, grid, block, shared_bytes, [&] { kernel(__VA_ARGS__); }))
+  (static_cast<void>(stream), ::edl_emulation::launch(#kernel, grid, block, shared_bytes, [&] { kernel(__VA_ARGS__); }))
 #define EDL_DYNAMIC_SHARED(Type, name) Type* const name = static_cast<Type*>(::edl_emulation::dynamic_shared())
 
 extern uint3 threadIdx;
@@ -81,7 +80,9 @@ Value exchange_with(Place place, unsigned mask, Value value, unsigned source) {
 } // namespace edl_emulation
 
 #define EDL_PLACE(operation) \
-  ::edl_emulation::Place { file, line, operation }
+  ::edl_emulation::Place {   \
+    file, line, operation    \
+  }
 #define EDL_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(EDL_CALLER) {

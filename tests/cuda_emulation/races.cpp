@@ -144,8 +144,7 @@ void check(const void* data, size_t bytes, Kind kind) {
     return; // constants and arguments; what is outside of all memory is the address sanitizer's
   }
   if (memory->known == nullptr) {
-    memory->known.reset(
-        static_cast<Byte*>(std::calloc(memory->bytes.end - memory->bytes.begin, sizeof(Byte))));
+    memory->known.reset(static_cast<Byte*>(std::calloc(memory->bytes.end - memory->bytes.begin, sizeof(Byte))));
   }
   if (kind != Kind::read && memory->contents == Contents::input) {
     report(*memory, address, "an input is written");
@@ -202,18 +201,18 @@ using edl_emulation::check;
 using edl_emulation::Kind;
 
 extern "C" {
-#define EDL_ACCESS(bytes)                              \
-  void __tsan_read##bytes(void* address) {             \
-    check(address, bytes, Kind::read);                 \
-  }                                                    \
-  void __tsan_write##bytes(void* address) {            \
-    check(address, bytes, Kind::write);                \
-  }                                                    \
-  void __tsan_unaligned_read##bytes(void* address) {   \
-    check(address, bytes, Kind::read);                 \
-  }                                                    \
-  void __tsan_unaligned_write##bytes(void* address) {  \
-    check(address, bytes, Kind::write);                \
+#define EDL_ACCESS(bytes)                             \
+  void __tsan_read##bytes(void* address) {            \
+    check(address, bytes, Kind::read);                \
+  }                                                   \
+  void __tsan_write##bytes(void* address) {           \
+    check(address, bytes, Kind::write);               \
+  }                                                   \
+  void __tsan_unaligned_read##bytes(void* address) {  \
+    check(address, bytes, Kind::read);                \
+  }                                                   \
+  void __tsan_unaligned_write##bytes(void* address) { \
+    check(address, bytes, Kind::write);               \
   }
 EDL_ACCESS(1)
 EDL_ACCESS(2)

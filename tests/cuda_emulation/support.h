@@ -99,8 +99,7 @@ class Buffer {
   }
 
  private:
-  Buffer(
-      const char* name, Element element, const Values& values, int64_t offset, edl_emulation::Contents contents)
+  Buffer(const char* name, Element element, const Values& values, int64_t offset, edl_emulation::Contents contents)
       : element_(element), count_(values.size()), contents_(contents) {
     const int64_t bytes = (count_ + offset) * size_of(element);
     if (posix_memalign(&block_, 16, std::max<int64_t>(bytes, 1)) != 0) {
@@ -248,8 +247,8 @@ inline void check_close(const Values& actual, const Values& expected, double rel
   }
   for (size_t i = 0; i < expected.size(); ++i) {
     const bool close = std::isnan(expected[i]) ? std::isnan(actual[i])
-        : std::isinf(expected[i])             ? actual[i] == expected[i]
-                                              : std::abs(actual[i] - expected[i]) <= relative * largest;
+        : std::isinf(expected[i])              ? actual[i] == expected[i]
+                                               : std::abs(actual[i] - expected[i]) <= relative * largest;
     if (!close) {
       CATCH_CAPTURE(i, actual[i], expected[i], relative * largest);
       CATCH_REQUIRE(close);

@@ -39,11 +39,11 @@ Values ids_of(const Case& size) {
   const auto n = static_cast<double>(size.num_tokens), segments = static_cast<double>(size.num_segments);
   Values ids = random_ids(size.num_tokens, size.num_tokens > 1 ? -1 : 0, size.num_segments - 1, 1);
   for (int64_t t = 0; t < size.num_tokens; ++t) {
-    ids[t] = size.ids == Ids::runs  ? std::floor(static_cast<double>(t) * segments / n)
-        : size.ids == Ids::one      ? segments - 1
-        : size.ids == Ids::none     ? -1
-        : size.ids == Ids::random   ? ids[t]
-                                    : static_cast<double>(t % size.num_segments);
+    ids[t] = size.ids == Ids::runs ? std::floor(static_cast<double>(t) * segments / n)
+        : size.ids == Ids::one     ? segments - 1
+        : size.ids == Ids::none    ? -1
+        : size.ids == Ids::random  ? ids[t]
+                                   : static_cast<double>(t % size.num_segments);
   }
   if (size.ids == Ids::runs) {
     ids[size.num_tokens / 2] = -1;
@@ -102,10 +102,7 @@ Sums aggregate(
 }
 
 void check_sums(
-    const Case& size,
-    StorageType storage,
-    Scores scores,
-    const std::vector<Order>& orders = every_order()) {
+    const Case& size, StorageType storage, Scores scores, const std::vector<Order>& orders = every_order()) {
   const Values id_values = ids_of(size);
   const Buffer ids = Buffer::input("segment_ids", edl_tests::ids_of(size.ids_are_64_bit), id_values);
   const Buffer routing =
@@ -119,8 +116,7 @@ void check_sums(
     }
     const auto segment = static_cast<int64_t>(id_values[t]);
     expected.counts[segment] += 1;
-    const Values distribution =
-        score(row_of(rows, t, size.num_experts + size.padding, size.num_experts), scores);
+    const Values distribution = score(row_of(rows, t, size.num_experts + size.padding, size.num_experts), scores);
     for (int64_t e = 0; e < size.num_experts; ++e) {
       expected.sums[segment * size.num_experts + e] += distribution[e];
     }
@@ -234,6 +230,7 @@ CATCH_TEST_CASE("aggregate_routing: a logit of NaN shows in its segment alone") 
   CATCH_CHECK(std::all_of(actual.sums.begin() + 40, actual.sums.end(), [](double x) { return std::isnan(x); }));
 }
 
-CATCH_TEST_CASE("aggregate_routing_backward: the gradient of routing; NaN for ids outside, zeros for uncounted tokens") {
+CATCH_TEST_CASE(
+    "aggregate_routing_backward: the gradient of routing; NaN for ids outside, zeros for uncounted tokens") {
   check_all(check_backward);
 }

@@ -32,10 +32,11 @@ struct Problem {
         kind(kind),
         sums(Buffer::input("segment_sums", element, random_values(size.layers * size.segments * size.experts, 3, 1))),
         counts(Buffer::input("segment_counts", element, counts_of(size))),
-        labels(Buffer::input(
-            "labels",
-            kind == Labels::weights ? Element::float64 : ids_of(kind == Labels::int64),
-            labels_of(size, kind, wrong_label))),
+        labels(
+            Buffer::input(
+                "labels",
+                kind == Labels::weights ? Element::float64 : ids_of(kind == Labels::int64),
+                labels_of(size, kind, wrong_label))),
         all_counts(counts.values()) {}
 
   static Values counts_of(const Case& size) {

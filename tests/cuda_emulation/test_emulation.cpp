@@ -42,11 +42,13 @@ CATCH_TEST_CASE("the emulation runs a kernel in every order") {
 CATCH_TEST_CASE("the emulation finds threads that wait at different places or for ever") {
   using Catch::Matchers::Contains;
   CATCH_CHECK_THAT(complaint(Mistake::barrier_in_a_branch), Contains("wait at different places"));
-  CATCH_CHECK_THAT(complaint(Mistake::shuffle_without_a_lane), Contains("__syncthreads") && Contains("__shfl_xor_sync"));
+  CATCH_CHECK_THAT(
+      complaint(Mistake::shuffle_without_a_lane), Contains("__syncthreads") && Contains("__shfl_xor_sync"));
   CATCH_CHECK_THAT(complaint(Mistake::return_before_barrier), Contains("1 of 256 threads have returned"));
 }
 
-CATCH_TEST_CASE("the emulation finds a missing barrier by the order of threads, or as a race where accesses are checked") {
+CATCH_TEST_CASE(
+    "the emulation finds a missing barrier by the order of threads, or as a race where accesses are checked") {
   using Catch::Matchers::Contains;
   for (const Mistake mistake : {Mistake::no_barrier, Mistake::no_warp_barrier, Mistake::write_of_two_blocks}) {
     const std::string sentence = complaint(mistake);

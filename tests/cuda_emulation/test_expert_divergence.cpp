@@ -176,7 +176,7 @@ Loss loss_of(const Moments& m, int64_t layer, bool log_of_mean, bool with_bias, 
 
 // Central differences. What they leave out is of the order of the step squared.
 constexpr Real kStep = 1e-6L;
-Values numeric_gradient(const Moments& moments, Values Moments::*which, bool log_of_mean, bool with_bias) {
+Values numeric_gradient(const Moments& moments, Values Moments::* which, bool log_of_mean, bool with_bias) {
   Values gradient;
   const int64_t per_layer = moments.size.domains * moments.size.experts;
   for (int64_t i = 0; i < static_cast<int64_t>(moments.sums.size()); ++i) {
@@ -230,8 +230,7 @@ CATCH_TEST_CASE("pair_divergences: every pair, its bias, and NaN for domains tha
       for (const double divergence : expected) {
         largest = std::isfinite(divergence) ? std::max<Real>(largest, std::abs(divergence)) : largest;
       }
-      check_close(
-          memory.divergences.values(), expected, relative, kind == 2 ? 1 : static_cast<double>(sqrtl(largest)));
+      check_close(memory.divergences.values(), expected, relative, kind == 2 ? 1 : static_cast<double>(sqrtl(largest)));
       if (kind == 1) {
         check_close(memory.biases.values(), expected_biases, relative, 1);
       }

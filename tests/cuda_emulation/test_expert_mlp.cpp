@@ -128,9 +128,8 @@ CATCH_TEST_CASE("zero_unused: the matrices of experts without rows alone") {
   for (const int64_t matrix_bytes : {16, 4096, 4112, 300000}) {
     const Buffer begins = Buffer::input("offsets", Element::int32, offsets);
     Buffer matrices = Buffer::changed("matrices", Element::byte, Values(5 * matrix_bytes, 7));
-    run({&matrices}, {}, [&] {
-      edl::launch_zero_unused(matrices.data(), 5, matrix_bytes, begins.as<int32_t>(), nullptr);
-    });
+    run({&matrices}, {},
+        [&] { edl::launch_zero_unused(matrices.data(), 5, matrix_bytes, begins.as<int32_t>(), nullptr); });
     Values expected(5 * matrix_bytes, 7);
     for (const int64_t expert : {0, 2, 4}) {
       std::fill_n(expected.begin() + expert * matrix_bytes, matrix_bytes, 0);

@@ -125,8 +125,7 @@ CATCH_TEST_CASE("route_tokens: the experts of the highest logits, and their weig
         const Routed routed = route(size, storage, rule, random_values(size.num_tokens * stride, 2, 1), nullptr);
         Values expected;
         for (int64_t t = 0; t < size.num_tokens; ++t) {
-          const Values experts =
-              experts_in_order(row_of(routed.logits, t, stride, size.num_experts), size.top_k);
+          const Values experts = experts_in_order(row_of(routed.logits, t, stride, size.num_experts), size.top_k);
           expected.insert(expected.end(), experts.begin(), experts.end());
         }
         CATCH_CHECK(routed.experts == expected);
@@ -164,9 +163,10 @@ CATCH_TEST_CASE("route_tokens: a bias moves the choice and not the weights") {
   }
 }
 
-CATCH_TEST_CASE("route_tokens: NaN comes first and shows in the weights, infinities and zeros of both signs keep order") {
+CATCH_TEST_CASE(
+    "route_tokens: NaN comes first and shows in the weights, infinities and zeros of both signs keep order") {
   const double infinity = std::numeric_limits<double>::infinity();
-  const Values rows = {1,  kNan, 0, -infinity, 7, kNan, 2,  3, //
+  const Values rows = {1,   kNan, 0, -infinity, 7, kNan, 2,  3, //
                        -0., 0,    0, -0.,       1, 1,    -1, -infinity};
   for (const StorageType storage : kStorages) {
     for (const Rule& rule : kRules) {

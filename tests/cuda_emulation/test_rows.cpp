@@ -39,7 +39,8 @@ struct Shape {
   int64_t width, padding, offset;
 };
 // Lanes with and without work; one round of 16-byte packs and several; rows that packs do not fit.
-const Shape kShapes[] = {{1, 0, 0}, {7, 2, 0}, {40, 8, 0}, {40, 0, 1}, {45, 0, 0}, {264, 0, 0}, {600, 8, 0}, {48, 3, 0}};
+const Shape kShapes[] = {{1, 0, 0},  {7, 2, 0},   {40, 8, 0},  {40, 0, 1},
+                         {45, 0, 0}, {264, 0, 0}, {600, 8, 0}, {48, 3, 0}};
 
 Values padded(int64_t rows, const Shape& shape, uint64_t seed) {
   return random_values(rows * (shape.width + shape.padding), 1, seed);
@@ -76,8 +77,7 @@ CATCH_TEST_CASE("gather: the tokens of every row, zeros without an expert, NaN w
       for (const int64_t used : {-1, 0, 19}) {
         const int64_t num_tokens = 11, stride = shape.width + shape.padding;
         const RowOrder order(num_tokens, 3, true);
-        const Buffer tokens =
-            Buffer::input("tokens", element_of(storage), padded(num_tokens, shape, 1), shape.offset);
+        const Buffer tokens = Buffer::input("tokens", element_of(storage), padded(num_tokens, shape, 1), shape.offset);
         const Buffer row_order = Buffer::input("row_order", Element::int32, order.slots);
         const Buffer num_used = Buffer::input("num_used", Element::int32, {static_cast<double>(used)});
         Buffer rows = Buffer::output("rows", element_of(storage), order.size() * shape.width);
@@ -99,9 +99,7 @@ CATCH_TEST_CASE("gather: the tokens of every row, zeros without an expert, NaN w
         for (int64_t i = 0; i < order.size(); ++i) {
           for (int64_t c = 0; c < shape.width; ++c) {
             const bool is_used = used < 0 || i < used;
-            expected[i * shape.width + c] = !is_used ? 0
-                : order.is_known(i)                   ? from[order.token(i) * stride + c]
-                                                      : kNan;
+            expected[i * shape.width + c] = !is_used ? 0 : order.is_known(i) ? from[order.token(i) * stride + c] : kNan;
           }
         }
         check_close(rows.values(), expected, 0);
@@ -110,7 +108,8 @@ CATCH_TEST_CASE("gather: the tokens of every row, zeros without an expert, NaN w
   }
 }
 
-CATCH_TEST_CASE("combine: the weighted sum of a token's rows; rows of weight 0 and slots without an expert count nothing") {
+CATCH_TEST_CASE(
+    "combine: the weighted sum of a token's rows; rows of weight 0 and slots without an expert count nothing") {
   for (const StorageType storage : kStorages) {
     for (const Shape& shape : kShapes) {
       for (const int64_t top_k : {1, 2, 5, 8}) {
@@ -154,8 +153,7 @@ CATCH_TEST_CASE("combine: the weighted sum of a token's rows; rows of weight 0 a
             expected[slot / top_k * shape.width + c] += row == edl::kUnknown ? kNan : factor * x[row * stride + c];
           }
         }
-        check_close(
-            output.values(), expected, tolerance(element_of(storage), accumulation_of(storage), top_k), 1);
+        check_close(output.values(), expected, tolerance(element_of(storage), accumulation_of(storage), top_k), 1);
       }
     }
   }

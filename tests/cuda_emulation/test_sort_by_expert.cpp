@@ -7,26 +7,26 @@ namespace {
 using namespace edl_tests;
 
 void check_sort(
-    const Values& experts,
-    int64_t num_experts,
-    bool ids_are_64_bit,
-    const std::vector<Order>& orders = every_order()) {
+    const Values& experts, int64_t num_experts, bool ids_are_64_bit, const std::vector<Order>& orders = every_order()) {
   const int64_t num_slots = experts.size();
   const Buffer ids = Buffer::input("experts", ids_of(ids_are_64_bit), experts);
   Buffer scratch = Buffer::output("scratch", Element::int32, edl::sort_scratch_size(num_slots, num_experts));
   Buffer row_order = Buffer::output("row_order", Element::int32, num_slots);
   Buffer offsets = Buffer::output("offsets", Element::int32, num_experts + 1);
-  run({&row_order, &offsets}, {&scratch}, [&] {
-    edl::launch_sort_by_expert(
-        {.experts = ids.data(),
-         .experts_are_64_bit = ids_are_64_bit,
-         .num_slots = num_slots,
-         .num_experts = num_experts,
-         .scratch = scratch.as<int32_t>(),
-         .row_order = row_order.as<int32_t>(),
-         .offsets = offsets.as<int32_t>()},
-        nullptr);
-  }, orders);
+  run(
+      {&row_order, &offsets}, {&scratch},
+      [&] {
+        edl::launch_sort_by_expert(
+            {.experts = ids.data(),
+             .experts_are_64_bit = ids_are_64_bit,
+             .num_slots = num_slots,
+             .num_experts = num_experts,
+             .scratch = scratch.as<int32_t>(),
+             .row_order = row_order.as<int32_t>(),
+             .offsets = offsets.as<int32_t>()},
+            nullptr);
+      },
+      orders);
   Values order, begins;
   for (int64_t expert = 0; expert <= num_experts; ++expert) {
     begins.push_back(static_cast<double>(order.size()));

@@ -15,7 +15,7 @@ BUILD = ROOT / "build" / "cuda-emulation"
 NAMES = [
     name
     for path in sorted(SOURCES.glob("test_*.cpp"))
-    for name in re.findall(r'CATCH_TEST_CASE\("([^"]+)"\)', path.read_text())
+    for name in re.findall(r'CATCH_TEST_CASE\(\s*"([^"]+)"\)', path.read_text())
 ]
 
 
@@ -47,6 +47,10 @@ def test_case(programs, program, name):
 def test_every_kernel_has_cases():
     kernels = {path.stem for path in (ROOT / "csrc" / "cuda" / "kernels").glob("*.cu")}
     assert {path.stem.removeprefix("test_") for path in SOURCES.glob("test_*.cpp")} == kernels | {"emulation"}
+
+
+def test_one_program_checks_every_access(programs):
+    assert "All tests passed" in run(programs / "edl_cuda_races", "every access is checked")
 
 
 @pytest.mark.parametrize("memory", ["an output", "shared memory"])

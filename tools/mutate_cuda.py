@@ -2,7 +2,7 @@
 
 Every barrier is removed in turn, and every kernel gets a wrong index and loses a check of its bounds. The programs of
 tests/cuda_emulation are built from a copy of csrc; the one that checks all accesses goes first, the sanitizers get what
-it lets pass. WORDs choose mutations by their description. Needs cmake, ninja, g++ and the headers of CUDA; takes about
+it lets pass. WORDs choose mutations by how their line of the table begins. Needs cmake, ninja, g++ and the headers of CUDA; takes about
 ten minutes.
 """
 
@@ -157,11 +157,12 @@ def caught_by(build: Path, mutation: Mutation) -> str:
 def case_patterns(file: str) -> list[str]:
     """The cases of the tests of one file, as Catch2 wants them."""
     text = (ROOT / "tests" / "cuda_emulation" / f"test_{Path(file).stem}.cpp").read_text()
-    return [re.sub(r"([\\,\[\]])", r"\\\1", name) for name in re.findall(r'CATCH_TEST_CASE\("([^"]+)"\)', text)]
+    return [re.sub(r"([\\,\[\]])", r"\\\1", name) for name in re.findall(r'CATCH_TEST_CASE\(\s*"([^"]+)"\)', text)]
 
 
 def main(words: list[str]) -> int:
-    mutations = [m for m in WRITTEN + barriers() if not words or any(word in " ".join(m[:3]) for word in words)]
+    mutations = [m for m in WRITTEN + barriers() if not words or any(" ".join(m[:3]).startswith(word) for word in words)]
+    mutations.sort(key=lambda mutation: mutation.file)
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         csrc, build = Path(folder, "csrc"), Path(folder, "build")

@@ -70,6 +70,11 @@ CATCH_TEST_CASE("the emulation finds reads of what was not written, and writes o
   }
 }
 
+// Of one program alone.
+CATCH_TEST_CASE("every access is checked", "[.]") {
+  CATCH_CHECK(accesses_are_checked());
+}
+
 // Not run with the others: the address sanitizer ends the program.
 CATCH_TEST_CASE("past the end of an output", "[.]") {
   complaint(Mistake::past_the_end);

@@ -135,6 +135,16 @@ CATCH_TEST_CASE("route_tokens: the experts of the highest logits, and their weig
   }
 }
 
+CATCH_TEST_CASE("route_tokens: the lowest expert comes first among equals") {
+  for (const StorageType storage : {StorageType::float32, StorageType::float64}) {
+    const Case size = {9, 100, 70};
+    const Routed routed = route(size, storage, kRules[3], random_ids(900, 0, 3, 1), nullptr);
+    for (int64_t t = 0; t < size.num_tokens; ++t) {
+      CATCH_CHECK(row_of(routed.experts, t, 70, 70) == experts_in_order(row_of(routed.logits, t, 100, 100), 70));
+    }
+  }
+}
+
 CATCH_TEST_CASE("route_tokens: a bias moves the choice and not the weights") {
   for (const StorageType storage : kStorages) {
     for (const Rule& rule : kRules) {

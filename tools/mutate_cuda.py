@@ -140,7 +140,8 @@ def apply(mutation: Mutation, text: str) -> str:
 
 
 def what_failed(output: str) -> str:
-    """The reason in the output of a program that failed."""
+    """The reason in the output of a program that failed, which breaks its lines anywhere."""
+    output = " ".join(output.split())
     signs = {
         "a race": "race",
         "not written": "uninitialised",

@@ -7,7 +7,7 @@ namespace {
 using namespace edl_tests;
 
 // In which order the segments of the tokens stand.
-enum class Ids { runs, random, one, alternating, none };
+enum class Ids { runs, random, one, all_but_the_last, alternating, none };
 
 struct Case {
   int64_t num_tokens, num_experts, num_segments;
@@ -22,6 +22,7 @@ struct Case {
 const Case kCases[] = {
     {1, 1, 1},
     {63, 3, 2, Ids::runs},
+    {64, 8, 2, Ids::all_but_the_last},
     {64, 16, 1, Ids::one, 0, 0, false},
     {65, 7, 70, Ids::random, 2, 1},
     {150, 128, 5, Ids::runs, 8},
@@ -35,18 +36,28 @@ const Case kCases[] = {
     {100, 64, 9, Ids::alternating},
 };
 
+double id_of(const Case& size, int64_t t, double random_id) {
+  switch (size.ids) {
+    case Ids::runs:
+      return t == size.num_tokens / 2 ? -1.0 : static_cast<double>(t * size.num_segments / size.num_tokens);
+    case Ids::random:
+      return random_id;
+    case Ids::one:
+      return static_cast<double>(size.num_segments - 1);
+    case Ids::all_but_the_last:
+      return t + 1 < size.num_tokens ? 0 : 1;
+    case Ids::alternating:
+      return static_cast<double>(t % size.num_segments);
+    case Ids::none:
+      break;
+  }
+  return -1;
+}
+
 Values ids_of(const Case& size) {
-  const auto n = static_cast<double>(size.num_tokens), segments = static_cast<double>(size.num_segments);
   Values ids = random_ids(size.num_tokens, size.num_tokens > 1 ? -1 : 0, size.num_segments - 1, 1);
   for (int64_t t = 0; t < size.num_tokens; ++t) {
-    ids[t] = size.ids == Ids::runs ? std::floor(static_cast<double>(t) * segments / n)
-        : size.ids == Ids::one     ? segments - 1
-        : size.ids == Ids::none    ? -1
-        : size.ids == Ids::random  ? ids[t]
-                                   : static_cast<double>(t % size.num_segments);
-  }
-  if (size.ids == Ids::runs) {
-    ids[size.num_tokens / 2] = -1;
+    ids[t] = id_of(size, t, ids[t]);
   }
   return ids;
 }

@@ -174,20 +174,28 @@ Loss loss_of(const Moments& m, int64_t layer, bool log_of_mean, bool with_bias, 
   return {value, with_bias ? differentiated / pairs : value};
 }
 
-// Central differences. What they leave out is of the order of the step squared.
-constexpr Real kStep = 1e-6L;
+// A central difference over `step` times the value at i.
+Real difference(
+    const Moments& moments, Values Moments::* which, int64_t i, double step, bool log_of_mean, bool with_bias) {
+  const int64_t layer = i / (moments.size.domains * moments.size.experts);
+  Moments up = moments, down = moments;
+  (up.*which)[i] *= 1 + step;
+  (down.*which)[i] *= 1 - step;
+  const Real width = static_cast<Real>((up.*which)[i]) - static_cast<Real>((down.*which)[i]);
+  const Real change = loss_of(up, layer, log_of_mean, with_bias, moments).differentiated -
+      loss_of(down, layer, log_of_mean, with_bias, moments).differentiated;
+  return width == 0 ? 0 : change / width;
+}
+
+// What two central differences together leave out is of the order of the step to the fourth; squares enter linearly, and
+// a long step keeps their small numbers above the rounding of the loss.
 Values numeric_gradient(const Moments& moments, Values Moments::* which, bool log_of_mean, bool with_bias) {
+  const double step = which == &Moments::squares ? 0.25 : 1e-3;
   Values gradient;
-  const int64_t per_layer = moments.size.domains * moments.size.experts;
   for (int64_t i = 0; i < static_cast<int64_t>(moments.sums.size()); ++i) {
-    Moments up = moments, down = moments;
-    const double step = static_cast<double>(kStep) * (moments.*which)[i];
-    (up.*which)[i] += step;
-    (down.*which)[i] -= step;
-    const Real width = static_cast<Real>((up.*which)[i]) - static_cast<Real>((down.*which)[i]);
-    const Real difference = loss_of(up, i / per_layer, log_of_mean, with_bias, moments).differentiated -
-        loss_of(down, i / per_layer, log_of_mean, with_bias, moments).differentiated;
-    gradient.push_back(width == 0 ? 0 : static_cast<double>(difference / width));
+    const Real one = difference(moments, which, i, step, log_of_mean, with_bias);
+    const Real two = difference(moments, which, i, 2 * step, log_of_mean, with_bias);
+    gradient.push_back(static_cast<double>((4 * one - two) / 3));
   }
   return gradient;
 }

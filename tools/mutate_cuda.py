@@ -158,9 +158,8 @@ def what_failed(output: str) -> str:
     )
 
 
-def caught_by(build: Path, mutation: Mutation) -> str:
-    """Which program notices the mutation, and by what; empty where none does."""
-    cases = "*" if mutation.file.endswith(".cuh") else ",".join(case_patterns(mutation.file))
+def caught_by(build: Path, cases: str) -> str:
+    """Which program fails one of the cases, and by what; empty where none does."""
     for program in ["edl_cuda_races", "edl_cuda_sanitized"]:
         built = subprocess.run(["cmake", "--build", build, "--target", program], capture_output=True, text=True)
         if built.returncode != 0:
@@ -174,10 +173,13 @@ def caught_by(build: Path, mutation: Mutation) -> str:
     return ""
 
 
-def case_patterns(file: str) -> list[str]:
-    """The cases of the tests of one file, as Catch2 wants them."""
+def cases_of(file: str) -> str:
+    """The cases of the tests of one file, all for a header, as Catch2 wants them."""
+    if file.endswith(".cuh"):
+        return "*"
     text = (ROOT / "tests" / "cuda_emulation" / f"test_{Path(file).stem}.cpp").read_text()
-    return [re.sub(r"([\\,\[\]])", r"\\\1", name) for name in re.findall(r'CATCH_TEST_CASE\(\s*"([^"]+)"\)', text)]
+    names = re.findall(r'CATCH_TEST_CASE\(\s*"([^"]+)"\)', text)
+    return ",".join(re.sub(r"([\\,\[\]])", r"\\\1", name) for name in names)
 
 
 def main(words: list[str]) -> int:
@@ -191,11 +193,14 @@ def main(words: list[str]) -> int:
         shutil.copytree(ROOT / "csrc", csrc)
         configure = ["cmake", "-G", "Ninja", "-S", ROOT / "tests" / "cuda_emulation", "-B", build, f"-Dcsrc={csrc}"]
         subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+        if reason := caught_by(build, "*"):
+            print(f"the kernels fail before anything is broken: {reason}")
+            return 1
         for mutation in mutations:
             path = csrc / KERNELS / mutation.file
             original = path.read_text()
             path.write_text(apply(mutation, original))
-            caught = caught_by(build, mutation)
+            caught = caught_by(build, cases_of(mutation.file))
             path.write_text(original)
             redundant = why_redundant(mutation, original)
             if redundant and not caught:

@@ -17,9 +17,9 @@ def run(*command, **options) -> str:
     return result.stdout
 
 
-def build_with_cmake(source: Path, build: Path, prefix_path: str) -> None:
+def build_with_cmake(source: Path, build: Path, prefix_path: str, *options: str) -> None:
     """Configures and builds a project; what is up to date is not compiled again."""
     cmake = shutil.which("cmake", path=ENVIRONMENT["PATH"])
     assert cmake, "the C++ tests need cmake and ninja: run `pip install -r tests/requirements.txt`"
-    run(cmake, "-G", "Ninja", "-S", source, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix_path}")
+    run(cmake, "-G", "Ninja", "-S", source, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix_path}", *options)
     run(cmake, "--build", build)

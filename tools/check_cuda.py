@@ -1,7 +1,7 @@
 """Compiles every CUDA source without a GPU: `python tools/check_cuda.py [--arch 80 90 100]`.
 
-Kernels (csrc/cuda/kernels/*.cu) go through nvcc for each architecture, with registers, spills and shared memory of each in
-a table; the host side (csrc/cuda/*.cpp) is checked for syntax and types against the headers of the running torch, which
+Kernels (csrc/cuda/kernels/*.cu) go through nvcc for each architecture, with registers, spills, shared memory and, where
+cuobjdump is installed, the loads and stores of 16 bytes of each in a table; the host side (csrc/cuda/*.cpp) is checked for syntax and types against the headers of the running torch, which
 may be a build without CUDA. Needs nvcc and torch, nothing else.
 """
 
@@ -28,12 +28,22 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=candidates[0]) or shutil.which("nvcc") or shutil.which("nvcc", path=candidates[-1])
 
 
-def compile_source(nvcc: str, source: Path, flags: list[str]) -> tuple[Path, int, str]:
-    """(source, exit status, everything that the compiler said)."""
+def find_cuobjdump(nvcc: str) -> str | None:
+    """The disassembler beside nvcc, or of PATH."""
+    return shutil.which("cuobjdump", path=os.path.dirname(nvcc)) or shutil.which("cuobjdump")
+
+
+def compile_source(nvcc: str, source: Path, flags: list[str]) -> tuple[Path, int, str, str]:
+    """(source, exit status, everything that the compiler said, disassembly of a kernel where it can be had)."""
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-std=c++20", f"-I{ROOT / 'csrc'}", *flags, "-c", str(source), "-o", f"{folder}/object"]
         result = subprocess.run(command, capture_output=True, text=True)
-    return source, result.returncode, result.stdout + result.stderr
+        assembly = ""
+        cuobjdump = find_cuobjdump(nvcc)
+        if result.returncode == 0 and source.suffix == ".cu" and cuobjdump:
+            command = [cuobjdump, "-sass", f"{folder}/object"]
+            assembly = subprocess.run(command, capture_output=True, text=True).stdout
+    return source, result.returncode, result.stdout + result.stderr, assembly
 
 
 def kernel_flags(architectures: list[str]) -> list[str]:
@@ -48,31 +58,50 @@ def host_flags() -> list[str]:
     return flags + [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
 
 
-def demangled(text: str) -> str:
+def demangled(names: list[str]) -> list[str]:
     filter_command = shutil.which("c++filt")
-    return (
-        subprocess.run([filter_command], input=text, capture_output=True, text=True).stdout if filter_command else text
-    )
+    if not filter_command:
+        return names
+    output = subprocess.run([filter_command], input="\n".join(names), capture_output=True, text=True).stdout
+    short = re.sub(r"edl::|\(anonymous namespace\)::|^void ", "", output, flags=re.MULTILINE)
+    return [name.split("(")[0] for name in short.splitlines()]
 
 
-def resources(source: Path, log: str) -> list[tuple[str, ...]]:
-    """(source, architecture, kernel, registers, bytes spilled, bytes of static shared memory) of each kernel."""
+def wide_accesses(assembly: str) -> dict[tuple[str, str], list[int]]:
+    """Loads and stores of 16 bytes from and to global memory, for each (kernel, architecture)."""
+    counts: dict[tuple[str, str], list[int]] = {}
+    arch, count = "", [0, 0]
+    for line in assembly.splitlines():
+        if found := re.search(r"arch = (sm_\w+)", line):
+            arch = found[1]
+        elif found := re.search(r"Function : (\S+)", line):
+            count = counts[found[1], arch] = [0, 0]
+        elif found := re.search(r"\b(LDG|STG)\.\S*128", line):
+            count[found[1] == "STG"] += 1
+    return counts
+
+
+def resources(source: Path, log: str, assembly: str) -> list[tuple[str, ...]]:
+    """(source, architecture, kernel, registers, bytes spilled, bytes of static shared memory, loads and stores of 16 bytes)
+    of each kernel."""
     rows = []
     kernel = arch = spills = ""
-    for line in demangled(log).splitlines():
+    wide = wide_accesses(assembly)
+    for line in log.splitlines():
         if found := re.search(r"Compiling entry function '(.*)' for '(sm_\w+)'", line):
-            kernel = re.sub(r"edl::|\(anonymous namespace\)::|^void ", "", found[1]).split("(")[0]
-            arch = found[2]
+            kernel, arch = found[1], found[2]
         elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
             spills = f"{found[1]}/{found[2]}"
         elif found := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
-            rows.append((source.stem, arch, kernel, found[1], spills, shared[1] if shared else "0"))
-    return rows
+            loads, stores = wide.get((kernel, arch), ("?", "?"))
+            rows.append((kernel, arch, found[1], spills, shared[1] if shared else "0", f"{loads}/{stores}"))
+    names = demangled([row[0] for row in rows])
+    return [(source.stem, row[1], name, *row[2:]) for name, row in zip(names, rows)]
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
-    table = [("source", "arch", "kernel", "registers", "spills", "shared"), *sorted(rows)]
+    table = [("source", "arch", "kernel", "registers", "spills", "shared", "16-byte loads/stores"), *sorted(rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
@@ -94,8 +123,9 @@ def main() -> int:
     workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(lambda job: compile_source(nvcc, *job), jobs))
-    failed = [(source, log) for source, status, log in results if status != 0]
-    print_table([row for source, status, log in results if source.suffix == ".cu" for row in resources(source, log)])
+    failed = [(source, log) for source, status, log, _ in results if status != 0]
+    kernels = [(source, log, assembly) for source, _, log, assembly in results if source.suffix == ".cu"]
+    print_table([row for kernel in kernels for row in resources(*kernel)])
     for source, log in failed:
         print(f"\n{source.relative_to(ROOT)} does not compile:\n{log}", file=sys.stderr)
     architectures = ", ".join(f"sm_{arch}" for arch in arguments.arch)

@@ -27,6 +27,7 @@ SLOW_TESTS = [
     "aoti",
     "cmake_config",
     "cpp",
+    "cuda_emulation",
     "examples",
     "packaging",
     "pretrain_example",

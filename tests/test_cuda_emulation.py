@@ -1,0 +1,59 @@
+"""The cases of tests/cuda_emulation: every CUDA kernel, run on the CPU. They need the headers of CUDA and no device."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from commands import ROOT, build_with_cmake, run
+
+SOURCES = ROOT / "tests" / "cuda_emulation"
+BUILD = ROOT / "build" / "cuda-emulation"
+NAMES = [
+    name
+    for path in sorted(SOURCES.glob("test_*.cpp"))
+    for name in re.findall(r'CATCH_TEST_CASE\(\s*"([^"]+)"\)', path.read_text())
+]
+
+
+def cuda_headers() -> Path | None:
+    """Where CUDA's headers are: below CUDA_HOME, beside nvcc, or where the toolkit installs itself."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    folders = [Path(home, "include") for home in homes if home]
+    return next((folder for folder in folders if (folder / "cuda_bf16.h").exists()), None)
+
+
+@pytest.fixture(scope="session")
+def programs():
+    """The folder of the two programs: the kernels under sanitizers, and with every access of memory checked for races."""
+    headers = cuda_headers()
+    if headers is None:
+        pytest.skip("needs the headers of the CUDA toolkit (cuda_bf16.h): set CUDA_HOME")
+    build_with_cmake(SOURCES, BUILD, "", f"-DCUDA_INCLUDE={headers}")
+    return BUILD
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("program", ["edl_cuda_sanitized", "edl_cuda_races"])
+def test_case(programs, program, name):
+    pattern = re.sub(r"([\\,*~\[\]])", r"\\\1", name)
+    assert re.search(r"All tests passed \(\d+ assertions? in 1 test case\)", run(programs / program, pattern))
+
+
+def test_every_kernel_has_cases():
+    kernels = {path.stem for path in (ROOT / "csrc" / "cuda" / "kernels").glob("*.cu")}
+    assert {path.stem.removeprefix("test_") for path in SOURCES.glob("test_*.cpp")} == kernels | {"emulation"}
+
+
+def test_one_program_checks_every_access(programs):
+    assert "All tests passed" in run(programs / "edl_cuda_races", "every access is checked")
+
+
+@pytest.mark.parametrize("memory", ["an output", "shared memory"])
+def test_the_address_sanitizer_sees_a_kernel_leave_its_memory(programs, memory):
+    command = [programs / "edl_cuda_sanitized", f"past the end of {memory}"]
+    assert "heap-buffer-overflow" in subprocess.run(command, capture_output=True, text=True).stderr

@@ -393,10 +393,11 @@ class ExpertDivergenceLoss(nn.Module):
         except Exception as error:
             problem = error
         problem = ranks.agree(layout, problem)
+        labels = None if problem is not None else segments.labels
         if problem is not None:
             sums, counts = ranks.stand_in_segments()
         sums, counts, problem = ranks.sum_segments(
-            scale_gradient(sums, ranks.averaging_ranks * micro_batches), counts, problem
+            scale_gradient(sums, ranks.averaging_ranks * micro_batches), counts, labels, problem
         )
         try:
             if problem is None:

@@ -1,12 +1,13 @@
 """The loss of a batch that several ranks hold: what is added over them, by whom, and what becomes of a rank that fails.
 
 Two seams, each one all-reduce forward and nothing backward: segment sums over the ranks that hold parts of the same sequences
-(where values are looked at, after a comparison of their number), domain moments over the ranks that share the batch. Every rank then has the loss of the whole batch and differentiates its own
-contribution to it.
+(where values are looked at, after a comparison of the segments), domain moments over the ranks that share the batch. Every rank
+then has the loss of the whole batch and differentiates its own contribution to it.
 """
 
 import copy
 import os
+import zlib
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
@@ -202,22 +203,33 @@ class Ranks:
         return sums, sums if squares else sums.new_empty([0]), sums.new_zeros(layout.layers, layout.domains)
 
     def sum_segments(
-        self, sums: Tensor, counts: Tensor, problem: Optional[Exception]
+        self, sums: Tensor, counts: Tensor, labels: Optional[Tensor], problem: Optional[Exception]
     ) -> Tuple[Tensor, Tensor, Optional[Exception]]:
-        """Adds segment sums [L, S, E] and counts [S] over `sequence_group`; NaN, and a problem, where a rank of it failed."""
+        """Adds segment sums [L, S, E] and counts [S] over `sequence_group`; NaN, and a problem, where a rank of it failed.
+
+        Labels [S] or [S, D] are compared where values are looked at, and needed of a rank without a problem.
+        """
         if self.sequence_group is not None and reads_values(counts):
-            # A collective of different sizes may end the process.
-            numbers = dict(self._gather(self.sequence_group, counts.shape[0] if problem is None else None))
-            different = set(numbers.values()) - {None}
-            if len(different) > 1 and problem is None:
+            # A collective of different sizes may end the process; other labels would be a wrong loss without a word.
+            own = None if problem is not None else (counts.shape[0], zlib.crc32(repr(labels.tolist()).encode()))
+            given = {
+                rank: segments for rank, segments in self._gather(self.sequence_group, own) if segments is not None
+            }
+            numbers = {rank: number for rank, (number, _) in given.items()}
+            if len(set(given.values())) > 1 and problem is None:
+                got = (
+                    f", by rank, these numbers of segments: {numbers}"
+                    if len(set(numbers.values())) > 1
+                    else f" labels that differ between ranks {list(given)}"
+                )
                 problem = ValueError(
                     "edl::parallel: all ranks of sequence_group must pass the same segments: labels, or cu_seqlens, of whole "
-                    f"sequences (got, by rank, these numbers of segments: {numbers})"
+                    f"sequences (got{got})"
                 )
-            if len(different) != 1:
+            if len(set(numbers.values())) != 1:
                 return sums, counts, problem
             if problem is not None:
-                (self._num_segments,) = different
+                self._num_segments = next(iter(numbers.values()))
                 sums, counts = self.stand_in_segments()
         self._num_segments = counts.shape[0]
         (sums, counts), problem = self._sum(self.sequence_group, (sums, counts), problem)

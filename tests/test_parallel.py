@@ -418,12 +418,13 @@ def test_what_ranks_must_agree_on_is_compared_at_the_first_call(case):
 
 
 def differ_in_segments() -> list[str]:
-    """Ranks of a sequence_group with other numbers of segments than each other, or than in the last call."""
+    """Ranks of a sequence_group with other segments than each other, or than in the last call."""
     divergence = edl.ExpertDivergenceLoss(D, sequence_group=dist.group.WORLD, averaging_ranks=2)
     first = dist.get_rank() == 0
     three, four = (LOGITS[:3], LABELS[:3]), (LOGITS, LABELS)
-    wrong = (LOGITS[:3], LABELS)
+    wrong, rolled = (LOGITS[:3], LABELS), (LOGITS, LABELS.roll(1))
     calls = [three if first else four, four, three if first else wrong, three if first else four, three]
+    calls += [rolled if first else four, rolled]
     return [outcome(lambda: divergence(*arguments)) for arguments in calls]
 
 
@@ -434,7 +435,9 @@ def test_ranks_of_a_sequence_group_with_other_segments_are_an_error_on_all():
         "sequences (got, by rank, these numbers of segments: {0: 3, 1: 4})"
     )
     for outcomes in (first, second):
-        assert outcomes[0] == outcomes[3] == sentence and outcomes[1] == outcomes[4] == "a number"
+        assert outcomes[0] == outcomes[3] == sentence
+        assert outcomes[1] == outcomes[4] == outcomes[6] == "a number"
+        assert outcomes[5] == sentence.split(", by rank")[0] + " labels that differ between ranks [0, 1])"
     assert second[2].startswith("ValueError: edl::segments: domain_ids must have one row per sequence, 3 (got [4])")
     assert first[2].startswith(
         "RuntimeError: edl::parallel: rank 1 failed: edl::segments: domain_ids must have one row"

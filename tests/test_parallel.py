@@ -292,6 +292,27 @@ def test_all_layers_travel_in_one_all_reduce_forward_and_none_backward(bias_corr
     assert on_ranks(2, count_collectives, bias_correction) == [([moments + 1], [])] * 2  # one more: failed ranks
 
 
+def count_collectives_of_slices() -> tuple[list[int], list[int], int]:
+    """The same of 48 layers whose sequences the ranks share, and the number of segments."""
+    batch, num_layers = Batch(0), 48
+    divergence = edl.ExpertDivergenceLoss(D, sequence_group=dist.group.WORLD, averaging_ranks=2)
+    hidden, labels, keep = this_rank_part(batch, 1, 2)
+    layers = [(hidden[0] @ batch.router[0].T).requires_grad_(True) for _ in range(num_layers)]
+    divergence(layers, labels, attention_mask=keep)  # agrees on the layout
+    with Collectives() as forward:
+        loss = divergence(layers, labels, attention_mask=keep)
+    with Collectives() as backward:
+        loss.backward()
+    return forward.numbers, backward.numbers, labels.shape[0]
+
+
+def test_all_layers_of_a_slice_travel_in_one_all_reduce_behind_a_comparison_of_the_segments():
+    for forward, backward, num_segments in on_ranks(2, count_collectives_of_slices):
+        *comparison, sums = forward
+        assert sums == num_segments * (48 * E + 1) + 1 and backward == []
+        assert len(comparison) == 2 and max(comparison) < 200  # the length of an object, and its bytes
+
+
 def compiled_and_eager() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
     batch = Batch(2)

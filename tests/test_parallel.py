@@ -121,6 +121,38 @@ def test_gradients_equal_one_process_however_the_batch_is_split(data_ranks, cont
     on_ranks(data_ranks * context_ranks, check_random_splits, data_ranks, context_ranks, range(20))
 
 
+def check_random_splits_in_two_passes(data_ranks: int, context_ranks: int, seeds: range) -> None:
+    """The same in two micro-batches a rank, whose statistics a first pass collects."""
+    mesh = init_device_mesh("cpu", (data_ranks, context_ranks), mesh_dim_names=("data", "context"))
+    groups = {"group": mesh["data"] if data_ranks > 1 else None}
+    if context_ranks > 1:
+        groups |= {"sequence_group": mesh["context"], "averaging_ranks": data_ranks * context_ranks}
+    for seed in seeds:
+        batch = Batch(seed)
+        hidden, labels, keep = this_rank_part(batch, data_ranks, context_ranks)
+        halves = list(zip(hidden.chunk(2, dim=1), labels.chunk(2), keep.chunk(2)))
+        memory = edl.DomainMemory()
+        divergence = edl.ExpertDivergenceLoss(D, memory=memory, **batch.options, **groups)
+        with memory.collect():
+            for h, label, kept in halves:
+                divergence([x @ w.T for x, w in zip(h, batch.router)], label, attention_mask=kept)
+        results = [loss_and_gradient(divergence, h, batch.router, label, kept) for h, label, kept in halves]
+        memory.step()
+        gradient = sum(gradient for _, gradient in results) / 2
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+        expected_loss, expected_gradient = one_process(batch)
+        allowed = tolerance(torch.float64, batch.keep.numel(), roundings=4) / smallest_divergence(batch) ** 0.5
+        for loss, _ in results:
+            assert_close(loss, expected_loss, allowed)
+        assert_close(gradient, expected_gradient, allowed)
+
+
+@pytest.mark.parametrize("data_ranks, context_ranks", [(2, 1), (1, 2), (2, 2)])
+def test_two_passes_over_micro_batches_equal_one_process_however_the_batch_is_split(data_ranks, context_ranks):
+    on_ranks(data_ranks * context_ranks, check_random_splits_in_two_passes, data_ranks, context_ranks, range(20))
+
+
 def rank_without_tokens() -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of every rank: its value, and the gradient added over ranks, where the last rank has no token."""
     batch = Batch(1)

@@ -340,6 +340,32 @@ def ddp(rank, folder):
         assert_same_gradients(one, model)
 
 
+def divergence_over_all_ranks(rank, folder):
+    """The divergence loss over the tokens of all ranks, beside experts that pairs of them share, under DDP and FSDP2."""
+    labels = torch.tensor([[0, 1], [1, 2], [0, -1], [2, 2]])  # of two sequences a rank: some ranks have one domain
+    for framework in ("DDP", "FSDP2"):
+        one, model, mesh = make_models(8, replicas=2)
+        routing = {}
+        for name, layer in (("one", one.layer), ("model", model.layer)):
+            layer.register_forward_hook(lambda _, __, result, name=name: routing.update({name: result[1].logits}))
+        if framework == "DDP":
+            expert_parallel.exclude_from_ddp(model)
+            wrapped = DistributedDataParallel(model)
+        else:
+            data = init_device_mesh("cpu", (4,))
+            expert_parallel.fully_shard_layer(model.layer, data, mesh["replicas"])
+            wrapped = fully_shard(model, mesh=data)
+        tokens = torch.randn(4, 2 * 5, H, dtype=torch.float64)
+        own = wrapped(tokens[rank]).square().sum()
+        divergence = edl.ExpertDivergenceLoss(3, group=dist.group.WORLD)
+        (own + divergence(routing["model"], labels[rank])).backward()
+        if framework == "DDP":
+            expert_parallel.average_expert_gradients(wrapped, mesh["replicas"].get_group())
+        everything = one(tokens.flatten(0, 1)).square().sum() / 4
+        (everything + edl.ExpertDivergenceLoss(3)(routing["one"], labels.flatten())).backward()
+        assert_same_gradients(one, model)
+
+
 def ddp_around_the_layer_alone(rank, folder):
     one, spread = make_layers(8, 2, dist.group.WORLD, dtype=torch.float64)
     expert_parallel.exclude_from_ddp(spread)
@@ -391,7 +417,7 @@ ON_TWO = [
     takes_the_state_of_one_process_and_gives_it_back,
     refusals,
 ]
-ON_FOUR = [fsdp2, fsdp2_by_hand, ddp, ddp_around_the_layer_alone, checkpoints]
+ON_FOUR = [fsdp2, fsdp2_by_hand, ddp, divergence_over_all_ranks, ddp_around_the_layer_alone, checkpoints]
 
 
 def run_check(check, folder):

@@ -304,11 +304,14 @@ def test_gradients_of_a_model_in_a_framework_equal_one_process(check, arguments,
 # ---- what travels ----
 
 
-def count_collectives(bias_correction: bool) -> tuple[list[int], list[int]]:
-    """How many numbers each collective sends, forward and backward, of 48 layers."""
+def count_collectives(data_ranks: int, context_ranks: int, bias_correction: bool) -> tuple[list[int], list[int]]:
+    """How many numbers each collective sends, forward and backward, of 48 layers whose batch the ranks share."""
     batch, num_layers = Batch(0), 48
-    divergence = edl.ExpertDivergenceLoss(D, group=dist.group.WORLD, bias_correction=bias_correction)
-    hidden, labels, keep = this_rank_part(batch, 2, 1)
+    seam = {"group": dist.group.WORLD}
+    if context_ranks > 1:
+        seam = {"sequence_group": dist.group.WORLD, "averaging_ranks": context_ranks}
+    divergence = edl.ExpertDivergenceLoss(D, bias_correction=bias_correction, **seam)
+    hidden, labels, keep = this_rank_part(batch, data_ranks, context_ranks)
     layers = [(hidden[0] @ batch.router[0].T).requires_grad_(True) for _ in range(num_layers)]
     divergence(layers, labels, attention_mask=keep)  # agrees on the layout
     with Collectives() as forward:
@@ -321,27 +324,14 @@ def count_collectives(bias_correction: bool) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("bias_correction", [False, True])
 def test_all_layers_travel_in_one_all_reduce_forward_and_none_backward(bias_correction):
     moments = 48 * (D * E * (2 if bias_correction else 1) + D)
-    assert on_ranks(2, count_collectives, bias_correction) == [([moments + 1], [])] * 2  # one more: failed ranks
-
-
-def count_collectives_of_slices() -> tuple[list[int], list[int], int]:
-    """The same of 48 layers whose sequences the ranks share, and the number of segments."""
-    batch, num_layers = Batch(0), 48
-    divergence = edl.ExpertDivergenceLoss(D, sequence_group=dist.group.WORLD, averaging_ranks=2)
-    hidden, labels, keep = this_rank_part(batch, 1, 2)
-    layers = [(hidden[0] @ batch.router[0].T).requires_grad_(True) for _ in range(num_layers)]
-    divergence(layers, labels, attention_mask=keep)  # agrees on the layout
-    with Collectives() as forward:
-        loss = divergence(layers, labels, attention_mask=keep)
-    with Collectives() as backward:
-        loss.backward()
-    return forward.numbers, backward.numbers, labels.shape[0]
+    expected = ([moments + 1], [])  # one more: failed ranks
+    assert on_ranks(2, count_collectives, 2, 1, bias_correction) == [expected] * 2
 
 
 def test_all_layers_of_a_slice_travel_in_one_all_reduce_behind_a_comparison_of_the_segments():
-    for forward, backward, num_segments in on_ranks(2, count_collectives_of_slices):
+    for forward, backward in on_ranks(2, count_collectives, 1, 2, False):
         *comparison, sums = forward
-        assert sums == num_segments * (48 * E + 1) + 1 and backward == []
+        assert sums == Batch(0).sequences * (48 * E + 1) + 1 and backward == []
         assert len(comparison) == 2 and max(comparison) < 200  # the length of an object, and its bytes
 
 

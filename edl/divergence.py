@@ -47,11 +47,11 @@ def _check_layers(layers: List[Tensor]) -> None:
     if len(layers) == 0:
         raise ValueError("edl::expert_divergence_loss: router_logits must hold at least one layer (got an empty list)")
     first = layers[0]
-    for layer in layers:
-        if layer.dim() != 2 and layer.dim() != 3:
-            raise ValueError(
-                f"edl::expert_divergence_loss: router_logits must have the shape [T, E] or [B, S_len, E] (got {list(layer.shape)})"
-            )
+    if first.dim() != 2 and first.dim() != 3:
+        raise ValueError(
+            f"edl::expert_divergence_loss: router_logits must have the shape [T, E] or [B, S_len, E] (got {list(first.shape)})"
+        )
+    for layer in layers[1:]:
         if layer.shape != first.shape or layer.dtype != first.dtype or layer.device != first.device:
             raise ValueError(
                 "edl::expert_divergence_loss: all layers must have one shape, dtype and device "
@@ -112,13 +112,18 @@ def _segments_of(
     )
 
 
+def _as_rows(layer: Tensor) -> Tensor:
+    """[T, E] from [T, E] or [B, S_len, E]."""
+    return layer.flatten(0, 1) if layer.dim() == 3 else layer
+
+
 def _sum_segments(layers: List[Tensor], segments: Segments, scores: str) -> Tuple[Tensor, Tensor]:
     """Token → sequence: segment sums [L, S, E] and counts [S]."""
     sums: List[Tensor] = []
     counts: List[Tensor] = []
     for layer in layers:
         layer_sums, layer_counts = ops.aggregate_routing(
-            layer.flatten(0, 1) if layer.dim() == 3 else layer, segments.segment_ids, segments.num_segments, scores
+            _as_rows(layer), segments.segment_ids, segments.num_segments, scores
         )
         sums.append(layer_sums)
         counts.append(layer_counts)
@@ -178,12 +183,19 @@ def expert_divergence_loss(
         padding_mask,
         cu_seqlens,
     )
-    sums, counts = _sum_segments(layers, segments, scores if input == "logits" else "none")
-    domain_sums, squares, domain_counts = _sum_domains(
-        sums, counts, segments.labels, num_domains, sequence_reduction, bias_correction
+    return torch.ops.edl._expert_divergence_loss(
+        [_as_rows(layer) for layer in layers],
+        segments.segment_ids,
+        segments.num_segments,
+        segments.labels,
+        num_domains,
+        sequence_reduction == "token",
+        scores if input == "logits" else "none",
+        eps,
+        pair_reduction,
+        bias_correction,
+        layer_reduction,
     )
-    loss = ops.expert_divergence(domain_sums, squares, domain_counts, eps, pair_reduction, bias_correction)
-    return _reduce_layers(loss, sums.dtype, layer_reduction)
 
 
 class ExpertDivergenceLoss(nn.Module):

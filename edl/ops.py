@@ -12,11 +12,11 @@ from torch import Tensor
 
 def _refuse_dtensor(op: str, *tensors: Optional[Tensor]) -> None:
     """Raises where an operator is given a DTensor, whose shards only the caller knows how to combine."""
-    if not torch.distributed.is_available():
-        return
-    from torch.distributed.tensor import DTensor
-
     for tensor in tensors:
+        if tensor is None or type(tensor) is Tensor or not torch.distributed.is_available():
+            continue
+        from torch.distributed.tensor import DTensor
+
         if isinstance(tensor, DTensor):
             raise ValueError(f"edl::{op}: takes plain tensors, call to_local() on the shards first (got a DTensor)")
 

@@ -211,14 +211,12 @@ def sequence_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, bat
             "edl::segments: one label per token needs sequence_reduction='token', cu_seqlens, or the shape [B, S_len] "
             f"(got {rows} labels for {num_tokens} tokens)"
         )
-    length = num_tokens // rows if rows > 0 else 0
-    ids = torch.arange(rows, dtype=torch.int32, device=domain_ids.device)
-    if not per_token:
-        ids.masked_fill_(_unlabelled(domain_ids), -1)
-    ids = ids.unsqueeze(1).expand(rows, length).reshape(-1)
     if per_token:
+        every_row = torch.zeros([rows], dtype=torch.int32, device=domain_ids.device)
+        ids = torch.ops.edl._sequence_segment_ids(every_row, num_tokens)
         return _split_by_label(ids, rows, domain_ids.reshape(-1), num_domains)
-    return Segments(ids, rows, domain_ids)
+    labels = -_unlabelled(domain_ids).int() if _is_soft(domain_ids) else domain_ids
+    return Segments(torch.ops.edl._sequence_segment_ids(labels, num_tokens), rows, domain_ids)
 
 
 def domain_segments(

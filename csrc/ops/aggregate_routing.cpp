@@ -73,8 +73,6 @@ std::tuple<at::Tensor, at::Tensor> aggregate_routing(
   return op.call(routing, segment_ids, std::move(num_segments), scores);
 }
 
-namespace {
-
 at::Tensor aggregate_routing_backward(
     const at::Tensor& grad_sums, const at::Tensor& routing, const at::Tensor& segment_ids, std::string_view scores) {
   static const auto op =
@@ -83,6 +81,8 @@ at::Tensor aggregate_routing_backward(
           .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, std::string_view)>();
   return op.call(grad_sums, routing, segment_ids, scores);
 }
+
+namespace {
 
 std::tuple<at::Tensor, at::Tensor> aggregate_routing_meta(
     const at::Tensor& routing, const at::Tensor& segment_ids, c10::SymInt num_segments, std::string_view scores) {

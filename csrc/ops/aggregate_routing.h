@@ -20,6 +20,13 @@ EDL_API std::tuple<at::Tensor, at::Tensor> aggregate_routing(
     c10::SymInt num_segments, //      S
     std::string_view scores);
 
+// The gradient to `routing`; no second derivative.
+at::Tensor aggregate_routing_backward(
+    const at::Tensor& grad_sums, //   [S, E]
+    const at::Tensor& routing, //     [T, E]
+    const at::Tensor& segment_ids, // [T]
+    std::string_view scores);
+
 Scores check_aggregate_routing(
     const at::Tensor& routing, const at::Tensor& segment_ids, const c10::SymInt& num_segments, std::string_view scores);
 

@@ -71,6 +71,12 @@ void check_domain_moments(
       labels.device(), ")");
 }
 
+void check_domain_moments_inputs_without_gradient(const at::Tensor& segment_counts, const at::Tensor& labels) {
+  EDL_CHECK(
+      !segment_counts.requires_grad() && !labels.requires_grad(), kOp,
+      ": only segment_sums has a gradient (got segment_counts or labels with requires_grad = True)");
+}
+
 void check_domain_moments_backward(
     const at::Tensor& grad_sums,
     const at::Tensor& grad_squares,
@@ -107,8 +113,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments(
   return op.call(segment_sums, segment_counts, labels, std::move(num_domains), squares);
 }
 
-namespace {
-
 at::Tensor domain_moments_backward(
     const at::Tensor& grad_sums,
     const at::Tensor& grad_squares,
@@ -122,6 +126,8 @@ at::Tensor domain_moments_backward(
               const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
   return op.call(grad_sums, grad_squares, segment_sums, segment_counts, labels);
 }
+
+namespace {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments_meta(
     const at::Tensor& segment_sums,
@@ -188,9 +194,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments_autograd(
     const at::Tensor& labels,
     c10::SymInt num_domains,
     bool squares) {
-  EDL_CHECK(
-      !segment_counts.requires_grad() && !labels.requires_grad(), kOp,
-      ": only segment_sums has a gradient (got segment_counts or labels with requires_grad = True)");
+  check_domain_moments_inputs_without_gradient(segment_counts, labels);
   auto outputs = DomainMomentsFunction::apply(segment_sums, segment_counts, labels, std::move(num_domains), squares);
   return {outputs[0], outputs[1], outputs[2]};
 }

@@ -91,8 +91,6 @@ at::Tensor expert_divergence(
   return op.call(sums, squares, counts, eps, reduction, bias_correction);
 }
 
-namespace {
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient(
     const at::Tensor& sums,
     const at::Tensor& squares,
@@ -107,6 +105,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient(
               const at::Tensor&, const at::Tensor&, const at::Tensor&, double, std::string_view, bool)>();
   return op.call(sums, squares, counts, eps, reduction, bias_correction);
 }
+
+namespace {
 
 std::tuple<at::Tensor, at::Tensor> expert_divergence_backward(
     const at::Tensor& grad_loss,
@@ -131,7 +131,7 @@ std::tuple<at::Tensor, at::Tensor> expert_divergence_backward_kernel(
     const at::Tensor& grad_squares, // [..., D, E] or 0 elements
     const at::Tensor& sums, //         [..., D, E]
     const at::Tensor& squares) {
-  const at::Tensor scale = grad_loss.unsqueeze(-1).unsqueeze(-1);
+  const at::Tensor scale = grad_loss.dim() == 0 ? grad_loss : grad_loss.unsqueeze(-1).unsqueeze(-1);
   return {
       at::mul(scale, grad_sums),
       grad_squares.dim() == grad_sums.dim() ? at::mul(scale, grad_squares) : at::empty({0}, grad_sums.options())};

@@ -24,6 +24,15 @@ EDL_API at::Tensor expert_divergence(
     std::string_view reduction,
     bool bias_correction);
 
+// The loss [...], and its gradients to `sums` and `squares` (no element without bias_correction).
+std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient(
+    const at::Tensor& sums,
+    const at::Tensor& squares,
+    const at::Tensor& counts,
+    double eps,
+    std::string_view reduction,
+    bool bias_correction);
+
 enum class PairReduction { mean_of_logs, log_of_mean };
 
 PairReduction check_expert_divergence(

@@ -206,25 +206,65 @@ __attribute__((noinline)) void take_census(
   count_row(sum, negative, tolerance, row, census);
 }
 
-// Turns a row of logits into unnormalised scores in place and returns their sum. Padding, minus infinity, becomes 0.
-template <Score score, int64_t fixed, typename Acc>
-EDL_INLINE Acc score_row(Row<Acc, fixed>& row) {
-  Vector<Acc> total{};
+// The highest logit of a row, where the score wants it. It is looked for one row ahead: a row's exponentials would else
+// wait for it.
+template <Score score, int64_t fixed, typename Storage, typename Acc = Accumulation<Storage>>
+EDL_INLINE Acc top_of(const Storage* row, int64_t num_experts) {
   if constexpr (score == Score::softmax) {
-    Vector<Acc> highest = row[0];
-    for_vectors<fixed>(row.vectors(), [&](int64_t v) { highest = maximum<Acc>(highest, row[v]); });
-    const Acc top = max_of<Acc>(highest);
-    for_vectors<fixed>(row.vectors(), [&](int64_t v) {
-      row[v] = exp_of(row[v] - top);
-      total += row[v];
+    constexpr Acc beyond = -std::numeric_limits<Acc>::infinity();
+    constexpr int64_t lanes = kLanes<Acc>;
+    Vector<Acc> highest = load_vector<fixed>(row, 0, num_experts, beyond);
+    for_vectors<fixed>((num_experts + lanes - 1) / lanes, [&](int64_t v) {
+      highest = maximum<Acc>(highest, load_vector<fixed>(row, v, num_experts, beyond));
     });
+    return max_of<Acc>(highest);
   } else {
-    for_vectors<fixed>(row.vectors(), [&](int64_t v) {
-      const Vector<Acc> z = row[v];
-      const Vector<Acc> decay = exp_of(z < 0 ? z : -z); // exp(-|z|): no overflow on either side
-      row[v] = (z < 0 ? decay : broadcast<Acc>(1)) / (1 + decay);
-      total += row[v];
+    return 0;
+  }
+}
+
+// Turns `count` vectors of logits into unnormalised scores. Padding, minus infinity, becomes 0.
+template <Score score, int count, typename Acc>
+EDL_INLINE void score_vectors(Acc top, Vector<Acc>* x) {
+  if constexpr (score == Score::softmax) {
+    for (int i = 0; i < count; ++i) {
+      x[i] += -top;
+    }
+    exp_each<count>(x);
+  } else {
+    Vector<Acc> decay[count];
+    for (int i = 0; i < count; ++i) {
+      decay[i] = x[i] < 0 ? x[i] : -x[i]; // exp(-|z|): no overflow on either side
+    }
+    exp_each<count>(decay);
+    for (int i = 0; i < count; ++i) {
+      x[i] = (x[i] < 0 ? decay[i] : broadcast<Acc>(1)) / (1 + decay[i]);
+    }
+  }
+}
+
+// Writes the unnormalised scores of a row of logits and returns their sum; calls take(v) once vector v is there.
+template <Score score, int64_t fixed, typename Storage, typename Acc, typename Take>
+EDL_INLINE Acc score_row(const Storage* logits, int64_t num_experts, Acc top, Row<Acc, fixed>& row, Take take) {
+  constexpr Acc beyond = -std::numeric_limits<Acc>::infinity();
+  constexpr int together = fixed == 0 || fixed > 4 ? 4 : static_cast<int>(fixed);
+  Vector<Acc> total{};
+  const auto score_some = [&]<int count>(int64_t first, std::integral_constant<int, count>) {
+    Vector<Acc> x[count];
+    for_vectors<count>(count, [&](int64_t i) { x[i] = load_vector<fixed>(logits, first + i, num_experts, beyond); });
+    score_vectors<score, count>(top, x);
+    for_vectors<count>(count, [&](int64_t i) {
+      row[first + i] = x[i];
+      total += x[i];
+      take(first + i);
     });
+  };
+  const int64_t whole = row.vectors() / together;
+  for_vectors<fixed / together>(whole, [&](int64_t i) {
+    score_some(i * together, std::integral_constant<int, together>{});
+  });
+  for (int64_t v = whole * together; v < row.vectors(); ++v) {
+    score_some(v, std::integral_constant<int, 1>{});
   }
   return sum_of<Acc>(total);
 }
@@ -234,26 +274,40 @@ EDL_INLINE Acc normaliser(Acc sum) {
   return 1 / (score == Score::sigmoid ? sum + sigmoid_sum_epsilon<Acc>() : sum);
 }
 
+// A row is added up once the next one is scored: else all would wait for the sum of its scores.
 template <typename Storage, Score score, int64_t fixed>
 EDL_FLATTEN void sum_scored(const RoutingRows& rows, const RowPiece& piece, double tolerance) {
   using Acc = Accumulation<Storage>;
-  constexpr Acc beyond = -std::numeric_limits<Acc>::infinity();
   const auto* data = static_cast<const Storage*>(rows.data);
   const int64_t num_experts = rows.num_experts;
   Row<Acc, fixed> total(num_experts);
-  Row<Acc, fixed> row(num_experts);
+  Row<Acc, fixed> scored[2] = {Row<Acc, fixed>(num_experts), Row<Acc, fixed>(num_experts)};
   for_vectors<fixed>(total.vectors(), [&](int64_t v) { total[v] = Vector<Acc>{}; });
+  const auto add = [&](Row<Acc, fixed>& row, Acc scale) {
+    for_vectors<fixed>(total.vectors(), [&](int64_t v) { total[v] += row[v] * scale; });
+  };
   bool maybe_distributions = true;
+  const auto row_of = [&](int64_t i) { return data + row_at(rows, i) * rows.row_stride; };
+  Acc next_top = piece.begin < piece.end ? top_of<score, fixed>(row_of(piece.begin), num_experts) : 0;
+  Acc scale_before = 0;
   for (int64_t i = piece.begin; i < piece.end; ++i) {
-    const int64_t t = row_at(rows, i);
-    const Storage* entries = data + t * rows.row_stride;
+    const Storage* entries = row_of(i);
+    const Acc top = next_top;
+    if (i + 1 < piece.end) {
+      next_top = top_of<score, fixed>(row_of(i + 1), num_experts);
+    }
     if (maybe_distributions) {
-      take_census(entries, num_experts, tolerance, t, piece.census);
+      take_census(entries, num_experts, tolerance, row_at(rows, i), piece.census);
       maybe_distributions = piece.census->first_other < 0; // one row of logits settles it
     }
-    for_vectors<fixed>(row.vectors(), [&](int64_t v) { row[v] = load_vector<fixed>(entries, v, num_experts, beyond); });
-    const Acc scale = normaliser<score>(score_row<score>(row));
-    for_vectors<fixed>(row.vectors(), [&](int64_t v) { total[v] += row[v] * scale; });
+    const Acc sum = score_row<score>(entries, num_experts, top, scored[i & 1], [](int64_t) {});
+    if (i > piece.begin) {
+      add(scored[(i - 1) & 1], scale_before);
+    }
+    scale_before = normaliser<score>(sum);
+  }
+  if (piece.begin < piece.end) {
+    add(scored[(piece.end - 1) & 1], scale_before);
   }
   auto* sums = static_cast<Acc*>(piece.sums);
   for_vectors<fixed>(total.vectors(), [&](int64_t v) { store_vector<false, fixed>(total[v], v, num_experts, sums); });
@@ -295,51 +349,93 @@ EDL_INLINE int64_t segment_at(const RoutingGradient& gradient, int64_t t) {
                                  : static_cast<const int32_t*>(gradient.segment_ids)[t];
 }
 
-// From logits to the gradient of sum_j g_j q_j with q = score(z), in place:
-// softmax q_i (g_i - <g, q>), sigmoid q_i (1 - sigmoid(z_i)) (g_i - <g, q>).
-template <Score score, int64_t fixed, typename Acc>
-EDL_INLINE void backward_through_score(const Acc* grad, int64_t num_experts, Row<Acc, fixed>& row) {
-  const Acc scale = normaliser<score>(score_row<score>(row));
-  Vector<Acc> dots{};
-  for_vectors<fixed>(
-      row.vectors(), [&](int64_t v) { dots += row[v] * load_vector<fixed>(grad, v, num_experts, Acc(0)); });
-  const Acc dot = sum_of<Acc>(dots) * scale;
-  for_vectors<fixed>(row.vectors(), [&](int64_t v) {
-    Vector<Acc> slope = row[v] * scale;
+// A scored row whose gradient is still to be written.
+template <typename Storage, typename Acc, int64_t fixed>
+struct ScoredRow {
+  Row<Acc, fixed>* scores; // not normalised; null where there is no row
+  const Acc* grad;
+  Storage* out;
+  Acc scale; //       that normalises
+  Acc scaled_dot; //  scale² · Σ grad · scores
+};
+
+// The gradient of sum_j g_j q_j with q = score(z) to z: softmax q_i (g_i - <g, q>), sigmoid
+// q_i (1 - sigmoid(z_i)) (g_i - <g, q>).
+template <bool past_caches, Score score, int64_t fixed, typename Storage, typename Acc>
+EDL_INLINE void write_gradient(const ScoredRow<Storage, Acc, fixed>& row, int64_t num_experts) {
+  if (row.scores == nullptr) {
+    return;
+  }
+  for_vectors<fixed>(row.scores->vectors(), [&](int64_t v) {
+    Vector<Acc> slope = (*row.scores)[v];
     if constexpr (score == Score::sigmoid) {
-      slope *= 1 - row[v];
+      slope *= 1 - slope;
     }
-    row[v] = slope * (load_vector<fixed>(grad, v, num_experts, Acc(0)) - dot);
+    const Vector<Acc> grad = load_vector<fixed>(row.grad, v, num_experts, Acc(0));
+    store_vector<past_caches, fixed>(slope * (grad * row.scale - row.scaled_dot), v, num_experts, row.out);
   });
 }
 
+// As in the forward pass, a row is written once the next one is scored.
 template <bool past_caches, typename Storage, Score score, int64_t fixed>
-EDL_FLATTEN void spread(const RoutingGradient& gradient, int64_t begin, int64_t end) {
+EDL_FLATTEN void spread_through_scores(const RoutingGradient& gradient, int64_t begin, int64_t end) {
   using Acc = Accumulation<Storage>;
   const int64_t num_experts = gradient.num_experts;
   const auto* grad_sums = static_cast<const Acc*>(gradient.grad_sums);
   const auto* routing = static_cast<const Storage*>(gradient.routing);
   auto* out = static_cast<Storage*>(gradient.grad_routing);
-  Row<Acc, fixed> row(num_experts);
+  Row<Acc, fixed> scored[2] = {Row<Acc, fixed>(num_experts), Row<Acc, fixed>(num_experts)};
+  const auto row_of = [&](int64_t t) { return routing + t * gradient.row_stride; };
+  Acc next_top = begin < end ? top_of<score, fixed>(row_of(begin), num_experts) : 0;
+  ScoredRow<Storage, Acc, fixed> before = {};
   for (int64_t t = begin; t < end; ++t) {
+    const Acc top = next_top;
+    if (t + 1 < end) {
+      next_top = top_of<score, fixed>(row_of(t + 1), num_experts);
+    }
     const int64_t segment = segment_at(gradient, t);
-    Storage* out_row = out + t * num_experts;
     if (segment < 0) {
-      std::memset(out_row, 0, num_experts * sizeof(Storage));
+      std::memset(out + t * num_experts, 0, num_experts * sizeof(Storage));
       continue;
     }
     const Acc* grad = grad_sums + segment * num_experts;
-    for_vectors<fixed>(row.vectors(), [&](int64_t v) {
-      row[v] = score == Score::none
-          ? load_vector<fixed>(grad, v, num_experts, Acc(0))
-          : load_vector<fixed>(
-                routing + t * gradient.row_stride, v, num_experts, -std::numeric_limits<Acc>::infinity());
+    Row<Acc, fixed>& row = scored[before.scores == &scored[0] ? 1 : 0];
+    Vector<Acc> dots{};
+    const Acc sum = score_row<score>(row_of(t), num_experts, top, row, [&](int64_t v) {
+      dots += row[v] * load_vector<fixed>(grad, v, num_experts, Acc(0));
     });
-    if constexpr (score != Score::none) {
-      backward_through_score<score>(grad, num_experts, row);
+    write_gradient<past_caches, score>(before, num_experts);
+    const Acc scale = normaliser<score>(sum);
+    before = {&row, grad, out + t * num_experts, scale, sum_of<Acc>(dots) * scale * scale};
+  }
+  write_gradient<past_caches, score>(before, num_experts);
+}
+
+template <bool past_caches, typename Storage, int64_t fixed>
+EDL_FLATTEN void spread_plainly(const RoutingGradient& gradient, int64_t begin, int64_t end) {
+  using Acc = Accumulation<Storage>;
+  const int64_t num_experts = gradient.num_experts;
+  const int64_t vectors = (num_experts + kLanes<Acc> - 1) / kLanes<Acc>;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t segment = segment_at(gradient, t);
+    Storage* out = static_cast<Storage*>(gradient.grad_routing) + t * num_experts;
+    if (segment < 0) {
+      std::memset(out, 0, num_experts * sizeof(Storage));
+      continue;
     }
-    for_vectors<fixed>(
-        row.vectors(), [&](int64_t v) { store_vector<past_caches, fixed>(row[v], v, num_experts, out_row); });
+    const Acc* grad = static_cast<const Acc*>(gradient.grad_sums) + segment * num_experts;
+    for_vectors<fixed>(vectors, [&](int64_t v) {
+      store_vector<past_caches, fixed>(load_vector<fixed>(grad, v, num_experts, Acc(0)), v, num_experts, out);
+    });
+  }
+}
+
+template <bool past_caches, typename Storage, Score score, int64_t fixed>
+void spread(const RoutingGradient& gradient, int64_t begin, int64_t end) {
+  if constexpr (score == Score::none) {
+    spread_plainly<past_caches, Storage, fixed>(gradient, begin, end);
+  } else {
+    spread_through_scores<past_caches, Storage, score, fixed>(gradient, begin, end);
   }
   if constexpr (past_caches) {
     stream_fence();

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -226,9 +227,20 @@ EDL_INLINE void stream_fence() {
 
 // ---- across lanes ----
 
+// b where either is NaN.
 template <typename Scalar>
 EDL_INLINE Vector<Scalar> maximum(Vector<Scalar> a, Vector<Scalar> b) {
-  return a > b ? a : b; // b where a is NaN
+#if EDL_VECTOR_BYTES == 32 // the compiler sees the instruction only where neither is a constant
+  if constexpr (sizeof(Scalar) == 4) {
+    __m256 x, y;
+    std::memcpy(&x, &a, sizeof(x));
+    std::memcpy(&y, &b, sizeof(y));
+    x = _mm256_max_ps(x, y);
+    std::memcpy(&a, &x, sizeof(x));
+    return a;
+  }
+#endif
+  return a > b ? a : b;
 }
 template <typename Scalar>
 EDL_INLINE Vector<Scalar> minimum(Vector<Scalar> a, Vector<Scalar> b) {
@@ -271,32 +283,53 @@ EDL_INLINE Scalar max_of(Vector<Scalar> x) {
 
 // ---- exp and log ----
 
-// exp for x <= 88: relative error below 2 units in the last place; 0 below -87.3; NaN stays NaN.
-EDL_INLINE Floats exp_of(Floats x) {
-  const Floats lowest = broadcast(-87.33654f);
-  const Floats clamped = x < lowest ? lowest : x;
-  const Floats shift = broadcast(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
-  const Floats shifted = clamped * 1.44269504f + shift;
-  const Floats n = shifted - shift;
-  Floats r = clamped - n * 0.693145752f;
-  r = r - n * 1.42860677e-6f;
-  Floats p = broadcast(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  Int32s exponent;
-  std::memcpy(&exponent, &shifted, sizeof(exponent));
-  exponent = (exponent - 0x4b400000 + 127) << 23;
-  Floats scale;
-  std::memcpy(&scale, &exponent, sizeof(scale));
-  const Floats result = p * scale;
-  return x < lowest ? Floats{} : result;
+// exp of `count` vectors, in place, for x <= 88: error below 1 unit in the last place; 0 below -87.7; NaN stays NaN.
+// Step by step for all of them: a processor does not look far enough ahead to overlap whole chains of its own.
+template <int count>
+EDL_INLINE void exp_each(Floats* x) {
+  const Floats lowest = broadcast(-88.0f);
+  // Adding 1.5 * 2^23 rounds to an integer n; with 127 more its last bits are the exponent of 2^n, 0 (2^n = 0) at -127.
+  const Floats shift = broadcast(12582912.0f + 127.0f);
+  Floats shifted[count], r[count], p[count];
+  const auto each = [](auto step) __attribute__((always_inline)) {
+    [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+      (step(i), ...);
+    }(std::make_integer_sequence<int, count>{});
+  };
+  each([&](int i) { r[i] = maximum<float>(lowest, x[i]); });
+  each([&](int i) { shifted[i] = r[i] * 1.44269504f + shift; });
+  each([&](int i) { r[i] = r[i] - (shifted[i] - shift) * 0.693145752f; });
+  each([&](int i) { r[i] = r[i] - (shifted[i] - shift) * 1.42860677e-6f; });
+  // 1 + r + r² q(r), q of least relative error (3e-9) for |r| <= log(2) / 2.
+  each([&](int i) { p[i] = r[i] * 1.3814467e-3f + 8.3687808e-3f; });
+  each([&](int i) { p[i] = p[i] * r[i] + 4.1668393e-2f; });
+  each([&](int i) { p[i] = p[i] * r[i] + 1.6666520e-1f; });
+  each([&](int i) { p[i] = p[i] * r[i] + 0.49999994f; });
+  each([&](int i) { p[i] = p[i] * r[i] + 1.0f; });
+  each([&](int i) { p[i] = p[i] * r[i] + 1.0f; });
+  each([&](int i) {
+    Int32s bits;
+    std::memcpy(&bits, &shifted[i], sizeof(bits));
+    bits <<= 23;
+    Floats scale;
+    std::memcpy(&scale, &bits, sizeof(scale));
+    x[i] = p[i] * scale;
+  });
 }
 
+template <int count>
+EDL_INLINE void exp_each(Doubles* x) {
+  for (int i = 0; i < count; ++i) {
+    for (int64_t lane = 0; lane < kLanes<double>; ++lane) {
+      x[i][lane] = std::exp(x[i][lane]);
+    }
+  }
+}
+
+EDL_INLINE Floats exp_of(Floats x) {
+  exp_each<1>(&x);
+  return x;
+}
 EDL_INLINE Doubles exp_of(Doubles x) {
   for (int64_t lane = 0; lane < kLanes<double>; ++lane) {
     x[lane] = std::exp(x[lane]);

@@ -1,0 +1,9 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace edl {
+
+void check_sequence_segment_ids(const at::Tensor& labels, const c10::SymInt& num_tokens);
+
+} // namespace edl

@@ -12,6 +12,7 @@
 #include "ops/inject.h"
 #include "ops/pairwise_divergence.h"
 #include "ops/route_tokens.h"
+#include "ops/sequence_segment_ids.h"
 #include "ops/sort_by_expert.h"
 
 namespace edl {

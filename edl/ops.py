@@ -24,6 +24,22 @@ def _refuse_dtensor(op: str, *tensors: Optional[Tensor]) -> None:
 # ---- the loss: token → sequence → domain → pairs ----
 
 
+def sequence_segment_ids(labels: Tensor, num_tokens: int) -> Tensor:
+    """The segment of every token of a batch of sequences of one length, where each sequence is a segment.
+
+    Args:
+        labels (Tensor[B]): int32 or int64; -1 = the sequence is not counted; other values are not looked at.
+        num_tokens (int): T, a multiple of B; the token at position s of sequence b is row b·T/B + s.
+
+    Returns:
+        Tensor[T], int32: b for a token of sequence b, -1 for one that is not counted. No gradient.
+
+    Raises:
+        ValueError: a wrong shape or dtype, a number of tokens that is no multiple of B.
+    """
+    return torch.ops.edl.sequence_segment_ids(labels, num_tokens)
+
+
 def aggregate_routing(
     routing: Tensor, segment_ids: Tensor, num_segments: int, scores: str = "softmax"
 ) -> Tuple[Tensor, Tensor]:

@@ -16,6 +16,13 @@ from torch import Tensor
 LOWEST_LOG_RATIO = math.log(2.0**-126)
 
 
+def sequence_segment_ids(labels: Tensor, num_tokens: int) -> Tensor:
+    """The sequence of every token [T], -1 where that has the label -1."""
+    length = num_tokens // max(1, labels.shape[0])
+    ids = torch.arange(labels.shape[0], dtype=torch.int32, device=labels.device)
+    return torch.where(labels == -1, -1, ids).repeat_interleave(length)
+
+
 def routing_scores(routing: Tensor, scores: str) -> Tensor:
     """The distribution over experts [T, E] that `scores` makes of logits [T, E]."""
     if scores == "softmax":

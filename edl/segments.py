@@ -10,6 +10,8 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from edl import ops
+
 
 class Segments(NamedTuple):
     """Segments of T tokens.
@@ -213,10 +215,10 @@ def sequence_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, bat
         )
     if per_token:
         every_row = torch.zeros([rows], dtype=torch.int32, device=domain_ids.device)
-        ids = torch.ops.edl._sequence_segment_ids(every_row, num_tokens)
+        ids = ops.sequence_segment_ids(every_row, num_tokens)
         return _split_by_label(ids, rows, domain_ids.reshape(-1), num_domains)
     labels = -_unlabelled(domain_ids).int() if _is_soft(domain_ids) else domain_ids
-    return Segments(torch.ops.edl._sequence_segment_ids(labels, num_tokens), rows, domain_ids)
+    return Segments(ops.sequence_segment_ids(labels, num_tokens), rows, domain_ids)
 
 
 def domain_segments(

@@ -80,6 +80,52 @@ def operator(name: str):
     return getattr(torch.ops.edl, name).default
 
 
+# ---- sequence_segment_ids(labels, num_tokens) ----
+
+
+def _sequence_segment_ids(case, batch, length, dtype=torch.int64, layout="dense"):
+    def make(inputs: Inputs) -> tuple:
+        labels = inputs.ids(batch, 2, low=-1, high=3, dtype=dtype)
+        return labels[:, 0] if layout == "strided" else labels[:, 0].contiguous(), batch * length
+
+    return Sample("sequence_segment_ids", case, make)
+
+
+SEQUENCE_SEGMENT_IDS = [
+    _sequence_segment_ids("small", 5, 3),
+    _sequence_segment_ids("int32", 40, 17, dtype=torch.int32),
+    _sequence_segment_ids("no-sequence", 0, 3),
+    _sequence_segment_ids("no-token", 4, 0),
+    _sequence_segment_ids("one-token-each", 9, 1),
+    _sequence_segment_ids("strided", 30, 7, layout="strided"),
+]
+
+SEQUENCE_SEGMENT_IDS_REFUSALS = [
+    Refusal(
+        *("sequence_segment_ids", "rank", lambda inputs: (inputs.ids(4, 2, low=0, high=2), 8)),
+        "edl::sequence_segment_ids: labels must be int32 or int64 of the shape [B] (got 2 dimensions of Long)",
+    ),
+    Refusal(
+        *("sequence_segment_ids", "dtype", lambda inputs: (inputs.normal(4), 8)),
+        "edl::sequence_segment_ids: labels must be int32 or int64 of the shape [B] (got 1 dimensions of Double)",
+    ),
+    Refusal(
+        *("sequence_segment_ids", "length", lambda inputs: (inputs.ids(4, low=0, high=2), 10)),
+        "edl::sequence_segment_ids: the tokens must be a whole number of sequences of one length (got 10 tokens for 4 "
+        "sequences)",
+    ),
+    Refusal(
+        *("sequence_segment_ids", "no-sequence", lambda inputs: (inputs.ids(0, low=0, high=2), 10)),
+        "edl::sequence_segment_ids: the tokens must be a whole number of sequences of one length (got 10 tokens for 0 "
+        "sequences)",
+    ),
+    Refusal(
+        *("sequence_segment_ids", "negative", lambda inputs: (inputs.ids(4, low=0, high=2), -4)),
+        "edl::sequence_segment_ids: num_tokens must not be negative (got -4)",
+    ),
+]
+
+
 # ---- aggregate_routing(routing, segment_ids, num_segments, scores) ----
 
 
@@ -901,6 +947,7 @@ INJECT_REFUSALS = [
 ]
 
 SAMPLES = [
+    *SEQUENCE_SEGMENT_IDS,
     *AGGREGATE_ROUTING,
     *DOMAIN_MOMENTS,
     *EXPERT_DIVERGENCE,
@@ -913,6 +960,7 @@ SAMPLES = [
     *INJECT,
 ]
 REFUSALS = [
+    *SEQUENCE_SEGMENT_IDS_REFUSALS,
     *AGGREGATE_ROUTING_REFUSALS,
     *DOMAIN_MOMENTS_REFUSALS,
     *EXPERT_DIVERGENCE_REFUSALS,

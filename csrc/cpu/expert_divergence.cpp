@@ -125,21 +125,28 @@ void write_gradient(
     int64_t num_experts,
     double* grad_sums, //      [D, E], zeros
     double* grad_squares) { // [D, E], zeros; or null
+  const bool with_squares = grad_squares != nullptr;
+  std::vector<double> by_mean(layer.width);
+  std::vector<double> by_spread(with_squares ? layer.width : 0);
+  const auto add_chunks = [&](std::vector<double> ChunkSums::* table, int64_t row, std::vector<double>& total) {
+    std::fill(total.begin(), total.end(), 0.0);
+    for (const ChunkSums& chunk : chunks) {
+      expert_divergence_loops().add_scaled(1.0, (chunk.*table).data() + row, layer.width, total.data());
+    }
+  };
   for (int64_t j = 0; j < layer.size(); ++j) {
     const double n = layer.counts[j];
     const int64_t row = j * layer.width;
     double* out = grad_sums + layer.domains[j] * num_experts;
-    double* out_squares = grad_squares == nullptr ? nullptr : grad_squares + layer.domains[j] * num_experts;
+    add_chunks(&ChunkSums::by_mean, row, by_mean);
     for (int64_t e = 0; e < num_experts; ++e) {
-      double by_mean = 0;
-      double by_spread = 0;
-      for (const ChunkSums& chunk : chunks) {
-        by_mean += chunk.by_mean[row + e];
-        by_spread += grad_squares == nullptr ? 0.0 : chunk.by_spread[row + e];
-      }
-      const double by_variance_sum = by_spread / (n * (n - 1));
-      out[e] = scale * by_mean / n;
-      if (out_squares != nullptr) {
+      out[e] = scale * by_mean[e] / n;
+    }
+    if (with_squares) {
+      double* out_squares = grad_squares + layer.domains[j] * num_experts;
+      add_chunks(&ChunkSums::by_spread, row, by_spread);
+      for (int64_t e = 0; e < num_experts; ++e) {
+        const double by_variance_sum = by_spread[e] / (n * (n - 1));
         out[e] -= by_variance_sum * 2.0 * layer.means[row + e];
         out_squares[e] = by_variance_sum;
       }

@@ -1,4 +1,4 @@
-// _sequence_segment_ids on the CPU: labels [B] → ids [T]. Cost: one write of ids.
+// sequence_segment_ids on the CPU: labels [B] → ids [T]. Cost: one write of ids.
 #include "ops/sequence_segment_ids.h"
 
 #include <ATen/ops/empty.h>
@@ -29,5 +29,5 @@ at::Tensor sequence_segment_ids_cpu(const at::Tensor& labels, int64_t num_tokens
 } // namespace edl
 
 TORCH_LIBRARY_IMPL(edl, CPU, m) {
-  m.impl("_sequence_segment_ids", edl::sequence_segment_ids_cpu);
+  m.impl("sequence_segment_ids", edl::sequence_segment_ids_cpu);
 }

@@ -14,6 +14,8 @@
 namespace edl {
 namespace {
 
+constexpr const char* kOp = "edl::expert_divergence_loss";
+
 struct Segments {
   const at::Tensor& ids; //    [T]
   c10::SymInt count; //        S
@@ -35,6 +37,11 @@ struct LossAndGradient {
   at::Tensor grad_segments; // [S, E] of one layer, else [L, S, E]; undefined unless asked for
 };
 
+// Below autograd an operator must not return its input, as to() does where there is nothing to convert.
+at::Tensor in_type(const at::Tensor& x, at::ScalarType type) {
+  return x.scalar_type() == type ? x : x.to(type);
+}
+
 // Below autograd.
 LossAndGradient loss_of(at::TensorList layers, const Segments& segments, const Options& options, bool with_gradient) {
   std::vector<at::Tensor> layer_sums;
@@ -47,9 +54,9 @@ LossAndGradient loss_of(at::TensorList layers, const Segments& segments, const O
   const at::Tensor sums = layers.size() == 1 ? layer_sums[0] : at::stack(layer_sums);
   at::Tensor domain_sums, squares, domain_counts;
   if (segments.are_domains) {
-    domain_sums = sums.to(at::kDouble);
+    domain_sums = in_type(sums, at::kDouble);
     squares = at::empty({0}, domain_sums.options());
-    domain_counts = counts.to(at::kDouble).expand_symint(sums.sym_sizes().slice(0, sums.dim() - 1));
+    domain_counts = in_type(counts, at::kDouble).expand_symint(sums.sym_sizes().slice(0, sums.dim() - 1));
   } else {
     std::tie(domain_sums, squares, domain_counts) =
         domain_moments(sums, counts, segments.labels, segments.num_domains, options.bias_correction);
@@ -60,13 +67,13 @@ LossAndGradient loss_of(at::TensorList layers, const Segments& segments, const O
         domain_sums, squares, domain_counts, options.eps, options.pair_reduction, options.bias_correction);
     result.loss = loss;
     result.grad_segments = segments.are_domains
-        ? grad_sums.to(sums.scalar_type())
+        ? in_type(grad_sums, sums.scalar_type())
         : domain_moments_backward(grad_sums, grad_squares, sums, counts, segments.labels);
   } else {
     result.loss = expert_divergence(
         domain_sums, squares, domain_counts, options.eps, options.pair_reduction, options.bias_correction);
   }
-  result.loss = result.loss.to(sums.scalar_type());
+  result.loss = in_type(result.loss, sums.scalar_type());
   if (layers.size() == 1) {
     result.loss = options.layer_reduction == "none" ? result.loss.unsqueeze(0) : result.loss;
   } else if (options.layer_reduction == "sum") {
@@ -129,21 +136,34 @@ bool needs_autograd(at::TensorList layers) {
 }
 
 at::Tensor expert_divergence_loss(
-    at::TensorList layers, //       L times [T, E]
+    at::TensorList layers, // L times [T, E]
     const at::Tensor& segment_ids,
     c10::SymInt num_segments,
     const at::Tensor& labels,
     c10::SymInt num_domains,
-    bool segments_are_domains,
     std::string_view scores,
+    std::string_view sequence_reduction,
     double eps,
     std::string_view pair_reduction,
     bool bias_correction,
     std::string_view layer_reduction) {
-  EDL_CHECK(!layers.empty(), "edl::_expert_divergence_loss: layers must hold at least one tensor (got an empty list)");
+  const bool by_token = sequence_reduction == "token";
+  EDL_CHECK(!layers.empty(), kOp, ": layers must hold at least one tensor (got an empty list)");
+  EDL_CHECK(
+      by_token || sequence_reduction == "sequence", kOp, ": sequence_reduction must be 'sequence' or 'token' (got '",
+      sequence_reduction, "')");
+  EDL_CHECK(
+      layer_reduction == "mean" || layer_reduction == "sum" || layer_reduction == "none", kOp,
+      ": layer_reduction must be 'mean', 'sum' or 'none' (got '", layer_reduction, "')");
+  EDL_CHECK(
+      !by_token || !bias_correction, kOp,
+      ": bias_correction needs sequence_reduction = 'sequence' (got sequence_reduction = 'token')");
+  EDL_CHECK(
+      !by_token || num_segments == num_domains, kOp,
+      ": with sequence_reduction = 'token' the segments are the domains (got num_segments = ", num_segments,
+      " and num_domains = ", num_domains, ")");
   check_domain_moments_inputs_without_gradient(segment_ids, labels);
-  const Segments segments = {
-      segment_ids, std::move(num_segments), labels, std::move(num_domains), segments_are_domains};
+  const Segments segments = {segment_ids, std::move(num_segments), labels, std::move(num_domains), by_token};
   const Options options = {scores, eps, pair_reduction, bias_correction, layer_reduction};
   if (needs_autograd(layers)) {
     return ExpertDivergenceLossFunction::apply(layers, segments, options);
@@ -158,8 +178,8 @@ at::Tensor expert_divergence_loss(
 TORCH_LIBRARY_FRAGMENT(edl, m) {
   m.def(
       "_expert_divergence_loss(Tensor[] layers, Tensor segment_ids, SymInt num_segments, Tensor labels, "
-      "SymInt num_domains, bool segments_are_domains, str scores, float eps, str pair_reduction, "
-      "bool bias_correction, str layer_reduction) -> Tensor");
+      "SymInt num_domains, str scores, str sequence_reduction, float eps, str pair_reduction, bool bias_correction, "
+      "str layer_reduction) -> Tensor");
 }
 
 // Made of operators: no kernel of its own on any device.

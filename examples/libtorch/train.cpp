@@ -16,7 +16,7 @@ constexpr int64_t kDomains = 3; // D
 
 // The loss of logits [T, E] whose sequences have the labels [S].
 torch::Tensor divergence_loss(const torch::Tensor& logits, const torch::Tensor& labels) {
-  const torch::Tensor segment_ids = torch::arange(kSequences).repeat_interleave(kLength);
+  const torch::Tensor segment_ids = edl::sequence_segment_ids(labels, kSequences * kLength);
   const auto [sums, tokens] = edl::aggregate_routing(logits, segment_ids, kSequences, "softmax");
   const auto [moments, squares, counts] = edl::domain_moments(sums, tokens, labels, kDomains, /*squares=*/false);
   return edl::expert_divergence(moments, squares, counts, /*eps=*/1e-6, "mean_of_logs", /*bias_correction=*/false);

@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kLane = kLanes<double>;
 constexpr double kSmallest = std::numeric_limits<double>::min();
 constexpr double kSeriesBelow = 0.09; // of u²: above it the logarithms cancel little
+constexpr int kTogether = static_cast<int>(kRowPadding / kLane); // vectors whose logarithms go side by side
 
 // The comparisons keep NaN: a NaN is never "smaller".
 EDL_INLINE Doubles at_least(Doubles x, double lowest) {
@@ -21,19 +22,20 @@ EDL_INLINE Doubles at_least(Doubles x, double lowest) {
 void log_means(const double* means, int64_t length, double* out) {
   for (int64_t i = 0; i < length; i += kLane) {
     const Doubles p = load(means + i);
-    const Doubles log_p = log_of(at_least(p, kSmallest));
+    Doubles log_p = at_least(p, kSmallest);
+    log_each<1>(&log_p);
     store(p < 0 ? broadcast(std::numeric_limits<double>::quiet_NaN()) : log_p, out + i);
   }
 }
 
-// φ(u) / u² for u² < kSeriesBelow: Σ_n s^(n-1) / (n (2n - 1)), s = u².
-EDL_INLINE Doubles series(Doubles s) {
+// φ(u) / u² for s = u² < kSeriesBelow, in place: Σ_n s^(n-1) / (n (2n - 1)).
+EDL_INLINE void series_each(Doubles* s) {
   constexpr int terms = 14;
-  Doubles sum{};
+  Doubles sum[kTogether] = {};
   for (int n = terms; n > 0; --n) {
-    sum = sum * s + 1.0 / (n * (2 * n - 1));
+    each<kTogether>([&](int i) { sum[i] = sum[i] * s[i] + 1.0 / (n * (2 * n - 1)); });
   }
-  return sum;
+  each<kTogether>([&](int i) { s[i] = sum[i]; });
 }
 
 template <bool with_slopes>
@@ -46,20 +48,27 @@ EDL_INLINE double divergence_of(
     double* slope_p,
     double* slope_q) {
   Doubles total{};
-  for (int64_t i = 0; i < length; i += kLane) {
-    const Doubles p = load(p_row + i);
-    const Doubles q = load(q_row + i);
-    const Doubles m = (p + q) * 0.5;
-    const Doubles log_m = log_of(at_least(m, kSmallest));
-    const Doubles a = at_least(load(log_p_row + i) - log_m, kLowestLogRatio);
-    const Doubles b = at_least(load(log_q_row + i) - log_m, kLowestLogRatio);
-    const Doubles u = (p - q) / at_least(p + q, kSmallest);
-    const Doubles s = u * u;
-    total += s < kSeriesBelow ? m * s * series(s) : p * a + q * b;
-    if constexpr (with_slopes) {
-      store(a * 0.5, slope_p + i);
-      store(b * 0.5, slope_q + i);
-    }
+  for (int64_t first = 0; first < length; first += kRowPadding) {
+    Doubles p[kTogether], q[kTogether], log_m[kTogether], s[kTogether], ratio[kTogether];
+    each<kTogether>([&](int i) {
+      p[i] = load(p_row + first + i * kLane);
+      q[i] = load(q_row + first + i * kLane);
+      log_m[i] = at_least((p[i] + q[i]) * 0.5, kSmallest);
+      const Doubles u = (p[i] - q[i]) / at_least(p[i] + q[i], kSmallest);
+      s[i] = ratio[i] = u * u;
+    });
+    log_each<kTogether>(log_m);
+    series_each(ratio);
+    each<kTogether>([&](int i) {
+      const int64_t at = first + i * kLane;
+      const Doubles a = at_least(load(log_p_row + at) - log_m[i], kLowestLogRatio);
+      const Doubles b = at_least(load(log_q_row + at) - log_m[i], kLowestLogRatio);
+      total += s[i] < kSeriesBelow ? (p[i] + q[i]) * 0.5 * s[i] * ratio[i] : p[i] * a + q[i] * b;
+      if constexpr (with_slopes) {
+        store(a * 0.5, slope_p + at);
+        store(b * 0.5, slope_q + at);
+      }
+    });
   }
   const double value = 0.5 * sum_of<double>(total);
   return value < 0 ? 0.0 : value;

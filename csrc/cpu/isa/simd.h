@@ -283,31 +283,33 @@ EDL_INLINE Scalar max_of(Vector<Scalar> x) {
 
 // ---- exp and log ----
 
+// step(0), step(1) … step(count - 1), written out. Functions of several vectors go step by step through all of them: a
+// processor does not look far enough ahead to overlap whole chains of its own.
+template <int count, typename Step>
+EDL_INLINE void each(Step step) {
+  [&]<int... i>(std::integer_sequence<int, i...>)
+      __attribute__((always_inline)) { (step(i), ...); }(std::make_integer_sequence<int, count>{});
+}
+
 // exp of `count` vectors, in place, for x <= 88: error below 1 unit in the last place; 0 below -87.7; NaN stays NaN.
-// Step by step for all of them: a processor does not look far enough ahead to overlap whole chains of its own.
 template <int count>
 EDL_INLINE void exp_each(Floats* x) {
   const Floats lowest = broadcast(-88.0f);
   // Adding 1.5 * 2^23 rounds to an integer n; with 127 more its last bits are the exponent of 2^n, 0 (2^n = 0) at -127.
   const Floats shift = broadcast(12582912.0f + 127.0f);
   Floats shifted[count], r[count], p[count];
-  const auto each = [](auto step) __attribute__((always_inline)) {
-    [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
-      (step(i), ...);
-    }(std::make_integer_sequence<int, count>{});
-  };
-  each([&](int i) { r[i] = maximum<float>(lowest, x[i]); });
-  each([&](int i) { shifted[i] = r[i] * 1.44269504f + shift; });
-  each([&](int i) { r[i] = r[i] - (shifted[i] - shift) * 0.693145752f; });
-  each([&](int i) { r[i] = r[i] - (shifted[i] - shift) * 1.42860677e-6f; });
+  each<count>([&](int i) { r[i] = maximum<float>(lowest, x[i]); });
+  each<count>([&](int i) { shifted[i] = r[i] * 1.44269504f + shift; });
+  each<count>([&](int i) { r[i] = r[i] - (shifted[i] - shift) * 0.693145752f; });
+  each<count>([&](int i) { r[i] = r[i] - (shifted[i] - shift) * 1.42860677e-6f; });
   // 1 + r + r² q(r), q of least relative error (3e-9) for |r| <= log(2) / 2.
-  each([&](int i) { p[i] = r[i] * 1.3814467e-3f + 8.3687808e-3f; });
-  each([&](int i) { p[i] = p[i] * r[i] + 4.1668393e-2f; });
-  each([&](int i) { p[i] = p[i] * r[i] + 1.6666520e-1f; });
-  each([&](int i) { p[i] = p[i] * r[i] + 0.49999994f; });
-  each([&](int i) { p[i] = p[i] * r[i] + 1.0f; });
-  each([&](int i) { p[i] = p[i] * r[i] + 1.0f; });
-  each([&](int i) {
+  each<count>([&](int i) { p[i] = r[i] * 1.3814467e-3f + 8.3687808e-3f; });
+  each<count>([&](int i) { p[i] = p[i] * r[i] + 4.1668393e-2f; });
+  each<count>([&](int i) { p[i] = p[i] * r[i] + 1.6666520e-1f; });
+  each<count>([&](int i) { p[i] = p[i] * r[i] + 0.49999994f; });
+  each<count>([&](int i) { p[i] = p[i] * r[i] + 1.0f; });
+  each<count>([&](int i) { p[i] = p[i] * r[i] + 1.0f; });
+  each<count>([&](int i) {
     Int32s bits;
     std::memcpy(&bits, &shifted[i], sizeof(bits));
     bits <<= 23;
@@ -337,32 +339,37 @@ EDL_INLINE Doubles exp_of(Doubles x) {
   return x;
 }
 
-// log for normal positive x: error below 2e-16 + 2 units in the last place; NaN stays NaN.
-EDL_INLINE Doubles log_of(Doubles x) {
-  Int64s bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  // x = 2^k * f with f in [sqrt(1/2), sqrt(2)).
-  const Int64s offset = bits - 0x3fe6a09e667f3bcdLL;
-  const Int64s k = offset >> 52;
-  const Int64s mantissa_bits = bits - (k << 52);
-  Doubles f;
-  std::memcpy(&f, &mantissa_bits, sizeof(f));
-  // log f = 2 atanh(s), s = (f - 1) / (f + 1), |s| < 0.1716.
-  const Doubles s = (f - 1.0) / (f + 1.0);
-  const Doubles z = s * s;
-  Doubles p = broadcast(2.0 / 19);
-  p = p * z + 2.0 / 17;
-  p = p * z + 2.0 / 15;
-  p = p * z + 2.0 / 13;
-  p = p * z + 2.0 / 11;
-  p = p * z + 2.0 / 9;
-  p = p * z + 2.0 / 7;
-  p = p * z + 2.0 / 5;
-  p = p * z + 2.0 / 3;
-  const Doubles log_f = s * 2.0 + s * z * p;
-  const Doubles n = __builtin_convertvector(k, Doubles);
-  const Doubles result = n * 0.693147180369123816490 + (log_f + n * 1.90821492927058770002e-10);
-  return x != x ? x : result;
+// log of `count` vectors, in place, for normal positive x: error below 2e-16 + 2 units in the last place; NaN stays NaN.
+template <int count>
+EDL_INLINE void log_each(Doubles* x) {
+  Int64s exponent[count];
+  Doubles s[count], z[count], p[count];
+  each<count>([&](int i) {
+    Int64s bits;
+    std::memcpy(&bits, &x[i], sizeof(bits));
+    // x = 2^exponent * f with f in [sqrt(1/2), sqrt(2)).
+    exponent[i] = (bits - 0x3fe6a09e667f3bcdLL) >> 52;
+    const Int64s mantissa = bits - (exponent[i] << 52);
+    Doubles f;
+    std::memcpy(&f, &mantissa, sizeof(f));
+    // log f = 2 atanh(s), s = (f - 1) / (f + 1), |s| < 0.1716.
+    s[i] = (f - 1.0) / (f + 1.0);
+  });
+  each<count>([&](int i) { z[i] = s[i] * s[i]; });
+  each<count>([&](int i) { p[i] = z[i] * (2.0 / 19) + 2.0 / 17; });
+  each<count>([&](int i) { p[i] = p[i] * z[i] + 2.0 / 15; });
+  each<count>([&](int i) { p[i] = p[i] * z[i] + 2.0 / 13; });
+  each<count>([&](int i) { p[i] = p[i] * z[i] + 2.0 / 11; });
+  each<count>([&](int i) { p[i] = p[i] * z[i] + 2.0 / 9; });
+  each<count>([&](int i) { p[i] = p[i] * z[i] + 2.0 / 7; });
+  each<count>([&](int i) { p[i] = p[i] * z[i] + 2.0 / 5; });
+  each<count>([&](int i) { p[i] = p[i] * z[i] + 2.0 / 3; });
+  each<count>([&](int i) {
+    const Doubles log_f = s[i] * 2.0 + s[i] * z[i] * p[i];
+    const Doubles n = __builtin_convertvector(exponent[i], Doubles);
+    const Doubles result = n * 0.693147180369123816490 + (log_f + n * 1.90821492927058770002e-10);
+    x[i] = x[i] != x[i] ? x[i] : result;
+  });
 }
 
 } // namespace

@@ -1,0 +1,151 @@
+"""The loss as one step of autograd: equal to its three operators one after another, and as strict as they are."""
+
+import pytest
+import torch
+
+from edl import ops
+from tolerances import assert_close, tolerance
+
+LOSS = torch.ops.edl._expert_divergence_loss.default
+SEGMENTS, DOMAINS, EXPERTS, TOKENS = 9, 3, 7, 60
+
+
+def arguments(num_layers=2, dtype=torch.float64, soft=False, by_token=False, **options):
+    """Arguments by position; tokens in any order, some not counted, one segment without a label."""
+    segment_ids = torch.randint(-1, DOMAINS if by_token else SEGMENTS, (TOKENS,))
+    labels = torch.arange(SEGMENTS) % DOMAINS
+    labels[4] = -1
+    given = {
+        "layers": [(torch.randn(TOKENS, EXPERTS, dtype=torch.float64) * 2.5).to(dtype) for _ in range(num_layers)],
+        "segment_ids": segment_ids,
+        "num_segments": DOMAINS if by_token else SEGMENTS,
+        "labels": torch.rand(SEGMENTS, DOMAINS) if soft else labels,
+        "num_domains": DOMAINS,
+        "scores": "softmax",
+        "sequence_reduction": "token" if by_token else "sequence",
+        "eps": 1e-4,
+        "pair_reduction": "mean_of_logs",
+        "bias_correction": False,
+        "layer_reduction": "mean",
+    }
+    return list((given | options).values())
+
+
+def one_after_another(
+    layers, ids, num_segments, labels, num_domains, scores, sequence_reduction, eps, pairs, corrected, layer_reduction
+):
+    parts = [ops.aggregate_routing(layer, ids, num_segments, scores) for layer in layers]
+    sums, counts = torch.stack([sums for sums, _ in parts]), parts[0][1]
+    if sequence_reduction == "token":
+        moments = sums.double(), sums.new_empty(0).double(), counts.double().expand(len(layers), num_domains)
+    else:
+        moments = ops.domain_moments(sums, counts, labels, num_domains, corrected)
+    loss = ops.expert_divergence(*moments, eps, pairs, corrected).to(sums.dtype)
+    return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[layer_reduction]()
+
+
+FORMS = {
+    "one-layer": {"num_layers": 1},
+    "one-layer-none": {"num_layers": 1, "layer_reduction": "none"},
+    "mean": {},
+    "sum": {"layer_reduction": "sum"},
+    "none": {"num_layers": 3, "layer_reduction": "none"},
+    "sigmoid": {"scores": "sigmoid"},
+    "log-of-mean": {"pair_reduction": "log_of_mean"},
+    "bias-correction": {"bias_correction": True},
+    "soft": {"soft": True},
+    "by-token": {"by_token": True},
+    "fp32": {"dtype": torch.float32},
+    "bf16": {"dtype": torch.bfloat16},
+}
+
+
+def differentiate(function, given):
+    layers = [layer.clone().requires_grad_(True) for layer in given[0]]
+    loss = function(layers, *given[1:])
+    weights = torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype).view_as(loss)
+    return loss.detach(), torch.autograd.grad(loss, layers, weights)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_equals_its_operators_one_after_another(form):
+    given = arguments(**form)
+    loss, grads = differentiate(LOSS, given)
+    expected, expected_grads = differentiate(one_after_another, given)
+    assert loss.equal(expected)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert grad.abs().max() > 0
+        assert_close(grad, wanted, tolerance(given[0][0].dtype, 1))
+    with torch.no_grad():
+        assert LOSS(*given).equal(loss)
+
+
+@pytest.mark.parametrize("name", ["one-layer", "none", "sigmoid", "log-of-mean", "soft", "by-token"])
+def test_gradient_is_the_derivative(name):
+    given = arguments(**FORMS[name])
+    layers = [layer.requires_grad_(True) for layer in given[0]]
+    assert torch.autograd.gradcheck(lambda *layers: LOSS(list(layers), *given[1:]), layers)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_opcheck(form):
+    given = arguments(**form)
+    given[0] = [layer.requires_grad_(True) for layer in given[0]]
+    torch.library.opcheck(LOSS, given)
+
+
+def test_only_layers_with_a_gradient_get_one():
+    given = arguments(num_layers=3)
+    given[0][1].requires_grad_(True)
+    LOSS(*given).backward()
+    assert [layer.grad is not None for layer in given[0]] == [False, True, False]
+
+
+def test_keeps_the_routing_the_ids_and_one_matrix_per_layer():
+    given = arguments(num_layers=1, layer_reduction="mean")
+    leaf = given[0][0].requires_grad_(True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        LOSS(*given)
+    others = [x for x in kept if x.data_ptr() not in (leaf.data_ptr(), given[1].data_ptr())]
+    assert [x.shape for x in others] == [(SEGMENTS, EXPERTS)]
+
+
+def test_second_derivatives_and_tangents_are_refused():
+    given = arguments(num_layers=1)
+    leaf = given[0][0].requires_grad_(True)
+    (grad,) = torch.autograd.grad(LOSS(*given), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(grad.sum(), leaf)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError):
+        given[0] = [torch.autograd.forward_ad.make_dual(leaf.detach(), torch.ones_like(leaf))]
+        LOSS(*given)
+
+
+REFUSALS = [
+    ({"layers": []}, "layers must hold at least one tensor (got an empty list)"),
+    ({"sequence_reduction": "tokens"}, "sequence_reduction must be 'sequence' or 'token' (got 'tokens')"),
+    ({"layer_reduction": "max"}, "layer_reduction must be 'mean', 'sum' or 'none' (got 'max')"),
+    (
+        {"by_token": True, "bias_correction": True},
+        "bias_correction needs sequence_reduction = 'sequence' (got sequence_reduction = 'token')",
+    ),
+    (
+        {"by_token": True, "num_segments": 5},
+        "with sequence_reduction = 'token' the segments are the domains (got num_segments = 5 and num_domains = 3)",
+    ),
+]
+
+
+@pytest.mark.parametrize("options, sentence", REFUSALS, ids=[sentence[:30] for _, sentence in REFUSALS])
+def test_refusals(options, sentence):
+    with pytest.raises(ValueError) as error:
+        LOSS(*arguments(**options))
+    assert str(error.value) == f"edl::expert_divergence_loss: {sentence}"
+
+
+def test_labels_have_no_gradient():
+    given = arguments(soft=True)
+    given[3].requires_grad_(True)
+    with pytest.raises(ValueError, match="only segment_sums has a gradient"):
+        LOSS(*given)

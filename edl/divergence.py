@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from edl import ops
 from edl.memory import DomainMemory, Moments
-from edl.parallel import Layout, Ranks, scale_gradient
+from edl.parallel import Layout, Ranks
 from edl.segments import Segments, make_segments
 
 
@@ -117,19 +117,6 @@ def _as_rows(layer: Tensor) -> Tensor:
     return layer.flatten(0, 1) if layer.dim() == 3 else layer
 
 
-def _sum_segments(layers: List[Tensor], segments: Segments, scores: str) -> Tuple[Tensor, Tensor]:
-    """Token → sequence: segment sums [L, S, E] and counts [S]."""
-    sums: List[Tensor] = []
-    counts: List[Tensor] = []
-    for layer in layers:
-        layer_sums, layer_counts = ops.aggregate_routing(
-            _as_rows(layer), segments.segment_ids, segments.num_segments, scores
-        )
-        sums.append(layer_sums)
-        counts.append(layer_counts)
-    return torch.stack(sums) if len(sums) > 1 else sums[0].unsqueeze(0), counts[0]
-
-
 def _sum_domains(
     sums: Tensor, counts: Tensor, labels: Tensor, num_domains: int, sequence_reduction: str, squares: bool
 ) -> Tuple[Tensor, Tensor, Tensor]:
@@ -139,15 +126,6 @@ def _sum_domains(
         domain_counts = counts.double().expand(sums.shape[0], num_domains)
         return domain_sums, domain_sums.new_empty([0]), domain_counts
     return ops.domain_moments(sums, counts, labels, num_domains, squares)
-
-
-def _reduce_layers(loss: Tensor, dtype: torch.dtype, layer_reduction: str) -> Tensor:
-    loss = loss.to(dtype)
-    if layer_reduction == "mean":
-        return loss.mean()
-    if layer_reduction == "sum":
-        return loss.sum()
-    return loss
 
 
 def expert_divergence_loss(
@@ -385,17 +363,53 @@ class ExpertDivergenceLoss(nn.Module):
         self, router_logits: Union[Tensor, List[Tensor]], segments_of: Callable[[Tensor], Segments]
     ) -> Tensor:
         """The loss over all ranks and micro-batches; `segments_of` makes the segments of a layer."""
-        ranks = self._ranks
         memory = self.memory if self.memory is not None and self.memory.in_use else None
         before = None if memory is None else memory.before_pass()
+        with torch.no_grad():  # every rank differentiates its own part of the moments: backward needs no other rank
+            sum_moments = memory is None or not memory.has_collected
+            layers, segments, sums, counts, moments = self._joint_moments(router_logits, segments_of, sum_moments)
+        if memory is not None:
+            moments = memory.add(before, moments)
         micro_batches = 1.0 if memory is None else memory.gradient_scale(before)
+        return torch.ops.edl._expert_divergence_of_moments(
+            [_as_rows(layer) for layer in layers],
+            segments.segment_ids,
+            sums,
+            counts,
+            segments.labels,
+            moments.sums,
+            moments.squares,
+            moments.counts,
+            self.scores if self.input == "logits" else "none",
+            self.sequence_reduction,
+            self.eps,
+            self.pair_reduction,
+            self.bias_correction,
+            self.layer_reduction,
+            self._ranks.averaging_ranks * micro_batches,
+        )
+
+    @torch.jit.unused
+    def _joint_moments(
+        self,
+        router_logits: Union[Tensor, List[Tensor]],
+        segments_of: Callable[[Tensor], Segments],
+        sum_moments: bool,
+    ) -> Tuple[List[Tensor], Segments, Tensor, Tensor, Moments]:
+        """Layers, their segments, the segments' sums [L, S, E] and counts [S], and the moments, over `group` if wanted."""
+        ranks = self._ranks
         # Whatever goes wrong here, other ranks wait for this one's part: it is raised once they have it.
         problem: Optional[Exception] = None
         layout: Optional[Layout] = None
         try:
             layers = _as_layers(router_logits)
             segments = segments_of(layers[0])
-            sums, counts = _sum_segments(layers, segments, self.scores if self.input == "logits" else "none")
+            sums, counts = torch.ops.edl._segment_sums(
+                [_as_rows(layer) for layer in layers],
+                segments.segment_ids,
+                segments.num_segments,
+                self.scores if self.input == "logits" else "none",
+            )
             if ranks.compares_values(counts) and self.sequence_reduction == "sequence":
                 # Labels are looked at with the domains; the ranks of sequence_group must hear of wrong ones before.
                 ops.domain_moments(torch.ones_like(counts).unsqueeze(1), counts, segments.labels, self.num_domains)
@@ -408,9 +422,7 @@ class ExpertDivergenceLoss(nn.Module):
         labels = None if problem is not None else segments.labels
         if problem is not None:
             sums, counts = ranks.stand_in_segments()
-        sums, counts, problem = ranks.sum_segments(
-            scale_gradient(sums, ranks.averaging_ranks * micro_batches), counts, labels, problem
-        )
+        sums, counts, problem = ranks.sum_segments(sums, counts, labels, problem)
         try:
             if problem is None:
                 moments = _sum_domains(
@@ -420,14 +432,11 @@ class ExpertDivergenceLoss(nn.Module):
             problem = error
         if problem is not None:
             moments = ranks.stand_in_moments(self.bias_correction)
-        if memory is None or not memory.has_collected:
+        if sum_moments:
             moments, problem = ranks.sum_moments(moments, problem)
         if problem is not None:
             raise problem
-        if memory is not None:
-            moments = memory.add(before, Moments(*moments))
-        loss = ops.expert_divergence(*moments, self.eps, self.pair_reduction, self.bias_correction)
-        return _reduce_layers(loss, sums.dtype, self.layer_reduction)
+        return layers, segments, sums, counts, Moments(*moments)
 
     @torch.jit.unused
     def _check_values_once(

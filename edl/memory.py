@@ -27,9 +27,6 @@ class Moments(NamedTuple):
     def to(self, device: torch.device) -> "Moments":
         return Moments(self.sums.to(device), self.squares.to(device), self.counts.to(device))
 
-    def detached(self) -> "Moments":
-        return Moments(self.sums.detach(), self.squares.detach(), self.counts.detach())
-
 
 class Carried(NamedTuple):
     """What a memory holds: moments (None = nothing yet), and how many micro-batches they are worth."""
@@ -164,7 +161,7 @@ class DomainMemory(nn.Module):
             live (Moments): of the micro-batch, over all ranks; in the second of two passes, of this rank alone.
 
         Returns:
-            Moments with the gradient of the live ones.
+            The moments of all micro-batches.
 
         Raises:
             ValueError: moments of another shape than those carried.
@@ -175,9 +172,9 @@ class DomainMemory(nn.Module):
             before = before._replace(moments=before.moments.to(live.sums.device))
         if self.has_collected:
             self._trained_on += not self._is_known_replay()
-            return Moments(*(fixed + (part - part.detach()) for fixed, part in zip(before.moments, live)))
+            return before.moments
         if not self._is_known_replay():
-            self._remember(before, live.detached())
+            self._remember(before, live)
         return live if before.moments is None else before.moments.plus(live)
 
     def _is_known_replay(self) -> bool:

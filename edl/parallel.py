@@ -47,44 +47,15 @@ class Layout(NamedTuple):
     options: str
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """Adds tensors of one dtype over a group in one all-reduce. Backward is local: a rank differentiates what it put in."""
-
-    @staticmethod
-    def forward(ctx, group_name: str, failed: bool, *parts: Tensor):
-        ctx.set_materialize_grads(False)
-        if failed:
-            parts = tuple(torch.full_like(part, float("nan")) for part in parts)
-        failures = parts[0].new_full((1,), float(failed))
-        flat = torch.cat([*(part.reshape(-1) for part in parts), failures])
-        total = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(flat, "sum", group_name))
-        pieces = total.split([*(part.numel() for part in parts), 1])
-        sums = tuple(piece.view(part.shape) for piece, part in zip(pieces, parts))
-        constant = [out for out, differentiable in zip(sums, ctx.needs_input_grad[2:]) if not differentiable]
-        ctx.mark_non_differentiable(*constant, pieces[-1])
-        return (*sums, pieces[-1])
-
-    @staticmethod
-    def backward(ctx, *grads: Optional[Tensor]):
-        return (None, None, *grads[:-1])
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """A view of a tensor whose gradient is multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad * ctx.scale, None
-
-
-def scale_gradient(tensor: Tensor, scale: float) -> Tensor:
-    """The tensor itself, with its gradient multiplied by `scale`."""
-    return tensor if scale == 1.0 else _ScaleGradient.apply(tensor, scale)
+def _sum_over_ranks(parts: Tuple[Tensor, ...], failed: bool, group_name: str) -> Tuple[Tuple[Tensor, ...], Tensor]:
+    """Sums of tensors of one dtype over a group, in one all-reduce, and how many ranks failed [1]; NaN is the part of those."""
+    if failed:
+        parts = tuple(torch.full_like(part, float("nan")) for part in parts)
+    failures = parts[0].new_full((1,), float(failed))
+    flat = torch.cat([*(part.reshape(-1) for part in parts), failures])
+    total = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(flat, "sum", group_name))
+    *pieces, failures = total.split([*(part.numel() for part in parts), 1])
+    return tuple(piece.view(part.shape) for piece, part in zip(pieces, parts)), failures
 
 
 class Ranks:
@@ -244,9 +215,7 @@ class Ranks:
     def _sum(self, group, parts: tuple, problem: Optional[Exception]) -> Tuple[tuple, Optional[Exception]]:
         if group is None:
             return parts, problem
-        *totals, failures = _SumOverRanks.apply(group.group_name, problem is not None, *parts)
-        # torch 2.11, when it compiles, takes what was marked as not differentiable for differentiable.
-        totals = tuple(total if part.requires_grad else total.detach() for total, part in zip(totals, parts))
+        totals, failures = _sum_over_ranks(parts, problem is not None, group.group_name)
         if reads_values(failures) and failures.item() > 0:
             for rank, sentence in self._gather(group, None if problem is None else str(problem)):
                 if problem is None and sentence is not None:

@@ -1,5 +1,6 @@
-// token → loss in one step of autograd, where neither ranks nor micro-batches add their part in between: the gradient to
-// the segment sums is then known with the loss. Small batches are bound by the number of operators, not by their work.
+// token → loss as one step of autograd. The gradient of the loss to the segment sums is known with the loss, so backward
+// only scales it and spreads it over the tokens. Where ranks or micro-batches hold parts of the batch, the moments are
+// theirs together: each differentiates the part that it put in. Small batches are bound by the number of operators.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/stack.h>
@@ -16,73 +17,119 @@ namespace {
 
 constexpr const char* kOp = "edl::expert_divergence_loss";
 
-struct Segments {
-  const at::Tensor& ids; //    [T]
-  c10::SymInt count; //        S
-  const at::Tensor& labels; // [S] or [S, D]
-  c10::SymInt num_domains; //  D
-  bool are_domains; //         S = D: every token weighs the same
-};
-
 struct Options {
   std::string_view scores;
+  bool by_token; // the segments are the domains
   double eps;
   std::string_view pair_reduction;
   bool bias_correction;
   std::string_view layer_reduction; // mean, sum, none
 };
 
+struct SegmentSums {
+  at::Tensor sums; //   [L, S, E], or [S, E] of one layer
+  at::Tensor counts; // [S]
+};
+
+struct Moments {
+  at::Tensor sums; //    [..., D, E]
+  at::Tensor squares; // [..., D, E], or no element
+  at::Tensor counts; //  [..., D]
+};
+
 struct LossAndGradient {
   at::Tensor loss; //          scalar, or [L] with layer_reduction = none; in the type of the segment sums
-  at::Tensor grad_segments; // [S, E] of one layer, else [L, S, E]; undefined unless asked for
+  at::Tensor grad_segments; // [..., S, E]; undefined unless asked for
 };
+
+Options parse_options(
+    std::string_view scores,
+    std::string_view sequence_reduction,
+    double eps,
+    std::string_view pair_reduction,
+    bool bias_correction,
+    std::string_view layer_reduction) {
+  const bool by_token = sequence_reduction == "token";
+  EDL_CHECK(
+      by_token || sequence_reduction == "sequence", kOp, ": sequence_reduction must be 'sequence' or 'token' (got '",
+      sequence_reduction, "')");
+  EDL_CHECK(
+      layer_reduction == "mean" || layer_reduction == "sum" || layer_reduction == "none", kOp,
+      ": layer_reduction must be 'mean', 'sum' or 'none' (got '", layer_reduction, "')");
+  EDL_CHECK(
+      !by_token || !bias_correction, kOp,
+      ": bias_correction needs sequence_reduction = 'sequence' (got sequence_reduction = 'token')");
+  return {scores, by_token, eps, pair_reduction, bias_correction, layer_reduction};
+}
+
+void check_layers(at::TensorList layers) {
+  EDL_CHECK(!layers.empty(), kOp, ": layers must hold at least one tensor (got an empty list)");
+}
 
 // Below autograd an operator must not return its input, as to() does where there is nothing to convert.
 at::Tensor in_type(const at::Tensor& x, at::ScalarType type) {
   return x.scalar_type() == type ? x : x.to(type);
 }
 
-// Below autograd.
-LossAndGradient loss_of(at::TensorList layers, const Segments& segments, const Options& options, bool with_gradient) {
+SegmentSums sum_segments(
+    at::TensorList layers, const at::Tensor& segment_ids, const c10::SymInt& num_segments, std::string_view scores) {
   std::vector<at::Tensor> layer_sums;
   at::Tensor counts;
   for (const at::Tensor& routing : layers) {
-    auto [sums, layer_counts] = aggregate_routing(routing, segments.ids, segments.count, options.scores);
+    auto [sums, layer_counts] = aggregate_routing(routing, segment_ids, num_segments, scores);
     layer_sums.push_back(sums);
     counts = layer_counts;
   }
-  const at::Tensor sums = layers.size() == 1 ? layer_sums[0] : at::stack(layer_sums);
-  at::Tensor domain_sums, squares, domain_counts;
-  if (segments.are_domains) {
-    domain_sums = in_type(sums, at::kDouble);
-    squares = at::empty({0}, domain_sums.options());
-    domain_counts = in_type(counts, at::kDouble).expand_symint(sums.sym_sizes().slice(0, sums.dim() - 1));
-  } else {
-    std::tie(domain_sums, squares, domain_counts) =
-        domain_moments(sums, counts, segments.labels, segments.num_domains, options.bias_correction);
+  return {layers.size() == 1 ? layer_sums[0] : at::stack(layer_sums), counts};
+}
+
+Moments moments_of(
+    const SegmentSums& segments, const at::Tensor& labels, c10::SymInt num_domains, const Options& options) {
+  if (options.by_token) {
+    EDL_CHECK(
+        segments.counts.sym_size(0) == num_domains, kOp,
+        ": with sequence_reduction = 'token' the segments are the domains (got ", segments.counts.sym_size(0),
+        " segments and num_domains = ", num_domains, ")");
+    const at::Tensor sums = in_type(segments.sums, at::kDouble);
+    const auto shape = sums.sym_sizes();
+    return {
+        sums, at::empty({0}, sums.options()),
+        in_type(segments.counts, at::kDouble).expand_symint(shape.slice(0, shape.size() - 1))};
   }
+  auto [sums, squares, counts] =
+      domain_moments(segments.sums, segments.counts, labels, std::move(num_domains), options.bias_correction);
+  return {sums, squares, counts};
+}
+
+// The loss of `moments`, and what these segments, a part of them, have of its gradient.
+LossAndGradient loss_of(
+    const Moments& moments,
+    const SegmentSums& segments,
+    const at::Tensor& labels,
+    const Options& options,
+    bool with_gradient) {
   LossAndGradient result;
   if (with_gradient) {
     auto [loss, grad_sums, grad_squares] = expert_divergence_with_gradient(
-        domain_sums, squares, domain_counts, options.eps, options.pair_reduction, options.bias_correction);
+        moments.sums, moments.squares, moments.counts, options.eps, options.pair_reduction, options.bias_correction);
     result.loss = loss;
-    result.grad_segments = segments.are_domains
-        ? in_type(grad_sums, sums.scalar_type())
-        : domain_moments_backward(grad_sums, grad_squares, sums, counts, segments.labels);
+    result.grad_segments = options.by_token
+        ? in_type(grad_sums, segments.sums.scalar_type())
+        : domain_moments_backward(grad_sums, grad_squares, segments.sums, segments.counts, labels);
   } else {
     result.loss = expert_divergence(
-        domain_sums, squares, domain_counts, options.eps, options.pair_reduction, options.bias_correction);
+        moments.sums, moments.squares, moments.counts, options.eps, options.pair_reduction, options.bias_correction);
   }
-  result.loss = in_type(result.loss, sums.scalar_type());
-  if (layers.size() == 1) {
+  result.loss = in_type(result.loss, segments.sums.scalar_type());
+  if (result.loss.dim() == 0) { // of one layer
     result.loss = options.layer_reduction == "none" ? result.loss.unsqueeze(0) : result.loss;
   } else if (options.layer_reduction == "sum") {
     result.loss = result.loss.sum();
   } else if (options.layer_reduction == "mean") {
-    result.loss = result.loss.mean();
     if (with_gradient) {
-      result.grad_segments.div_(static_cast<double>(layers.size()));
+      result.grad_segments.div_(static_cast<double>(result.loss.size(0)));
     }
+    result.loss = result.loss.mean();
   }
   return result;
 }
@@ -90,35 +137,41 @@ LossAndGradient loss_of(at::TensorList layers, const Segments& segments, const O
 struct ExpertDivergenceLossFunction : torch::autograd::Function<ExpertDivergenceLossFunction> {
   static constexpr bool is_traceable = true;
 
+  // `make` returns the loss and the gradient; it runs below autograd.
+  template <typename Make>
   static at::Tensor forward(
       torch::autograd::AutogradContext* context,
       at::TensorList layers,
-      const Segments& segments,
-      const Options& options) {
+      const at::Tensor& segment_ids,
+      std::string_view scores,
+      double gradient_scale,
+      Make make) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, grad_segments] = loss_of(layers, segments, options, /*with_gradient=*/true);
-    torch::autograd::variable_list saved = {grad_segments, segments.ids};
+    auto [loss, grad_segments] = make();
+    torch::autograd::variable_list saved = {grad_segments, segment_ids};
     saved.insert(saved.end(), layers.begin(), layers.end());
     context->save_for_backward(std::move(saved));
-    context->saved_data["scores"] = std::string(options.scores);
+    context->saved_data["scores"] = std::string(scores);
+    context->saved_data["gradient_scale"] = gradient_scale;
     return loss;
   }
 
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
+    constexpr size_t kInputsBehindLayers = 4;
     const auto saved = context->get_saved_variables();
     const size_t num_layers = saved.size() - 2;
     const auto& scores = context->saved_data["scores"].toStringRef();
-    const at::Tensor& grad_loss = grads[0];
-    torch::autograd::variable_list gradients(num_layers + 2);
-    const bool joint = grad_loss.dim() == 0;
-    const at::Tensor grad_segments =
-        at::mul(saved[0], joint || num_layers == 1 ? grad_loss : grad_loss.unsqueeze(-1).unsqueeze(-1));
+    const double gradient_scale = context->saved_data["gradient_scale"].toDouble();
+    const at::Tensor grad_loss = gradient_scale == 1.0 ? grads[0] : at::mul(grads[0], gradient_scale);
+    const bool per_layer = grad_loss.dim() == 1 && saved[0].dim() == 3;
+    const at::Tensor grad_segments = at::mul(saved[0], per_layer ? grad_loss.unsqueeze(-1).unsqueeze(-1) : grad_loss);
+    torch::autograd::variable_list gradients(num_layers + kInputsBehindLayers);
     for (size_t l = 0; l < num_layers; ++l) {
       if (context->needs_input_grad(l)) {
         gradients[l] = aggregate_routing_backward(
-            num_layers == 1 ? grad_segments : grad_segments.select(0, static_cast<int64_t>(l)), saved[l + 2], saved[1],
-            scores);
+            grad_segments.dim() == 2 ? grad_segments : grad_segments.select(0, static_cast<int64_t>(l)), saved[l + 2],
+            saved[1], scores);
       }
     }
     return gradients;
@@ -135,11 +188,24 @@ bool needs_autograd(at::TensorList layers) {
   return false;
 }
 
+// make(with_gradient) → loss and gradient.
+template <typename Make>
+at::Tensor differentiable_loss(
+    at::TensorList layers, const at::Tensor& segment_ids, std::string_view scores, double gradient_scale, Make make) {
+  if (needs_autograd(layers)) {
+    return ExpertDivergenceLossFunction::apply(
+        layers, segment_ids, scores, gradient_scale, [&make] { return make(/*with_gradient=*/true); });
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return make(/*with_gradient=*/false).loss;
+}
+
+// The loss of one process's batch.
 at::Tensor expert_divergence_loss(
-    at::TensorList layers, // L times [T, E]
-    const at::Tensor& segment_ids,
+    at::TensorList layers, //         L times [T, E]
+    const at::Tensor& segment_ids, // [T]
     c10::SymInt num_segments,
-    const at::Tensor& labels,
+    const at::Tensor& labels, //      [S] or [S, D]
     c10::SymInt num_domains,
     std::string_view scores,
     std::string_view sequence_reduction,
@@ -147,29 +213,49 @@ at::Tensor expert_divergence_loss(
     std::string_view pair_reduction,
     bool bias_correction,
     std::string_view layer_reduction) {
-  const bool by_token = sequence_reduction == "token";
-  EDL_CHECK(!layers.empty(), kOp, ": layers must hold at least one tensor (got an empty list)");
-  EDL_CHECK(
-      by_token || sequence_reduction == "sequence", kOp, ": sequence_reduction must be 'sequence' or 'token' (got '",
-      sequence_reduction, "')");
-  EDL_CHECK(
-      layer_reduction == "mean" || layer_reduction == "sum" || layer_reduction == "none", kOp,
-      ": layer_reduction must be 'mean', 'sum' or 'none' (got '", layer_reduction, "')");
-  EDL_CHECK(
-      !by_token || !bias_correction, kOp,
-      ": bias_correction needs sequence_reduction = 'sequence' (got sequence_reduction = 'token')");
-  EDL_CHECK(
-      !by_token || num_segments == num_domains, kOp,
-      ": with sequence_reduction = 'token' the segments are the domains (got num_segments = ", num_segments,
-      " and num_domains = ", num_domains, ")");
+  const Options options =
+      parse_options(scores, sequence_reduction, eps, pair_reduction, bias_correction, layer_reduction);
+  check_layers(layers);
   check_domain_moments_inputs_without_gradient(segment_ids, labels);
-  const Segments segments = {segment_ids, std::move(num_segments), labels, std::move(num_domains), by_token};
-  const Options options = {scores, eps, pair_reduction, bias_correction, layer_reduction};
-  if (needs_autograd(layers)) {
-    return ExpertDivergenceLossFunction::apply(layers, segments, options);
-  }
+  return differentiable_loss(layers, segment_ids, scores, /*gradient_scale=*/1.0, [&](bool with_gradient) {
+    const SegmentSums segments = sum_segments(layers, segment_ids, num_segments, scores);
+    return loss_of(moments_of(segments, labels, num_domains, options), segments, labels, options, with_gradient);
+  });
+}
+
+// Segment sums and counts of all layers, without a gradient: for others to be added to them.
+std::tuple<at::Tensor, at::Tensor> segment_sums(
+    at::TensorList layers, const at::Tensor& segment_ids, c10::SymInt num_segments, std::string_view scores) {
+  check_layers(layers);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return loss_of(layers, segments, options, /*with_gradient=*/false).loss;
+  SegmentSums segments = sum_segments(layers, segment_ids, num_segments, scores);
+  return {layers.size() == 1 ? segments.sums.unsqueeze(0) : segments.sums, segments.counts};
+}
+
+// The loss of moments to which these layers' segments belong; the gradient is multiplied by `gradient_scale`.
+at::Tensor expert_divergence_of_moments(
+    at::TensorList layers, //         L times [T, E]
+    const at::Tensor& segment_ids, // [T]
+    const at::Tensor& sums, //        [L, S, E], with the parts of other ranks
+    const at::Tensor& counts, //      [S]
+    const at::Tensor& labels, //      [S] or [S, D]
+    const at::Tensor& total_sums, //  [L, D, E]
+    const at::Tensor& total_squares,
+    const at::Tensor& total_counts, // [L, D]
+    std::string_view scores,
+    std::string_view sequence_reduction,
+    double eps,
+    std::string_view pair_reduction,
+    bool bias_correction,
+    std::string_view layer_reduction,
+    double gradient_scale) {
+  const Options options =
+      parse_options(scores, sequence_reduction, eps, pair_reduction, bias_correction, layer_reduction);
+  check_layers(layers);
+  check_domain_moments_inputs_without_gradient(segment_ids, labels);
+  return differentiable_loss(layers, segment_ids, scores, gradient_scale, [&](bool with_gradient) {
+    return loss_of({total_sums, total_squares, total_counts}, {sums, counts}, labels, options, with_gradient);
+  });
 }
 
 } // namespace
@@ -180,9 +266,18 @@ TORCH_LIBRARY_FRAGMENT(edl, m) {
       "_expert_divergence_loss(Tensor[] layers, Tensor segment_ids, SymInt num_segments, Tensor labels, "
       "SymInt num_domains, str scores, str sequence_reduction, float eps, str pair_reduction, bool bias_correction, "
       "str layer_reduction) -> Tensor");
+  m.def(
+      "_segment_sums(Tensor[] layers, Tensor segment_ids, SymInt num_segments, str scores) -> (Tensor sums, Tensor "
+      "counts)");
+  m.def(
+      "_expert_divergence_of_moments(Tensor[] layers, Tensor segment_ids, Tensor sums, Tensor counts, Tensor labels, "
+      "Tensor total_sums, Tensor total_squares, Tensor total_counts, str scores, str sequence_reduction, float eps, "
+      "str pair_reduction, bool bias_correction, str layer_reduction, float gradient_scale) -> Tensor");
 }
 
 // Made of operators: no kernel of its own on any device.
 TORCH_LIBRARY_IMPL(edl, CompositeImplicitAutograd, m) {
   m.impl("_expert_divergence_loss", edl::expert_divergence_loss);
+  m.impl("_segment_sums", edl::segment_sums);
+  m.impl("_expert_divergence_of_moments", edl::expert_divergence_of_moments);
 }

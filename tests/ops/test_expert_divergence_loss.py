@@ -132,7 +132,7 @@ REFUSALS = [
     ),
     (
         {"by_token": True, "num_segments": 5},
-        "with sequence_reduction = 'token' the segments are the domains (got num_segments = 5 and num_domains = 3)",
+        "with sequence_reduction = 'token' the segments are the domains (got 5 segments and num_domains = 3)",
     ),
 ]
 

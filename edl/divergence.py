@@ -332,7 +332,25 @@ class ExpertDivergenceLoss(nn.Module):
         Raises:
             ValueError, IndexError: as `forward`.
         """
-        return self._joint_loss(router_logits, lambda layer: segments() if callable(segments) else segments)
+        return self.begin(router_logits, segments)()
+
+    @torch.jit.unused
+    def begin(
+        self, router_logits: Union[Tensor, List[Tensor]], segments: Union[Segments, Callable[[], Segments]]
+    ) -> Callable[[], Tensor]:
+        """Begins the loss of `from_segments`: the all-reduce over `group` runs while the caller goes on.
+
+        Args:
+            router_logits, segments: as `from_segments` takes them.
+
+        Returns:
+            A function that waits for the other ranks and returns the loss. Call it once, before the next loss begins.
+
+        Raises:
+            ValueError, IndexError: as `forward`, from the function, so that a rank with an error goes on beside the others until
+                all have it; from here at the first call, on all ranks, and without groups.
+        """
+        return self._begin_jointly(router_logits, lambda layer: segments() if callable(segments) else segments)
 
     @torch.jit.unused
     def _forward_jointly(
@@ -356,51 +374,62 @@ class ExpertDivergenceLoss(nn.Module):
                 cu_seqlens,
             )
 
-        return self._joint_loss(router_logits, segments_of)
+        return self._begin_jointly(router_logits, segments_of)()
 
     @torch.jit.unused
-    def _joint_loss(
+    def _begin_jointly(
         self, router_logits: Union[Tensor, List[Tensor]], segments_of: Callable[[Tensor], Segments]
-    ) -> Tensor:
-        """The loss over all ranks and micro-batches; `segments_of` makes the segments of a layer."""
+    ) -> Callable[[], Tensor]:
+        """Begins the loss over all ranks and micro-batches; `segments_of` makes the segments of a layer."""
         memory = self.memory if self.memory is not None and self.memory.in_use else None
         before = None if memory is None else memory.before_pass()
         with torch.no_grad():  # every rank differentiates its own part of the moments: backward needs no other rank
             sum_moments = memory is None or not memory.has_collected
-            layers, segments, sums, counts, moments = self._joint_moments(router_logits, segments_of, sum_moments)
-        if memory is not None:
-            moments = memory.add(before, moments)
-        micro_batches = 1.0 if memory is None else memory.gradient_scale(before)
-        return torch.ops.edl._expert_divergence_of_moments(
-            [_as_rows(layer) for layer in layers],
-            segments.segment_ids,
-            sums,
-            counts,
-            segments.labels,
-            moments.sums,
-            moments.squares,
-            moments.counts,
-            self.scores if self.input == "logits" else "none",
-            self.sequence_reduction,
-            self.eps,
-            self.pair_reduction,
-            self.bias_correction,
-            self.layer_reduction,
-            self._ranks.averaging_ranks * micro_batches,
-        )
+            layers, segments, sums, counts, wait = self._begin_moments(router_logits, segments_of, sum_moments)
+
+        def finish() -> Tensor:
+            with torch.no_grad():
+                moments, problem = wait()
+            if problem is not None:
+                raise problem
+            moments = Moments(*moments)
+            if memory is not None:
+                moments = memory.add(before, moments)
+            micro_batches = 1.0 if memory is None else memory.gradient_scale(before)
+            return torch.ops.edl._expert_divergence_of_moments(
+                [_as_rows(layer) for layer in layers],
+                segments.segment_ids,
+                sums,
+                counts,
+                segments.labels,
+                moments.sums,
+                moments.squares,
+                moments.counts,
+                self.scores if self.input == "logits" else "none",
+                self.sequence_reduction,
+                self.eps,
+                self.pair_reduction,
+                self.bias_correction,
+                self.layer_reduction,
+                self._ranks.averaging_ranks * micro_batches,
+            )
+
+        return finish
 
     @torch.jit.unused
-    def _joint_moments(
+    def _begin_moments(
         self,
         router_logits: Union[Tensor, List[Tensor]],
         segments_of: Callable[[Tensor], Segments],
         sum_moments: bool,
-    ) -> Tuple[List[Tensor], Segments, Tensor, Tensor, Moments]:
-        """Layers, their segments, the segments' sums [L, S, E] and counts [S], and the moments, over `group` if wanted."""
+    ) -> Tuple[List[Tensor], Optional[Segments], Tensor, Tensor, Callable[[], Tuple[tuple, Optional[Exception]]]]:
+        """Layers, their segments, the segments' sums [L, S, E] and counts [S], and a function that waits for the moments."""
         ranks = self._ranks
         # Whatever goes wrong here, other ranks wait for this one's part: it is raised once they have it.
         problem: Optional[Exception] = None
         layout: Optional[Layout] = None
+        layers: List[Tensor] = []
+        segments: Optional[Segments] = None
         try:
             layers = _as_layers(router_logits)
             segments = segments_of(layers[0])
@@ -432,11 +461,8 @@ class ExpertDivergenceLoss(nn.Module):
             problem = error
         if problem is not None:
             moments = ranks.stand_in_moments(self.bias_correction)
-        if sum_moments:
-            moments, problem = ranks.sum_moments(moments, problem)
-        if problem is not None:
-            raise problem
-        return layers, segments, sums, counts, Moments(*moments)
+        wait = ranks.start_moments(moments, problem) if sum_moments else lambda: (moments, problem)
+        return layers, segments, sums, counts, wait
 
     @torch.jit.unused
     def _check_values_once(

@@ -8,7 +8,7 @@ then has the loss of the whole batch and differentiates its own contribution to 
 import copy
 import os
 import zlib
-from typing import List, NamedTuple, Optional, Tuple
+from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -47,14 +47,18 @@ class Layout(NamedTuple):
     options: str
 
 
-def _sum_over_ranks(parts: Tuple[Tensor, ...], failed: bool, group_name: str) -> Tuple[Tuple[Tensor, ...], Tensor]:
-    """Sums of tensors of one dtype over a group, in one all-reduce, and how many ranks failed [1]; NaN is the part of those."""
+def _start_sum(parts: Tuple[Tensor, ...], failed: bool, group_name: str) -> Tensor:
+    """Starts one all-reduce of tensors of one dtype, and of how many ranks failed; NaN is the part of those."""
     if failed:
         parts = tuple(torch.full_like(part, float("nan")) for part in parts)
     failures = parts[0].new_full((1,), float(failed))
     flat = torch.cat([*(part.reshape(-1) for part in parts), failures])
-    total = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(flat, "sum", group_name))
-    *pieces, failures = total.split([*(part.numel() for part in parts), 1])
+    return torch.ops._c10d_functional.all_reduce(flat, "sum", group_name)
+
+
+def _finish_sum(total: Tensor, parts: Tuple[Tensor, ...]) -> Tuple[Tuple[Tensor, ...], Tensor]:
+    """Waits for the sums of `parts`, and for how many ranks failed [1]."""
+    *pieces, failures = torch.ops._c10d_functional.wait_tensor(total).split([*(part.numel() for part in parts), 1])
     return tuple(piece.view(part.shape) for piece, part in zip(pieces, parts)), failures
 
 
@@ -203,19 +207,30 @@ class Ranks:
                 self._num_segments = next(iter(numbers.values()))
                 sums, counts = self.stand_in_segments()
         self._num_segments = counts.shape[0]
-        (sums, counts), problem = self._sum(self.sequence_group, (sums, counts), problem)
+        (sums, counts), problem = self._start(self.sequence_group, (sums, counts), problem)()
         return sums, counts, problem
 
-    def sum_moments(
+    def start_moments(
         self, moments: Tuple[Tensor, Tensor, Tensor], problem: Optional[Exception]
-    ) -> Tuple[Tuple[Tensor, Tensor, Tensor], Optional[Exception]]:
-        """Adds domain moments (sums, squares, counts) over `group`; NaN, and a problem, where a rank of it failed."""
-        return self._sum(self.group, moments, problem)
+    ) -> Callable[[], Tuple[tuple, Optional[Exception]]]:
+        """Starts to add domain moments (sums, squares, counts) over `group`.
 
-    def _sum(self, group, parts: tuple, problem: Optional[Exception]) -> Tuple[tuple, Optional[Exception]]:
+        Returns a function that waits for them; NaN, and a problem, where a rank of the group failed.
+        """
+        return self._start(self.group, moments, problem)
+
+    def _start(
+        self, group, parts: tuple, problem: Optional[Exception]
+    ) -> Callable[[], Tuple[tuple, Optional[Exception]]]:
         if group is None:
-            return parts, problem
-        totals, failures = _sum_over_ranks(parts, problem is not None, group.group_name)
+            return lambda: (parts, problem)
+        total = _start_sum(parts, problem is not None, group.group_name)
+        return lambda: self._finish(group, total, parts, problem)
+
+    def _finish(
+        self, group, total: Tensor, parts: tuple, problem: Optional[Exception]
+    ) -> Tuple[tuple, Optional[Exception]]:
+        totals, failures = _finish_sum(total, parts)
         if reads_values(failures) and failures.item() > 0:
             for rank, sentence in self._gather(group, None if problem is None else str(problem)):
                 if problem is None and sentence is not None:

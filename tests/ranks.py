@@ -79,14 +79,17 @@ def on_ranks(world_size: int, function: Callable, *arguments) -> list:
 
 
 class Collectives(TorchDispatchMode):
-    """Notes, of each collective called inside, how many numbers this rank puts in."""
+    """Notes the collectives called inside, and how many numbers this rank puts into each that starts."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.names: list[str] = []
         self.numbers: list[int] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace in ("_c10d_functional", "c10d") and "wait" not in str(function):
-            tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
-            self.numbers.append(sum(x.numel() for x in tensors if isinstance(x, torch.Tensor)))
+        if function.namespace in ("_c10d_functional", "c10d"):
+            self.names.append(str(function).split(".")[-2].rstrip("_"))
+            if self.names[-1] != "wait_tensor":
+                tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+                self.numbers.append(sum(x.numel() for x in tensors if isinstance(x, torch.Tensor)))
         return function(*args, **(kwargs or {}))

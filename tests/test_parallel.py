@@ -1,6 +1,7 @@
 """The loss over several ranks: after the framework's averaging, the gradients are those of one process that saw the whole batch."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -245,15 +246,17 @@ def check_ddp() -> None:
     assert_gradients_of_one_process(model, "module.")
 
 
-def check_fsdp2() -> None:
+def check_fsdp2(*shape: int) -> None:
+    """FSDP2 over a mesh: of one dimension, or hybrid (replicas, shards), where all ranks share the batch."""
     from torch.distributed.fsdp import fully_shard
 
     model, tokens, labels = model_and_batch()
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data",))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
     for layer in (*model.routers, *model.mixers, model):
         fully_shard(layer, mesh=mesh)
-    divergence = edl.ExpertDivergenceLoss(D, group=mesh["data"])
-    mine = slice(dist.get_rank() * 4, dist.get_rank() * 4 + 4)
+    divergence = edl.ExpertDivergenceLoss(D, group=mesh if len(shape) == 1 else mesh._flatten("data"))
+    sequences = 8 // dist.get_world_size()
+    mine = slice(dist.get_rank() * sequences, (dist.get_rank() + 1) * sequences)
     total_loss(model, divergence, tokens[mine], labels[mine]).backward()
     assert_gradients_of_one_process(model)
 
@@ -294,8 +297,14 @@ def check_tensor_parallel(data_ranks: int) -> None:
 
 @pytest.mark.parametrize(
     "check, arguments, ranks",
-    [(check_ddp, (), 2), (check_fsdp2, (), 2), (check_tensor_parallel, (1,), 2), (check_tensor_parallel, (2,), 4)],
-    ids=["DDP", "FSDP2", "tensor + sequence parallel", "data x tensor + sequence parallel"],
+    [
+        (check_ddp, (), 2),
+        (check_fsdp2, (2,), 2),
+        (check_fsdp2, (2, 2), 4),
+        (check_tensor_parallel, (1,), 2),
+        (check_tensor_parallel, (2,), 4),
+    ],
+    ids=["DDP", "FSDP2", "hybrid FSDP2", "tensor + sequence parallel", "data x tensor + sequence parallel"],
 )
 def test_gradients_of_a_model_in_a_framework_equal_one_process(check, arguments, ranks):
     on_ranks(ranks, check, *arguments)
@@ -333,6 +342,23 @@ def test_all_layers_of_a_slice_travel_in_one_all_reduce_behind_a_comparison_of_t
         *comparison, sums = forward
         assert sums == Batch(0).sequences * (48 * E + 1) + 1 and backward == []
         assert len(comparison) == 2 and max(comparison) < 200  # the length of an object, and its bytes
+
+
+def begin_and_finish() -> tuple[list[str], list[str], bool]:
+    """What a loss that is begun, and finished later, does with other ranks; whether it is that of one call."""
+    divergence = edl.ExpertDivergenceLoss(D, group=dist.group.WORLD)
+    segments = edl.segments.make_segments(LOGITS.shape[0] * LOGITS.shape[1], LABELS, D)
+    rows = LOGITS.flatten(0, 1)
+    expected = divergence.from_segments(rows, segments)
+    with Collectives() as begun:
+        finish = divergence.begin(rows, segments)
+    with Collectives() as finished:
+        loss = finish()
+    return begun.names, finished.names, loss.equal(expected)
+
+
+def test_a_loss_that_is_begun_waits_only_where_it_is_finished():
+    assert on_ranks(2, begin_and_finish) == [(["all_reduce"], ["wait_tensor"], True)] * 2
 
 
 def compiled_and_eager() -> None:
@@ -435,6 +461,50 @@ def test_a_rank_that_fails_hangs_no_other_and_is_named(failing_rank, data_ranks,
                 # A rank that shares no group with the one that failed hears of it through one that does.
                 assert got.startswith("RuntimeError: edl::parallel: rank "), (rank, got)
                 assert f"rank {failing_rank} failed: {expected.split(': ', 1)[1]}" in got
+
+
+def fail_where_values_are_not_read(failing_rank: int, data_ranks: int, context_ranks: int) -> list[str]:
+    """As on a device: no rank looks at the number of failed ranks."""
+    edl.parallel.reads_values = lambda tensor: False
+    mesh = init_device_mesh("cpu", (data_ranks, context_ranks), mesh_dim_names=("data", "context"))
+    groups = {"group": mesh["data"], "averaging_ranks": 1}
+    if context_ranks > 1:
+        groups["sequence_group"] = mesh["context"]
+    divergence = edl.ExpertDivergenceLoss(D, **groups)
+
+    def value(labels: torch.Tensor) -> str:
+        logits = LOGITS.clone().requires_grad_(True)
+        try:
+            loss = divergence(logits, labels)
+        except ValueError as error:
+            return str(error)
+        loss.backward()
+        assert loss.isnan().item() == logits.grad.isnan().any().item()
+        return str(loss.item())
+
+    divergence(LOGITS, LABELS)  # agrees on the layout
+    bad = LABELS[:3] if dist.get_rank() == failing_rank else LABELS
+    return [value(bad), value(LABELS)]
+
+
+@pytest.mark.parametrize("failing_rank, data_ranks, context_ranks", [(1, 2, 1), (3, 2, 2)])
+def test_where_values_are_not_read_a_rank_that_fails_gives_the_others_nan(failing_rank, data_ranks, context_ranks):
+    outcomes = on_ranks(
+        data_ranks * context_ranks, fail_where_values_are_not_read, failing_rank, data_ranks, context_ranks
+    )
+    for rank, (bad, good) in enumerate(outcomes):
+        failed = rank == failing_rank
+        assert bad == ("edl::segments: domain_ids must have one row per sequence, 4 (got [3])" if failed else "nan")
+        assert good == outcomes[0][1] != "nan"
+
+
+def test_values_on_a_device_are_read_only_where_edl_check_asks(monkeypatch):
+    on_device = types.SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.delenv("EDL_CHECK", raising=False)
+    assert not edl.parallel.reads_values(on_device)
+    assert edl.parallel.reads_values(LOGITS)
+    monkeypatch.setenv("EDL_CHECK", "1")
+    assert edl.parallel.reads_values(on_device)
 
 
 def differ_at_the_first_call(case: str) -> str:

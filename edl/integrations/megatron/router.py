@@ -10,7 +10,7 @@ divides by the tokens of the whole step: each micro-batch then weighs as many to
 import functools
 import types
 import warnings
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from megatron.core import parallel_state
@@ -72,25 +72,32 @@ class EDTopKRouter(TopKRouter):
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Megatron's routing of logits [S_len, B, E], with the loss attached to the weights."""
-        probs, routing_map = super().routing(logits, padding_mask=padding_mask)
+        labels = edl.current_labels() if self.training and torch.is_grad_enabled() else None
+        if labels is not None:
+            # Data-parallel ranks add up their moments while Megatron routes.
+            divergence = self._begin_divergence(logits, padding_mask, labels)
+            probs, routing_map = super().routing(logits, padding_mask=padding_mask)
+            return self._attach(probs, divergence(), logits, padding_mask, labels), routing_map
         if self.training and torch.is_grad_enabled():
-            labels = edl.current_labels()
-            if labels is not None:
-                return self._with_divergence(probs, logits, padding_mask, labels), routing_map
             warnings.warn(
                 "edl::EDTopKRouter: trains outside any edl.domain_scope, without divergence loss", stacklevel=2
             )
-        return probs, routing_map
+        return super().routing(logits, padding_mask=padding_mask)
 
-    def _with_divergence(
-        self, probs: Tensor, logits: Tensor, padding_mask: Tensor | None, labels: edl.Labels
-    ) -> Tensor:
+    def _begin_divergence(
+        self, logits: Tensor, padding_mask: Tensor | None, labels: edl.Labels
+    ) -> Callable[[], Tensor]:
         if self.divergence.memory is not None:
             _end_step_with_gradients(self.config, self.divergence.memory)
-        # Made inside the loss, which keeps the other ranks from waiting where the labels of one are wrong.
-        loss = self.divergence.from_segments(
+        # Segments are made inside the loss, which keeps the other ranks from waiting where the labels of one are wrong.
+        return self.divergence.begin(
             self._routing_of(logits.flatten(0, 1)), lambda: self._segments(*logits.shape[:2], padding_mask, labels)
         )
+
+    def _attach(
+        self, probs: Tensor, loss: Tensor, logits: Tensor, padding_mask: Tensor | None, labels: edl.Labels
+    ) -> Tensor:
+        """Megatron's weights, which carry the loss into the backward pass."""
         num_tokens = None
         if self.calculate_per_token_loss:
             num_tokens = self._tokens_per_data_rank(logits, padding_mask, labels)

@@ -27,18 +27,23 @@ sys.path.append(str(Path(__file__).parents[1] / "examples" / "pretrain"))
 import model as models  # noqa: E402
 
 L, E, D, SEQUENCES, LENGTH = 48, 128, 49, 8, 64
-REPEATS = 7
+REPEATS = 30
 
 
-def median_milliseconds(function: Callable[[], object]) -> float:
-    """Median over repeats, each started together on all ranks."""
-    seconds = []
-    for _ in range(REPEATS + 2):
-        dist.barrier()
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(seconds[2:])
+def milliseconds(*functions: Callable[[], object], repeats: int = REPEATS) -> list[list[float]]:
+    """Times of each function in turn, over and over, each call started together on all ranks."""
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats + 2):
+        for function, taken in zip(functions, times):
+            dist.barrier()
+            start = time.perf_counter()
+            function()
+            taken.append(1e3 * (time.perf_counter() - start))
+    return [taken[2:] for taken in times]
+
+
+def medians(*functions: Callable[[], object], repeats: int = REPEATS) -> list[float]:
+    return [statistics.median(taken) for taken in milliseconds(*functions, repeats=repeats)]
 
 
 def measure_seam(bias_correction: bool) -> list[float]:
@@ -48,11 +53,40 @@ def measure_seam(bias_correction: bool) -> list[float]:
     alone = edl.ExpertDivergenceLoss(D, bias_correction=bias_correction)
     together = edl.ExpertDivergenceLoss(D, bias_correction=bias_correction, group=dist.group.WORLD)
     per_layer = [edl.ExpertDivergenceLoss(D, bias_correction=bias_correction, group=dist.group.WORLD) for _ in range(L)]
-    return [
-        median_milliseconds(lambda: alone(logits, labels)),
-        median_milliseconds(lambda: together(logits, labels)),
-        median_milliseconds(lambda: [loss(layer, labels) for loss, layer in zip(per_layer, logits)]),
-    ]
+    return medians(
+        lambda: alone(logits, labels),
+        lambda: together(logits, labels),
+        lambda: [loss(layer, labels) for loss, layer in zip(per_layer, logits)],
+        repeats=7,
+    )
+
+
+def measure_routers() -> list[float]:
+    """Milliseconds of 48 routers in turn, each with its own loss: without it, waiting at once, or once it has routed."""
+    logits = torch.randn(SEQUENCES * LENGTH, E)
+    segments = edl.segments.make_segments(SEQUENCES * LENGTH, torch.arange(SEQUENCES), D)
+    losses = [edl.ExpertDivergenceLoss(D, group=dist.group.WORLD) for _ in range(L)]
+
+    def route() -> None:
+        """What a router does between its logits and its result, as in Megatron-core: scores, choice, map, balance."""
+        weights, experts = logits.softmax(dim=-1).topk(8)
+        chosen = torch.zeros_like(logits).scatter(1, experts, weights)
+        (chosen.bool().sum(dim=0) * logits.softmax(dim=-1).mean(dim=0)).sum()
+
+    def at_once(loss: edl.ExpertDivergenceLoss) -> None:
+        loss.from_segments(logits, segments)
+        route()
+
+    def beside(loss: edl.ExpertDivergenceLoss) -> None:
+        finish = loss.begin_from_segments(logits, segments)
+        route()
+        finish()
+
+    return medians(
+        lambda: [route() for _ in losses],
+        lambda: [at_once(loss) for loss in losses],
+        lambda: [beside(loss) for loss in losses],
+    )
 
 
 def measure_step() -> list[float]:
@@ -66,9 +100,11 @@ def measure_step() -> list[float]:
     def step(beta: float) -> None:
         model.zero_grad()
         logits, routings = model(tokens[:, :-1])
+        if beta:
+            finish = divergence.begin([routing.logits for routing in routings], labels)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) + edl.load_balancing_loss(routings)
         if beta:
-            loss = loss + beta * divergence([routing.logits for routing in routings], labels)
+            loss = loss + beta * finish()
         loss.backward()
 
     def loss_alone() -> None:
@@ -77,11 +113,12 @@ def measure_step() -> list[float]:
 
     with torch.no_grad():
         router_logits = [routing.logits for routing in model(tokens[:, :-1])[1]]
-    return [
-        median_milliseconds(lambda: step(0.0)),
-        median_milliseconds(lambda: step(0.01)),
-        median_milliseconds(loss_alone),
-    ]
+    numbers = torch.zeros(len(router_logits) * (3 * router_logits[0].shape[-1] + 3) + 1, dtype=torch.float64)
+    plain, with_loss, alone, all_reduce = milliseconds(
+        lambda: step(0.0), lambda: step(0.01), loss_alone, lambda: dist.all_reduce(numbers)
+    )
+    added = [longer - shorter for longer, shorter in zip(with_loss, plain)]
+    return [statistics.median(times) for times in (plain, with_loss, added, alone, all_reduce)]
 
 
 def rank_main(rank: int, ranks: int, folder: str, function: Callable, arguments: tuple) -> None:
@@ -116,16 +153,38 @@ def main() -> None:
     seam = markdown_table(
         ["ranks", "bias correction", "MB sent in", "alone ms", "one all-reduce ms", f"{L} all-reduces ms"], rows
     )
-    plain, with_loss, loss = on_ranks(2, measure_step)
+    routers = markdown_table(
+        ["ranks", "routing alone ms", "loss, then routing ms", "loss beside routing ms"],
+        [[str(ranks), *(f"{value:.1f}" for value in on_ranks(ranks, measure_routers))] for ranks in (1, 2)],
+    )
+    plain, with_loss, added, loss, all_reduce = on_ranks(2, measure_step)
+    header = [
+        "step ms",
+        "step with the loss ms",
+        "median of differences ms",
+        "loss alone ms",
+        "its share",
+        "bare all-reduce ms",
+    ]
     step = markdown_table(
-        ["step ms", "step with the loss ms", "loss alone ms", "share of the step"],
-        [[f"{plain:.1f}", f"{with_loss:.1f}", f"{loss:.2f}", f"{100 * loss / plain:.2f} %"]],
+        header,
+        [
+            [
+                f"{plain:.1f}",
+                f"{with_loss:.1f}",
+                f"{added:.2f}",
+                f"{loss:.2f}",
+                f"{100 * loss / plain:.2f} %",
+                f"{all_reduce:.2f}",
+            ]
+        ],
     )
     save(
         "Expert Divergence loss across ranks (gloo, one thread a rank)",
         torch.device("cpu"),
         [
             f"Forward of {L} layers, E = {E}, D = {D}, {SEQUENCES} sequences of {LENGTH} tokens a rank; backward makes no collective:\n\n{seam}",
+            f"{L} routers in turn, each with its own loss, E = {E}, D = {D}, {SEQUENCES * LENGTH} tokens a rank:\n\n{routers}",
             f"The demo's model under DDP on two processes, 9 sequences of 256 bytes each:\n\n{step}",
         ],
         arguments.save,

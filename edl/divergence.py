@@ -284,7 +284,7 @@ class ExpertDivergenceLoss(nn.Module):
         """
         if not torch.jit.is_scripting():
             if not self._is_local:
-                return self._forward_jointly(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
+                return self.begin(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)()
             self._check_values_once(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
         elif not self._is_local:
             raise ValueError("edl::expert_divergence_loss: groups and memory are not for TorchScript")
@@ -332,35 +332,34 @@ class ExpertDivergenceLoss(nn.Module):
         Raises:
             ValueError, IndexError: as `forward`.
         """
-        return self.begin(router_logits, segments)()
+        return self.begin_from_segments(router_logits, segments)()
 
     @torch.jit.unused
     def begin(
-        self, router_logits: Union[Tensor, List[Tensor]], segments: Union[Segments, Callable[[], Segments]]
+        self,
+        router_logits: Union[Tensor, List[Tensor]],
+        domain_ids: Tensor,
+        attention_mask: Optional[Tensor] = None,
+        padding_mask: Optional[Tensor] = None,
+        cu_seqlens: Optional[Tensor] = None,
     ) -> Callable[[], Tensor]:
-        """Begins the loss of `from_segments`: the all-reduce over `group` runs while the caller goes on.
+        """Begins the loss of a batch: the all-reduce over `group` runs while the caller goes on.
+
+            finish = divergence.begin(output.router_logits, domain_ids)
+            lm_loss = F.cross_entropy(output.logits, targets)
+            loss = lm_loss + beta * finish()
 
         Args:
-            router_logits, segments: as `from_segments` takes them.
+            router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens: as `forward` takes them.
 
         Returns:
-            A function that waits for the other ranks and returns the loss. Call it once, before the next loss begins.
+            A function that waits for the other ranks and returns the loss. Call it once.
 
         Raises:
             ValueError, IndexError: as `forward`, from the function, so that a rank with an error goes on beside the others until
                 all have it; from here at the first call, on all ranks, and without groups.
         """
-        return self._begin_jointly(router_logits, lambda layer: segments() if callable(segments) else segments)
 
-    @torch.jit.unused
-    def _forward_jointly(
-        self,
-        router_logits: Union[Tensor, List[Tensor]],
-        domain_ids: Tensor,
-        attention_mask: Optional[Tensor],
-        padding_mask: Optional[Tensor],
-        cu_seqlens: Optional[Tensor],
-    ) -> Tensor:
         def segments_of(layer: Tensor) -> Segments:
             self._check_values_once(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
             return _segments_of(
@@ -374,7 +373,24 @@ class ExpertDivergenceLoss(nn.Module):
                 cu_seqlens,
             )
 
-        return self._begin_jointly(router_logits, segments_of)()
+        return self._begin_jointly(router_logits, segments_of)
+
+    @torch.jit.unused
+    def begin_from_segments(
+        self, router_logits: Union[Tensor, List[Tensor]], segments: Union[Segments, Callable[[], Segments]]
+    ) -> Callable[[], Tensor]:
+        """`begin` for tokens whose segments are known.
+
+        Args:
+            router_logits, segments: as `from_segments` takes them.
+
+        Returns:
+            A function, as `begin` does.
+
+        Raises:
+            ValueError, IndexError: as `begin`.
+        """
+        return self._begin_jointly(router_logits, lambda layer: segments() if callable(segments) else segments)
 
     @torch.jit.unused
     def _begin_jointly(

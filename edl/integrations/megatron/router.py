@@ -90,7 +90,7 @@ class EDTopKRouter(TopKRouter):
         if self.divergence.memory is not None:
             _end_step_with_gradients(self.config, self.divergence.memory)
         # Segments are made inside the loss, which keeps the other ranks from waiting where the labels of one are wrong.
-        return self.divergence.begin(
+        return self.divergence.begin_from_segments(
             self._routing_of(logits.flatten(0, 1)), lambda: self._segments(*logits.shape[:2], padding_mask, labels)
         )
 

@@ -260,9 +260,8 @@ EDL_INLINE Acc score_row(const Storage* logits, int64_t num_experts, Acc top, Ro
     });
   };
   const int64_t whole = row.vectors() / together;
-  for_vectors<fixed / together>(whole, [&](int64_t i) {
-    score_some(i * together, std::integral_constant<int, together>{});
-  });
+  for_vectors<fixed / together>(
+      whole, [&](int64_t i) { score_some(i * together, std::integral_constant<int, together>{}); });
   for (int64_t v = whole * together; v < row.vectors(); ++v) {
     score_some(v, std::integral_constant<int, 1>{});
   }

@@ -108,7 +108,7 @@ def measure_step() -> list[float]:
         loss.backward()
 
     def loss_alone() -> None:
-        leaves = [logits.clone().requires_grad_() for logits in router_logits]
+        leaves = [logits.detach().requires_grad_() for logits in router_logits]
         divergence(leaves, labels).backward()
 
     with torch.no_grad():

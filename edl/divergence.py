@@ -112,6 +112,13 @@ def _segments_of(
     )
 
 
+def _versions(tensors: List[Tensor]) -> List[int]:
+    """Tells tensors that were changed in place; where there is no telling, nothing."""
+    if torch.compiler.is_compiling():
+        return []
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
 def _as_rows(layer: Tensor) -> Tensor:
     """[T, E] from [T, E] or [B, S_len, E]."""
     return layer.flatten(0, 1) if layer.dim() == 3 else layer
@@ -353,11 +360,13 @@ class ExpertDivergenceLoss(nn.Module):
             router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens: as `forward` takes them.
 
         Returns:
-            A function that waits for the other ranks and returns the loss. Call it once.
+            A function that waits for the other ranks and returns the loss. Every rank must call it, also after an error of its
+            own: others may wait for its sentence. With a memory the ranks are waited for here.
 
         Raises:
-            ValueError, IndexError: as `forward`, from the function, so that a rank with an error goes on beside the others until
-                all have it; from here at the first call, on all ranks, and without groups.
+            ValueError, IndexError: as `forward`; at the first call, and without groups, some from here, on all ranks; else from the
+                function, so that a rank with an error goes on beside the others until all have it.
+            RuntimeError: from the function: `router_logits` or labels were changed in place since.
         """
 
         def segments_of(layer: Tensor) -> Segments:
@@ -402,16 +411,26 @@ class ExpertDivergenceLoss(nn.Module):
         with torch.no_grad():  # every rank differentiates its own part of the moments: backward needs no other rank
             sum_moments = memory is None or not memory.has_collected
             layers, segments, sums, counts, wait = self._begin_moments(router_logits, segments_of, sum_moments)
+        micro_batches = 1.0
+        if memory is not None:  # micro-batches are carried in the order in which they begin
+            micro_batches = memory.gradient_scale(before)
+            moments, problem = wait()
+            moments = moments if problem is not None else memory.add(before, Moments(*moments))
+            wait = lambda: (moments, problem)  # noqa: E731
+        read = [] if segments is None else [*layers, segments.segment_ids, segments.labels]
+        versions = _versions(read)
 
         def finish() -> Tensor:
             with torch.no_grad():
                 moments, problem = wait()
             if problem is not None:
                 raise problem
+            if _versions(read) != versions:
+                raise RuntimeError(
+                    "edl::expert_divergence_loss: router_logits and labels must stay as they are until a loss that was begun is "
+                    "finished (got one that was changed in place)"
+                )
             moments = Moments(*moments)
-            if memory is not None:
-                moments = memory.add(before, moments)
-            micro_batches = 1.0 if memory is None else memory.gradient_scale(before)
             return torch.ops.edl._expert_divergence_of_moments(
                 [_as_rows(layer) for layer in layers],
                 segments.segment_ids,
@@ -449,6 +468,7 @@ class ExpertDivergenceLoss(nn.Module):
         try:
             layers = _as_layers(router_logits)
             segments = segments_of(layers[0])
+            ops._refuse_dtensor("expert_divergence_loss", segments.segment_ids, segments.labels)
             sums, counts = torch.ops.edl._segment_sums(
                 [_as_rows(layer) for layer in layers],
                 segments.segment_ids,

@@ -172,7 +172,8 @@ class DomainMemory(nn.Module):
             before = before._replace(moments=before.moments.to(live.sums.device))
         if self.has_collected:
             self._trained_on += not self._is_known_replay()
-            return before.moments
+            # What is not finite here was left out of the collected moments; the loss must not hide it.
+            return Moments(*(fixed + (part - part) for fixed, part in zip(before.moments, live)))
         if not self._is_known_replay():
             self._remember(before, live)
         return live if before.moments is None else before.moments.plus(live)

@@ -37,6 +37,8 @@ def sequence_segment_ids(labels: Tensor, num_tokens: int) -> Tensor:
     Raises:
         ValueError: a wrong shape or dtype, a number of tokens that is no multiple of B.
     """
+    if not torch.jit.is_scripting():
+        _refuse_dtensor("sequence_segment_ids", labels)
     return torch.ops.edl.sequence_segment_ids(labels, num_tokens)
 
 

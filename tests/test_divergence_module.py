@@ -661,6 +661,7 @@ def test_dtensors_are_refused(as_dtensor):
             lambda: module(LOGITS, LABELS, padding_mask=as_dtensor(KEPT)),
             lambda: module(FLAT, LABELS, cu_seqlens=as_dtensor(CU_SEQLENS)),
         ],
+        "sequence_segment_ids": [lambda: edl.ops.sequence_segment_ids(as_dtensor(LABELS), len(LABELS))],
         "aggregate_routing": [lambda: edl.ops.aggregate_routing(as_dtensor(FLAT), PER_TOKEN.flatten(), D)],
         "domain_moments": [lambda: edl.ops.domain_moments(as_dtensor(torch.rand(B, E)), torch.ones(B), LABELS, D)],
         "expert_divergence": [
@@ -680,3 +681,23 @@ def test_dtensors_are_refused(as_dtensor):
                 call()
             assert str(error.value) == f"edl::{op}: {rule}"
     assert module(as_dtensor(LOGITS).to_local(), LABELS).equal(module(LOGITS, LABELS))
+
+
+@pytest.mark.parametrize("changed", ["logits", "labels"])
+def test_what_is_changed_in_place_between_begin_and_finish_is_refused(changed):
+    logits, labels = LOGITS.clone(), LABELS.clone()
+    finish = ExpertDivergenceLoss(D).begin(logits, labels)
+    finish()
+    {"logits": logits, "labels": labels}[changed].add_(0)
+    with pytest.raises(RuntimeError, match="must stay as they are until a loss that was begun is finished"):
+        finish()
+
+
+def test_vmap_gives_the_loss_of_every_sample():
+    divergence = ExpertDivergenceLoss(D)
+    logits = torch.stack([LOGITS, LOGITS.flip(0)]).requires_grad_(True)
+    together = torch.vmap(lambda layer: divergence(layer, LABELS))(logits)
+    alone = torch.stack([divergence(layer, LABELS) for layer in logits])
+    assert together.equal(alone)
+    grads = [torch.autograd.grad(losses.sum(), logits)[0] for losses in (together, alone)]
+    torch.testing.assert_close(*grads)

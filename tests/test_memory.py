@@ -332,3 +332,41 @@ def test_wrong_use_is_refused():
         assert "takes one loss per forward pass, give each router a memory of its own" in refused(
             lambda: losses_and_gradient(divergence, 1)
         )
+
+
+def test_losses_that_are_begun_before_the_first_is_finished_are_carried_in_their_order():
+    batches = [(HIDDEN[0][:6] @ ROUTER[0].T, LABELS[:6]), (HIDDEN[0][6:] @ ROUTER[0].T, LABELS[6:])]
+    states, losses = [], []
+    for begin_all in (False, True):
+        memory = edl.DomainMemory()
+        divergence = edl.ExpertDivergenceLoss(D, memory=memory)
+        with memory.collect():
+            if begin_all:
+                finishes = [divergence.begin(*batch) for batch in batches]
+                [finish() for finish in finishes]
+            else:
+                [divergence(*batch) for batch in batches]
+        states.append(memory.get_extra_state())
+        losses.append([divergence(*batch) for batch in batches])
+        memory.step()
+    assert (
+        all(torch.equal(*pair) for pair in zip(*(state[:3] for state in states))) and states[0][3] == states[1][3] == 2
+    )
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("where", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_the_loss_of_the_second_pass(where):
+    logits = HIDDEN[0] @ ROUTER[0].T
+    bad = logits.clone()
+    bad[0, 0, 0] = where
+    memory = edl.DomainMemory()
+    divergence = edl.ExpertDivergenceLoss(D, memory=memory)
+    with memory.collect():
+        divergence(logits, LABELS)
+        divergence(bad, LABELS)
+    assert divergence(logits, LABELS).isfinite()
+    leaf = bad.clone().requires_grad_(True)
+    loss = divergence(leaf, LABELS)
+    loss.backward()
+    assert loss.isnan() and leaf.grad.isnan().any()

@@ -345,16 +345,20 @@ def test_all_layers_of_a_slice_travel_in_one_all_reduce_behind_a_comparison_of_t
 
 
 def begin_and_finish() -> tuple[list[str], list[str], bool]:
-    """What a loss that is begun, and finished later, does with other ranks; whether it is that of one call."""
+    """What two losses that are begun, and finished later, do with other ranks; whether they are those of two calls."""
     divergence = edl.ExpertDivergenceLoss(D, group=dist.group.WORLD)
-    segments = edl.segments.make_segments(LOGITS.shape[0] * LOGITS.shape[1], LABELS, D)
-    rows = LOGITS.flatten(0, 1)
-    expected = divergence.from_segments(rows, segments)
+    batches = [(LOGITS.clone().requires_grad_(True), LABELS), (LOGITS.flip(2).requires_grad_(True), LABELS.flip(0))]
+    expected = [torch.autograd.grad(divergence(*batch), batch[0])[0] for batch in batches]
+    segments = edl.segments.make_segments(LOGITS.shape[0] * LOGITS.shape[1], batches[1][1], D)
     with Collectives() as begun:
-        finishes = divergence.begin(LOGITS, LABELS), divergence.begin_from_segments(rows, segments)
+        finishes = [
+            divergence.begin(*batches[0]),
+            divergence.begin_from_segments(batches[1][0].flatten(0, 1), segments),
+        ]
     with Collectives() as finished:
         losses = [finish() for finish in finishes]
-    return begun.names, finished.names, all(loss.equal(expected) for loss in losses)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss, (logits, _) in zip(losses, batches, strict=True)]
+    return begun.names, finished.names, all(map(torch.equal, gradients, expected))
 
 
 def test_a_loss_that_is_begun_waits_only_where_it_is_finished():
@@ -463,14 +467,16 @@ def test_a_rank_that_fails_hangs_no_other_and_is_named(failing_rank, data_ranks,
                 assert f"rank {failing_rank} failed: {expected.split(': ', 1)[1]}" in got
 
 
-def fail_where_values_are_not_read(failing_rank: int, data_ranks: int, context_ranks: int) -> list[str]:
+def fail_where_values_are_not_read(
+    failing_rank: int, data_ranks: int, context_ranks: int, options: dict[str, str]
+) -> list[str]:
     """As on a device: no rank looks at the number of failed ranks."""
     edl.parallel.reads_values = lambda tensor: False
     mesh = init_device_mesh("cpu", (data_ranks, context_ranks), mesh_dim_names=("data", "context"))
     groups = {"group": mesh["data"], "averaging_ranks": 1}
     if context_ranks > 1:
         groups["sequence_group"] = mesh["context"]
-    divergence = edl.ExpertDivergenceLoss(D, **groups)
+    divergence = edl.ExpertDivergenceLoss(D, **groups, **options)
 
     def value(labels: torch.Tensor) -> str:
         logits = LOGITS.clone().requires_grad_(True)
@@ -487,10 +493,13 @@ def fail_where_values_are_not_read(failing_rank: int, data_ranks: int, context_r
     return [value(bad), value(LABELS)]
 
 
+@pytest.mark.parametrize("options", [{}, {"sequence_reduction": "token"}], ids=["sequence", "token"])
 @pytest.mark.parametrize("failing_rank, data_ranks, context_ranks", [(1, 2, 1), (3, 2, 2)])
-def test_where_values_are_not_read_a_rank_that_fails_gives_the_others_nan(failing_rank, data_ranks, context_ranks):
+def test_where_values_are_not_read_a_rank_that_fails_gives_the_others_nan(
+    failing_rank, data_ranks, context_ranks, options
+):
     outcomes = on_ranks(
-        data_ranks * context_ranks, fail_where_values_are_not_read, failing_rank, data_ranks, context_ranks
+        data_ranks * context_ranks, fail_where_values_are_not_read, failing_rank, data_ranks, context_ranks, options
     )
     for rank, (bad, good) in enumerate(outcomes):
         failed = rank == failing_rank

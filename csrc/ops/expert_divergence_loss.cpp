@@ -66,7 +66,7 @@ void check_layers(at::TensorList layers) {
   EDL_CHECK(!layers.empty(), kOp, ": layers must hold at least one tensor (got an empty list)");
 }
 
-// Below autograd an operator must not return its input, as to() does where there is nothing to convert.
+// to() is not called where there is nothing to convert: below autograd no operator may return its input.
 at::Tensor in_type(const at::Tensor& x, at::ScalarType type) {
   return x.scalar_type() == type ? x : x.to(type);
 }
@@ -277,6 +277,13 @@ TORCH_LIBRARY_FRAGMENT(edl, m) {
 
 // Made of operators: no kernel of its own on any device.
 TORCH_LIBRARY_IMPL(edl, CompositeImplicitAutograd, m) {
+  m.impl("_expert_divergence_loss", edl::expert_divergence_loss);
+  m.impl("_segment_sums", edl::segment_sums);
+  m.impl("_expert_divergence_of_moments", edl::expert_divergence_of_moments);
+}
+
+// torch.vmap takes them apart too.
+TORCH_LIBRARY_IMPL(edl, FuncTorchBatchedDecomposition, m) {
   m.impl("_expert_divergence_loss", edl::expert_divergence_loss);
   m.impl("_segment_sums", edl::segment_sums);
   m.impl("_expert_divergence_of_moments", edl::expert_divergence_of_moments);

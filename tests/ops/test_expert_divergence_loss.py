@@ -7,6 +7,7 @@ from edl import ops
 from tolerances import assert_close, tolerance
 
 LOSS = torch.ops.edl._expert_divergence_loss.default
+OF_MOMENTS = torch.ops.edl._expert_divergence_of_moments.default
 SEGMENTS, DOMAINS, EXPERTS, TOKENS = 9, 3, 7, 60
 
 
@@ -78,6 +79,28 @@ def test_equals_its_operators_one_after_another(form):
         assert_close(grad, wanted, tolerance(given[0][0].dtype, 1))
     with torch.no_grad():
         assert LOSS(*given).equal(loss)
+
+
+def of_moments(
+    layers, ids, num_segments, labels, num_domains, scores, sequence_reduction, eps, pairs, corrected, layer_reduction
+):
+    """In the steps between which ranks and micro-batches add their parts; the gradient doubled."""
+    sums, counts = torch.ops.edl._segment_sums(layers, ids, num_segments, scores)
+    if sequence_reduction == "token":
+        moments = sums.double(), sums.new_empty(0).double(), counts.double().expand(len(layers), num_domains)
+    else:
+        moments = ops.domain_moments(sums, counts, labels, num_domains, corrected)
+    options = scores, sequence_reduction, eps, pairs, corrected, layer_reduction, 2.0
+    return OF_MOMENTS(layers, ids, sums, counts, labels, *moments, *options)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_equals_the_loss_of_its_moments(form):
+    given = arguments(**form)
+    loss, grads = differentiate(LOSS, given)
+    actual, doubled = differentiate(of_moments, given)
+    assert actual.equal(loss)
+    assert all(twice.equal(2 * once) for twice, once in zip(doubled, grads, strict=True))
 
 
 @pytest.mark.parametrize("name", ["one-layer", "none", "sigmoid", "log-of-mean", "soft", "by-token"])

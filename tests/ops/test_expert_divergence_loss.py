@@ -32,15 +32,18 @@ def arguments(num_layers=2, dtype=torch.float64, soft=False, by_token=False, **o
     return list((given | options).values())
 
 
+def moments_of(sums, counts, labels, num_domains, sequence_reduction, corrected):
+    if sequence_reduction == "token":  # the segments are the domains
+        return sums.double(), sums.new_empty(0).double(), counts.double().expand(len(sums), num_domains)
+    return ops.domain_moments(sums, counts, labels, num_domains, corrected)
+
+
 def one_after_another(
     layers, ids, num_segments, labels, num_domains, scores, sequence_reduction, eps, pairs, corrected, layer_reduction
 ):
     parts = [ops.aggregate_routing(layer, ids, num_segments, scores) for layer in layers]
     sums, counts = torch.stack([sums for sums, _ in parts]), parts[0][1]
-    if sequence_reduction == "token":
-        moments = sums.double(), sums.new_empty(0).double(), counts.double().expand(len(layers), num_domains)
-    else:
-        moments = ops.domain_moments(sums, counts, labels, num_domains, corrected)
+    moments = moments_of(sums, counts, labels, num_domains, sequence_reduction, corrected)
     loss = ops.expert_divergence(*moments, eps, pairs, corrected).to(sums.dtype)
     return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[layer_reduction]()
 
@@ -86,10 +89,7 @@ def of_moments(
 ):
     """In the steps between which ranks and micro-batches add their parts; the gradient doubled."""
     sums, counts = torch.ops.edl._segment_sums(layers, ids, num_segments, scores)
-    if sequence_reduction == "token":
-        moments = sums.double(), sums.new_empty(0).double(), counts.double().expand(len(layers), num_domains)
-    else:
-        moments = ops.domain_moments(sums, counts, labels, num_domains, corrected)
+    moments = moments_of(sums, counts, labels, num_domains, sequence_reduction, corrected)
     options = scores, sequence_reduction, eps, pairs, corrected, layer_reduction, 2.0
     return OF_MOMENTS(layers, ids, sums, counts, labels, *moments, *options)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/parallel.py [--save benchmarks/results/NAME.md]
 
-The last table is the demo's model under DDP on two processes: a training step without and with the loss over both.
+The last table is the demo's model under DDP on two processes: what the loss over both adds to a training step.
 """
 
 import argparse
@@ -30,8 +30,8 @@ L, E, D, SEQUENCES, LENGTH = 48, 128, 49, 8, 64
 REPEATS = 30
 
 
-def milliseconds(*functions: Callable[[], object], repeats: int = REPEATS) -> list[list[float]]:
-    """Times of each function in turn, over and over, each call started together on all ranks."""
+def medians(*functions: Callable[[], object], repeats: int = REPEATS) -> list[float]:
+    """Milliseconds of each function in turn, over and over, each call started together on all ranks."""
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats + 2):
         for function, taken in zip(functions, times):
@@ -39,11 +39,7 @@ def milliseconds(*functions: Callable[[], object], repeats: int = REPEATS) -> li
             start = time.perf_counter()
             function()
             taken.append(1e3 * (time.perf_counter() - start))
-    return [taken[2:] for taken in times]
-
-
-def medians(*functions: Callable[[], object], repeats: int = REPEATS) -> list[float]:
-    return [statistics.median(taken) for taken in milliseconds(*functions, repeats=repeats)]
+    return [statistics.median(taken[2:]) for taken in times]
 
 
 def measure_seam(bias_correction: bool) -> list[float]:
@@ -89,36 +85,57 @@ def measure_routers() -> list[float]:
     )
 
 
-def measure_step() -> list[float]:
-    """Milliseconds of a training step of the demo's model under DDP: without the loss, and with it over all ranks."""
+def measure_step() -> list[list[float]]:
+    """A training step of the demo's model under DDP, in milliseconds.
+
+    Returns for each of nothing, an all-reduce of as many numbers, the loss of each rank alone, and that of all ranks at once and
+    begun beside the other losses: what it adds between the model's output and the backward pass, the time of the loss's own
+    backward, and the step.
+    """
     torch.manual_seed(0)
     model = DistributedDataParallel(models.LanguageModel(models.ModelSettings()))
     tokens = torch.randint(256, (9, 257))
     labels = torch.arange(9) % 3
-    divergence = edl.ExpertDivergenceLoss(3, group=dist.group.WORLD)
+    alone, joint = edl.ExpertDivergenceLoss(3), edl.ExpertDivergenceLoss(3, group=dist.group.WORLD)
+    routings = model(tokens[:, :-1])[1]
+    numbers = torch.zeros(len(routings) * 3 * (routings[0].logits.shape[-1] + 1) + 1, dtype=torch.float64)
 
-    def step(beta: float) -> None:
+    def at_once(loss: edl.ExpertDivergenceLoss, router_logits: list[torch.Tensor]) -> Callable[[], torch.Tensor]:
+        result = loss(router_logits, labels)
+        return lambda: result
+
+    def all_reduce(_: list[torch.Tensor]) -> None:
+        dist.all_reduce(numbers)
+
+    def step(begin: Callable[[list[torch.Tensor]], Callable | None]) -> tuple[float, float, float]:
+        dist.barrier()
+        start = time.perf_counter()
         model.zero_grad()
         logits, routings = model(tokens[:, :-1])
-        if beta:
-            finish = divergence.begin([routing.logits for routing in routings], labels)
+        dist.barrier()  # a rank that is late would be waited for in any of the sums, and without them in DDP's
+        forward = time.perf_counter()
+        finish = begin([routing.logits for routing in routings])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) + edl.load_balancing_loss(routings)
-        if beta:
-            loss = loss + beta * finish()
+        backward = []
+        if finish is not None:
+            divergence = finish()
+            divergence.grad_fn.register_prehook(lambda _: backward.append(-time.perf_counter()))
+            divergence.grad_fn.register_hook(lambda *_: backward.append(time.perf_counter()))
+            loss = loss + 0.01 * divergence
+        forward = time.perf_counter() - forward
         loss.backward()
+        return forward, sum(backward), time.perf_counter() - start
 
-    def loss_alone() -> None:
-        leaves = [logits.detach().requires_grad_() for logits in router_logits]
-        divergence(leaves, labels).backward()
-
-    with torch.no_grad():
-        router_logits = [routing.logits for routing in model(tokens[:, :-1])[1]]
-    numbers = torch.zeros(len(router_logits) * (3 * router_logits[0].shape[-1] + 3) + 1, dtype=torch.float64)
-    plain, with_loss, alone, all_reduce = milliseconds(
-        lambda: step(0.0), lambda: step(0.01), loss_alone, lambda: dist.all_reduce(numbers)
-    )
-    added = [longer - shorter for longer, shorter in zip(with_loss, plain)]
-    return [statistics.median(times) for times in (plain, with_loss, added, alone, all_reduce)]
+    arms = [
+        lambda _: None,
+        all_reduce,
+        lambda router_logits: at_once(alone, router_logits),
+        lambda router_logits: at_once(joint, router_logits),
+        lambda router_logits: joint.begin(router_logits, labels),
+    ]
+    times = 1e3 * torch.tensor([[step(arm) for arm in arms] for _ in range(2 * REPEATS + 2)][2:], dtype=torch.float64)
+    times[:, :, 0] -= times[:, :1, 0].clone()
+    return times.median(dim=0).values.tolist()
 
 
 def rank_main(rank: int, ranks: int, folder: str, function: Callable, arguments: tuple) -> None:
@@ -131,7 +148,7 @@ def rank_main(rank: int, ranks: int, folder: str, function: Callable, arguments:
     dist.destroy_process_group()
 
 
-def on_ranks(ranks: int, function: Callable, *arguments) -> list[float]:
+def on_ranks(ranks: int, function: Callable, *arguments) -> list:
     with TemporaryDirectory() as folder:
         multiprocessing.spawn(rank_main, (ranks, folder, function, arguments), nprocs=ranks)
         return torch.load(f"{folder}/result")
@@ -157,26 +174,20 @@ def main() -> None:
         ["ranks", "routing alone ms", "loss, then routing ms", "loss beside routing ms"],
         [[str(ranks), *(f"{value:.1f}" for value in on_ranks(ranks, measure_routers))] for ranks in (1, 2)],
     )
-    plain, with_loss, added, loss, all_reduce = on_ranks(2, measure_step)
-    header = [
-        "step ms",
-        "step with the loss ms",
-        "median of differences ms",
-        "loss alone ms",
-        "its share",
-        "bare all-reduce ms",
+    names = [
+        "nothing",
+        "a bare all-reduce of as many numbers",
+        "the loss of each rank alone",
+        "the loss of both ranks",
+        "the loss of both ranks, begun before the other losses",
     ]
+    times = on_ranks(2, measure_step)
+    plain = times[0][2]
     step = markdown_table(
-        header,
+        ["added to the step", "forward ms", "its backward ms", "share of the plain step", "step ms"],
         [
-            [
-                f"{plain:.1f}",
-                f"{with_loss:.1f}",
-                f"{added:.2f}",
-                f"{loss:.2f}",
-                f"{100 * loss / plain:.2f} %",
-                f"{all_reduce:.2f}",
-            ]
+            [name, f"{forward:.2f}", f"{backward:.2f}", f"{100 * (forward + backward) / plain:.2f} %", f"{whole:.1f}"]
+            for name, (forward, backward, whole) in zip(names, times)
         ],
     )
     save(

@@ -119,22 +119,6 @@ def _versions(tensors: List[Tensor]) -> List[int]:
     return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def _as_rows(layer: Tensor) -> Tensor:
-    """[T, E] from [T, E] or [B, S_len, E]."""
-    return layer.flatten(0, 1) if layer.dim() == 3 else layer
-
-
-def _sum_domains(
-    sums: Tensor, counts: Tensor, labels: Tensor, num_domains: int, sequence_reduction: str, squares: bool
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """Sequence → domain: moments [L, D, E], [L, D, E] or no element, [L, D]."""
-    if sequence_reduction == "token":  # the segments are the domains
-        domain_sums = sums.double()
-        domain_counts = counts.double().expand(sums.shape[0], num_domains)
-        return domain_sums, domain_sums.new_empty([0]), domain_counts
-    return ops.domain_moments(sums, counts, labels, num_domains, squares)
-
-
 def expert_divergence_loss(
     router_logits: Union[Tensor, List[Tensor]],
     domain_ids: Tensor,
@@ -169,7 +153,7 @@ def expert_divergence_loss(
         cu_seqlens,
     )
     return torch.ops.edl._expert_divergence_loss(
-        [_as_rows(layer) for layer in layers],
+        layers,
         segments.segment_ids,
         segments.num_segments,
         segments.labels,
@@ -415,7 +399,9 @@ class ExpertDivergenceLoss(nn.Module):
         if memory is not None:  # micro-batches are carried in the order in which they begin
             micro_batches = memory.gradient_scale(before)
             moments, problem = wait()
-            moments = moments if problem is not None else memory.add(before, Moments(*moments))
+            if problem is None:
+                shape = (len(layers), self.num_domains, sums.shape[-1])
+                moments = memory.add(before, Moments(moments, shape, self.bias_correction)).packed
             wait = lambda: (moments, problem)  # noqa: E731
         read = [] if segments is None else [*layers, segments.segment_ids, segments.labels]
         versions = _versions(read)
@@ -430,16 +416,14 @@ class ExpertDivergenceLoss(nn.Module):
                     "edl::expert_divergence_loss: router_logits and labels must stay as they are until a loss that was begun is "
                     "finished (got one that was changed in place)"
                 )
-            moments = Moments(*moments)
             return torch.ops.edl._expert_divergence_of_moments(
-                [_as_rows(layer) for layer in layers],
+                layers,
                 segments.segment_ids,
                 sums,
                 counts,
                 segments.labels,
-                moments.sums,
-                moments.squares,
-                moments.counts,
+                moments,
+                self.num_domains,
                 self.scores if self.input == "logits" else "none",
                 self.sequence_reduction,
                 self.eps,
@@ -457,7 +441,7 @@ class ExpertDivergenceLoss(nn.Module):
         router_logits: Union[Tensor, List[Tensor]],
         segments_of: Callable[[Tensor], Segments],
         sum_moments: bool,
-    ) -> Tuple[List[Tensor], Optional[Segments], Tensor, Tensor, Callable[[], Tuple[tuple, Optional[Exception]]]]:
+    ) -> Tuple[List[Tensor], Optional[Segments], Tensor, Tensor, Callable[[], Tuple[Tensor, Optional[Exception]]]]:
         """Layers, their segments, the segments' sums [L, S, E] and counts [S], and a function that waits for the moments."""
         ranks = self._ranks
         # Whatever goes wrong here, other ranks wait for this one's part: it is raised once they have it.
@@ -470,7 +454,7 @@ class ExpertDivergenceLoss(nn.Module):
             segments = segments_of(layers[0])
             ops._refuse_dtensor("expert_divergence_loss", segments.segment_ids, segments.labels)
             sums, counts = torch.ops.edl._segment_sums(
-                [_as_rows(layer) for layer in layers],
+                layers,
                 segments.segment_ids,
                 segments.num_segments,
                 self.scores if self.input == "logits" else "none",
@@ -490,7 +474,7 @@ class ExpertDivergenceLoss(nn.Module):
         sums, counts, problem = ranks.sum_segments(sums, counts, labels, problem)
         try:
             if problem is None:
-                moments = _sum_domains(
+                moments = torch.ops.edl._packed_moments(
                     sums, counts, segments.labels, self.num_domains, self.sequence_reduction, self.bias_correction
                 )
         except Exception as error:

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from typing import Dict, Iterator, NamedTuple, Optional
+from typing import Dict, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +12,14 @@ from edl.scope import Scope, current_scope
 
 
 class Moments(NamedTuple):
-    """Domain moments of L layers, float64, as `edl.ops.domain_moments` gives them."""
+    """Domain moments of a loss over L layers, as one row of numbers."""
 
-    sums: Tensor  # [L, D, E]
-    squares: Tensor  # [L, D, E], or no element
-    counts: Tensor  # [L, D]
+    packed: Tensor  # [N] float64
+    shape: Tuple[int, int, int]  # L, D, E
+    bias_correction: bool
 
     def plus(self, other: "Moments") -> "Moments":
-        return Moments(self.sums + other.sums, self.squares + other.squares, self.counts + other.counts)
-
-    def times(self, factor: float) -> "Moments":
-        return Moments(self.sums * factor, self.squares * factor, self.counts * factor)
-
-    def to(self, device: torch.device) -> "Moments":
-        return Moments(self.sums.to(device), self.squares.to(device), self.counts.to(device))
+        return self._replace(packed=self.packed + other.packed)
 
 
 class Carried(NamedTuple):
@@ -117,7 +111,7 @@ class DomainMemory(nn.Module):
         self._carried = (
             _NOTHING
             if moments is None or self.decay == 0
-            else Carried(moments.times(self.decay), micro_batches * self.decay)
+            else Carried(moments._replace(packed=moments.packed * self.decay), micro_batches * self.decay)
         )
         if collected and collected != trained_on:
             raise RuntimeError(
@@ -169,11 +163,13 @@ class DomainMemory(nn.Module):
         """
         self._check_shape(before, live)
         if before.moments is not None:  # a restored state may lie elsewhere
-            before = before._replace(moments=before.moments.to(live.sums.device))
+            before = before._replace(
+                moments=before.moments._replace(packed=before.moments.packed.to(live.packed.device))
+            )
         if self.has_collected:
             self._trained_on += not self._is_known_replay()
             # What is not finite here was left out of the collected moments; the loss must not hide it.
-            return Moments(*(fixed + (part - part) for fixed, part in zip(before.moments, live)))
+            return live._replace(packed=before.moments.packed + (live.packed - live.packed))
         if not self._is_known_replay():
             self._remember(before, live)
         return live if before.moments is None else before.moments.plus(live)
@@ -200,24 +196,23 @@ class DomainMemory(nn.Module):
         else:
             self._trained_on += 1
         # A micro-batch that overflowed is skipped by gradient scalers; it must not stay here.
-        finite = torch.stack([part.isfinite().all() for part in live]).all()
-        live = Moments(*(torch.where(finite, part, torch.zeros_like(part)) for part in live))
+        finite = live.packed.isfinite().all()
+        live = live._replace(packed=torch.where(finite, live.packed, torch.zeros_like(live.packed)))
         total = live if before.moments is None else before.moments.plus(live)
         self._carried = Carried(total, before.micro_batches + 1)
 
     def _check_shape(self, before: Carried, live: Moments) -> None:
         if before.moments is None:
             return
-        if before.moments.sums.shape != live.sums.shape:
+        if before.moments.shape != live.shape:
             raise ValueError(
                 "edl::DomainMemory: all micro-batches, and a state that was restored, must have the same layers, domains and "
-                f"experts, {list(before.moments.sums.shape)} (got {list(live.sums.shape)})"
+                f"experts, {list(before.moments.shape)} (got {list(live.shape)})"
             )
-        if before.moments.squares.shape != live.squares.shape:
-            with_squares = live.squares.numel() > 0
+        if before.moments.bias_correction != live.bias_correction:
             raise ValueError(
                 "edl::DomainMemory: all micro-batches, and a state that was restored, must have the same bias_correction, "
-                f"{not with_squares} (got {with_squares})"
+                f"{before.moments.bias_correction} (got {live.bias_correction})"
             )
 
     def _warn_where_step_was_forgotten(self) -> None:
@@ -232,12 +227,12 @@ class DomainMemory(nn.Module):
             self._optimizer_steps_seen = _optimizer_steps
 
     def get_extra_state(self) -> tuple:
-        """What `state_dict` saves: sums, squares, counts and how many micro-batches they are worth, or nothing.
+        """What `state_dict` saves: moments, their shape and how many micro-batches they are worth, or nothing.
 
         A tuple, which torch.distributed.checkpoint takes as a whole: into the empty dict of a new memory it would load nothing.
         """
         moments, micro_batches = self._carried
-        return () if moments is None else (*moments.to(torch.device("cpu")), micro_batches)
+        return () if moments is None else (moments.packed.cpu(), moments.shape, moments.bias_correction, micro_batches)
 
     def set_extra_state(self, state: tuple) -> None:
         """What `load_state_dict` restores."""

@@ -47,21 +47,6 @@ class Layout(NamedTuple):
     options: str
 
 
-def _start_sum(parts: Tuple[Tensor, ...], failed: bool, group_name: str) -> Tensor:
-    """Starts one all-reduce of tensors of one dtype, and of how many ranks failed; NaN is the part of those."""
-    if failed:
-        parts = tuple(torch.full_like(part, float("nan")) for part in parts)
-    failures = parts[0].new_full((1,), float(failed))
-    flat = torch.cat([*(part.reshape(-1) for part in parts), failures])
-    return torch.ops._c10d_functional.all_reduce(flat, "sum", group_name)
-
-
-def _finish_sum(total: Tensor, parts: Tuple[Tensor, ...]) -> Tuple[Tuple[Tensor, ...], Tensor]:
-    """Waits for the sums of `parts`, and for how many ranks failed [1]."""
-    *pieces, failures = torch.ops._c10d_functional.wait_tensor(total).split([*(part.numel() for part in parts), 1])
-    return tuple(piece.view(part.shape) for piece, part in zip(pieces, parts)), failures
-
-
 class Ranks:
     """The ranks a loss spans.
 
@@ -171,11 +156,11 @@ class Ranks:
         sums = torch.zeros(layout.layers, self._num_segments, layout.experts, dtype=layout.dtype, device=layout.device)
         return sums, sums.new_zeros(self._num_segments)
 
-    def stand_in_moments(self, squares: bool) -> Tuple[Tensor, Tensor, Tensor]:
-        """Domain moments of a rank that has none to give."""
+    def stand_in_moments(self, bias_correction: bool) -> Tensor:
+        """Packed domain moments of a rank that has none to give."""
         layout = self._layout
-        sums = torch.zeros(layout.layers, layout.domains, layout.experts, dtype=torch.float64, device=layout.device)
-        return sums, sums if squares else sums.new_empty([0]), sums.new_zeros(layout.layers, layout.domains)
+        per_domain = layout.experts * (2 if bias_correction else 1) + 1
+        return torch.zeros(layout.layers * layout.domains * per_domain + 1, dtype=torch.float64, device=layout.device)
 
     def sum_segments(
         self, sums: Tensor, counts: Tensor, labels: Optional[Tensor], problem: Optional[Exception]
@@ -207,35 +192,40 @@ class Ranks:
                 self._num_segments = next(iter(numbers.values()))
                 sums, counts = self.stand_in_segments()
         self._num_segments = counts.shape[0]
-        (sums, counts), problem = self._start(self.sequence_group, (sums, counts), problem)()
-        return sums, counts, problem
+        if self.sequence_group is None:
+            return sums, counts, problem
+        packed = torch.cat([sums.reshape(-1), counts, counts.new_zeros(1)])
+        packed, problem = self._start_sum(self.sequence_group, packed, problem)()
+        return packed[: sums.numel()].view_as(sums), packed[sums.numel() : -1], problem
 
     def start_moments(
-        self, moments: Tuple[Tensor, Tensor, Tensor], problem: Optional[Exception]
-    ) -> Callable[[], Tuple[tuple, Optional[Exception]]]:
-        """Starts to add domain moments (sums, squares, counts) over `group`.
+        self, moments: Tensor, problem: Optional[Exception]
+    ) -> Callable[[], Tuple[Tensor, Optional[Exception]]]:
+        """Starts to add packed domain moments over `group`.
 
         Returns a function that waits for them; NaN, and a problem, where a rank of the group failed.
         """
-        return self._start(self.group, moments, problem)
+        return self._start_sum(self.group, moments, problem)
 
-    def _start(
-        self, group, parts: tuple, problem: Optional[Exception]
-    ) -> Callable[[], Tuple[tuple, Optional[Exception]]]:
+    def _start_sum(
+        self, group, numbers: Tensor, problem: Optional[Exception]
+    ) -> Callable[[], Tuple[Tensor, Optional[Exception]]]:
+        """Starts to add up numbers [N] over a group. The last one is 0, and becomes how many ranks failed; NaN is the part of those."""
         if group is None:
-            return lambda: (parts, problem)
-        total = _start_sum(parts, problem is not None, group.group_name)
-        return lambda: self._finish(group, total, parts, problem)
+            return lambda: (numbers, problem)
+        if problem is not None:
+            numbers = torch.full_like(numbers, float("nan"))
+            numbers[-1] = 1
+        total = torch.ops._c10d_functional.all_reduce(numbers, "sum", group.group_name)
+        return lambda: self._finish_sum(group, total, problem)
 
-    def _finish(
-        self, group, total: Tensor, parts: tuple, problem: Optional[Exception]
-    ) -> Tuple[tuple, Optional[Exception]]:
-        totals, failures = _finish_sum(total, parts)
-        if reads_values(failures) and failures.item() > 0:
+    def _finish_sum(self, group, total: Tensor, problem: Optional[Exception]) -> Tuple[Tensor, Optional[Exception]]:
+        total = torch.ops._c10d_functional.wait_tensor(total)
+        if reads_values(total) and total[-1].item() > 0:
             for rank, sentence in self._gather(group, None if problem is None else str(problem)):
                 if problem is None and sentence is not None:
                     problem = RuntimeError(f"edl::parallel: rank {rank} failed: {sentence}")
-        return totals, problem
+        return total, problem
 
 
 def reads_values(tensor: Tensor) -> bool:

@@ -1,9 +1,11 @@
 // token → loss as one step of autograd. The gradient of the loss to the segment sums is known with the loss, so backward
 // only scales it and spreads it over the tokens. Where ranks or micro-batches hold parts of the batch, the moments are
 // theirs together: each differentiates the part that it put in. Small batches are bound by the number of operators.
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -42,6 +44,13 @@ struct LossAndGradient {
   at::Tensor grad_segments; // [..., S, E]; undefined unless asked for
 };
 
+bool is_by_token(std::string_view sequence_reduction) {
+  EDL_CHECK(
+      sequence_reduction == "token" || sequence_reduction == "sequence", kOp,
+      ": sequence_reduction must be 'sequence' or 'token' (got '", sequence_reduction, "')");
+  return sequence_reduction == "token";
+}
+
 Options parse_options(
     std::string_view scores,
     std::string_view sequence_reduction,
@@ -49,10 +58,7 @@ Options parse_options(
     std::string_view pair_reduction,
     bool bias_correction,
     std::string_view layer_reduction) {
-  const bool by_token = sequence_reduction == "token";
-  EDL_CHECK(
-      by_token || sequence_reduction == "sequence", kOp, ": sequence_reduction must be 'sequence' or 'token' (got '",
-      sequence_reduction, "')");
+  const bool by_token = is_by_token(sequence_reduction);
   EDL_CHECK(
       layer_reduction == "mean" || layer_reduction == "sum" || layer_reduction == "none", kOp,
       ": layer_reduction must be 'mean', 'sum' or 'none' (got '", layer_reduction, "')");
@@ -66,6 +72,11 @@ void check_layers(at::TensorList layers) {
   EDL_CHECK(!layers.empty(), kOp, ": layers must hold at least one tensor (got an empty list)");
 }
 
+// [T, E] from [T, E] or [B, S_len, E].
+at::Tensor as_rows(const at::Tensor& routing) {
+  return routing.dim() == 3 ? routing.flatten(0, 1) : routing;
+}
+
 // to() is not called where there is nothing to convert: below autograd no operator may return its input.
 at::Tensor in_type(const at::Tensor& x, at::ScalarType type) {
   return x.scalar_type() == type ? x : x.to(type);
@@ -76,7 +87,7 @@ SegmentSums sum_segments(
   std::vector<at::Tensor> layer_sums;
   at::Tensor counts;
   for (const at::Tensor& routing : layers) {
-    auto [sums, layer_counts] = aggregate_routing(routing, segment_ids, num_segments, scores);
+    auto [sums, layer_counts] = aggregate_routing(as_rows(routing), segment_ids, num_segments, scores);
     layer_sums.push_back(sums);
     counts = layer_counts;
   }
@@ -84,8 +95,8 @@ SegmentSums sum_segments(
 }
 
 Moments moments_of(
-    const SegmentSums& segments, const at::Tensor& labels, c10::SymInt num_domains, const Options& options) {
-  if (options.by_token) {
+    const SegmentSums& segments, const at::Tensor& labels, c10::SymInt num_domains, bool by_token, bool squares) {
+  if (by_token) {
     EDL_CHECK(
         segments.counts.sym_size(0) == num_domains, kOp,
         ": with sequence_reduction = 'token' the segments are the domains (got ", segments.counts.sym_size(0),
@@ -96,9 +107,9 @@ Moments moments_of(
         sums, at::empty({0}, sums.options()),
         in_type(segments.counts, at::kDouble).expand_symint(shape.slice(0, shape.size() - 1))};
   }
-  auto [sums, squares, counts] =
-      domain_moments(segments.sums, segments.counts, labels, std::move(num_domains), options.bias_correction);
-  return {sums, squares, counts};
+  auto [sums, squared, counts] =
+      domain_moments(segments.sums, segments.counts, labels, std::move(num_domains), squares);
+  return {sums, squared, counts};
 }
 
 // The loss of `moments`, and what these segments, a part of them, have of its gradient.
@@ -169,9 +180,11 @@ struct ExpertDivergenceLossFunction : torch::autograd::Function<ExpertDivergence
     torch::autograd::variable_list gradients(num_layers + kInputsBehindLayers);
     for (size_t l = 0; l < num_layers; ++l) {
       if (context->needs_input_grad(l)) {
+        const at::Tensor& routing = saved[l + 2];
         gradients[l] = aggregate_routing_backward(
-            grad_segments.dim() == 2 ? grad_segments : grad_segments.select(0, static_cast<int64_t>(l)), saved[l + 2],
-            saved[1], scores);
+                           grad_segments.dim() == 2 ? grad_segments : grad_segments.select(0, static_cast<int64_t>(l)),
+                           as_rows(routing), saved[1], scores)
+                           .view_symint(routing.sym_sizes());
       }
     }
     return gradients;
@@ -219,7 +232,8 @@ at::Tensor expert_divergence_loss(
   check_domain_moments_inputs_without_gradient(segment_ids, labels);
   return differentiable_loss(layers, segment_ids, scores, /*gradient_scale=*/1.0, [&](bool with_gradient) {
     const SegmentSums segments = sum_segments(layers, segment_ids, num_segments, scores);
-    return loss_of(moments_of(segments, labels, num_domains, options), segments, labels, options, with_gradient);
+    const Moments moments = moments_of(segments, labels, num_domains, options.by_token, options.bias_correction);
+    return loss_of(moments, segments, labels, options, with_gradient);
   });
 }
 
@@ -232,6 +246,40 @@ std::tuple<at::Tensor, at::Tensor> segment_sums(
   return {layers.size() == 1 ? segments.sums.unsqueeze(0) : segments.sums, segments.counts};
 }
 
+// Domain moments of all layers, without a gradient, as one row of numbers for ranks and micro-batches to add up: sums
+// [L, D, E], squares [L, D, E] with bias correction, counts [L, D], and a last one of the caller's, 0.
+at::Tensor packed_moments(
+    const at::Tensor& sums, //   [L, S, E]
+    const at::Tensor& counts, // [S]
+    const at::Tensor& labels, // [S] or [S, D]
+    c10::SymInt num_domains,
+    std::string_view sequence_reduction,
+    bool bias_correction) {
+  const bool by_token = is_by_token(sequence_reduction);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Moments moments = moments_of({sums, counts}, labels, std::move(num_domains), by_token, bias_correction);
+  return at::cat(
+      {moments.sums.reshape(-1), moments.squares.reshape(-1), moments.counts.reshape(-1),
+       at::zeros({1}, moments.sums.options())});
+}
+
+// Views of what packed_moments packs.
+Moments unpack_moments(
+    const at::Tensor& packed, const at::Tensor& segment_sums, const c10::SymInt& num_domains, bool with_squares) {
+  const c10::SymInt num_layers = segment_sums.sym_size(0), num_experts = segment_sums.sym_size(-1);
+  const c10::SymInt num_counts = num_layers * num_domains, num_sums = num_counts * num_experts;
+  const c10::SymInt num_squares = with_squares ? num_sums : c10::SymInt(0);
+  EDL_CHECK(
+      packed.dim() == 1 && packed.sym_size(0) == num_sums + num_squares + num_counts + 1, kOp,
+      ": moments must be a row of ", num_sums + num_squares + num_counts + 1, " numbers (got ", packed.sym_sizes(),
+      ")");
+  const c10::SymDimVector shape = {num_layers, num_domains, num_experts};
+  const at::Tensor squares = packed.narrow_symint(0, num_sums, num_squares);
+  return {
+      packed.narrow_symint(0, 0, num_sums).view_symint(shape), with_squares ? squares.view_symint(shape) : squares,
+      packed.narrow_symint(0, num_sums + num_squares, num_counts).view_symint({num_layers, num_domains})};
+}
+
 // The loss of moments to which these layers' segments belong; the gradient is multiplied by `gradient_scale`.
 at::Tensor expert_divergence_of_moments(
     at::TensorList layers, //         L times [T, E]
@@ -239,9 +287,8 @@ at::Tensor expert_divergence_of_moments(
     const at::Tensor& sums, //        [L, S, E], with the parts of other ranks
     const at::Tensor& counts, //      [S]
     const at::Tensor& labels, //      [S] or [S, D]
-    const at::Tensor& total_sums, //  [L, D, E]
-    const at::Tensor& total_squares,
-    const at::Tensor& total_counts, // [L, D]
+    const at::Tensor& moments, //     as packed_moments packs them
+    c10::SymInt num_domains,
     std::string_view scores,
     std::string_view sequence_reduction,
     double eps,
@@ -254,7 +301,8 @@ at::Tensor expert_divergence_of_moments(
   check_layers(layers);
   check_domain_moments_inputs_without_gradient(segment_ids, labels);
   return differentiable_loss(layers, segment_ids, scores, gradient_scale, [&](bool with_gradient) {
-    return loss_of({total_sums, total_squares, total_counts}, {sums, counts}, labels, options, with_gradient);
+    return loss_of(
+        unpack_moments(moments, sums, num_domains, bias_correction), {sums, counts}, labels, options, with_gradient);
   });
 }
 
@@ -270,15 +318,19 @@ TORCH_LIBRARY_FRAGMENT(edl, m) {
       "_segment_sums(Tensor[] layers, Tensor segment_ids, SymInt num_segments, str scores) -> (Tensor sums, Tensor "
       "counts)");
   m.def(
+      "_packed_moments(Tensor sums, Tensor counts, Tensor labels, SymInt num_domains, str sequence_reduction, bool "
+      "bias_correction) -> Tensor");
+  m.def(
       "_expert_divergence_of_moments(Tensor[] layers, Tensor segment_ids, Tensor sums, Tensor counts, Tensor labels, "
-      "Tensor total_sums, Tensor total_squares, Tensor total_counts, str scores, str sequence_reduction, float eps, "
-      "str pair_reduction, bool bias_correction, str layer_reduction, float gradient_scale) -> Tensor");
+      "Tensor moments, SymInt num_domains, str scores, str sequence_reduction, float eps, str pair_reduction, "
+      "bool bias_correction, str layer_reduction, float gradient_scale) -> Tensor");
 }
 
 // Made of operators: no kernel of its own on any device.
 TORCH_LIBRARY_IMPL(edl, CompositeImplicitAutograd, m) {
   m.impl("_expert_divergence_loss", edl::expert_divergence_loss);
   m.impl("_segment_sums", edl::segment_sums);
+  m.impl("_packed_moments", edl::packed_moments);
   m.impl("_expert_divergence_of_moments", edl::expert_divergence_of_moments);
 }
 
@@ -286,5 +338,6 @@ TORCH_LIBRARY_IMPL(edl, CompositeImplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(edl, FuncTorchBatchedDecomposition, m) {
   m.impl("_expert_divergence_loss", edl::expert_divergence_loss);
   m.impl("_segment_sums", edl::segment_sums);
+  m.impl("_packed_moments", edl::packed_moments);
   m.impl("_expert_divergence_of_moments", edl::expert_divergence_of_moments);
 }

@@ -65,7 +65,7 @@ FORMS = {
 
 
 def differentiate(function, given):
-    layers = [layer.clone().requires_grad_(True) for layer in given[0]]
+    layers = [layer.detach().requires_grad_(True) for layer in given[0]]
     loss = function(layers, *given[1:])
     weights = torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype).view_as(loss)
     return loss.detach(), torch.autograd.grad(loss, layers, weights)
@@ -89,9 +89,43 @@ def of_moments(
 ):
     """In the steps between which ranks and micro-batches add their parts; the gradient doubled."""
     sums, counts = torch.ops.edl._segment_sums(layers, ids, num_segments, scores)
-    moments = moments_of(sums, counts, labels, num_domains, sequence_reduction, corrected)
+    moments = torch.ops.edl._packed_moments(sums, counts, labels, num_domains, sequence_reduction, corrected)
     options = scores, sequence_reduction, eps, pairs, corrected, layer_reduction, 2.0
-    return OF_MOMENTS(layers, ids, sums, counts, labels, *moments, *options)
+    return OF_MOMENTS(layers, ids, sums, counts, labels, moments, num_domains, *options)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_packed_moments_are_those_of_the_operators(form):
+    layers, ids, num_segments, labels, num_domains, scores, reduction, _, _, corrected, _ = arguments(**form)
+    sums, counts = torch.ops.edl._segment_sums(layers, ids, num_segments, scores)
+    expected = [part.reshape(-1) for part in moments_of(sums, counts, labels, num_domains, reduction, corrected)]
+    packed = torch.ops.edl._packed_moments(sums, counts, labels, num_domains, reduction, corrected)
+    assert packed.dtype == torch.float64
+    assert packed.equal(torch.cat([*expected, torch.zeros(1, dtype=torch.float64)]))
+
+
+def test_moments_of_another_size_are_refused():
+    layers, ids, num_segments, labels, num_domains, scores, *options = arguments()
+    sums, counts = torch.ops.edl._segment_sums(layers, ids, num_segments, scores)
+    with pytest.raises(ValueError, match=r"moments must be a row of 49 numbers \(got \[48\]\)"):
+        OF_MOMENTS(layers, ids, sums, counts, labels, torch.zeros(48).double(), num_domains, scores, *options, 1.0)
+
+
+@pytest.mark.parametrize("function", [LOSS, of_moments], ids=["loss", "of-moments"])
+@pytest.mark.parametrize("strides", ["contiguous", "sequence-first", "wider"])
+def test_routing_of_a_batch_is_its_rows(function, strides):
+    given = arguments()
+    rows = [layer.view(5, 12, EXPERTS) for layer in given[0]]
+    if strides == "sequence-first":
+        batch = [layer.transpose(0, 1).contiguous().transpose(0, 1) for layer in rows]
+    elif strides == "wider":
+        batch = [torch.full((5, 12, EXPERTS + 3), torch.nan).double()[..., 1:-2].copy_(layer) for layer in rows]
+    else:
+        batch = rows
+    loss, grads = differentiate(function, given)
+    actual, batch_grads = differentiate(function, [batch, *given[1:]])
+    assert actual.equal(loss)
+    assert all(grad.equal(rows.view(5, 12, EXPERTS)) for grad, rows in zip(batch_grads, grads, strict=True))
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

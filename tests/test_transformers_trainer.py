@@ -231,6 +231,23 @@ def test_a_domain_per_micro_batch_is_compared_with_the_others(tmp_path):
     assert_steps(difference, [by_hand[1]])
 
 
+@pytest.mark.parametrize("saves", [True, False], ids=["everything", "only-the-model"])
+def test_a_resumed_training_goes_on_with_its_memory(tmp_path, saves):
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "steps"}
+    args = arguments(tmp_path, **options, save_steps=2, save_only_model=not saves)
+    whole = train(EDTrainer, args)
+    resumed = EDTrainer(
+        seeded_model(), args, train_dataset=make_dataset(), callbacks=[rest := Gradients()], num_domains=D, beta=BETA
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (tmp_path / "checkpoint-2" / "domain_memory.pt").exists() == saves
+    if saves:
+        assert_steps(rest.steps, whole.gradients[2:])
+    else:  # a memory that begins anew tells
+        with pytest.raises(AssertionError):
+            assert_steps(rest.steps, whole.gradients[2:])
+
+
 # ---- several processes ----
 
 

@@ -1,6 +1,7 @@
 """The Expert Divergence loss in transformers' `Trainer`."""
 
 import contextlib
+import os
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 
 from edl.integrations.transformers.capture import attach
 from edl.memory import DomainMemory
+
+_MEMORY_NAME = "domain_memory.pt"  # beside optimizer.pt
 
 
 def _document_boundaries(position_ids: Tensor) -> Tensor:
@@ -31,7 +34,7 @@ class EDTrainerMixin:
     `num_items_in_batch` or `average_tokens_across_devices` do to the language-model loss. Over several processes the
     loss is that of their union (`group`). Under gradient accumulation each micro-batch is compared with those before it
     (`edl.DomainMemory`, which also carries moments over steps), an approximation to the gradient of the whole batch;
-    `two_passes` gives that gradient exactly.
+    `two_passes` gives that gradient exactly. The memory is part of the checkpoints that training can be resumed from.
 
     What is logged as `loss` includes it; `expert_divergence_loss` is logged beside it, without beta, as the mean over
     the micro-batches since the last log.
@@ -159,6 +162,19 @@ class EDTrainerMixin:
             counts_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             is_scaled = counts_items or self.compute_loss_func is not None
         return self.current_gradient_accumulation_steps if is_scaled else 1
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        memory = self.expert_divergence.divergence.memory
+        if memory is not None and self.args.should_save:  # all ranks hold the same
+            torch.save(memory.state_dict(), os.path.join(output_dir, _MEMORY_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Optional[str]) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        memory = self.expert_divergence.divergence.memory
+        path = None if checkpoint is None else os.path.join(checkpoint, _MEMORY_NAME)
+        if memory is not None and path is not None and os.path.exists(path):
+            memory.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     def prediction_step(self, model: nn.Module, inputs: Dict[str, Any], *args: Any, **kwargs: Any):
         inputs = {name: value for name, value in inputs.items() if name != "domain_ids"}

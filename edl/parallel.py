@@ -36,6 +36,11 @@ def process_group(name: str, group) -> Optional["dist.ProcessGroup"]:
     return group
 
 
+def _with_others(group: Optional["dist.ProcessGroup"]) -> Optional["dist.ProcessGroup"]:
+    """A group of several ranks; None where this rank is alone in it, and there is nothing to add."""
+    return None if group is None or dist.get_world_size(group) == 1 else group
+
+
 class Layout(NamedTuple):
     """What all ranks must agree on; segments may differ in number between ranks of `group`, and from call to call."""
 
@@ -65,6 +70,7 @@ class Ranks:
         self.group = process_group("group", group)
         self.averaging_ranks = self._averaging_ranks(averaging_ranks)
         self._check_disjoint()
+        self.sequence_group, self.group = _with_others(self.sequence_group), _with_others(self.group)
         self._layout: Optional[Layout] = None
         self._num_segments = 0
 

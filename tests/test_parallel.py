@@ -344,6 +344,14 @@ def test_all_layers_of_a_slice_travel_in_one_all_reduce_behind_a_comparison_of_t
         assert len(comparison) == 2 and max(comparison) < 200  # the length of an object, and its bytes
 
 
+def test_a_rank_alone_in_its_groups_sends_nothing(group_of_one):
+    divergence = edl.ExpertDivergenceLoss(D, group=group_of_one, sequence_group=group_of_one, averaging_ranks=1)
+    with Collectives() as collectives:
+        loss = divergence(LOGITS, LABELS)
+    assert collectives.names == []
+    assert loss.equal(edl.ExpertDivergenceLoss(D)(LOGITS, LABELS))
+
+
 def begin_and_finish() -> tuple[list[str], list[str], bool]:
     """What two losses that are begun, and finished later, do with other ranks; whether they are those of two calls."""
     divergence = edl.ExpertDivergenceLoss(D, group=dist.group.WORLD)

@@ -7,13 +7,15 @@ those of one tensor [E, ...] whatever R is, and the norm of a gradient cannot si
 takes the local shards.
 """
 
-from typing import Dict, List, Optional, Tuple, Union
+import contextlib
+from typing import Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from edl import ops
+from edl.parallel import gather
 
 
 def as_mesh(group: Union["dist.ProcessGroup", "dist.DeviceMesh"], device: torch.device) -> "dist.DeviceMesh":
@@ -131,13 +133,39 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.apply(grad, ctx.from_ranks, ctx.to_ranks, ctx.group), None, None, None
 
 
-def _exchange_counts(offsets: Tensor, group: "dist.ProcessGroup", size: int) -> Tuple[Tensor, List[int], List[int]]:
-    """What arrives here, by rank and expert [E], and the number of rows to and from each rank: the one host read."""
-    sent = offsets[1:] - offsets[:-1]
+def _exchange_counts(
+    sent: Tensor, mesh: "dist.DeviceMesh", problem: Optional[Exception] = None
+) -> Tuple[Tensor, List[int], List[int]]:
+    """What arrives here, by rank and expert [E], and the number of rows to and from each rank: the one host read.
+
+    A rank with a problem sends counts below 0, so that all learn of it and none waits for its rows.
+    """
+    group = mesh.get_group()
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
-    to_ranks, from_ranks = torch.stack([sent, received]).view(2, size, -1).sum(dim=2).tolist()
+    to_ranks, from_ranks = torch.stack([sent, received]).view(2, mesh.size(), -1).sum(dim=2).tolist()
+    if not torch.compiler.is_compiling() and min(from_ranks) < 0:
+        for rank, sentence in gather(group, None if problem is None else str(problem)):
+            if problem is None and sentence is not None:
+                raise RuntimeError(f"edl::MoELayer: rank {rank} failed: {sentence}")
     return received, to_ranks, from_ranks
+
+
+@contextlib.contextmanager
+def reporting_failures(weight: Tensor, mesh: "dist.DeviceMesh") -> Iterator[None]:
+    """Around what a rank does before its exchange: an error inside is raised on all ranks, which would wait for it otherwise.
+
+    Args:
+        weight (DTensor[E, ...]): of the experts.
+        mesh (DeviceMesh): over which they are spread. (While compiling an error ends the compilation instead.)
+    """
+    try:
+        yield
+    except Exception as error:
+        if not torch.compiler.is_compiling():
+            failed = torch.full([weight.shape[0]], -1, dtype=torch.int32, device=weight.device)
+            _exchange_counts(failed, mesh, error)
+        raise
 
 
 def _sort_received(received: Tensor, num_rows: int, num_local: int) -> Tuple[Tensor, Tensor]:
@@ -151,7 +179,7 @@ def _as_experts_take(tokens: Tensor, weight: Tensor) -> Tensor:
     device_type = tokens.device.type
     if torch.is_autocast_enabled(device_type):
         return tokens if tokens.dtype == torch.float64 else tokens.to(torch.get_autocast_dtype(device_type))
-    if tokens.dtype != weight.dtype:  # found before the exchange, so that no other rank waits for it
+    if tokens.dtype != weight.dtype:
         raise ValueError(
             f"edl::MoELayer: hidden must have the type of the experts, {weight.dtype} (got {tokens.dtype})"
         )
@@ -188,23 +216,25 @@ def expert_mlp(
     Raises:
         ValueError: another type of tokens than of experts, weights that are sharded further, a call under torch.export, or under
             torch.compile on torch 2.11.
+        RuntimeError: another rank failed before the exchange.
     """
-    # Also true while torch 2.11 compiles, which would lose what the exchange receives and give wrong numbers.
-    if torch.compiler.is_exporting():
-        raise ValueError(
-            "edl::MoELayer: a layer with expert_group cannot be exported, nor compiled on torch 2.11 (got a call under "
-            "torch.export or torch.compile)"
-        )
+    num_local = gate_up.shape[0] // mesh.size()
+    with reporting_failures(gate_up, mesh):
+        # Also true while torch 2.11 compiles, which would lose what the exchange receives and give wrong numbers.
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "edl::MoELayer: a layer with expert_group cannot be exported, nor compiled on torch 2.11 (got a call under "
+                "torch.export or torch.compile)"
+            )
+        gate_up, down = gate_up.to_local(), down.to_local()
+        if gate_up.shape[0] != num_local:
+            raise ValueError(
+                f"edl::MoELayer: this rank must hold {num_local} experts, FSDP2 gathers them where the module is called and not "
+                f"its forward (got {gate_up.shape[0]})"
+            )
+        tokens = _as_experts_take(tokens, gate_up)
     group = mesh.get_group()
-    gate_up, down = gate_up.to_local(), down.to_local()
-    num_local = (offsets.shape[0] - 1) // mesh.size()
-    if gate_up.shape[0] != num_local:
-        raise ValueError(
-            f"edl::MoELayer: this rank must hold {num_local} experts, FSDP2 gathers them where the module is called and not "
-            f"its forward (got {gate_up.shape[0]})"
-        )
-    tokens = _as_experts_take(tokens, gate_up)
-    received, to_ranks, from_ranks = _exchange_counts(offsets, group, mesh.size())
+    received, to_ranks, from_ranks = _exchange_counts(offsets[1:] - offsets[:-1], mesh)
     rows = ops.dispatch_tokens(tokens, row_order, weights.shape[1])
     rows = _AllToAll.apply(rows, to_ranks, from_ranks, group)
     local_order, local_offsets = _sort_received(received, rows.shape[0], num_local)

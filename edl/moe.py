@@ -1,7 +1,7 @@
 """A Mixture-of-Experts feed-forward layer on the operators of edl."""
 
 import math
-from typing import Final, NamedTuple, Optional, Union
+from typing import Final, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -251,18 +251,8 @@ class MoELayer(nn.Module):
             self.expert_bias = moved.float() if bias.is_meta else bias.to(moved.device)
         return self
 
-    def forward(self, hidden: Tensor):
-        """Runs the layer.
-
-        Args:
-            hidden (Tensor[..., H]): the tokens, T in all.
-
-        Returns:
-            output (Tensor[..., H]), and the `Routing` of the T tokens unless `return_routing` is False.
-
-        Raises:
-            ValueError: a last dimension other than H, a type other than that of the experts, or a DTensor.
-        """
+    def _route(self, hidden: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Tokens [T, H], their logits [T, E], weights [T, K] and experts [T, K], and the order of their rows by expert."""
         if not torch.jit.is_scripting():
             ops._refuse_dtensor("MoELayer", hidden)
         if hidden.shape[-1] != self.hidden_size:
@@ -275,9 +265,27 @@ class MoELayer(nn.Module):
             logits, self.top_k, self.scores, self.expert_bias, self.normalize_top_k, self.routed_scaling_factor
         )
         row_order, offsets = ops.sort_by_expert(experts, self.num_experts)
+        return tokens, logits, weights, experts, row_order, offsets
+
+    def forward(self, hidden: Tensor):
+        """Runs the layer.
+
+        Args:
+            hidden (Tensor[..., H]): the tokens, T in all.
+
+        Returns:
+            output (Tensor[..., H]), and the `Routing` of the T tokens unless `return_routing` is False.
+
+        Raises:
+            ValueError: a last dimension other than H, a type other than that of the experts, or a DTensor.
+            RuntimeError: with `expert_group`, an error on another rank before the exchange.
+        """
         if self.expert_mesh is None:
+            tokens, logits, weights, experts, row_order, offsets = self._route(hidden)
             output = ops.expert_mlp(tokens, weights, row_order, offsets, self.gate_up_proj, self.down_proj)
         else:
+            with expert_parallel.reporting_failures(self.gate_up_proj, self.expert_mesh):
+                tokens, logits, weights, experts, row_order, offsets = self._route(hidden)
             output = expert_parallel.expert_mlp(
                 tokens, weights, row_order, offsets, self.gate_up_proj, self.down_proj, self.expert_mesh
             )

@@ -41,6 +41,15 @@ def _with_others(group: Optional["dist.ProcessGroup"]) -> Optional["dist.Process
     return None if group is None or dist.get_world_size(group) == 1 else group
 
 
+def gather(group: Optional["dist.ProcessGroup"], item: object) -> List[Tuple[int, object]]:
+    """(rank, item) of every rank of a group; of no group nothing."""
+    if group is None:
+        return []
+    items: List[object] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(items, item, group=group)
+    return list(zip(dist.get_process_group_ranks(group), items))
+
+
 class Layout(NamedTuple):
     """What all ranks must agree on; segments may differ in number between ranks of `group`, and from call to call."""
 
@@ -102,14 +111,6 @@ class Ranks:
                 f"(got ranks {sorted(shared)} in both)"
             )
 
-    def _gather(self, group, item: object) -> List[Tuple[int, object]]:
-        """(rank, item) of every rank of a group."""
-        if group is None:
-            return []
-        items: List[object] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(items, item, group=group)
-        return list(zip(dist.get_process_group_ranks(group), items))
-
     def compares_values(self, tensor: Tensor) -> bool:
         """Whether wrong values are looked for before segments are summed."""
         return self.sequence_group is not None and reads_values(tensor)
@@ -142,7 +143,7 @@ class Ranks:
             return problem
         # What the first exchange finds travels in the second, so that every rank of every group learns it.
         for group in (self.sequence_group, self.group):
-            for rank, (sentence, other) in self._gather(group, (None if problem is None else str(problem), layout)):
+            for rank, (sentence, other) in gather(group, (None if problem is None else str(problem), layout)):
                 if problem is not None or rank == dist.get_rank():
                     continue
                 if sentence is not None:
@@ -178,9 +179,7 @@ class Ranks:
         if self.sequence_group is not None and reads_values(counts):
             # A collective of different sizes may end the process; other labels would be a wrong loss without a word.
             own = None if problem is not None else (counts.shape[0], zlib.crc32(repr(labels.tolist()).encode()))
-            given = {
-                rank: segments for rank, segments in self._gather(self.sequence_group, own) if segments is not None
-            }
+            given = {rank: segments for rank, segments in gather(self.sequence_group, own) if segments is not None}
             numbers = {rank: number for rank, (number, _) in given.items()}
             if len(set(given.values())) > 1 and problem is None:
                 got = (
@@ -228,7 +227,7 @@ class Ranks:
     def _finish_sum(self, group, total: Tensor, problem: Optional[Exception]) -> Tuple[Tensor, Optional[Exception]]:
         total = torch.ops._c10d_functional.wait_tensor(total)
         if reads_values(total) and total[-1].item() > 0:
-            for rank, sentence in self._gather(group, None if problem is None else str(problem)):
+            for rank, sentence in gather(group, None if problem is None else str(problem)):
                 if problem is None and sentence is not None:
                     problem = RuntimeError(f"edl::parallel: rank {rank} failed: {sentence}")
         return total, problem

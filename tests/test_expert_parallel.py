@@ -244,6 +244,31 @@ def refusals(rank, folder):
     assert "expert_group of 2 ranks" in repr(spread) and "expert_group" not in repr(one)
 
 
+def others_hear_of_a_failure(rank, folder):
+    one, spread = make_layers(6, 2, dist.group.WORLD, dtype=torch.float64)
+    tokens = torch.randn(4, H, dtype=torch.float64)
+    dist.broadcast(tokens, 0)
+    wrong = {
+        "hidden must end in 16, the hidden size (got 15)": tokens[:, 1:],
+        "hidden must have the type of the experts, torch.float64 (got torch.float32)": tokens.float(),
+    }
+    for failing in (0, 1):
+        for sentence, given in wrong.items():
+            kind, prefix = (
+                (ValueError, "") if rank == failing else (RuntimeError, f"edl::MoELayer: rank {failing} failed: ")
+            )
+            with pytest.raises(kind) as error:
+                spread(given if rank == failing else tokens)
+            assert str(error.value) == f"{prefix}edl::MoELayer: {sentence}"
+    with pytest.raises(RuntimeError, match="out of memory" if rank == 0 else "rank 0 failed: out of memory"):
+        with expert_parallel.reporting_failures(spread.gate_up_proj, spread.expert_mesh):
+            if rank == 0:
+                raise RuntimeError("out of memory")
+        spread(tokens)
+    # and all go on together
+    assert_close(spread(tokens)[0], one(tokens)[0], tolerance(torch.float64, H * I))
+
+
 # ---- on four ranks ----
 
 
@@ -416,6 +441,7 @@ ON_TWO = [
     checkpointing_gives_the_same_gradients,
     takes_the_state_of_one_process_and_gives_it_back,
     refusals,
+    others_hear_of_a_failure,
 ]
 ON_FOUR = [fsdp2, fsdp2_by_hand, ddp, divergence_over_all_ranks, ddp_around_the_layer_alone, checkpoints]
 

@@ -28,6 +28,9 @@ def attach_of_0_19():
 
     from edl.integrations.megatron import router
 
+    if router._attach_multiplies_by_group():
+        yield
+        return
     attach = TopKRouter.attach_and_log_load_balancing_loss
 
     def newer(self, activation, *args, valid_token_count=None):
@@ -47,6 +50,7 @@ def enable() -> None:
     from megatron.core.transformer.moe import moe_utils
 
     torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.current_stream = lambda device=None: torch.cpu.current_stream()
     for name in ("empty", "tensor", "zeros"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     moe_utils.te_general_gemm = None

@@ -96,6 +96,12 @@ def divergences():
     return small_gpt.reference_gradients(small_gpt.make_step())[1]
 
 
+def _moe_of(layer):
+    """The part of a layer's spec that names the router; behind a partial from megatron-core 0.17 on."""
+    mlp = layer.submodules.mlp
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+
+
 def specs():
     """Claims about patched specs, by sentence."""
     import small_gpt
@@ -117,21 +123,21 @@ def specs():
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
     layer, dense = get_gpt_layer_local_spec(num_experts=4), get_gpt_layer_local_spec()
     mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=False)
-    newer = functools.partial(MoELayer, submodules=MoESubmodules())  # the form of newer versions
+    newer = functools.partial(MoELayer, submodules=MoESubmodules(experts=None))  # the form of newer versions
 
     class OwnRouter(TopKRouter):
         pass
 
     own = copy.deepcopy(layer)
-    own.submodules.mlp.submodules.router = OwnRouter
-    own_router = patch(own).submodules.mlp.submodules.router.func
+    _moe_of(own).router = OwnRouter
+    own_router = _moe_of(patch(own)).router.func
     other = copy.deepcopy(layer)
-    other.submodules.mlp.submodules.router = lambda **kwargs: None
+    _moe_of(other).router = lambda **kwargs: None
 
     def function(config, vp_stage=None):
         return block
 
-    router = lambda spec: spec.submodules.mlp.submodules.router  # noqa: E731
+    router = lambda spec: _moe_of(spec).router  # noqa: E731
     claims = {
         "blocks": all(router(x).func is EDTopKRouter for x in patch(block).layer_specs),
         "layers": router(patch(layer)).func is EDTopKRouter,

@@ -267,12 +267,6 @@ class RecordingRouter(TopKRouter):
         return super().routing(logits, padding_mask=padding_mask)
 
 
-def _recording(spec):
-    for layer in spec.layer_specs:
-        layer.submodules.mlp.submodules.router = RecordingRouter
-    return spec
-
-
 def _tokens_for_oracle(step: Step, m: int) -> list:
     """(sequence, domain) of every router row s·B + b, None where it does not count."""
     tokens = []
@@ -302,7 +296,10 @@ def reference_gradients(
 ) -> tuple[dict[str, Tensor], list[list[float]]]:
     """Gradients by name of the step's loss, and the divergence losses by micro-batch and layer."""
     attention = GatheredAttention if step.cu_seqlens is not None else None
-    model = build(make_config(**changes), _recording, attention)
+    model = build(make_config(**changes), None, attention)
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.__class__ = RecordingRouter
     Layout.current = (torch.arange(LENGTH), step.cu_seqlens)
     earlier: list[tuple[list[Tensor], list]] = []
     values, totals, weights = [], [], []

@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_utils
 
 try:
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker  # from 0.18 on
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, get_moe_metrics_tracker  # from 0.18 on
 except ImportError:
     get_moe_metrics_tracker = None
 
@@ -19,15 +19,16 @@ def report_divergence() -> None:
     """Adds the loss to what the log of this process shows; called again, it changes nothing."""
     if get_moe_metrics_tracker is not None:
         tracker = get_moe_metrics_tracker()
-        tracker.report = _naming_divergence(tracker.report)
+        tracker.report = _naming_divergence(tracker)
     else:
         moe_utils.reduce_aux_losses_tracker_across_ranks = _reducing_divergence(
             moe_utils.reduce_aux_losses_tracker_across_ranks
         )
 
 
-def _naming_divergence(report: Callable) -> Callable:
-    """`MoEMetricsTracker.report` that also names the loss."""
+def _naming_divergence(tracker: "MoEMetricsTracker") -> Callable:
+    """`tracker.report` that also names the loss."""
+    report = tracker.report
     if hasattr(report, "names_divergence"):
         return report
 
@@ -35,6 +36,9 @@ def _naming_divergence(report: Callable) -> Callable:
     def naming(*args, track_names=None, **kwargs):
         if track_names is not None and NAME not in track_names:
             track_names = [*([track_names] if isinstance(track_names, str) else track_names), NAME]
+            num_layers = kwargs.get("num_layers")
+            if num_layers is not None:  # a stage without MoE layer has none yet, and would keep the others waiting
+                tracker.ensure_initialized(NAME, num_layers + (kwargs.get("mtp_num_layers") or 0))
         return report(*args, track_names=track_names, **kwargs)
 
     naming.names_divergence = True

@@ -76,6 +76,10 @@ def _as_layers(router_logits: Union[Tensor, List[Tensor]]) -> List[Tensor]:
                     "edl::expert_divergence_loss: router_logits must be a tensor, or a list of tensors "
                     f"(got a list with {type(layer).__name__})"
                 )
+            if layer.layout != torch.strided:
+                raise ValueError(
+                    f"edl::expert_divergence_loss: router_logits must be dense (got layout {layer.layout})"
+                )
         ops._refuse_dtensor("expert_divergence_loss", *layers)
     _check_layers(layers)
     return layers
@@ -394,15 +398,18 @@ class ExpertDivergenceLoss(nn.Module):
         before = None if memory is None else memory.before_pass()
         with torch.no_grad():  # every rank differentiates its own part of the moments: backward needs no other rank
             sum_moments = memory is None or not memory.has_collected
-            layers, segments, sums, counts, wait = self._begin_moments(router_logits, segments_of, sum_moments)
-        micro_batches = 1.0
+            layers, segments, sums, counts, wait = self._begin_moments(
+                router_logits, segments_of, None if before is None else before.packed, sum_moments
+            )
         if memory is not None:  # micro-batches are carried in the order in which they begin
-            micro_batches = memory.gradient_scale(before)
             moments, problem = wait()
             if problem is None:
                 shape = (len(layers), self.num_domains, sums.shape[-1])
                 moments = memory.add(before, Moments(moments, shape, self.bias_correction)).packed
-            wait = lambda: (moments, problem)  # noqa: E731
+
+            def wait() -> Tuple[Tensor, Optional[Exception]]:
+                return moments, problem
+
         read = [] if segments is None else [*layers, segments.segment_ids, segments.labels]
         versions = _versions(read)
 
@@ -430,7 +437,8 @@ class ExpertDivergenceLoss(nn.Module):
                 self.pair_reduction,
                 self.bias_correction,
                 self.layer_reduction,
-                self._ranks.averaging_ranks * micro_batches,
+                float(self._ranks.averaging_ranks),
+                None if memory is None else moments[-1],
             )
 
         return finish
@@ -440,6 +448,7 @@ class ExpertDivergenceLoss(nn.Module):
         self,
         router_logits: Union[Tensor, List[Tensor]],
         segments_of: Callable[[Tensor], Segments],
+        carried: Optional[Tensor],
         sum_moments: bool,
     ) -> Tuple[List[Tensor], Optional[Segments], Tensor, Tensor, Callable[[], Tuple[Tensor, Optional[Exception]]]]:
         """Layers, their segments, the segments' sums [L, S, E] and counts [S], and a function that waits for the moments."""
@@ -462,12 +471,19 @@ class ExpertDivergenceLoss(nn.Module):
             if ranks.compares_values(counts) and self.sequence_reduction == "sequence":
                 # Labels are looked at with the domains; the ranks of sequence_group must hear of wrong ones before.
                 ops.domain_moments(torch.ones_like(counts).unsqueeze(1), counts, segments.labels, self.num_domains)
-            layout = Layout(
-                len(layers), self.num_domains, sums.shape[-1], sums.dtype, sums.device.type, self.extra_repr()
-            )
+            if not torch.compiler.is_compiling():
+                layout = Layout(
+                    len(layers),
+                    self.num_domains,
+                    sums.shape[-1],
+                    sums.dtype,
+                    sums.device.type,
+                    ranks.averaging_ranks,
+                    self.extra_repr(),
+                )
         except Exception as error:
             problem = error
-        problem = ranks.agree(layout, problem)
+        problem = ranks.agree(layout, carried, problem)
         labels = None if problem is not None else segments.labels
         if problem is not None:
             sums, counts = ranks.stand_in_segments()

@@ -12,7 +12,7 @@ from edl.scope import Scope, current_scope
 
 
 class Moments(NamedTuple):
-    """Domain moments of a loss over L layers, as one row of numbers."""
+    """Domain moments of a loss over L layers, as one row of numbers whose last says how many micro-batches they are worth."""
 
     packed: Tensor  # [N] float64
     shape: Tuple[int, int, int]  # L, D, E
@@ -22,14 +22,6 @@ class Moments(NamedTuple):
         return self._replace(packed=self.packed + other.packed)
 
 
-class Carried(NamedTuple):
-    """What a memory holds: moments (None = nothing yet), and how many micro-batches they are worth."""
-
-    moments: Optional[Moments]
-    micro_batches: float
-
-
-_NOTHING = Carried(None, 0.0)
 _optimizer_steps = 0
 
 
@@ -68,11 +60,11 @@ class DomainMemory(nn.Module):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"edl::DomainMemory: decay must be at least 0 and below 1 (got {decay})")
         self.decay = decay
-        self._carried = _NOTHING
+        self._carried: Optional[Moments] = None
         self._collecting = False
         self._collected = 0  # micro-batches of the first of two passes
         self._trained_on = 0  # micro-batches since the last step
-        self._before_pass: Dict[Scope, Carried] = {}  # what each forward pass found, for its replay
+        self._before_pass: Dict[Scope, Optional[Moments]] = {}  # what each forward pass found, for its replay
         self._optimizer_steps_seen = _optimizer_steps
         self._warned = False
         _watch_optimizers()
@@ -104,15 +96,12 @@ class DomainMemory(nn.Module):
             RuntimeError: after `collect()`, another number of micro-batches was trained on than collected.
         """
         collected, trained_on = self._collected, self._trained_on
-        moments, micro_batches = self._carried
+        carried = self._carried
         self._collected = self._trained_on = 0
         self._before_pass.clear()
         self._optimizer_steps_seen = _optimizer_steps
-        self._carried = (
-            _NOTHING
-            if moments is None or self.decay == 0
-            else Carried(moments._replace(packed=moments.packed * self.decay), micro_batches * self.decay)
-        )
+        forgets = carried is None or self.decay == 0
+        self._carried = None if forgets else carried._replace(packed=carried.packed * self.decay)
         if collected and collected != trained_on:
             raise RuntimeError(
                 f"edl::DomainMemory: the second pass must train on every micro-batch that was collected (got {trained_on} of {collected})"
@@ -128,7 +117,7 @@ class DomainMemory(nn.Module):
         """Whether this is the second of two passes, in which the moments of the batch are known and nothing is summed over ranks."""
         return self._collected > 0 and not self._collecting
 
-    def before_pass(self) -> Carried:
+    def before_pass(self) -> Optional[Moments]:
         """What the calling forward pass adds to; in a replay, what it found the first time."""
         if torch._C._current_autograd_node() is None:
             return self._carried
@@ -143,36 +132,31 @@ class DomainMemory(nn.Module):
             return self._carried
         return self._before_pass.get(scope, self._carried)
 
-    def gradient_scale(self, before: Carried) -> float:
-        """The number of micro-batches that the moments of a pass are worth."""
-        return float(self._collected) if self.has_collected else before.micro_batches + 1.0
-
-    def add(self, before: Carried, live: Moments) -> Moments:
+    def add(self, before: Optional[Moments], live: Moments) -> Moments:
         """The moments that a micro-batch's loss is computed from; remembers them for the next ones.
 
         Args:
-            before (Carried): what `before_pass` returned for this pass.
+            before (Moments, optional): what `before_pass` returned for this pass.
             live (Moments): of the micro-batch, over all ranks; in the second of two passes, of this rank alone.
 
         Returns:
-            The moments of all micro-batches.
+            The moments of all micro-batches, and how many they are worth.
 
         Raises:
-            ValueError: moments of another shape than those carried.
+            ValueError: moments of another shape than those carried, or without values.
             RuntimeError: a second loss in one `domain_scope`.
         """
-        self._check_shape(before, live)
-        if before.moments is not None:  # a restored state may lie elsewhere
-            before = before._replace(
-                moments=before.moments._replace(packed=before.moments.packed.to(live.packed.device))
-            )
+        self._check(before, live)
+        if before is not None:  # a restored state may lie elsewhere
+            before = before._replace(packed=before.packed.to(live.packed.device))
         if self.has_collected:
             self._trained_on += not self._is_known_replay()
             # What is not finite here was left out of the collected moments; the loss must not hide it.
-            return live._replace(packed=before.moments.packed + (live.packed - live.packed))
+            return live._replace(packed=before.packed + (live.packed - live.packed))
+        live.packed[-1] = 1.0
         if not self._is_known_replay():
             self._remember(before, live)
-        return live if before.moments is None else before.moments.plus(live)
+        return live if before is None else before.plus(live)
 
     def _is_known_replay(self) -> bool:
         """Whether the pass was counted already. (The replay of reentrant checkpointing is the first that knows gradients.)"""
@@ -189,30 +173,35 @@ class DomainMemory(nn.Module):
         self._before_pass[scope] = self._carried
         return False
 
-    def _remember(self, before: Carried, live: Moments) -> None:
+    def _remember(self, before: Optional[Moments], live: Moments) -> None:
         self._warn_where_step_was_forgotten()
         if self._collecting:
             self._collected += 1
         else:
             self._trained_on += 1
-        # A micro-batch that overflowed is skipped by gradient scalers; it must not stay here.
+        # A micro-batch that overflowed is skipped by gradient scalers; it must not stay here, nor count.
         finite = live.packed.isfinite().all()
         live = live._replace(packed=torch.where(finite, live.packed, torch.zeros_like(live.packed)))
-        total = live if before.moments is None else before.moments.plus(live)
-        self._carried = Carried(total, before.micro_batches + 1)
+        self._carried = live if before is None else before.plus(live)
 
-    def _check_shape(self, before: Carried, live: Moments) -> None:
-        if before.moments is None:
+    def _check(self, before: Optional[Moments], live: Moments) -> None:
+        has_values = type(live.packed) is Tensor and not live.packed.is_meta
+        if not has_values or torch._C._functorch.is_functorch_wrapped_tensor(live.packed):
+            raise ValueError(
+                "edl::DomainMemory: takes losses of tensors with values, not under torch.func, FakeTensorMode or on the meta device "
+                f"(got {type(live.packed).__name__} on {live.packed.device})"
+            )
+        if before is None:
             return
-        if before.moments.shape != live.shape:
+        if before.shape != live.shape:
             raise ValueError(
                 "edl::DomainMemory: all micro-batches, and a state that was restored, must have the same layers, domains and "
-                f"experts, {list(before.moments.shape)} (got {list(live.shape)})"
+                f"experts, {list(before.shape)} (got {list(live.shape)})"
             )
-        if before.moments.bias_correction != live.bias_correction:
+        if before.bias_correction != live.bias_correction:
             raise ValueError(
                 "edl::DomainMemory: all micro-batches, and a state that was restored, must have the same bias_correction, "
-                f"{before.moments.bias_correction} (got {live.bias_correction})"
+                f"{before.bias_correction} (got {live.bias_correction})"
             )
 
     def _warn_where_step_was_forgotten(self) -> None:
@@ -227,23 +216,38 @@ class DomainMemory(nn.Module):
             self._optimizer_steps_seen = _optimizer_steps
 
     def get_extra_state(self) -> tuple:
-        """What `state_dict` saves: moments, their shape and how many micro-batches they are worth, or nothing.
+        """What `state_dict` saves: the moments, their shape and bias correction, or nothing.
 
         A tuple, which torch.distributed.checkpoint takes as a whole: into the empty dict of a new memory it would load nothing.
         """
-        moments, micro_batches = self._carried
-        return () if moments is None else (moments.packed.cpu(), moments.shape, moments.bias_correction, micro_batches)
+        carried = self._carried
+        return () if carried is None else (carried.packed.cpu(), carried.shape, carried.bias_correction)
 
     def set_extra_state(self, state: tuple) -> None:
-        """What `load_state_dict` restores."""
-        *moments, micro_batches = state or (0.0,)
-        self._carried = Carried(Moments(*moments), micro_batches) if moments else _NOTHING
+        """What `load_state_dict` restores.
+
+        Raises:
+            ValueError: a state that `get_extra_state` did not give.
+        """
+        self._carried = _restored(state) if state else None
         # A state is that between steps, also where a step that failed is left for it.
         self._collected = self._trained_on = 0
         self._before_pass.clear()
 
     def extra_repr(self) -> str:
         return f"decay={self.decay:g}"
+
+
+def _restored(state: tuple) -> Moments:
+    try:
+        packed, (num_layers, num_domains, num_experts), bias_correction = state
+        size = num_layers * num_domains * (num_experts * (2 if bias_correction else 1) + 1) + 1
+        return Moments(packed.view(size), (num_layers, num_domains, num_experts), bias_correction)
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        got = [list(part.shape) if isinstance(part, Tensor) else part for part in state]
+        raise ValueError(
+            f"edl::DomainMemory: a state must hold moments, their shape [L, D, E] and bias_correction (got {got})"
+        ) from None
 
 
 _watching = False

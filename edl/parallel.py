@@ -58,6 +58,7 @@ class Layout(NamedTuple):
     experts: int
     dtype: torch.dtype  # of the segment sums
     device: str
+    averaging_ranks: int
     options: str
 
 
@@ -115,12 +116,15 @@ class Ranks:
         """Whether wrong values are looked for before segments are summed."""
         return self.sequence_group is not None and reads_values(tensor)
 
-    def agree(self, layout: Optional[Layout], problem: Optional[Exception]) -> Optional[Exception]:
+    def agree(
+        self, layout: Optional[Layout], carried: Optional[Tensor], problem: Optional[Exception]
+    ) -> Optional[Exception]:
         """Compares layouts: among the ranks at the first call, with what was agreed at later ones.
 
         Args:
             layout (Layout, optional): of this rank's call; None where it failed.
-            problem (Exception, optional): why it failed.
+            carried (Tensor, optional): what a memory, restored perhaps, holds at the first call.
+            problem (Exception, optional): why this rank failed.
 
         Returns:
             This rank's problem, if any.
@@ -141,9 +145,11 @@ class Ranks:
                     f"edl::parallel: a loss over several ranks must be given one layout, {self._layout} (got {layout})"
                 )
             return problem
+        held = "nothing" if carried is None else f"{carried.numel()} numbers up to {carried.abs().max().item()}"
         # What the first exchange finds travels in the second, so that every rank of every group learns it.
         for group in (self.sequence_group, self.group):
-            for rank, (sentence, other) in gather(group, (None if problem is None else str(problem), layout)):
+            item = None if problem is None else str(problem), layout, held
+            for rank, (sentence, other, other_held) in gather(group, item):
                 if problem is not None or rank == dist.get_rank():
                     continue
                 if sentence is not None:
@@ -151,6 +157,10 @@ class Ranks:
                 elif other != layout:
                     problem = ValueError(
                         f"edl::parallel: all ranks must have one layout (got {layout}, and {other} on rank {rank})"
+                    )
+                elif other_held != held:
+                    problem = ValueError(
+                        f"edl::parallel: the memories of all ranks must hold the same (got {held}, and {other_held} on rank {rank})"
                     )
         if problem is not None:
             raise problem
@@ -215,7 +225,7 @@ class Ranks:
     def _start_sum(
         self, group, numbers: Tensor, problem: Optional[Exception]
     ) -> Callable[[], Tuple[Tensor, Optional[Exception]]]:
-        """Starts to add up numbers [N] over a group. The last one is 0, and becomes how many ranks failed; NaN is the part of those."""
+        """Starts to add up numbers [N] over a group, the last of which counts ranks that failed; such a rank gives NaN for the others."""
         if group is None:
             return lambda: (numbers, problem)
         if problem is not None:

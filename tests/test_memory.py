@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import checkpoint
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -159,7 +160,7 @@ def test_a_replay_finds_what_its_forward_pass_found(use_reentrant):
     expected = in_flight(divergence, None)
     memory.step()
     actual = in_flight(divergence, use_reentrant)
-    assert memory._carried.micro_batches == 3
+    assert memory.get_extra_state()[0][-1] == 3
     memory.step()
     assert expected.ne(0).any()
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
@@ -260,13 +261,78 @@ def test_the_state_of_another_loss_is_refused(options, sentence):
     )
 
 
-def test_a_micro_batch_that_overflowed_does_not_stay():
-    memory = edl.DomainMemory(decay=0.9)
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_micro_batch_that_overflowed_leaves_no_trace(steps_before):
+    results = []
+    for overflows in (False, True):
+        memory = edl.DomainMemory(decay=0.9)
+        divergence = edl.ExpertDivergenceLoss(D, memory=memory)
+        for _ in range(steps_before):
+            losses_and_gradient(divergence, 2)
+            memory.step()
+        if overflows:
+            assert divergence([torch.full((B, LENGTH, E), float("nan"), requires_grad=True)] * L, LABELS).isnan()
+        results.append(losses_and_gradient(divergence, 2))
+    assert_close(results[1][0], results[0][0], 0.0)
+    assert_close(results[1][1], results[0][1], 0.0)
+
+
+def without_values(divergence, logits):
+    with FakeTensorMode() as mode:
+        return divergence(mode.from_tensor(logits), mode.from_tensor(LABELS))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda divergence, logits: torch.func.grad(divergence)(logits, LABELS),
+        lambda divergence, logits: torch.func.vmap(lambda x: divergence(x, LABELS))(logits[None]),
+        lambda divergence, logits: divergence(logits.to("meta"), LABELS.to("meta")),
+        without_values,
+    ],
+    ids=["grad", "vmap", "meta", "fake"],
+)
+def test_what_has_no_values_is_refused_and_leaves_no_trace(call):
+    memory = edl.DomainMemory()
     divergence = edl.ExpertDivergenceLoss(D, memory=memory)
-    assert divergence([torch.full((B, LENGTH, E), float("nan"), requires_grad=True)] * L, LABELS).isnan()
+    logits = (HIDDEN[0] @ ROUTER[0].T).requires_grad_(True)
+    sentence = refused(lambda: call(divergence, logits))
+    assert sentence.startswith("edl::DomainMemory: takes losses of tensors with values, not under torch.func")
+    assert memory.get_extra_state() == ()
     memory.step()
-    losses, gradient = losses_and_gradient(divergence, 1)
-    assert losses.isfinite().all() and gradient.isfinite().all()
+
+
+def restore_on_one_rank() -> str:
+    memory = edl.DomainMemory(decay=0.5)
+    if dist.get_rank() == 1:
+        earlier = edl.DomainMemory(decay=0.5)
+        losses_and_gradient(edl.ExpertDivergenceLoss(D, memory=earlier), 1)
+        memory.load_state_dict(earlier.state_dict())
+    divergence = edl.ExpertDivergenceLoss(D, memory=memory, group=dist.group.WORLD)
+    return refused(lambda: losses_and_gradient(divergence, 1))
+
+
+def test_a_memory_that_only_one_rank_restored_is_an_error_on_all():
+    first, second = on_ranks(2, restore_on_one_rank)
+    held = f"{L * D * (E + 1) + 1} numbers up to "
+    assert first.startswith(f"edl::parallel: the memories of all ranks must hold the same (got nothing, and {held}")
+    assert second.startswith(f"edl::parallel: the memories of all ranks must hold the same (got {held}")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        (torch.zeros(1, 3, 5), torch.zeros(0), torch.zeros(1, 3), 2.0),
+        (torch.zeros(7), (1, 3, 5), False),
+        (torch.zeros(19), [1, 3], False),
+        (None, (1, 3, 5), False),
+    ],
+    ids=["four parts", "another size", "another shape", "nothing"],
+)
+def test_a_state_of_another_kind_is_refused(state):
+    memory = edl.DomainMemory()
+    sentence = refused(lambda: memory.load_state_dict({"_extra_state": state}))
+    assert "edl::DomainMemory: a state must hold moments, their shape [L, D, E] and bias_correction (got [" in sentence
 
 
 def test_forgetting_step_warns_once():
@@ -350,7 +416,8 @@ def test_losses_that_are_begun_before_the_first_is_finished_are_carried_in_their
         losses.append([divergence(*batch) for batch in batches])
         memory.step()
     assert states[0][0].equal(states[1][0])
-    assert states[0][1:] == states[1][1:] == ((1, D, E), False, 2)
+    assert states[0][1:] == states[1][1:] == ((1, D, E), False)
+    assert states[0][0][-1] == 2  # micro-batches
     assert losses[0] == losses[1]
 
 

@@ -1,5 +1,6 @@
 """From the source archive to an installation in a new environment, as a newcomer makes it."""
 
+import importlib.metadata
 import subprocess
 import tarfile
 import venv
@@ -7,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import edl
 from commands import ENVIRONMENT, ROOT, run
@@ -43,6 +45,20 @@ def test_wheel_names_its_torch_range_and_command(wheel):
     requirement = next(line for line in metadata.splitlines() if line.startswith("Requires-Dist: torch"))
     assert sorted(requirement.removeprefix("Requires-Dist: torch").split(",")) == ["<2.14", ">=2.11"]
     assert "License-Expression: Apache-2.0" in metadata
+
+
+def test_wheel_requires_torch_alone_and_more_for_each_extra_only(wheel):
+    (built,) = importlib.metadata.distributions(path=[str(wheel)])
+    requirements = [Requirement(line) for line in built.requires]
+
+    def names(extra: str) -> set[str]:
+        return {each.name for each in requirements if each.marker is None or each.marker.evaluate({"extra": extra})}
+
+    assert names("") == {"torch"}
+    assert {extra: names(extra) for extra in built.metadata.get_all("Provides-Extra")} == {
+        "transformers": {"torch", "transformers", "accelerate"},
+        "megatron": {"torch", "megatron-core"},
+    }
 
 
 def test_installed_wheel_runs_away_from_the_sources(installed, tmp_path):

@@ -373,20 +373,23 @@ def test_a_loss_that_is_begun_waits_only_where_it_is_finished():
     assert on_ranks(2, begin_and_finish) == [(["all_reduce"] * 2, ["wait_tensor"] * 2, True)] * 2
 
 
-def compiled_and_eager() -> None:
+def compiled_and_eager(dynamic: bool) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
     batch = Batch(2)
     hidden, labels, keep = this_rank_part(batch, 2, 2)
     divergence = edl.ExpertDivergenceLoss(
         D, group=mesh["data"], sequence_group=mesh["context"], averaging_ranks=4, **batch.options
     )
-    eager = loss_and_gradient(divergence, hidden, batch.router, labels, keep)
-    compiled = loss_and_gradient(torch.compile(divergence, fullgraph=True), hidden, batch.router, labels, keep)
-    torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
+    compiled = torch.compile(divergence, fullgraph=True, dynamic=dynamic)
+    for rows in (slice(None), slice(0, -1)):
+        given = hidden[:, rows], batch.router, labels[rows], keep[rows]
+        expected = loss_and_gradient(divergence, *given)
+        torch.testing.assert_close(loss_and_gradient(compiled, *given), expected, rtol=0, atol=0)
 
 
-def test_compiles_without_graph_break():
-    on_ranks(4, compiled_and_eager)
+@pytest.mark.parametrize("dynamic", [False, True, None])
+def test_compiles_without_graph_break(dynamic):
+    on_ranks(4, compiled_and_eager, dynamic)
 
 
 def value_of_a_copy() -> list[float]:
@@ -528,12 +531,14 @@ def differ_at_the_first_call(case: str) -> str:
     second = dist.get_rank() == 1
     logits = {"experts": LOGITS[:, :, :-1], "dtype": LOGITS.float(), "layers": [LOGITS, LOGITS]}.get(case, LOGITS)
     options = {"domains": {"num_domains": 5}, "options": {"eps": 1e-3}}.get(case, {}) if second else {}
+    if case == "averaging_ranks":
+        options = {"averaging_ranks": 1 + dist.get_rank()}
     divergence = edl.ExpertDivergenceLoss(**{"num_domains": D, **options}, group=dist.group.WORLD)
     labels = LABELS[:2] if case == "error" and second else LABELS
     return outcome(lambda: divergence(logits if second else LOGITS, labels))
 
 
-@pytest.mark.parametrize("case", ["experts", "dtype", "layers", "domains", "options", "error"])
+@pytest.mark.parametrize("case", ["experts", "dtype", "layers", "domains", "options", "averaging_ranks", "error"])
 def test_what_ranks_must_agree_on_is_compared_at_the_first_call(case):
     first, second = on_ranks(2, differ_at_the_first_call, case)
     if case == "error":

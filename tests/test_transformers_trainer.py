@@ -248,6 +248,18 @@ def test_a_resumed_training_goes_on_with_its_memory(tmp_path, saves):
             assert_steps(rest.steps, whole.gradients[2:])
 
 
+def test_a_training_begins_with_an_empty_memory(tmp_path):
+    options = {"train_dataset": make_dataset(), "num_domains": D, "beta": BETA}
+    recorded = Gradients()
+    trainer = EDTrainer(
+        seeded_model(), arguments(tmp_path, gradient_accumulation_steps=2), callbacks=[recorded], **options
+    )
+    trainer.train()
+    first = list(recorded.steps)
+    trainer.train()
+    assert_steps(recorded.steps[len(first) :], first)
+
+
 # ---- several processes ----
 
 

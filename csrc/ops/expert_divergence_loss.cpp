@@ -215,7 +215,7 @@ at::Tensor differentiable_loss(
 
 // The loss of one process's batch.
 at::Tensor expert_divergence_loss(
-    at::TensorList layers, //         L times [T, E]
+    at::TensorList layers, //         L times [T, E] or [B, S_len, E]
     const at::Tensor& segment_ids, // [T]
     c10::SymInt num_segments,
     const at::Tensor& labels, //      [S] or [S, D]
@@ -247,7 +247,8 @@ std::tuple<at::Tensor, at::Tensor> segment_sums(
 }
 
 // Domain moments of all layers, without a gradient, as one row of numbers for ranks and micro-batches to add up: sums
-// [L, D, E], squares [L, D, E] with bias correction, counts [L, D], and a last one of the caller's, 0.
+// [L, D, E], squares [L, D, E] with bias correction, counts [L, D], and a last one, 0, in which ranks count those that
+// failed and a memory its micro-batches.
 at::Tensor packed_moments(
     const at::Tensor& sums, //   [L, S, E]
     const at::Tensor& counts, // [S]
@@ -280,9 +281,10 @@ Moments unpack_moments(
       packed.narrow_symint(0, num_sums + num_squares, num_counts).view_symint({num_layers, num_domains})};
 }
 
-// The loss of moments to which these layers' segments belong; the gradient is multiplied by `gradient_scale`.
+// The loss of moments to which these layers' segments belong; the gradient is multiplied by `gradient_scale`, and by
+// `micro_batches`, a scalar that the host need not know.
 at::Tensor expert_divergence_of_moments(
-    at::TensorList layers, //         L times [T, E]
+    at::TensorList layers, //         L times [T, E] or [B, S_len, E]
     const at::Tensor& segment_ids, // [T]
     const at::Tensor& sums, //        [L, S, E], with the parts of other ranks
     const at::Tensor& counts, //      [S]
@@ -295,14 +297,19 @@ at::Tensor expert_divergence_of_moments(
     std::string_view pair_reduction,
     bool bias_correction,
     std::string_view layer_reduction,
-    double gradient_scale) {
+    double gradient_scale,
+    const std::optional<at::Tensor>& micro_batches) {
   const Options options =
       parse_options(scores, sequence_reduction, eps, pair_reduction, bias_correction, layer_reduction);
   check_layers(layers);
   check_domain_moments_inputs_without_gradient(segment_ids, labels);
   return differentiable_loss(layers, segment_ids, scores, gradient_scale, [&](bool with_gradient) {
-    return loss_of(
+    LossAndGradient result = loss_of(
         unpack_moments(moments, sums, num_domains, bias_correction), {sums, counts}, labels, options, with_gradient);
+    if (with_gradient && micro_batches.has_value()) {
+      result.grad_segments.mul_(*micro_batches);
+    }
+    return result;
   });
 }
 
@@ -323,7 +330,7 @@ TORCH_LIBRARY_FRAGMENT(edl, m) {
   m.def(
       "_expert_divergence_of_moments(Tensor[] layers, Tensor segment_ids, Tensor sums, Tensor counts, Tensor labels, "
       "Tensor moments, SymInt num_domains, str scores, str sequence_reduction, float eps, str pair_reduction, "
-      "bool bias_correction, str layer_reduction, float gradient_scale) -> Tensor");
+      "bool bias_correction, str layer_reduction, float gradient_scale, Tensor? micro_batches) -> Tensor");
 }
 
 // Made of operators: no kernel of its own on any device.

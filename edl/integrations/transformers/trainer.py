@@ -1,6 +1,5 @@
 """The Expert Divergence loss in transformers' `Trainer`."""
 
-import contextlib
 import os
 from typing import Any, Dict, List, Optional
 
@@ -34,7 +33,8 @@ class EDTrainerMixin:
     `num_items_in_batch` or `average_tokens_across_devices` do to the language-model loss. Over several processes the
     loss is that of their union (`group`). Under gradient accumulation each micro-batch is compared with those before it
     (`edl.DomainMemory`, which also carries moments over steps), an approximation to the gradient of the whole batch;
-    `two_passes` gives that gradient exactly. The memory is part of the checkpoints that training can be resumed from.
+    `two_passes` gives that gradient exactly. Every training begins with an empty memory, or with that of the checkpoint it
+    resumes from (saved where all processes share one).
 
     What is logged as `loss` includes it; `expert_divergence_loss` is logged beside it, without beta, as the mean over
     the micro-batches since the last log.
@@ -97,6 +97,12 @@ class EDTrainerMixin:
         if "domain_ids" not in self._signature_columns:
             self._signature_columns.append("domain_ids")
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any):
+        memory = self._divergence_options.get("memory")
+        if memory is not None:
+            memory.set_extra_state(())
+        return super()._inner_training_loop(*args, **kwargs)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any):
         batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         if self.expert_divergence.model is not self.model:  # model_init made a new one, or FSDP wrapped it
@@ -112,8 +118,6 @@ class EDTrainerMixin:
         """The first of two passes over the micro-batches of a step: domain moments only."""
         model = self.model_wrapped.train()
         memory = self.expert_divergence.divergence.memory
-        with contextlib.suppress(RuntimeError):  # ends a step that failed, as where auto_find_batch_size tries again
-            memory.step()
         with memory.collect(), self.compute_loss_context_manager():
             for inputs in batch_samples:
                 inputs = self._prepare_inputs(inputs)
@@ -163,18 +167,26 @@ class EDTrainerMixin:
             is_scaled = counts_items or self.compute_loss_func is not None
         return self.current_gradient_accumulation_steps if is_scaled else 1
 
+    @property
+    def _shares_memory(self) -> bool:
+        """Whether there is a memory, and every process has the same."""
+        options = self._divergence_options
+        is_common = self.args.world_size == 1 or options["group"] is torch.distributed.group.WORLD
+        return options.get("memory") is not None and is_common
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        memory = self.expert_divergence.divergence.memory
-        if memory is not None and self.args.should_save:  # all ranks hold the same
-            torch.save(memory.state_dict(), os.path.join(output_dir, _MEMORY_NAME))
+        if self._shares_memory and self.args.should_save:
+            torch.save(self._divergence_options["memory"].state_dict(), os.path.join(output_dir, _MEMORY_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: Optional[str]) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        memory = self.expert_divergence.divergence.memory
-        path = None if checkpoint is None else os.path.join(checkpoint, _MEMORY_NAME)
-        if memory is not None and path is not None and os.path.exists(path):
-            memory.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        if checkpoint is None or not self._shares_memory:
+            return
+        path = os.path.join(checkpoint, _MEMORY_NAME)
+        if os.path.exists(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self._divergence_options["memory"].load_state_dict(state)
 
     def prediction_step(self, model: nn.Module, inputs: Dict[str, Any], *args: Any, **kwargs: Any):
         inputs = {name: value for name, value in inputs.items() if name != "domain_ids"}

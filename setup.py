@@ -17,9 +17,9 @@ from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).parent
 LIBRARY = "edl.lib.libedl"
-OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 13)
+OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 14)
 INSTALL_HINT = (
-    "edl is compiled against the PyTorch it will run with: install torch 2.11 to 2.13 first, "
+    "edl is compiled against the PyTorch it will run with: install torch 2.11 to 2.14 first, "
     "then run `pip install --no-build-isolation .`"
 )
 

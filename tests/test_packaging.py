@@ -43,7 +43,7 @@ def test_wheel_names_its_torch_range_and_command(wheel):
         metadata = files.read(f"{folder}/METADATA").decode()
         assert "edl = edl.cli:main" in files.read(f"{folder}/entry_points.txt").decode()
     requirement = next(line for line in metadata.splitlines() if line.startswith("Requires-Dist: torch"))
-    assert sorted(requirement.removeprefix("Requires-Dist: torch").split(",")) == ["<2.14", ">=2.11"]
+    assert sorted(requirement.removeprefix("Requires-Dist: torch").split(",")) == ["<2.15", ">=2.11"]
     assert "License-Expression: Apache-2.0" in metadata
 
 
@@ -93,5 +93,5 @@ def test_pip_install_without_torch_is_one_sentence_and_fetches_no_torch(tmp_path
     )
     output = result.stdout + result.stderr
     assert result.returncode != 0
-    assert "install torch 2.11 to 2.13 first, then run `pip install --no-build-isolation .`" in output
+    assert "install torch 2.11 to 2.14 first, then run `pip install --no-build-isolation .`" in output
     assert "Collecting torch" not in output

@@ -72,19 +72,19 @@ def test_another_value_of_the_variable_is_one_sentence(build_cuda):
         build_cuda("13.0", has_home=True, has_nvcc=True, wanted="yes")
 
 
-@pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.13.0a0+git1234"])
+@pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.14.0a0+git1234"])
 def test_supported_torch_versions(decisions, monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
     decisions["check_torch_version"]()
 
 
-@pytest.mark.parametrize("version", ["2.10.1", "1.13.0", "2.14.0+cpu"])
+@pytest.mark.parametrize("version", ["2.10.1", "1.13.0", "2.15.0+cpu"])
 def test_other_torch_versions_are_one_sentence(decisions, monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
     with pytest.raises(SystemExit) as error:
         decisions["check_torch_version"]()
     assert str(error.value).startswith(
-        "edl is compiled against the PyTorch it will run with: install torch 2.11 to 2.13"
+        "edl is compiled against the PyTorch it will run with: install torch 2.11 to 2.14"
     )
     assert str(error.value).endswith(f"(got torch {version})")
 
@@ -99,7 +99,7 @@ def test_without_torch_a_build_is_one_sentence(command):
     result = run_setup_without_torch(command)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("edl is compiled against the PyTorch it will run with: install torch 2.11 to 2.13 first")
+    assert last.startswith("edl is compiled against the PyTorch it will run with: install torch 2.11 to 2.14 first")
     assert "`pip install --no-build-isolation .`" in last
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from edl import ops
-from edl.parallel import gather
+from edl.parallel import first_problem
 
 
 def as_mesh(group: Union["dist.ProcessGroup", "dist.DeviceMesh"], device: torch.device) -> "dist.DeviceMesh":
@@ -145,9 +145,9 @@ def _exchange_counts(
     dist.all_to_all_single(received, sent, group=group)
     to_ranks, from_ranks = torch.stack([sent, received]).view(2, mesh.size(), -1).sum(dim=2).tolist()
     if not torch.compiler.is_compiling() and min(from_ranks) < 0:
-        for rank, sentence in gather(group, None if problem is None else str(problem)):
-            if problem is None and sentence is not None:
-                raise RuntimeError(f"edl::MoELayer: rank {rank} failed: {sentence}")
+        first = first_problem(group, problem, "edl::MoELayer")
+        if problem is None:
+            raise first
     return received, to_ranks, from_ranks
 
 

@@ -50,6 +50,14 @@ def gather(group: Optional["dist.ProcessGroup"], item: object) -> List[Tuple[int
     return list(zip(dist.get_process_group_ranks(group), items))
 
 
+def first_problem(group: "dist.ProcessGroup", problem: Optional[Exception], op: str) -> Optional[Exception]:
+    """This rank's problem, or else that of the first rank that has one; all ranks of the group call it."""
+    for rank, sentence in gather(group, None if problem is None else str(problem)):
+        if problem is None and sentence is not None:
+            problem = RuntimeError(f"{op}: rank {rank} failed: {sentence}")
+    return problem
+
+
 class Layout(NamedTuple):
     """What all ranks must agree on; segments may differ in number between ranks of `group`, and from call to call."""
 
@@ -176,8 +184,11 @@ class Ranks:
     def stand_in_moments(self, bias_correction: bool) -> Tensor:
         """Packed domain moments of a rank that has none to give."""
         layout = self._layout
-        per_domain = layout.experts * (2 if bias_correction else 1) + 1
-        return torch.zeros(layout.layers * layout.domains * per_domain + 1, dtype=torch.float64, device=layout.device)
+        no_sums = torch.zeros(layout.layers, 0, layout.experts, dtype=layout.dtype, device=layout.device)
+        no_labels = no_sums.new_zeros(0, dtype=torch.int64)
+        return torch.ops.edl._packed_moments(
+            no_sums, no_sums.new_zeros(0), no_labels, layout.domains, "sequence", bias_correction
+        )
 
     def sum_segments(
         self, sums: Tensor, counts: Tensor, labels: Optional[Tensor], problem: Optional[Exception]
@@ -237,9 +248,7 @@ class Ranks:
     def _finish_sum(self, group, total: Tensor, problem: Optional[Exception]) -> Tuple[Tensor, Optional[Exception]]:
         total = torch.ops._c10d_functional.wait_tensor(total)
         if reads_values(total) and total[-1].item() > 0:
-            for rank, sentence in gather(group, None if problem is None else str(problem)):
-                if problem is None and sentence is not None:
-                    problem = RuntimeError(f"edl::parallel: rank {rank} failed: {sentence}")
+            problem = first_problem(group, problem, "edl::parallel")
         return total, problem
 
 

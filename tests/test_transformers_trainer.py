@@ -231,21 +231,26 @@ def test_a_domain_per_micro_batch_is_compared_with_the_others(tmp_path):
     assert_steps(difference, [by_hand[1]])
 
 
+def resume(args):
+    """A training begun again at its second step, with the gradients of those that follow."""
+    options = {"train_dataset": make_dataset(), "num_domains": D, "beta": BETA}
+    trainer = EDTrainer(seeded_model(), args, callbacks=[recorded := Gradients()], **options)
+    trainer.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-2")
+    return recorded.steps
+
+
 @pytest.mark.parametrize("saves", [True, False], ids=["everything", "only-the-model"])
 def test_a_resumed_training_goes_on_with_its_memory(tmp_path, saves):
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "steps"}
     args = arguments(tmp_path, **options, save_steps=2, save_only_model=not saves)
     whole = train(EDTrainer, args)
-    resumed = EDTrainer(
-        seeded_model(), args, train_dataset=make_dataset(), callbacks=[rest := Gradients()], num_domains=D, beta=BETA
-    )
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    rest = resume(args)
     assert (tmp_path / "checkpoint-2" / "domain_memory.pt").exists() == saves
     if saves:
-        assert_steps(rest.steps, whole.gradients[2:])
+        assert_steps(rest, whole.gradients[2:])
     else:  # a memory that begins anew tells
         with pytest.raises(AssertionError):
-            assert_steps(rest.steps, whole.gradients[2:])
+            assert_steps(rest, whole.gradients[2:])
 
 
 def test_a_training_begins_with_an_empty_memory(tmp_path):
@@ -267,11 +272,27 @@ def test_a_training_begins_with_an_empty_memory(tmp_path):
 RANK_CASES = [(True, 1, False), (False, 2, False), (True, 2, True)]
 
 
-def train_on_rank(folder):
+def be_a_rank_of_torchrun():
+    """Sets what the Trainer asks for; the process group exists already."""
     rank, world_size = (str(number) for number in (torch.distributed.get_rank(), torch.distributed.get_world_size()))
-    # What torchrun sets and the Trainer asks for; the process group exists already.
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+def resume_on_rank(folder):
+    be_a_rank_of_torchrun()
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+    args = arguments(folder, **options, save_strategy="steps", save_steps=2)
+    whole = train(EDTrainer, args)
+    assert_steps(resume(args), whole.gradients[2:])
+
+
+def test_two_processes_resume_with_their_memory(tmp_path):
+    on_ranks(2, resume_on_rank, tmp_path)
+
+
+def train_on_rank(folder):
+    be_a_rank_of_torchrun()
     results = []
     for average, accumulation, two_passes in RANK_CASES:
         options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}

@@ -97,7 +97,7 @@ def divergences():
 
 
 def _moe_of(layer):
-    """The part of a layer's spec that names the router; behind a partial from megatron-core 0.17 on."""
+    """The part of a layer's spec that names the router; behind a partial from megatron-core 0.18 on."""
     mlp = layer.submodules.mlp
     return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
 

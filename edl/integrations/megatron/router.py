@@ -147,9 +147,8 @@ class EDTopKRouter(TopKRouter):
     def _tokens_per_data_rank(self, logits: Tensor, padding_mask: Tensor | None, labels: edl.Labels) -> Tensor:
         """Tokens of this micro-batch that are no padding, the mean over data-parallel ranks."""
         num_tokens = logits.shape[0] * logits.shape[1]
-        tokens = torch.full(
-            [], num_tokens, dtype=torch.float32, device=logits.device
-        )  # a copy from the host would wait
+        # Filled on the device: a copy from the host would wait for it.
+        tokens = torch.full([], num_tokens, dtype=torch.float32, device=logits.device)
         if padding_mask is not None:
             tokens = (~padding_mask).sum(dtype=torch.float32)
         elif labels.attention_mask is not None or labels.padding_mask is not None:

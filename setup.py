@@ -1,6 +1,7 @@
 """Builds edl: `libedl`, a library of torch operators without Python inside, and a small module with build facts.
 
-Environment: EDL_BUILD_CUDA=0/1 overrides the choice of CUDA; MAX_JOBS and TORCH_CUDA_ARCH_LIST as for every torch extension.
+Environment: EDL_BUILD_CUDA=0/1 overrides the choice of CUDA; MAX_JOBS and TORCH_CUDA_ARCH_LIST as for every torch
+    extension.
 """
 
 import copy
@@ -94,7 +95,8 @@ def is_x86():
 if torch is not None:
 
     class Build(cpp_extension.BuildExtension):
-        """Reads torch's headers once, compiles cpu/isa once per instruction set, lays our headers beside the library."""
+        """Reads torch's headers once, compiles cpu/isa once per instruction set, lays our headers beside the
+        library."""
 
         def finalize_options(self):
             super().finalize_options()

@@ -2,15 +2,16 @@
 
     python benchmarks/domain_memory.py [--data FOLDER] [--save benchmarks/results/domain_memory.md]
 
-Trains the demo's language model on its text for some steps, then differentiates the loss of the same batches of 24 sequences as a
-whole and in micro-batches, and compares the gradients of the routers by direction (cosine) and size (ratio of norms).
+Trains the demo's language model on its text for some steps, then differentiates the loss of the same batches of 24
+sequences as a whole and in micro-batches, and compares the gradients of the routers by direction (cosine) and size
+(ratio of norms).
 """
 
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,8 @@ from torch import Tensor
 import edl
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "pretrain"))
-import data  # noqa: E402
-import model as models  # noqa: E402
+import data
+import model as models
 
 SEQUENCES = 24
 LENGTH = 256
@@ -118,11 +119,14 @@ def main() -> None:
     train(model, batches, edl.ExpertDivergenceLoss(len(domains)))
     header = ["micro-batches", *ways()]
     tables = [
-        f"Micro-batches of {name}, cosine (ratio of norms) to the gradient of the whole batch, mean of {BATCHES} batches:\n\n"
-        + markdown_table(header, compare(model, batches, len(domains), by_domain))
+        f"Micro-batches of {name}, cosine (ratio of norms) to the gradient of the whole batch, mean of {BATCHES} "
+        "batches:\n\n" + markdown_table(header, compare(model, batches, len(domains), by_domain))
         for name, by_domain in (("sequences in random order", False), ("sequences sorted by domain", True))
     ]
-    title = f"DomainMemory: gradients of the routers of the demo's model after {arguments.steps} steps, {SEQUENCES} sequences"
+    title = (
+        f"DomainMemory: gradients of the routers of the demo's model after {arguments.steps} steps, {SEQUENCES} "
+        "sequences"
+    )
     save(title, torch.device("cpu"), tables, arguments.save)
 
 

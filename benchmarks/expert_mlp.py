@@ -1,11 +1,13 @@
-"""Own kernels against at::mm and brgemm on the CPU: the whole of expert_mlp beside the products of its definition, and nothing else.
+"""Own kernels against at::mm and brgemm on the CPU: the whole of expert_mlp beside the products of its definition, and
+nothing else.
 
     python benchmarks/expert_mlp.py [--threads 2] [--repeats 15] [--save benchmarks/results/NAME.md]
 
-`at::mm` multiplies rows that stand ready, expert by expert: no gather, no SwiGLU, no sum over a token's experts, no gradient of
-the routing weights. `brgemm`, torch's block product, which runs on one thread, multiplies the forward pass of the same rows, with
-parameters transposed beforehand, experts in parallel. What they take is a bound on every implementation that rests on them. Figures are
-GFLOP/s of 6 (forward) and 18 (forward and backward) T·K·H·I operations, from the fastest of interleaved runs.
+`at::mm` multiplies rows that stand ready, expert by expert: no gather, no SwiGLU, no sum over a token's experts, no
+gradient of the routing weights. `brgemm`, torch's block product, which runs on one thread, multiplies the forward pass
+of the same rows, with parameters transposed beforehand, experts in parallel. What they take is a bound on every
+implementation that rests on them. Figures are GFLOP/s of 6 (forward) and 18 (forward and backward) T·K·H·I operations,
+from the fastest of interleaved runs.
 """
 
 import argparse

@@ -7,7 +7,7 @@ allows: read the routing once, fill a fresh tensor of its size. Labels belong to
 logits are also measured beside `torch.softmax` forward and backward alone.
 """
 
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from measure import error, interleaved, probe
@@ -99,7 +99,7 @@ def measure(routing: Tensor, ways: dict[str, Way], exact: Way, run: Run) -> list
     steps = {name: forward_backward(way, routing) for name, way in ways.items()}
     check(steps, forward_backward(exact, routing.double())())
     saved = {name: probe(step, [routing], run.device).saved_bytes for name, step in steps.items()}
-    floor = {"read": lambda: routing.sum(), "fill": lambda: torch.empty_like(routing).fill_(1.0)}
+    floor = {"read": routing.sum, "fill": lambda: torch.empty_like(routing).fill_(1.0)}
     times = interleaved(steps | floor, run.device, run.seconds)
     bound = times["read"].median + times["fill"].median
     cells = [f"{bound:.2f}", *[f"{times[name].median:.2f} ({times[name].median / bound:.1f}x)" for name in ways]]
@@ -145,7 +145,7 @@ def measure_logits(shape: tuple[int, int, int], run: Run) -> list[str]:
     exact = forward_backward(lambda x: by_view(x.softmax(dim=1), labels, num_domains), logits.double())
     check({"edl": step}, exact())
     leaf = logits.detach().requires_grad_()
-    softmax = lambda: torch.autograd.grad(leaf.softmax(dim=1), leaf, upstream)  # noqa: E731
+    softmax = lambda: torch.autograd.grad(leaf.softmax(dim=1), leaf, upstream)
     times = interleaved({"edl": step, "softmax": softmax}, run.device, run.seconds)
     ratio = times["edl"].median / times["softmax"].median
     return [*map(str, shape), str(times["softmax"]), f"{times['edl']} {ratio:.2f}x"]

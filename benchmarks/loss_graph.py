@@ -6,7 +6,7 @@ Forward and backward from ready segment ids (64 segments, 49 domains), beside th
 write of the routing at the copy bandwidth measured in this run.
 """
 
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from report import Run, Section, main, markdown_table

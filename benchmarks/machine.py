@@ -29,7 +29,10 @@ def name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     fields = _cpuinfo()
     model = fields.get("model name", platform.processor() or platform.machine())
-    return f"{model}, family {fields.get('cpu family', '?')}, model {fields.get('model', '?')}, {os.cpu_count()} processors"
+    return (
+        f"{model}, family {fields.get('cpu family', '?')}, model {fields.get('model', '?')}, {os.cpu_count()} "
+        "processors"
+    )
 
 
 def _version(package: str) -> str:

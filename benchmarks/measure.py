@@ -5,8 +5,9 @@ import ctypes
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +50,8 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times functions that have run before, in turn, so that a slow moment of the machine meets all of them.
 
-    Each function is called 3 to 100 times, for `seconds` in all where that allows it, and its calls are spread evenly over
-    the whole measurement. `known` holds milliseconds of a call already made. Where that takes more than five times
+    Each function is called 3 to 100 times, for `seconds` in all where that allows it, and its calls are spread evenly
+    over the whole measurement. `known` holds milliseconds of a call already made. Where that takes more than five times
     `seconds` one more call is made, and where it takes more than twenty times `seconds` it stands as the measurement.
     """
     known = known or {}
@@ -70,8 +71,9 @@ def interleaved(
 def keep_freed_memory() -> None:
     """Lets the C library keep what is freed, as the allocators do that are advised for training on CPUs.
 
-    Handed back instead, large tensors come as fresh pages on every call, and every way is timed with the system's clearing
-    of them, which can take as long as the products and differs most between machines. Only glibc knows these switches.
+    Handed back instead, large tensors come as fresh pages on every call, and every way is timed with the system's
+    clearing of them, which can take as long as the products and differs most between machines. Only glibc knows these
+    switches.
     """
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):

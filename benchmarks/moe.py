@@ -15,8 +15,8 @@ import math
 import re
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Callable, Iterator
 
 import torch
 from measure import Probe, Timing, error, interleaved, probe

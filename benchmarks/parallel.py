@@ -9,22 +9,22 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Callable
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from report import markdown_table, save
+from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import edl
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "pretrain"))
-import model as models  # noqa: E402
+import model as models
 
 L, E, D, SEQUENCES, LENGTH = 48, 128, 49, 8, 64
 REPEATS = 30
@@ -58,7 +58,8 @@ def measure_seam(bias_correction: bool) -> list[float]:
 
 
 def measure_routers() -> list[float]:
-    """Milliseconds of 48 routers in turn, each with its own loss: without it, waiting at once, or once it has routed."""
+    """Milliseconds of 48 routers in turn, each with its own loss: without it, waiting at once, or once it has
+    routed."""
     logits = torch.randn(SEQUENCES * LENGTH, E)
     segments = edl.segments.make_segments(SEQUENCES * LENGTH, torch.arange(SEQUENCES), D)
     losses = [edl.ExpertDivergenceLoss(D, group=dist.group.WORLD) for _ in range(L)]
@@ -88,9 +89,9 @@ def measure_routers() -> list[float]:
 def measure_step() -> list[list[float]]:
     """A training step of the demo's model under DDP, in milliseconds.
 
-    Returns for each of nothing, an all-reduce of as many numbers, the loss of each rank alone, and that of all ranks at once and
-    begun beside the other losses: what it adds between the model's output and the backward pass, the time of the loss's own
-    backward, and the step.
+    Returns for each of nothing, an all-reduce of as many numbers, the loss of each rank alone, and that of all ranks at
+    once and begun beside the other losses: what it adds between the model's output and the backward pass, the time of
+    the loss's own backward, and the step.
     """
     torch.manual_seed(0)
     model = DistributedDataParallel(models.LanguageModel(models.ModelSettings()))
@@ -194,8 +195,14 @@ def main() -> None:
         "Expert Divergence loss across ranks (gloo, one thread a rank)",
         torch.device("cpu"),
         [
-            f"Forward of {L} layers, E = {E}, D = {D}, {SEQUENCES} sequences of {LENGTH} tokens a rank; backward makes no collective:\n\n{seam}",
-            f"{L} routers in turn, each with its own loss, E = {E}, D = {D}, {SEQUENCES * LENGTH} tokens a rank:\n\n{routers}",
+            (
+                f"Forward of {L} layers, E = {E}, D = {D}, {SEQUENCES} sequences of {LENGTH} tokens a rank; backward "
+                f"makes no collective:\n\n{seam}"
+            ),
+            (
+                f"{L} routers in turn, each with its own loss, E = {E}, D = {D}, {SEQUENCES * LENGTH} tokens a "
+                f"rank:\n\n{routers}"
+            ),
             f"The demo's model under DDP on two processes, 9 sequences of 256 bytes each:\n\n{step}",
         ],
         arguments.save,

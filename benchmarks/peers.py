@@ -6,7 +6,8 @@ and includes whatever sorting it needs.
 
 import functools
 import importlib.util
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F

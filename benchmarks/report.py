@@ -1,9 +1,10 @@
 """What all benchmarks share around their measurements: the command line, tables, and the file of results."""
 
 import argparse
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 
 import machine
 import torch
@@ -73,7 +74,7 @@ def conditions(run: Run) -> str:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=description.split("\n")[0])
+    result = argparse.ArgumentParser(description=description.split("\n", maxsplit=1)[0])
     result.add_argument("--device", default="cpu", type=torch.device, help="cpu or cuda")
     result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
     result.add_argument("--seconds", type=float, default=0.4, help="that each function is timed for (default: 0.4)")
@@ -87,7 +88,7 @@ def main(description: str, sections: Sections) -> None:
     arguments = parser(description).parse_args()
     run = Run(arguments.device, arguments.threads, arguments.seconds, arguments.quick)
     run.plot = arguments.save and arguments.save.with_suffix(".svg")
-    parts = [f"# {description.split('.')[0]}\n", facts(run.device), f"{conditions(run)}\n"]
+    parts = [f"# {description.split('.', maxsplit=1)[0]}\n", facts(run.device), f"{conditions(run)}\n"]
     print("\n".join(parts), flush=True)
     for section in sections(run):
         print(section, flush=True)

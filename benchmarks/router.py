@@ -5,7 +5,7 @@
 Everything is forward and backward, but the sort, which has no backward pass.
 """
 
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F

@@ -6,8 +6,8 @@ Forward and backward, float32 (bfloat16 on CUDA), uniform routing; one size vari
 Checked and timed as in moe.py. With --save the plot is written beside the file.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import torch
 from moe import Case, Measurer, reference

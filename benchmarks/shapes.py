@@ -1,6 +1,7 @@
 """Sizes and routings that all benchmarks share."""
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

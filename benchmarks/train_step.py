@@ -5,7 +5,7 @@
 A step is the forward pass, the backward pass and fused AdamW. The models share the parameters. bfloat16 is autocast.
 """
 
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F

@@ -11,7 +11,7 @@ CMAKE_PREFIX_PATH = f"{Path(__file__).parent / 'share' / 'cmake'};{torch.utils.c
 
 
 def _minor(version: str) -> str:
-    return ".".join(version.split("+")[0].split(".")[:2])
+    return ".".join(version.split("+", maxsplit=1)[0].split(".")[:2])
 
 
 def check_build(built_torch: str, built_cuda: str, torch_version: str, torch_cuda: str | None) -> None:
@@ -20,7 +20,8 @@ def check_build(built_torch: str, built_cuda: str, torch_version: str, torch_cud
         raise ImportError(f"edl was built for torch {built_torch} but torch {torch_version} is running: {_REBUILD}")
     if built_cuda and built_cuda != (torch_cuda or ""):
         raise ImportError(
-            f"edl was built for CUDA {built_cuda} but the running torch {torch_version} has CUDA {torch_cuda}: {_REBUILD}"
+            f"edl was built for CUDA {built_cuda} but the running torch {torch_version} has CUDA {torch_cuda}: "
+            f"{_REBUILD}"
         )
 
 
@@ -30,7 +31,8 @@ def _refuse_cuda() -> None:
     def refuser(name: str):
         def refuse(*arguments, **options):
             raise ValueError(
-                f"{name}: edl was built without CUDA, {_REBUILD} where nvcc is found; `edl info` tells (got a CUDA tensor)"
+                f"{name}: edl was built without CUDA, {_REBUILD} where nvcc is found; `edl info` tells (got a CUDA "
+                "tensor)"
             )
 
         return refuse

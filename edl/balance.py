@@ -1,6 +1,7 @@
 """Losses and updates that keep the load of the experts even."""
 
-from typing import List, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -14,21 +15,22 @@ def _counted(
     num_tokens: int,
     batch_size: int,
     device: torch.device,
-    attention_mask: Optional[Tensor],
-    padding_mask: Optional[Tensor],
+    attention_mask: Tensor | None,
+    padding_mask: Tensor | None,
 ) -> Tensor:
-    """Segment ids [T]: 0 = the token counts, -1 = it does not, 1 = its mask value is not allowed (operators refuse it)."""
+    """Segment ids [T]: 0 = the token counts, -1 = it does not, 1 = its mask value is not allowed (operators refuse
+    it)."""
     ids = torch.zeros(num_tokens, dtype=torch.int32, device=device)
     return mask_segments(ids, 1, batch_size, attention_mask, padding_mask)
 
 
-def _refuse_dtensor(op: str, layers, attention_mask: Optional[Tensor], padding_mask: Optional[Tensor]) -> None:
+def _refuse_dtensor(op: str, layers, attention_mask: Tensor | None, padding_mask: Tensor | None) -> None:
     for layer in layers:
         ops._refuse_dtensor(op, *(layer if isinstance(layer, Routing) else [layer]))
     ops._refuse_dtensor(op, attention_mask, padding_mask)
 
 
-def _flat(logits: Tensor) -> Tuple[Tensor, int]:
+def _flat(logits: Tensor) -> tuple[Tensor, int]:
     """Logits as [T, E], and the number of sequences where the shape says it, else -1."""
     if logits.dim() == 3:
         return logits.flatten(0, 1), logits.shape[0]
@@ -47,7 +49,7 @@ def _layer_balance(logits: Tensor, experts: Tensor, counted: Tensor, scores: str
     return num_experts * (fractions * mean_scores).sum()
 
 
-def _as_routings(routings, top_k: Optional[int], scores: str) -> List[Routing]:
+def _as_routings(routings, top_k: int | None, scores: str) -> list[Routing]:
     """The layers' routings, from several, or from router logits."""
     layers = []
     for routing in routings:
@@ -62,24 +64,25 @@ def _as_routings(routings, top_k: Optional[int], scores: str) -> List[Routing]:
 
 
 def load_balancing_loss(
-    routings: List[Routing],
-    attention_mask: Optional[Tensor] = None,
-    padding_mask: Optional[Tensor] = None,
+    routings: list[Routing],
+    attention_mask: Tensor | None = None,
+    padding_mask: Tensor | None = None,
     scores: str = "softmax",
-    top_k: Optional[int] = None,
+    top_k: int | None = None,
 ) -> Tensor:
     """The load-balancing loss of Switch Transformers: E · Σ_e f_e P_e per layer, mean over layers.
 
-    f_e is the fraction of all choices that went to expert e, P_e the mean of its score over tokens; both sum to 1 over experts, so
-    the loss is 1 at perfect balance and E when one expert gets everything. (transformers' value is K times this one.) Without any
-    token that counts it is 0.
+    f_e is the fraction of all choices that went to expert e, P_e the mean of its score over tokens; both sum to 1 over
+    experts, so the loss is 1 at perfect balance and E when one expert gets everything. (transformers' value is K times
+    this one.) Without any token that counts it is 0.
 
     Args:
-        routings (Routing or list of Routing): one per layer, as `MoELayer` returns them. Also router logits, a Tensor[T, E] or
-            Tensor[B, S_len, E] or a list or tuple of them, together with `top_k`; not when scripted.
+        routings (Routing or list of Routing): one per layer, as `MoELayer` returns them. Also router logits, a
+            Tensor[T, E] or Tensor[B, S_len, E] or a list or tuple of them, together with `top_k`; not when scripted.
         attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding (Hugging Face's sense).
         padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
-        scores (str): the router's scores, "softmax" (default) or "sigmoid" (normalised over experts, as in DeepSeek-V3).
+        scores (str): the router's scores, "softmax" (default) or "sigmoid" (normalised over experts, as in
+            DeepSeek-V3).
         top_k (int, optional): K, for router logits.
 
     Returns:
@@ -89,7 +92,8 @@ def load_balancing_loss(
         ValueError: no layer, wrong shapes, both masks, logits without `top_k`, a DTensor.
         IndexError: a mask value other than 0 and 1 (on the CPU; elsewhere the loss is NaN).
 
-    Source: arXiv 2101.03961, Eq. 4 to 6, with f over all K choices (GShard, arXiv 2006.16668); tokens of all sequences together.
+    Source: arXiv 2101.03961, Eq. 4 to 6, with f over all K choices (GShard, arXiv 2006.16668); tokens of all sequences
+        together.
     """
     if not torch.jit.is_scripting():
         routings = [routings] if isinstance(routings, (Routing, Tensor)) else routings
@@ -97,7 +101,7 @@ def load_balancing_loss(
         routings = _as_routings(routings, top_k, scores)
     if len(routings) == 0:
         raise ValueError("edl::load_balancing_loss: routings must hold at least one layer (got an empty list)")
-    losses: List[Tensor] = []
+    losses: list[Tensor] = []
     for routing in routings:
         logits, batch_size = _flat(routing.logits)
         counted = _counted(logits.shape[0], batch_size, logits.device, attention_mask, padding_mask)
@@ -106,15 +110,15 @@ def load_balancing_loss(
 
 
 def router_z_loss(
-    router_logits: List[Tensor],
-    attention_mask: Optional[Tensor] = None,
-    padding_mask: Optional[Tensor] = None,
+    router_logits: list[Tensor],
+    attention_mask: Tensor | None = None,
+    padding_mask: Tensor | None = None,
 ) -> Tensor:
     """The router z-loss of ST-MoE: the mean over tokens of logsumexp(logits)², mean over layers. It keeps logits small.
 
     Args:
-        router_logits (list of Tensor[T, E] or Tensor[B, S_len, E]): one per layer; also a single tensor or `Routing`, or a
-            list of `Routing`, when not scripted.
+        router_logits (list of Tensor[T, E] or Tensor[B, S_len, E]): one per layer; also a single tensor or `Routing`,
+            or a list of `Routing`, when not scripted.
         attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding (Hugging Face's sense).
         padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
 
@@ -133,7 +137,7 @@ def router_z_loss(
         router_logits = [layer.logits if isinstance(layer, Routing) else layer for layer in layers]
     if len(router_logits) == 0:
         raise ValueError("edl::router_z_loss: router_logits must hold at least one layer (got an empty list)")
-    losses: List[Tensor] = []
+    losses: list[Tensor] = []
     for layer in router_logits:
         logits, batch_size = _flat(layer)
         counted = _counted(logits.shape[0], batch_size, logits.device, attention_mask, padding_mask)
@@ -154,14 +158,14 @@ def update_expert_bias(
     rate: float = 1e-3,
     group: Optional["torch.distributed.ProcessGroup"] = None,
 ) -> None:
-    """Moves each layer's expert bias towards balance: up for experts below the mean load, down for those above, by `rate`.
+    """Moves each expert's bias towards balance by `rate`: up where its load is below the layer's mean, down above it.
 
     Call it once per optimizer step, in place of a load-balancing loss or beside a small one.
 
     Args:
         layers (MoELayer or list of MoELayer): layers made with `expert_bias=True`; their buffers are changed in place.
-        tokens_per_expert (Tensor[E], Routing, or a list of them): one per layer; where a step has several micro-batches, the sum
-            of their `Routing.tokens_per_expert`.
+        tokens_per_expert (Tensor[E], Routing, or a list of them): one per layer; where a step has several
+            micro-batches, the sum of their `Routing.tokens_per_expert`.
         rate (float): the size of a step, default 1e-3.
         group (ProcessGroup, optional): ranks whose tokens count together; one all-reduce for all layers.
 
@@ -176,14 +180,16 @@ def update_expert_bias(
     ops._refuse_dtensor("update_expert_bias", *loads)
     if len(layers) != len(loads):
         raise ValueError(
-            f"edl::update_expert_bias: tokens_per_expert must have one entry per layer (got {len(loads)} for {len(layers)})"
+            f"edl::update_expert_bias: tokens_per_expert must have one entry per layer (got {len(loads)} for "
+            f"{len(layers)})"
         )
     for layer, load in zip(layers, loads):
         if layer.expert_bias is None:
             raise ValueError("edl::update_expert_bias: layers must be made with expert_bias=True (got one without)")
         if load.shape != layer.expert_bias.shape:
             raise ValueError(
-                f"edl::update_expert_bias: tokens_per_expert must have the shape [{layer.num_experts}] (got {list(load.shape)})"
+                f"edl::update_expert_bias: tokens_per_expert must have the shape [{layer.num_experts}] (got "
+                f"{list(load.shape)})"
             )
     if group is not None:
         together = torch.cat(loads)

@@ -1,6 +1,7 @@
 """Expert Divergence Learning (arXiv 2603.00054): the loss that pushes the routing of different domains apart."""
 
-from typing import Any, Callable, List, Optional, Tuple, Union
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from edl.parallel import Layout, Ranks
 from edl.segments import Segments, make_segments
 
 
-def _check_choice(name: str, value: str, choices: List[str]) -> None:
+def _check_choice(name: str, value: str, choices: list[str]) -> None:
     if value not in choices:
         raise ValueError(f"edl::expert_divergence_loss: {name} must be one of {choices} (got '{value}')")
 
@@ -38,18 +39,18 @@ def _check_options(
     if bias_correction and (sequence_reduction != "sequence" or pair_reduction != "mean_of_logs"):
         raise ValueError(
             "edl::expert_divergence_loss: bias_correction needs sequence_reduction='sequence' and "
-            "pair_reduction='mean_of_logs' "
-            f"(got '{sequence_reduction}' and '{pair_reduction}')"
+            f"pair_reduction='mean_of_logs' (got '{sequence_reduction}' and '{pair_reduction}')"
         )
 
 
-def _check_layers(layers: List[Tensor]) -> None:
+def _check_layers(layers: list[Tensor]) -> None:
     if len(layers) == 0:
         raise ValueError("edl::expert_divergence_loss: router_logits must hold at least one layer (got an empty list)")
     first = layers[0]
     if first.dim() != 2 and first.dim() != 3:
         raise ValueError(
-            f"edl::expert_divergence_loss: router_logits must have the shape [T, E] or [B, S_len, E] (got {list(first.shape)})"
+            "edl::expert_divergence_loss: router_logits must have the shape [T, E] or [B, S_len, E] (got "
+            f"{list(first.shape)})"
         )
     for layer in layers[1:]:
         if layer.shape != first.shape or layer.dtype != first.dtype or layer.device != first.device:
@@ -59,16 +60,13 @@ def _check_layers(layers: List[Tensor]) -> None:
             )
 
 
-def _as_layers(router_logits: Union[Tensor, List[Tensor]]) -> List[Tensor]:
+def _as_layers(router_logits: Tensor | list[Tensor]) -> list[Tensor]:
     if not torch.jit.is_scripting() and not isinstance(router_logits, (Tensor, list, tuple)):
         raise ValueError(
             "edl::expert_divergence_loss: router_logits must be a tensor, or a list of tensors "
             f"(got {type(router_logits).__name__})"
         )
-    if isinstance(router_logits, Tensor):
-        layers = [router_logits]
-    else:
-        layers = [layer for layer in router_logits]
+    layers = [router_logits] if isinstance(router_logits, Tensor) else list(router_logits)
     if not torch.jit.is_scripting():
         for layer in layers:
             if not isinstance(layer, Tensor):
@@ -91,9 +89,9 @@ def _segments_of(
     num_domains: int,
     sequence_reduction: str,
     bias_correction: bool,
-    attention_mask: Optional[Tensor],
-    padding_mask: Optional[Tensor],
-    cu_seqlens: Optional[Tensor],
+    attention_mask: Tensor | None,
+    padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Segments:
     """What each token of a layer [T, E] or [B, S_len, E] counts for."""
     if not torch.jit.is_scripting():
@@ -116,7 +114,7 @@ def _segments_of(
     )
 
 
-def _versions(tensors: List[Tensor]) -> List[int]:
+def _versions(tensors: list[Tensor]) -> list[int]:
     """Tells tensors that were changed in place; where there is no telling, nothing."""
     if torch.compiler.is_compiling():
         return []
@@ -124,7 +122,7 @@ def _versions(tensors: List[Tensor]) -> List[int]:
 
 
 def expert_divergence_loss(
-    router_logits: Union[Tensor, List[Tensor]],
+    router_logits: Tensor | list[Tensor],
     domain_ids: Tensor,
     num_domains: int,
     eps: float = 1e-6,
@@ -134,9 +132,9 @@ def expert_divergence_loss(
     pair_reduction: str = "mean_of_logs",
     layer_reduction: str = "mean",
     bias_correction: bool = False,
-    attention_mask: Optional[Tensor] = None,
-    padding_mask: Optional[Tensor] = None,
-    cu_seqlens: Optional[Tensor] = None,
+    attention_mask: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The Expert Divergence loss of the batch of one process; see `ExpertDivergenceLoss`, whose arguments these are.
 
@@ -174,43 +172,49 @@ def expert_divergence_loss(
 class ExpertDivergenceLoss(nn.Module):
     """Expert Divergence: the mean over pairs of domains of -log(JSD + eps) between their average router distributions.
 
-    Router distributions are averaged over the tokens of a sequence, and these over the sequences of a domain in the batch; the
-    Jensen-Shannon divergence between the domains is pushed up. Add it as `lm_loss + alpha * load_balancing + beta * loss`.
-    The result is float32 (float64 for float64 routing) whatever autocast says, and lies between -log(log 2 + eps) and
-    -log(eps); with fewer than two domains in the batch it is 0 with zero gradient.
+    Router distributions are averaged over the tokens of a sequence, and these over the sequences of a domain in the
+    batch; the Jensen-Shannon divergence between the domains is pushed up. Add it as `lm_loss + alpha * load_balancing +
+    beta * loss`. The result is float32 (float64 for float64 routing) whatever autocast says, and lies between -log(log
+    2 + eps) and -log(eps); with fewer than two domains in the batch it is 0 with zero gradient.
 
     Args:
         num_domains (int): D, at least 1.
         eps (float): at least 0, default 1e-6. Domains whose divergence is far below eps are no longer pushed apart.
         input (str): "logits" (default) or "probs": what is passed to forward; checked.
         scores (str): how logits become a distribution: "softmax" (default) or "sigmoid" (normalised over experts).
-        sequence_reduction (str): "sequence" (default, the paper) gives every sequence the same weight in its domain, "token"
-            every token.
+        sequence_reduction (str): "sequence" (default, the paper) gives every sequence the same weight in its domain,
+            "token" every token.
         pair_reduction (str): "mean_of_logs" (default, the paper) or "log_of_mean".
         layer_reduction (str): "mean" (default), "sum" or "none" (a loss per layer).
         bias_correction (bool): take the gradient of the divergence less what noise between the sequences of one domain
-            contributes. The value stays. Domains with fewer than two segments in the batch do not count. Default: False.
-        sequence_group (ProcessGroup or DeviceMesh of one dimension, optional): ranks that hold parts of the same sequences
-            (context parallel; tensor parallel with sequence parallel). Segment sums are added over it: every rank of it passes
-            the same segments, that is the same labels [B] or `cu_seqlens` of the whole sequences.
+            contributes. The value stays. Domains with fewer than two segments in the batch do not count. Default:
+            False.
+        sequence_group (ProcessGroup or DeviceMesh of one dimension, optional): ranks that hold parts of the same
+            sequences (context parallel; tensor parallel with sequence parallel). Segment sums are added over it: every
+            rank of it passes the same segments, that is the same labels [B] or `cu_seqlens` of the whole sequences.
         group (ProcessGroup or DeviceMesh of one dimension, optional): ranks that share the batch, one of each
-            `sequence_group`. Domain moments are added over it, and the loss is that of all ranks' tokens, the same on every rank.
-        averaging_ranks (int, optional): the number of ranks over which the framework averages gradients; the gradient is
-            multiplied by it, once. Default: the size of `group`; required with `sequence_group`. DDP or FSDP with context
-            parallel: data ranks times context ranks; tensor parallel with sequence parallel, which sums: data ranks; Megatron:
+            `sequence_group`. Domain moments are added over it, and the loss is that of all ranks' tokens, the same on
+            every rank.
+        averaging_ranks (int, optional): the number of ranks over which the framework averages gradients; the gradient
+            is multiplied by it, once. Default: the size of `group`; required with `sequence_group`. DDP or FSDP with
+            context parallel: data ranks times context ranks; tensor parallel with sequence parallel, which sums: data
+            ranks;
+                Megatron:
             data ranks, as its loss scale carries the context ranks.
         memory (DomainMemory, optional): carries the moments over the micro-batches of a step.
 
-    With groups: **after the framework's own averaging, the gradients of the parameters equal those of one process that saw the
-    whole batch.** There is one all-reduce per seam forward, for all layers together, and none backward. All ranks must call
-    with the same layers, experts, domains, dtype and options; the first call outside torch.compile compares them. A rank that
-    finds an error takes part with NaN and raises afterwards; on the CPU, or with EDL_CHECK=1, all ranks raise and name it.
-    Compiles without graph breaks, but not together with a memory; groups and memory are not for TorchScript.
+    With groups: **after the framework's own averaging, the gradients of the parameters equal those of one process that
+    saw the whole batch.** There is one all-reduce per seam forward, for all layers together, and none backward. All
+    ranks must call with the same layers, experts, domains, dtype and options; the first call outside torch.compile
+    compares them. A rank that finds an error takes part with NaN and raises afterwards; on the CPU, or with
+    EDL_CHECK=1, all ranks raise and name it. Compiles without graph breaks, but not together with a memory; groups and
+    memory are not for TorchScript.
 
     Raises:
         ValueError: an option outside its range, or options that exclude each other; no such groups.
 
-    Source: arXiv 2603.00054. Where the paper is silent we chose: the natural logarithm, eps = 1e-6, the full softmax before
+    Source: arXiv 2603.00054. Where the paper is silent we chose: the natural logarithm, eps = 1e-6, the full softmax
+        before
     top-k, the mean over layers. The bias correction is ours; the paper has none.
     """
 
@@ -226,8 +230,8 @@ class ExpertDivergenceLoss(nn.Module):
         bias_correction: bool = False,
         sequence_group: Any = None,
         group: Any = None,
-        averaging_ranks: Optional[int] = None,
-        memory: Optional[DomainMemory] = None,
+        averaging_ranks: int | None = None,
+        memory: DomainMemory | None = None,
     ) -> None:
         super().__init__()
         _check_options(
@@ -252,19 +256,19 @@ class ExpertDivergenceLoss(nn.Module):
 
     def forward(
         self,
-        router_logits: Union[Tensor, List[Tensor]],
+        router_logits: Tensor | list[Tensor],
         domain_ids: Tensor,
-        attention_mask: Optional[Tensor] = None,
-        padding_mask: Optional[Tensor] = None,
-        cu_seqlens: Optional[Tensor] = None,
+        attention_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Computes the loss of a batch.
 
         Args:
-            router_logits (Tensor[T, E], Tensor[B, S_len, E], or a list or tuple of them): one tensor per MoE layer, of one
-                shape. Token s of sequence b is row b·S_len + s.
-            domain_ids (Tensor): [B] one label per sequence, [B, S_len] one per token, int32 or int64 in [-1, D), -1 = not
-                counted; floating [B, D] weights. With cu_seqlens also [N] per document or [T] per token; with
+            router_logits (Tensor[T, E], Tensor[B, S_len, E], or a list or tuple of them): one tensor per MoE layer, of
+                one shape. Token s of sequence b is row b·S_len + s.
+            domain_ids (Tensor): [B] one label per sequence, [B, S_len] one per token, int32 or int64 in [-1, D), -1 =
+                not counted; floating [B, D] weights. With cu_seqlens also [N] per document or [T] per token; with
                 sequence_reduction="token" also [T].
             attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding (Hugging Face's sense).
             padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
@@ -274,8 +278,10 @@ class ExpertDivergenceLoss(nn.Module):
             The loss: a scalar, or Tensor[L] with layer_reduction="none".
 
         Raises:
-            ValueError: wrong shapes, dtypes or devices, both masks; on the CPU, probabilities passed as logits or the reverse.
-            IndexError: on the CPU, a label outside [-1, D) or a mask value other than 0 and 1 (on CUDA the loss becomes NaN).
+            ValueError: wrong shapes, dtypes or devices, both masks; on the CPU, probabilities passed as logits or the
+                reverse.
+            IndexError: on the CPU, a label outside [-1, D) or a mask value other than 0 and 1 (on CUDA the loss becomes
+                NaN).
         """
         if not torch.jit.is_scripting():
             if not self._is_local:
@@ -287,11 +293,11 @@ class ExpertDivergenceLoss(nn.Module):
 
     def _local_loss(
         self,
-        router_logits: Union[Tensor, List[Tensor]],
+        router_logits: Tensor | list[Tensor],
         domain_ids: Tensor,
-        attention_mask: Optional[Tensor],
-        padding_mask: Optional[Tensor],
-        cu_seqlens: Optional[Tensor],
+        attention_mask: Tensor | None,
+        padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> Tensor:
         """The loss of this process's micro-batch alone."""
         return expert_divergence_loss(
@@ -312,14 +318,14 @@ class ExpertDivergenceLoss(nn.Module):
 
     @torch.jit.unused
     def from_segments(
-        self, router_logits: Union[Tensor, List[Tensor]], segments: Union[Segments, Callable[[], Segments]]
+        self, router_logits: Tensor | list[Tensor], segments: Segments | Callable[[], Segments]
     ) -> Tensor:
         """Computes the loss of tokens whose segments are known, for frameworks with an order of tokens of their own.
 
         Args:
             router_logits (Tensor[T, E], or a list or tuple of them): one per layer.
-            segments (edl.segments.Segments, or a function that makes them): what each row counts for. Make them in a function
-                where ranks share the loss: an error in it then keeps no other rank waiting.
+            segments (edl.segments.Segments, or a function that makes them): what each row counts for. Make them in a
+                function where ranks share the loss: an error in it then keeps no other rank waiting.
 
         Returns:
             The loss, as `forward`.
@@ -332,11 +338,11 @@ class ExpertDivergenceLoss(nn.Module):
     @torch.jit.unused
     def begin(
         self,
-        router_logits: Union[Tensor, List[Tensor]],
+        router_logits: Tensor | list[Tensor],
         domain_ids: Tensor,
-        attention_mask: Optional[Tensor] = None,
-        padding_mask: Optional[Tensor] = None,
-        cu_seqlens: Optional[Tensor] = None,
+        attention_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Callable[[], Tensor]:
         """Begins the loss of a batch: the all-reduce over `group` runs while the caller goes on.
 
@@ -348,12 +354,12 @@ class ExpertDivergenceLoss(nn.Module):
             router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens: as `forward` takes them.
 
         Returns:
-            A function that waits for the other ranks and returns the loss. Every rank must call it, also after an error of its
-            own: others may wait for its sentence. With a memory the ranks are waited for here.
+            A function that waits for the other ranks and returns the loss. Every rank must call it, also after an error
+            of its own: others may wait for its sentence. With a memory the ranks are waited for here.
 
         Raises:
-            ValueError, IndexError: as `forward`; at the first call, and without groups, some from here, on all ranks; else from the
-                function, so that a rank with an error goes on beside the others until all have it.
+            ValueError, IndexError: as `forward`; at the first call, and without groups, some from here, on all ranks;
+                else from the function, so that a rank with an error goes on beside the others until all have it.
             RuntimeError: from the function: `router_logits` or labels were changed in place since.
         """
 
@@ -374,7 +380,7 @@ class ExpertDivergenceLoss(nn.Module):
 
     @torch.jit.unused
     def begin_from_segments(
-        self, router_logits: Union[Tensor, List[Tensor]], segments: Union[Segments, Callable[[], Segments]]
+        self, router_logits: Tensor | list[Tensor], segments: Segments | Callable[[], Segments]
     ) -> Callable[[], Tensor]:
         """`begin` for tokens whose segments are known.
 
@@ -391,7 +397,7 @@ class ExpertDivergenceLoss(nn.Module):
 
     @torch.jit.unused
     def _begin_jointly(
-        self, router_logits: Union[Tensor, List[Tensor]], segments_of: Callable[[Tensor], Segments]
+        self, router_logits: Tensor | list[Tensor], segments_of: Callable[[Tensor], Segments]
     ) -> Callable[[], Tensor]:
         """Begins the loss over all ranks and micro-batches; `segments_of` makes the segments of a layer."""
         memory = self.memory if self.memory is not None and self.memory.in_use else None
@@ -407,7 +413,7 @@ class ExpertDivergenceLoss(nn.Module):
                 shape = (len(layers), self.num_domains, sums.shape[-1])
                 moments = memory.add(before, Moments(moments, shape, self.bias_correction)).packed
 
-            def wait() -> Tuple[Tensor, Optional[Exception]]:
+            def wait() -> tuple[Tensor, Exception | None]:
                 return moments, problem
 
         read = [] if segments is None else [*layers, segments.segment_ids, segments.labels]
@@ -420,8 +426,8 @@ class ExpertDivergenceLoss(nn.Module):
                 raise problem
             if _versions(read) != versions:
                 raise RuntimeError(
-                    "edl::expert_divergence_loss: router_logits and labels must stay as they are until a loss that was begun is "
-                    "finished (got one that was changed in place)"
+                    "edl::expert_divergence_loss: router_logits and labels must stay as they are until a loss that "
+                    "was begun is finished (got one that was changed in place)"
                 )
             return torch.ops.edl._expert_divergence_of_moments(
                 layers,
@@ -446,18 +452,19 @@ class ExpertDivergenceLoss(nn.Module):
     @torch.jit.unused
     def _begin_moments(
         self,
-        router_logits: Union[Tensor, List[Tensor]],
+        router_logits: Tensor | list[Tensor],
         segments_of: Callable[[Tensor], Segments],
-        carried: Optional[Tensor],
+        carried: Tensor | None,
         sum_moments: bool,
-    ) -> Tuple[List[Tensor], Optional[Segments], Tensor, Tensor, Callable[[], Tuple[Tensor, Optional[Exception]]]]:
-        """Layers, their segments, the segments' sums [L, S, E] and counts [S], and a function that waits for the moments."""
+    ) -> tuple[list[Tensor], Segments | None, Tensor, Tensor, Callable[[], tuple[Tensor, Exception | None]]]:
+        """Layers, their segments, the segments' sums [L, S, E] and counts [S], and a function that waits for the
+        moments."""
         ranks = self._ranks
         # Whatever goes wrong here, other ranks wait for this one's part: it is raised once they have it.
-        problem: Optional[Exception] = None
-        layout: Optional[Layout] = None
-        layers: List[Tensor] = []
-        segments: Optional[Segments] = None
+        problem: Exception | None = None
+        layout: Layout | None = None
+        layers: list[Tensor] = []
+        segments: Segments | None = None
         try:
             layers = _as_layers(router_logits)
             segments = segments_of(layers[0])
@@ -503,13 +510,14 @@ class ExpertDivergenceLoss(nn.Module):
     @torch.jit.unused
     def _check_values_once(
         self,
-        router_logits: Union[Tensor, List[Tensor]],
+        router_logits: Tensor | list[Tensor],
         domain_ids: Tensor,
-        attention_mask: Optional[Tensor],
-        padding_mask: Optional[Tensor],
-        cu_seqlens: Optional[Tensor],
+        attention_mask: Tensor | None,
+        padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> None:
-        """Lets the CPU kernels look at the values of the first eager call elsewhere: logits or probabilities, labels, masks."""
+        """Lets the CPU kernels look at the values of the first eager call elsewhere: logits or probabilities, labels,
+        masks."""
         layer = router_logits[0] if isinstance(router_logits, (list, tuple)) and router_logits else router_logits
         if self._values_checked or torch.compiler.is_compiling() or not isinstance(layer, Tensor) or not layer.is_cuda:
             return

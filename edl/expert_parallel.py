@@ -3,12 +3,13 @@
     tokens ─► dispatch_tokens ─► all-to-all ─► expert_mlp ─► all-to-all ─► combine_tokens ─► output
 
 The weights are DTensors of all E experts, sharded by expert: checkpoints, gathered state dicts and optimizer states are
-those of one tensor [E, ...] whatever R is, and the norm of a gradient cannot silently be that of one rank. The computation
-takes the local shards.
+those of one tensor [E, ...] whatever R is, and the norm of a gradient cannot silently be that of one rank. The
+computation takes the local shards.
 """
 
 import contextlib
-from typing import Dict, Iterator, List, Optional, Tuple, Union
+from collections.abc import Iterator
+from typing import Optional, Union
 
 import torch
 import torch.distributed as dist
@@ -53,8 +54,8 @@ def empty_experts(
     rows: int,
     columns: int,
     mesh: "dist.DeviceMesh",
-    device: Optional[torch.device] = None,
-    dtype: Optional[torch.dtype] = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Uninitialised weights, sharded by expert over the R ranks of a mesh.
 
@@ -87,8 +88,8 @@ def empty_experts(
 def uniform_experts_(weight: Tensor, bound: float) -> None:
     """Fills weights [E, ...] uniformly in ±bound, expert after expert.
 
-    Where the weights are sharded, over experts or by FSDP2, every rank draws all of them and keeps what it holds: from one
-    seed come the values, and the state of the generator, of a single process.
+    Where the weights are sharded, over experts or by FSDP2, every rank draws all of them and keeps what it holds: from
+    one seed come the values, and the state of the generator, of a single process.
 
     Args:
         weight (Tensor or DTensor[E, rows, columns]): filled in place.
@@ -134,8 +135,8 @@ class _AllToAll(torch.autograd.Function):
 
 
 def _exchange_counts(
-    sent: Tensor, mesh: "dist.DeviceMesh", problem: Optional[Exception] = None
-) -> Tuple[Tensor, List[int], List[int]]:
+    sent: Tensor, mesh: "dist.DeviceMesh", problem: Exception | None = None
+) -> tuple[Tensor, list[int], list[int]]:
     """What arrives here, by rank and expert [E], and the number of rows to and from each rank: the one host read.
 
     A rank with a problem sends counts below 0, so that all learn of it and none waits for its rows.
@@ -153,7 +154,8 @@ def _exchange_counts(
 
 @contextlib.contextmanager
 def reporting_failures(weight: Tensor, mesh: "dist.DeviceMesh") -> Iterator[None]:
-    """Around what a rank does before its exchange: an error inside is raised on all ranks, which would wait for it otherwise.
+    """Around what a rank does before its exchange: an error inside is raised on all ranks, which would wait for it
+    otherwise.
 
     Args:
         weight (DTensor[E, ...]): of the experts.
@@ -168,7 +170,7 @@ def reporting_failures(weight: Tensor, mesh: "dist.DeviceMesh") -> Iterator[None
         raise
 
 
-def _sort_received(received: Tensor, num_rows: int, num_local: int) -> Tuple[Tensor, Tensor]:
+def _sort_received(received: Tensor, num_rows: int, num_local: int) -> tuple[Tensor, Tensor]:
     """`sort_by_expert` of rows that stand in the order of their ranks, and of the local experts within each."""
     experts = torch.arange(received.shape[0], device=received.device) % num_local
     return ops.sort_by_expert(experts.repeat_interleave(received, output_size=num_rows).unsqueeze(1), num_local)
@@ -197,8 +199,9 @@ def expert_mlp(
 ) -> Tensor:
     """`edl.ops.expert_mlp` with the experts spread over the ranks of a mesh, each rank with tokens of its own.
 
-    All ranks call it together, forward and backward; T may differ, and be 0. Routing weights stay at home and are applied to
-    what comes back, in float32 for 16-bit rows as in one process. Sizes are exchanged first and read by the host once.
+    All ranks call it together, forward and backward; T may differ, and be 0. Routing weights stay at home and are
+    applied to what comes back, in float32 for 16-bit rows as in one process. Sizes are exchanged first and read by the
+    host once.
 
     Args:
         tokens (Tensor[T, H]): this rank's.
@@ -210,12 +213,12 @@ def expert_mlp(
         mesh (DeviceMesh): of one dimension.
 
     Returns:
-        output (Tensor[T, H]) in the type of tokens, under autocast in its type. The gradients of gate_up and down are sums over
-        the tokens of all ranks of the mesh.
+        output (Tensor[T, H]) in the type of tokens, under autocast in its type. The gradients of gate_up and down are
+        sums over the tokens of all ranks of the mesh.
 
     Raises:
-        ValueError: another type of tokens than of experts, weights that are sharded further, a call under torch.export, or under
-            torch.compile on torch 2.11.
+        ValueError: another type of tokens than of experts, weights that are sharded further, a call under torch.export,
+            or under torch.compile on torch 2.11.
         RuntimeError: another rank failed before the exchange.
     """
     num_local = gate_up.shape[0] // mesh.size()
@@ -223,14 +226,14 @@ def expert_mlp(
         # Also true while torch 2.11 compiles, which would lose what the exchange receives and give wrong numbers.
         if torch.compiler.is_exporting():
             raise ValueError(
-                "edl::MoELayer: a layer with expert_group cannot be exported, nor compiled on torch 2.11 (got a call under "
-                "torch.export or torch.compile)"
+                "edl::MoELayer: a layer with expert_group cannot be exported, nor compiled on torch 2.11 "
+                "(got a call under torch.export or torch.compile)"
             )
         gate_up, down = gate_up.to_local(), down.to_local()
         if gate_up.shape[0] != num_local:
             raise ValueError(
-                f"edl::MoELayer: this rank must hold {num_local} experts, FSDP2 gathers them where the module is called and not "
-                f"its forward (got {gate_up.shape[0]})"
+                f"edl::MoELayer: this rank must hold {num_local} experts, FSDP2 gathers them where the module is "
+                f"called and not its forward (got {gate_up.shape[0]})"
             )
         tokens = _as_experts_take(tokens, gate_up)
     group = mesh.get_group()
@@ -246,7 +249,7 @@ def expert_mlp(
 # ---- around the layer: data parallelism, clipping ----
 
 
-def expert_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that are spread over expert groups: `gate_up_proj` and `down_proj` of each layer with `expert_group`.
 
     Args:
@@ -255,7 +258,7 @@ def expert_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
     Returns:
         The parameters, DTensors, by name in the model.
     """
-    found: Dict[str, nn.Parameter] = {}
+    found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if getattr(module, "expert_mesh", None) is not None:
             found.update(module.named_parameters(prefix=name, recurse=False))
@@ -265,8 +268,8 @@ def expert_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
 def fully_shard_layer(layer: nn.Module, mesh: "dist.DeviceMesh", replica_mesh: "dist.DeviceMesh", **options) -> None:
     """Shards a layer with `expert_group` by FSDP2: its experts over their replicas, all else over all data ranks.
 
-    Call it before `fully_shard` of the modules around the layer. With fewer experts on a rank than replicas, their rows are
-    sharded instead; 2I and H must then be multiples of the number of replicas.
+    Call it before `fully_shard` of the modules around the layer. With fewer experts on a rank than replicas, their rows
+    are sharded instead; 2I and H must then be multiples of the number of replicas.
 
     Args:
         layer (MoELayer): made with a DeviceMesh as `expert_group`.
@@ -292,16 +295,17 @@ def fully_shard_layer(layer: nn.Module, mesh: "dist.DeviceMesh", replica_mesh: "
     dimension = 0 if layer.num_experts // expert_ranks >= replicas else 1
     fully_shard(list(layer.children()), mesh=mesh, **options)
     fully_shard(layer, mesh=replica_mesh, shard_placement_fn=lambda parameter: Shard(dimension), **options)
-    # FSDP2 divides by the replicas; with this, by all data ranks. `set_gradient_divide_factor(mesh.size())` means the same,
-    # but needs NCCL's PreMulSum, and torch 2.13 divides twice by it with one replica in float16 or float64.
+    # FSDP2 divides by the replicas; with this, by all data ranks. `set_gradient_divide_factor(mesh.size())` means the
+    # same, but needs NCCL's PreMulSum, and torch 2.13 divides twice by it with one replica in float16 or float64.
     layer.set_all_reduce_hook(lambda gradients: gradients.div_(expert_ranks))
 
 
 def exclude_from_ddp(model: nn.Module) -> None:
     """Keeps the experts of a model out of the DistributedDataParallel that will be put around it.
 
-    DistributedDataParallel would average them over ranks that hold other experts. It then neither broadcasts nor reduces
-    them: replicas must start equal, from one seed or one checkpoint, and `average_expert_gradients` does the rest.
+    DistributedDataParallel would average them over ranks that hold other experts. It then neither broadcasts nor
+    reduces them: replicas must start equal, from one seed or one checkpoint, and `average_expert_gradients` does the
+    rest.
 
     Args:
         model (nn.Module): changed in place.
@@ -316,8 +320,8 @@ def exclude_from_ddp(model: nn.Module) -> None:
 def average_expert_gradients(model: nn.Module, replica_group: Optional["dist.ProcessGroup"] = None) -> None:
     """Makes the experts' gradients those of the mean over all data ranks, as DistributedDataParallel makes all others.
 
-    They arrive summed over the expert group; they are summed over their replicas and divided by the number of ranks in both.
-    Call it once per optimizer step, after the last backward.
+    They arrive summed over the expert group; they are summed over their replicas and divided by the number of ranks in
+    both. Call it once per optimizer step, after the last backward.
 
     Args:
         model (nn.Module): the model, or the DistributedDataParallel around it, after `exclude_from_ddp`.

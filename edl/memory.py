@@ -1,8 +1,10 @@
-"""Domain moments carried over the micro-batches of a step, so that a micro-batch with one domain still feels the others."""
+"""Domain moments carried over the micro-batches of a step, so that a micro-batch with one domain still feels the
+others."""
 
 import contextlib
 import warnings
-from typing import Dict, Iterator, NamedTuple, Optional, Tuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +14,11 @@ from edl.scope import Scope, current_scope
 
 
 class Moments(NamedTuple):
-    """Domain moments of a loss over L layers, as one row of numbers whose last says how many micro-batches they are worth."""
+    """Domain moments of a loss over L layers, as one row of numbers whose last says how many micro-batches they are
+    worth."""
 
     packed: Tensor  # [N] float64
-    shape: Tuple[int, int, int]  # L, D, E
+    shape: tuple[int, int, int]  # L, D, E
     bias_correction: bool
 
     def plus(self, other: "Moments") -> "Moments":
@@ -33,26 +36,29 @@ def _count_optimizer_step(optimizer, args, kwargs) -> None:
 class DomainMemory(nn.Module):
     """Carries detached domain moments over the micro-batches of a training step, and optionally over steps.
 
-    Give it to one `ExpertDivergenceLoss` (`memory=`) and call `step()` after each optimizer step. The loss of a micro-batch is then
-    that of its own moments plus those carried; its gradient passes the micro-batch's own part alone, and is multiplied by the
-    number of micro-batches that the moments are worth, so that losses *averaged* over micro-batches (as gradient accumulation
-    does) have the size of one batch's. In evaluation mode, or without gradients, the loss neither reads nor changes the memory.
+    Give it to one `ExpertDivergenceLoss` (`memory=`) and call `step()` after each optimizer step. The loss of a
+    micro-batch is then that of its own moments plus those carried; its gradient passes the micro-batch's own part
+    alone, and is multiplied by the number of micro-batches that the moments are worth, so that losses *averaged* over
+    micro-batches (as gradient accumulation does) have the size of one batch's. In evaluation mode, or without
+    gradients, the loss neither reads nor changes the memory.
 
-    One pass over the micro-batches approximates the gradient of the whole batch: the first micro-batches do not know the last.
-    Two passes give it exactly: `with memory.collect():` run all micro-batches once without gradients, then train on each as usual.
-    The mean of their gradients is the gradient of the batch, and the value of every loss is the batch's.
+    One pass over the micro-batches approximates the gradient of the whole batch: the first micro-batches do not know
+    the last. Two passes give it exactly: `with memory.collect():` run all micro-batches once without gradients, then
+    train on each as usual. The mean of their gradients is the gradient of the batch, and the value of every loss is the
+    batch's.
 
-    The state travels in `state_dict` (between steps; collected moments do not). Not for code under `torch.compile`. With
-    activation checkpointing labels must come from an `edl.domain_scope` around what is checkpointed.
+    The state travels in `state_dict` (between steps; collected moments do not). Not for code under `torch.compile`.
+    With activation checkpointing labels must come from an `edl.domain_scope` around what is checkpointed.
 
     Args:
-        decay (float): factor of what is carried at each `step()`, in [0, 1): 0 (default) forgets, d > 0 keeps an exponential
-            average over steps (1 / (1 - d) steps long).
+        decay (float): factor of what is carried at each `step()`, in [0, 1): 0 (default) forgets, d > 0 keeps an
+            exponential average over steps (1 / (1 - d) steps long).
 
     Raises:
         ValueError: `decay` outside its range.
 
-    Source: the idea of balancing losses over the global batch (arXiv 2501.11873), for the moments of arXiv 2603.00054; ours.
+    Source: the idea of balancing losses over the global batch (arXiv 2501.11873), for the moments of arXiv 2603.00054;
+        ours.
     """
 
     def __init__(self, decay: float = 0.0) -> None:
@@ -60,11 +66,11 @@ class DomainMemory(nn.Module):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"edl::DomainMemory: decay must be at least 0 and below 1 (got {decay})")
         self.decay = decay
-        self._carried: Optional[Moments] = None
+        self._carried: Moments | None = None
         self._collecting = False
         self._collected = 0  # micro-batches of the first of two passes
         self._trained_on = 0  # micro-batches since the last step
-        self._before_pass: Dict[Scope, Optional[Moments]] = {}  # what each forward pass found, for its replay
+        self._before_pass: dict[Scope, Moments | None] = {}  # what each forward pass found, for its replay
         self._optimizer_steps_seen = _optimizer_steps
         self._warned = False
         _watch_optimizers()
@@ -78,7 +84,8 @@ class DomainMemory(nn.Module):
         """
         if self._trained_on or self._collecting or self._collected:
             raise RuntimeError(
-                "edl::DomainMemory: collect() must come first in a step, once (got a second pass; call step() after each step)"
+                "edl::DomainMemory: collect() must come first in a step, once (got a second pass; call step() after "
+                "each step)"
             )
         if self.decay:
             raise RuntimeError(f"edl::DomainMemory: two passes are exact without decay only (got decay = {self.decay})")
@@ -104,7 +111,8 @@ class DomainMemory(nn.Module):
         self._carried = None if forgets else carried._replace(packed=carried.packed * self.decay)
         if collected and collected != trained_on:
             raise RuntimeError(
-                f"edl::DomainMemory: the second pass must train on every micro-batch that was collected (got {trained_on} of {collected})"
+                "edl::DomainMemory: the second pass must train on every micro-batch that was collected (got "
+                f"{trained_on} of {collected})"
             )
 
     @property
@@ -114,10 +122,11 @@ class DomainMemory(nn.Module):
 
     @property
     def has_collected(self) -> bool:
-        """Whether this is the second of two passes, in which the moments of the batch are known and nothing is summed over ranks."""
+        """Whether this is the second of two passes, in which the moments of the batch are known and nothing is summed
+        over ranks."""
         return self._collected > 0 and not self._collecting
 
-    def before_pass(self) -> Optional[Moments]:
+    def before_pass(self) -> Moments | None:
         """What the calling forward pass adds to; in a replay, what it found the first time."""
         if torch._C._current_autograd_node() is None:
             return self._carried
@@ -125,14 +134,14 @@ class DomainMemory(nn.Module):
         # A scope that the replay opens anew is not that of the first time.
         if (scope is None and not self.has_collected) or (scope is not None and scope.opened_in is not None):
             raise RuntimeError(
-                "edl::DomainMemory: under activation checkpointing labels must come from an edl.domain_scope around what is "
-                f"checkpointed (got a replay {'in none' if scope is None else 'that opens its own'})"
+                "edl::DomainMemory: under activation checkpointing labels must come from an edl.domain_scope around "
+                f"what is checkpointed (got a replay {'in none' if scope is None else 'that opens its own'})"
             )
         if self.has_collected:
             return self._carried
         return self._before_pass.get(scope, self._carried)
 
-    def add(self, before: Optional[Moments], live: Moments) -> Moments:
+    def add(self, before: Moments | None, live: Moments) -> Moments:
         """The moments that a micro-batch's loss is computed from; remembers them for the next ones.
 
         Args:
@@ -159,7 +168,8 @@ class DomainMemory(nn.Module):
         return live if before is None else before.plus(live)
 
     def _is_known_replay(self) -> bool:
-        """Whether the pass was counted already. (The replay of reentrant checkpointing is the first that knows gradients.)"""
+        """Whether the pass was counted already. (The replay of reentrant checkpointing is the first that knows
+        gradients.)"""
         replays = torch._C._current_autograd_node() is not None
         scope = current_scope() if replays or not self._collecting else None
         if scope is None:
@@ -167,13 +177,14 @@ class DomainMemory(nn.Module):
         if scope in self._before_pass:
             if not replays:
                 raise RuntimeError(
-                    "edl::DomainMemory: takes one loss per forward pass, give each router a memory of its own (got a second loss in one domain_scope)"
+                    "edl::DomainMemory: takes one loss per forward pass, give each router a memory of its own (got a "
+                    "second loss in one domain_scope)"
                 )
             return True
         self._before_pass[scope] = self._carried
         return False
 
-    def _remember(self, before: Optional[Moments], live: Moments) -> None:
+    def _remember(self, before: Moments | None, live: Moments) -> None:
         self._warn_where_step_was_forgotten()
         if self._collecting:
             self._collected += 1
@@ -184,24 +195,24 @@ class DomainMemory(nn.Module):
         live = live._replace(packed=torch.where(finite, live.packed, torch.zeros_like(live.packed)))
         self._carried = live if before is None else before.plus(live)
 
-    def _check(self, before: Optional[Moments], live: Moments) -> None:
+    def _check(self, before: Moments | None, live: Moments) -> None:
         has_values = type(live.packed) is Tensor and not live.packed.is_meta
         if not has_values or torch._C._functorch.is_functorch_wrapped_tensor(live.packed):
             raise ValueError(
-                "edl::DomainMemory: takes losses of tensors with values, not under torch.func, FakeTensorMode or on the meta device "
-                f"(got {type(live.packed).__name__} on {live.packed.device})"
+                "edl::DomainMemory: takes losses of tensors with values, not under torch.func, FakeTensorMode or on "
+                f"the meta device (got {type(live.packed).__name__} on {live.packed.device})"
             )
         if before is None:
             return
         if before.shape != live.shape:
             raise ValueError(
-                "edl::DomainMemory: all micro-batches, and a state that was restored, must have the same layers, domains and "
-                f"experts, {list(before.shape)} (got {list(live.shape)})"
+                "edl::DomainMemory: all micro-batches, and a state that was restored, must have the same layers, "
+                f"domains and experts, {list(before.shape)} (got {list(live.shape)})"
             )
         if before.bias_correction != live.bias_correction:
             raise ValueError(
-                "edl::DomainMemory: all micro-batches, and a state that was restored, must have the same bias_correction, "
-                f"{before.bias_correction} (got {live.bias_correction})"
+                "edl::DomainMemory: all micro-batches, and a state that was restored, must have the same "
+                f"bias_correction, {before.bias_correction} (got {live.bias_correction})"
             )
 
     def _warn_where_step_was_forgotten(self) -> None:
@@ -209,7 +220,8 @@ class DomainMemory(nn.Module):
         if counted and self._optimizer_steps_seen != _optimizer_steps and not self._warned:
             self._warned = True
             warnings.warn(
-                "edl::DomainMemory: an optimizer stepped but memory.step() was not called: moments of several steps are added up",
+                "edl::DomainMemory: an optimizer stepped but memory.step() was not called: moments of several steps "
+                "are added up",
                 stacklevel=4,
             )
         if not counted:
@@ -218,7 +230,8 @@ class DomainMemory(nn.Module):
     def get_extra_state(self) -> tuple:
         """What `state_dict` saves: the moments, their shape and bias correction, or nothing.
 
-        A tuple, which torch.distributed.checkpoint takes as a whole: into the empty dict of a new memory it would load nothing.
+        A tuple, which torch.distributed.checkpoint takes as a whole: into the empty dict of a new memory it would load
+        nothing.
         """
         carried = self._carried
         return () if carried is None else (carried.packed.cpu(), carried.shape, carried.bias_correction)

@@ -1,7 +1,7 @@
 """A Mixture-of-Experts feed-forward layer on the operators of edl."""
 
 import math
-from typing import Final, NamedTuple, Optional, Tuple, Union
+from typing import Final, NamedTuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +47,8 @@ class Router(nn.Module):
         hidden_size: int,
         num_experts: int,
         router_dtype: torch.dtype = torch.float32,
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.router_dtype = router_dtype
@@ -83,8 +83,8 @@ class SharedExpert(nn.Module):
         self,
         hidden_size: int,
         intermediate_size: int,
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device=device, dtype=dtype)
@@ -103,49 +103,56 @@ def _check_positive(**sizes: int) -> None:
 
 
 class MoELayer(nn.Module):
-    """A Mixture-of-Experts layer: each token passes the `top_k` of `num_experts` SwiGLU networks that its router chooses.
+    """A Mixture-of-Experts layer: each token passes `top_k` of `num_experts` SwiGLU networks, which its router chooses.
 
-    output = Σ_k w_k · down_e(silu(gate_e(x)) * up_e(x)), e the k-th choice, plus the shared expert where there is one. The
-    parameters are `router.weight [E, H]`, `gate_up_proj [E, 2I, H]` (the gate's rows first) and `down_proj [E, H, I]`, the
-    layout of transformers v5; the shared expert's are `shared_expert.{gate,up,down}_proj.weight`, its gate's
+    output = Σ_k w_k · down_e(silu(gate_e(x)) * up_e(x)), e the k-th choice, plus the shared expert where there is one.
+    The parameters are `router.weight [E, H]`, `gate_up_proj [E, 2I, H]` (the gate's rows first) and `down_proj [E, H,
+    I]`, the layout of transformers v5; the shared expert's are `shared_expert.{gate,up,down}_proj.weight`, its gate's
     `shared_expert_gate.weight`. All are initialised like `nn.Linear` weights, uniform in ±1/√(inputs).
 
-    Compiles with `fullgraph=True`, exports and scripts. Under autocast the experts run in its type, the router does not.
+    Compiles with `fullgraph=True`, exports and scripts. Under autocast the experts run in its type, the router does
+    not.
 
-    With `expert_group` the experts are spread over its R ranks: rank r owns experts r·E/R to (r+1)·E/R, every other parameter is
-    replicated. All ranks call the layer together, forward and backward, each with tokens of its own (T may differ and be 0), and get
-    what one process would compute; the layer reads the exchanged sizes on the host once per forward. `gate_up_proj` and `down_proj`
-    are then DTensors of all experts that hold the local shards, initialised as in one process from the same seed. Their gradients
-    arrive summed over the group and are to be divided by all data ranks: see `edl.expert_parallel`. It compiles with
-    `fullgraph=True` under `torch._dynamo.config.capture_scalar_outputs`, and is neither exported nor scripted.
+    With `expert_group` the experts are spread over its R ranks: rank r owns experts r·E/R to (r+1)·E/R, every other
+    parameter is replicated. All ranks call the layer together, forward and backward, each with tokens of its own (T may
+    differ and be 0), and get what one process would compute; the layer reads the exchanged sizes on the host once per
+    forward. `gate_up_proj` and `down_proj` are then DTensors of all experts that hold the local shards, initialised as
+    in one process from the same seed. Their gradients arrive summed over the group and are to be divided by all data
+    ranks: see `edl.expert_parallel`. It compiles with `fullgraph=True` under
+    `torch._dynamo.config.capture_scalar_outputs`, and is neither exported nor scripted.
 
     Args:
         hidden_size (int): H, size of a token.
         intermediate_size (int): I, size inside an expert.
         num_experts (int): E.
         top_k (int): K, experts per token, in [1, E].
-        scores (str): "softmax" over all experts (default; Switch, Mixtral, Qwen, OLMoE) or "sigmoid" of each logit (DeepSeek-V3).
+        scores (str): "softmax" over all experts (default; Switch, Mixtral, Qwen, OLMoE) or "sigmoid" of each logit
+            (DeepSeek-V3).
         normalize_top_k (bool): divide a token's weights by their sum. Default: True.
         routed_scaling_factor (float): factor of the weights (DeepSeek-V3: 2.5). Default: 1.
-        expert_bias (bool): keep a buffer `expert_bias [E]`, zero at first, that shifts the choice and never enters a weight;
-            `edl.update_expert_bias` balances the experts with it. It stays float32 in a 16-bit model. Default: False.
+        expert_bias (bool): keep a buffer `expert_bias [E]`, zero at first, that shifts the choice and never enters a
+            weight; `edl.update_expert_bias` balances the experts with it. It stays float32 in a 16-bit model. Default:
+            False.
         num_shared_experts (int): experts that every token passes, run as one network. Default: 0.
         shared_intermediate_size (int, optional): size inside one shared expert. Default: `intermediate_size`.
-        shared_expert_gate (bool): multiply the shared output by a learned sigmoid per token (Qwen2-MoE). Default: False.
+        shared_expert_gate (bool): multiply the shared output by a learned sigmoid per token (Qwen2-MoE). Default:
+            False.
         router_dtype (torch.dtype): type of the router's computation, torch.float32 (default), torch.bfloat16 or
             torch.float16; float64 tokens are always routed in float64.
-        expert_group (ProcessGroup or one-dimensional DeviceMesh, optional): the R ranks over which the experts are spread; R divides
-            E. FSDP2 needs a dimension of the DeviceMesh that it shards over. Default: None, all experts are here.
-        return_routing (bool): return (output, `Routing`), the default; False returns the output alone, as any feed-forward
-            module does.
+        expert_group (ProcessGroup or one-dimensional DeviceMesh, optional): the R ranks over which the experts are
+            spread; R divides E. FSDP2 needs a dimension of the DeviceMesh that it shards over. Default: None, all
+            experts are here.
+        return_routing (bool): return (output, `Routing`), the default; False returns the output alone, as any
+            feed-forward module does.
         device (torch.device, optional): where the parameters are created.
         dtype (torch.dtype, optional): type of the parameters.
 
     Raises:
-        ValueError: a size below 1, `top_k` beyond `num_experts`, an unknown option, or an `expert_group` that does not fit.
+        ValueError: a size below 1, `top_k` beyond `num_experts`, an unknown option, or an `expert_group` that does not
+            fit.
     """
 
-    expert_bias: Optional[Tensor]
+    expert_bias: Tensor | None
     return_routing: Final[bool]  # decides the type that a scripted layer returns
     transformers_family = None  # the model type of the block that the layer was made from
 
@@ -161,13 +168,13 @@ class MoELayer(nn.Module):
         routed_scaling_factor: float = 1.0,
         expert_bias: bool = False,
         num_shared_experts: int = 0,
-        shared_intermediate_size: Optional[int] = None,
+        shared_intermediate_size: int | None = None,
         shared_expert_gate: bool = False,
         router_dtype: torch.dtype = torch.float32,
-        expert_group: Optional[Union["torch.distributed.ProcessGroup", "torch.distributed.DeviceMesh"]] = None,
+        expert_group: Union["torch.distributed.ProcessGroup", "torch.distributed.DeviceMesh"] | None = None,
         return_routing: bool = True,
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check_positive(
@@ -179,13 +186,15 @@ class MoELayer(nn.Module):
             raise ValueError(f"edl::MoELayer: scores must be 'softmax' or 'sigmoid' (got {scores!r})")
         if router_dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(
-                f"edl::MoELayer: router_dtype must be torch.float32, torch.bfloat16 or torch.float16 (got {router_dtype})"
+                "edl::MoELayer: router_dtype must be torch.float32, torch.bfloat16 or torch.float16 (got "
+                f"{router_dtype})"
             )
         if num_shared_experts < 0:
             raise ValueError(f"edl::MoELayer: num_shared_experts must not be negative (got {num_shared_experts})")
         if num_shared_experts == 0 and (shared_expert_gate or shared_intermediate_size is not None):
             raise ValueError(
-                "edl::MoELayer: shared_intermediate_size and shared_expert_gate need num_shared_experts of at least 1 (got 0)"
+                "edl::MoELayer: shared_intermediate_size and shared_expert_gate need num_shared_experts of at least 1 "
+                "(got 0)"
             )
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -251,8 +260,9 @@ class MoELayer(nn.Module):
             self.expert_bias = moved.float() if bias.is_meta else bias.to(moved.device)
         return self
 
-    def _route(self, hidden: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Tokens [T, H], their logits [T, E], weights [T, K] and experts [T, K], and the order of their rows by expert."""
+    def _route(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Tokens [T, H], their logits [T, E], weights [T, K] and experts [T, K], and the order of their rows by
+        expert."""
         if not torch.jit.is_scripting():
             ops._refuse_dtensor("MoELayer", hidden)
         if hidden.shape[-1] != self.hidden_size:
@@ -305,16 +315,18 @@ class MoELayer(nn.Module):
     def from_transformers(
         cls, block: nn.Module, return_routing: bool = True, router_dtype: torch.dtype = torch.float32
     ) -> "MoELayer":
-        """Makes a layer of the Mixture-of-Experts block of a Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE model (transformers v5).
+        """Makes a layer of a Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE block (transformers v5).
 
-        The layer shares the block's parameters and gives the same output and gradients; put it in the block's place with
-        `return_routing=False`.
+        The layer shares the block's parameters and gives the same output and gradients; put it in the block's place
+        with `return_routing=False`.
 
         Args:
-            block (nn.Module): `MixtralSparseMoeBlock`, `Qwen2MoeSparseMoeBlock`, `Qwen3MoeSparseMoeBlock` or `OlmoeSparseMoeBlock`.
+            block (nn.Module): `MixtralSparseMoeBlock`, `Qwen2MoeSparseMoeBlock`, `Qwen3MoeSparseMoeBlock` or
+                `OlmoeSparseMoeBlock`.
             return_routing (bool): as for the constructor. Default: True.
-            router_dtype (torch.dtype): as for the constructor. transformers runs a 16-bit model's router in 16 bits, so that a few
-                tokens with nearly equal logits choose otherwise there; pass the model's type to follow it. Default: torch.float32.
+            router_dtype (torch.dtype): as for the constructor. transformers runs a 16-bit model's router in 16 bits, so
+                that a few tokens with nearly equal logits choose otherwise there; pass the model's type to follow it.
+                Default: torch.float32.
 
         Returns:
             The layer.
@@ -326,12 +338,12 @@ class MoELayer(nn.Module):
 
         return layer_from_block(block, return_routing, router_dtype)
 
-    def to_transformers(self, family: Optional[str] = None) -> nn.Module:
+    def to_transformers(self, family: str | None = None) -> nn.Module:
         """Makes a block of transformers v5 that shares the layer's parameters and gives the same output.
 
         Args:
-            family (str, optional): "mixtral", "qwen2_moe", "qwen3_moe" or "olmoe". Default: that of the block which the layer was
-                made from, else "qwen2_moe" with a shared expert and "qwen3_moe" without.
+            family (str, optional): "mixtral", "qwen2_moe", "qwen3_moe" or "olmoe". Default: that of the block which the
+                layer was made from, else "qwen2_moe" with a shared expert and "qwen3_moe" without.
 
         Returns:
             The block, an nn.Module of transformers.
@@ -345,9 +357,10 @@ class MoELayer(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, num_experts={self.num_experts}, "
-            f"top_k={self.top_k}, scores={self.scores!r}, normalize_top_k={self.normalize_top_k}, "
-            f"routed_scaling_factor={self.routed_scaling_factor}, expert_bias={self.expert_bias is not None}, "
-            f"num_shared_experts={self.num_shared_experts}, return_routing={self.return_routing}"
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
+            f"num_experts={self.num_experts}, top_k={self.top_k}, scores={self.scores!r}, "
+            f"normalize_top_k={self.normalize_top_k}, routed_scaling_factor={self.routed_scaling_factor}, "
+            f"expert_bias={self.expert_bias is not None}, num_shared_experts={self.num_shared_experts}, "
+            f"return_routing={self.return_routing}"
             + (f", expert_group of {self.expert_mesh.size()} ranks" if self.expert_mesh is not None else "")
         )

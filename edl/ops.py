@@ -1,16 +1,15 @@
 """Typed, documented, scriptable wrappers over the operators `torch.ops.edl.*`.
 
-Shapes: T tokens, S segments, E experts, D domains, K experts per token, N = T·K, H hidden size, I intermediate size. Softmax, sums
+Shapes: T tokens, S segments, E experts, D domains, K experts per token, N = T·K, H hidden size, I intermediate size.
+    Softmax, sums
 and logarithms are computed in float32 (float64 for float64 input), whatever the storage type.
 """
-
-from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 
 
-def _refuse_dtensor(op: str, *tensors: Optional[Tensor]) -> None:
+def _refuse_dtensor(op: str, *tensors: Tensor | None) -> None:
     """Raises where an operator is given a DTensor, whose shards only the caller knows how to combine."""
     for tensor in tensors:
         if tensor is None or type(tensor) is Tensor or not torch.distributed.is_available():
@@ -44,15 +43,16 @@ def sequence_segment_ids(labels: Tensor, num_tokens: int) -> Tensor:
 
 def aggregate_routing(
     routing: Tensor, segment_ids: Tensor, num_segments: int, scores: str = "softmax"
-) -> Tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Sums the router's distribution over the tokens of each segment (a sequence, a document, or a whole domain).
 
     Args:
-        routing (Tensor[T, E]): logits, or probabilities with `scores="none"`; float32, float64, bfloat16 or float16, rows
-            with any stride.
+        routing (Tensor[T, E]): logits, or probabilities with `scores="none"`; float32, float64, bfloat16 or float16,
+            rows with any stride.
         segment_ids (Tensor[T]): int32 or int64, in [-1, num_segments); -1 = the token is not counted.
         num_segments (int): S, at least 0.
-        scores (str): "softmax" (default), "sigmoid" (sigmoid(z) / (sum of sigmoid(z) + 1e-20), as in DeepSeek-V3), or "none".
+        scores (str): "softmax" (default), "sigmoid" (sigmoid(z) / (sum of sigmoid(z) + 1e-20), as in DeepSeek-V3), or
+            "none".
 
     Returns:
         sums (Tensor[S, E]) and counts (Tensor[S], tokens per segment), float32, or float64 for float64 input.
@@ -71,7 +71,7 @@ def aggregate_routing(
 
 def domain_moments(
     segment_sums: Tensor, segment_counts: Tensor, labels: Tensor, num_domains: int, squares: bool = False
-) -> Tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sums the segments' mean distributions x = segment_sums / segment_counts, and their squares, over each domain.
 
     Sums of the results over ranks or micro-batches are the results of the union.
@@ -79,14 +79,15 @@ def domain_moments(
     Args:
         segment_sums (Tensor[..., S, E]): from `aggregate_routing`, layers stacked in front; float32 or float64.
         segment_counts (Tensor[..., S] or Tensor[S]): tokens per segment, shared by all layers if [S]; same dtype.
-        labels (Tensor[S] or Tensor[S, D]): domain of each segment, int32 or int64 in [-1, num_domains), -1 = not counted; or
-            weights per domain, floating, at least 0. A segment without tokens or without weight is skipped unread.
+        labels (Tensor[S] or Tensor[S, D]): domain of each segment, int32 or int64 in [-1, num_domains), -1 = not
+            counted; or weights per domain, floating, at least 0. A segment without tokens or without weight is skipped
+            unread.
         num_domains (int): D, at least 1.
         squares (bool): also sum x², which bias correction needs. Default: False.
 
     Returns:
-        sums (Tensor[..., D, E]), squares (the same shape, or no element) and counts (Tensor[..., D]: segments, or weight),
-        float64. Differentiable in `segment_sums`.
+        sums (Tensor[..., D, E]), squares (the same shape, or no element) and counts (Tensor[..., D]: segments, or
+        weight), float64. Differentiable in `segment_sums`.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices, a negative weight.
@@ -107,7 +108,7 @@ def expert_divergence(
     reduction: str = "mean_of_logs",
     bias_correction: bool = False,
 ) -> Tensor:
-    """The Expert Divergence loss of domain moments: mean over pairs j < k of -log(JSD(p_j, p_k) + eps), p = sums / counts.
+    """The Expert Divergence loss of domain moments: mean over pairs of -log(JSD(p_j, p_k) + eps), p = sums / counts.
 
     Args:
         sums (Tensor[..., D, E]): float64, from `domain_moments`.
@@ -119,13 +120,15 @@ def expert_divergence(
             domains of two segments or more count then. Default: False.
 
     Returns:
-        The loss (Tensor[...]), float64, in nats; 0 with zero gradient where fewer than two domains are left. Differentiable in
-        `sums` and `squares`.
+        The loss (Tensor[...]), float64, in nats; 0 with zero gradient where fewer than two domains are left.
+        Differentiable in `sums` and `squares`.
 
     Raises:
-        ValueError: wrong shapes, dtypes or devices, an unknown reduction, a negative eps, bias correction of "log_of_mean".
+        ValueError: wrong shapes, dtypes or devices, an unknown reduction, a negative eps, bias correction of
+            "log_of_mean".
 
-    Source: arXiv 2603.00054. It gives neither eps nor the base of the logarithm; we chose 1e-6 and the natural one. The bias
+    Source: arXiv 2603.00054. It gives neither eps nor the base of the logarithm; we chose 1e-6 and the natural one. The
+        bias
     correction is ours.
     """
     if not torch.jit.is_scripting():
@@ -143,8 +146,8 @@ def pairwise_divergence(sums: Tensor, squares: Tensor, counts: Tensor, bias_corr
         bias_correction (bool): subtract what noise alone would give; the result may be negative. Default: False.
 
     Returns:
-        Tensor[..., D, D], float64, between 0 and log 2 without correction; 0 on the diagonal, NaN where a domain has no segment
-        (with correction: fewer than two).
+        Tensor[..., D, D], float64, between 0 and log 2 without correction; 0 on the diagonal, NaN where a domain has no
+        segment (with correction: fewer than two).
 
     Raises:
         ValueError: wrong shapes, dtypes or devices.
@@ -161,22 +164,23 @@ def route_tokens(
     logits: Tensor,
     top_k: int,
     scores: str,
-    bias: Optional[Tensor] = None,
+    bias: Tensor | None = None,
     normalize: bool = True,
     scale: float = 1.0,
-) -> Tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Chooses `top_k` experts for each token and gives them weights.
 
-    Without `bias` the experts with the highest logits are chosen, which is the order of the scores without their rounding;
-    with it, those with the highest score + bias. Ties go to the lowest expert; NaN counts as highest, so that it reaches the
-    weights. Differentiable in `logits` through the chosen weights.
+    Without `bias` the experts with the highest logits are chosen, which is the order of the scores without their
+    rounding; with it, those with the highest score + bias. Ties go to the lowest expert; NaN counts as highest, so that
+    it reaches the weights. Differentiable in `logits` through the chosen weights.
 
     Args:
         logits (Tensor[T, E]): the router's output; float32, float64, bfloat16 or float16.
         top_k (int): K, experts per token, in [1, E].
         scores (str): "softmax" over all experts, or "sigmoid" of each logit.
         bias (Tensor[E], optional): shifts the choice and never enters a weight (DeepSeek-V3, arXiv 2412.19437, Eq. 16).
-        normalize (bool): divide the weights by the sum of the token's chosen scores (sigmoid: sum + 1e-20). Default: True.
+        normalize (bool): divide the weights by the sum of the token's chosen scores (sigmoid: sum + 1e-20). Default:
+            True.
         scale (float): factor of the weights, after the division. Default: 1.
 
     Returns:
@@ -190,16 +194,17 @@ def route_tokens(
     return torch.ops.edl.route_tokens(logits, top_k, scores, bias, normalize, scale)
 
 
-def sort_by_expert(experts: Tensor, num_experts: int) -> Tuple[Tensor, Tensor]:
+def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Groups the slots of all tokens by expert, stably. Slot t·K + k is token t's k-th choice.
 
     Args:
-        experts (Tensor[T, K]): int32 or int64, in [0, E]; fewer than 2^31 entries. E itself is a sentinel, "no expert here": it
-            sorts last and contributes zeros to `expert_mlp`.
+        experts (Tensor[T, K]): int32 or int64, in [0, E]; fewer than 2^31 entries. E itself is a sentinel, "no expert
+            here": it sorts last and contributes zeros to `expert_mlp`.
         num_experts (int): E, at least 1.
 
     Returns:
-        row_order (Tensor[N], int32), the slot that stands at each row, and offsets (Tensor[E + 1], int32): expert e owns the
+        row_order (Tensor[N], int32), the slot that stands at each row, and offsets (Tensor[E + 1], int32): expert e
+            owns the
         rows offsets[e] to offsets[e + 1]; offsets[E] is the number of rows without sentinels.
 
     Raises:
@@ -214,8 +219,8 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> Tuple[Tensor, Tensor]:
 def dispatch_tokens(tokens: Tensor, row_order: Tensor, top_k: int) -> Tensor:
     """Copies tokens into the order of the experts: row i is token `row_order[i] // top_k`.
 
-    The slots of sentinels are copied like all others and stand last. Differentiable in `tokens`, to any order; the gradient is
-    `combine_tokens` without weights, so rows of sentinels must get zero gradients.
+    The slots of sentinels are copied like all others and stand last. Differentiable in `tokens`, to any order; the
+    gradient is `combine_tokens` without weights, so rows of sentinels must get zero gradients.
 
     Args:
         tokens (Tensor[T, H]): float32, float64, bfloat16 or float16.
@@ -234,11 +239,11 @@ def dispatch_tokens(tokens: Tensor, row_order: Tensor, top_k: int) -> Tensor:
     return torch.ops.edl.dispatch_tokens(tokens, row_order, top_k)
 
 
-def combine_tokens(rows: Tensor, weights: Optional[Tensor], row_order: Tensor, top_k: int) -> Tensor:
+def combine_tokens(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_k: int) -> Tensor:
     """Brings rows back to their tokens: the sum, weighted if weights are given, of each token's rows.
 
-    A row whose weight is exactly 0 is not read; without weights, rows of sentinels must be zeros. Differentiable in `rows` and
-    `weights`; without weights the gradient is `dispatch_tokens`, to any order.
+    A row whose weight is exactly 0 is not read; without weights, rows of sentinels must be zeros. Differentiable in
+    `rows` and `weights`; without weights the gradient is `dispatch_tokens`, to any order.
 
     Args:
         rows (Tensor[N, H]): float32, float64, bfloat16 or float16.
@@ -263,9 +268,9 @@ def expert_mlp(
 ) -> Tensor:
     """Runs each expert's SwiGLU network on the tokens that chose it, and sums the weighted results per token.
 
-    output[t] = sum over k of weights[t, k] · down[e] (silu(g) * u), with [g; u] = gate_up[e] tokens[t] and e the k-th choice of
-    token t. Differentiable in tokens, weights, gate_up and down; an expert without tokens gets exact zeros. Under autocast,
-    tokens, gate_up and down are cast as `torch.nn.functional.linear` casts its arguments.
+    output[t] = sum over k of weights[t, k] · down[e] (silu(g) * u), with [g; u] = gate_up[e] tokens[t] and e the k-th
+    choice of token t. Differentiable in tokens, weights, gate_up and down; an expert without tokens gets exact zeros.
+    Under autocast, tokens, gate_up and down are cast as `torch.nn.functional.linear` casts its arguments.
 
     Args:
         tokens (Tensor[T, H]): float32, float64, bfloat16 or float16.
@@ -287,11 +292,11 @@ def expert_mlp(
     return torch.ops.edl.expert_mlp(tokens, weights, row_order, offsets, gate_up, down)
 
 
-def inject(carrier: Tensor, loss: Tensor, scale: Optional[Tensor] = None) -> Tensor:
+def inject(carrier: Tensor, loss: Tensor, scale: Tensor | None = None) -> Tensor:
     """Returns a copy of `carrier` that carries a loss which cannot be returned, for example from a pipeline stage.
 
-    In the backward pass the carrier's gradient passes unchanged, and `loss` receives the gradient `scale`. Attach it to a small
-    tensor that the final loss depends on, such as the routing weights.
+    In the backward pass the carrier's gradient passes unchanged, and `loss` receives the gradient `scale`. Attach it to
+    a small tensor that the final loss depends on, such as the routing weights.
 
     Args:
         carrier (Tensor): of any shape.

@@ -1,14 +1,15 @@
 """The loss of a batch that several ranks hold: what is added over them, by whom, and what becomes of a rank that fails.
 
-Two seams, each one all-reduce forward and nothing backward: segment sums over the ranks that hold parts of the same sequences
-(where values are looked at, after a comparison of the segments), domain moments over the ranks that share the batch. Every rank
-then has the loss of the whole batch and differentiates its own contribution to it.
+Two seams, each one all-reduce forward and nothing backward: segment sums over the ranks that hold parts of the same
+sequences (where values are looked at, after a comparison of the segments), domain moments over the ranks that share the
+batch. Every rank then has the loss of the whole batch and differentiates its own contribution to it.
 """
 
 import copy
 import os
 import zlib
-from typing import Callable, List, NamedTuple, Optional, Tuple
+from collections.abc import Callable
+from typing import NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,8 @@ def process_group(name: str, group) -> Optional["dist.ProcessGroup"]:
         return group.get_group()
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
-            f"edl::parallel: {name} must be a ProcessGroup of this rank or a DeviceMesh of one dimension (got {type(group).__name__})"
+            f"edl::parallel: {name} must be a ProcessGroup of this rank or a DeviceMesh of one dimension (got "
+            f"{type(group).__name__})"
         )
     return group
 
@@ -41,16 +43,16 @@ def _with_others(group: Optional["dist.ProcessGroup"]) -> Optional["dist.Process
     return None if group is None or dist.get_world_size(group) == 1 else group
 
 
-def gather(group: Optional["dist.ProcessGroup"], item: object) -> List[Tuple[int, object]]:
+def gather(group: Optional["dist.ProcessGroup"], item: object) -> list[tuple[int, object]]:
     """(rank, item) of every rank of a group; of no group nothing."""
     if group is None:
         return []
-    items: List[object] = [None] * dist.get_world_size(group)
+    items: list[object] = [None] * dist.get_world_size(group)
     dist.all_gather_object(items, item, group=group)
     return list(zip(dist.get_process_group_ranks(group), items))
 
 
-def first_problem(group: "dist.ProcessGroup", problem: Optional[Exception], op: str) -> Optional[Exception]:
+def first_problem(group: "dist.ProcessGroup", problem: Exception | None, op: str) -> Exception | None:
     """This rank's problem, or else that of the first rank that has one; all ranks of the group call it."""
     for rank, sentence in gather(group, None if problem is None else str(problem)):
         if problem is None and sentence is not None:
@@ -74,33 +76,36 @@ class Ranks:
     """The ranks a loss spans.
 
     Args:
-        sequence_group (ProcessGroup or DeviceMesh of one dimension, optional): ranks that hold parts of the same sequences.
-        group (ProcessGroup or DeviceMesh of one dimension, optional): ranks that share the batch, one per `sequence_group`.
-        averaging_ranks (int, optional): how many ranks the framework averages gradients over; default: the size of `group`.
+        sequence_group (ProcessGroup or DeviceMesh of one dimension, optional): ranks that hold parts of the same
+            sequences.
+        group (ProcessGroup or DeviceMesh of one dimension, optional): ranks that share the batch, one per
+            `sequence_group`.
+        averaging_ranks (int, optional): how many ranks the framework averages gradients over; default: the size of
+            `group`.
 
     Raises:
-        ValueError: no such group, groups that share another rank than this one, `averaging_ranks` below 1, or missing with
-            `sequence_group`.
+        ValueError: no such group, groups that share another rank than this one, `averaging_ranks` below 1, or missing
+            with `sequence_group`.
     """
 
-    def __init__(self, sequence_group, group, averaging_ranks: Optional[int]) -> None:
+    def __init__(self, sequence_group, group, averaging_ranks: int | None) -> None:
         self.sequence_group = process_group("sequence_group", sequence_group)
         self.group = process_group("group", group)
         self.averaging_ranks = self._averaging_ranks(averaging_ranks)
         self._check_disjoint()
         self.sequence_group, self.group = _with_others(self.sequence_group), _with_others(self.group)
-        self._layout: Optional[Layout] = None
+        self._layout: Layout | None = None
         self._num_segments = 0
 
     def __deepcopy__(self, memo: dict) -> "Ranks":
         return copy.copy(self)  # groups cannot be copied; a copy of a model spans the same ranks
 
-    def _averaging_ranks(self, averaging_ranks: Optional[int]) -> int:
+    def _averaging_ranks(self, averaging_ranks: int | None) -> int:
         if averaging_ranks is None:
             if self.sequence_group is not None:
                 raise ValueError(
-                    "edl::parallel: averaging_ranks is required with sequence_group: the number of ranks over which the framework "
-                    "averages gradients (got None)"
+                    "edl::parallel: averaging_ranks is required with sequence_group: the number of ranks over which "
+                    "the framework averages gradients (got None)"
                 )
             return 1 if self.group is None else dist.get_world_size(self.group)
         if not isinstance(averaging_ranks, int) or averaging_ranks < 1:
@@ -124,9 +129,7 @@ class Ranks:
         """Whether wrong values are looked for before segments are summed."""
         return self.sequence_group is not None and reads_values(tensor)
 
-    def agree(
-        self, layout: Optional[Layout], carried: Optional[Tensor], problem: Optional[Exception]
-    ) -> Optional[Exception]:
+    def agree(self, layout: Layout | None, carried: Tensor | None, problem: Exception | None) -> Exception | None:
         """Compares layouts: among the ranks at the first call, with what was agreed at later ones.
 
         Args:
@@ -168,14 +171,15 @@ class Ranks:
                     )
                 elif other_held != held:
                     problem = ValueError(
-                        f"edl::parallel: the memories of all ranks must hold the same (got {held}, and {other_held} on rank {rank})"
+                        f"edl::parallel: the memories of all ranks must hold the same (got {held}, and "
+                        f"{other_held} on rank {rank})"
                     )
         if problem is not None:
             raise problem
         self._layout = layout
         return None
 
-    def stand_in_segments(self) -> Tuple[Tensor, Tensor]:
+    def stand_in_segments(self) -> tuple[Tensor, Tensor]:
         """Segment sums and counts of a rank that has none to give, in the layout of its last call."""
         layout = self._layout
         sums = torch.zeros(layout.layers, self._num_segments, layout.experts, dtype=layout.dtype, device=layout.device)
@@ -191,9 +195,10 @@ class Ranks:
         )
 
     def sum_segments(
-        self, sums: Tensor, counts: Tensor, labels: Optional[Tensor], problem: Optional[Exception]
-    ) -> Tuple[Tensor, Tensor, Optional[Exception]]:
-        """Adds segment sums [L, S, E] and counts [S] over `sequence_group`; NaN, and a problem, where a rank of it failed.
+        self, sums: Tensor, counts: Tensor, labels: Tensor | None, problem: Exception | None
+    ) -> tuple[Tensor, Tensor, Exception | None]:
+        """Adds segment sums [L, S, E] and counts [S] over `sequence_group`; NaN, and a problem, where a rank of it
+        failed.
 
         Labels [S] or [S, D] are compared where values are looked at, and needed of a rank without a problem.
         """
@@ -209,8 +214,8 @@ class Ranks:
                     else f" labels that differ between ranks {list(given)}"
                 )
                 problem = ValueError(
-                    "edl::parallel: all ranks of sequence_group must pass the same segments: labels, or cu_seqlens, of whole "
-                    f"sequences (got{got})"
+                    "edl::parallel: all ranks of sequence_group must pass the same segments: labels, or cu_seqlens, "
+                    f"of whole sequences (got{got})"
                 )
             if len(set(numbers.values())) != 1:
                 return sums, counts, problem
@@ -225,8 +230,8 @@ class Ranks:
         return packed[: sums.numel()].view_as(sums), packed[sums.numel() : -1], problem
 
     def start_moments(
-        self, moments: Tensor, problem: Optional[Exception]
-    ) -> Callable[[], Tuple[Tensor, Optional[Exception]]]:
+        self, moments: Tensor, problem: Exception | None
+    ) -> Callable[[], tuple[Tensor, Exception | None]]:
         """Starts to add packed domain moments over `group`.
 
         Returns a function that waits for them; NaN, and a problem, where a rank of the group failed.
@@ -234,9 +239,10 @@ class Ranks:
         return self._start_sum(self.group, moments, problem)
 
     def _start_sum(
-        self, group, numbers: Tensor, problem: Optional[Exception]
-    ) -> Callable[[], Tuple[Tensor, Optional[Exception]]]:
-        """Starts to add up numbers [N] over a group, the last of which counts ranks that failed; such a rank gives NaN for the others."""
+        self, group, numbers: Tensor, problem: Exception | None
+    ) -> Callable[[], tuple[Tensor, Exception | None]]:
+        """Starts to add up numbers [N] over a group, the last of which counts ranks that failed; such a rank gives NaN
+        for the others."""
         if group is None:
             return lambda: (numbers, problem)
         if problem is not None:
@@ -245,7 +251,7 @@ class Ranks:
         total = torch.ops._c10d_functional.all_reduce(numbers, "sum", group.group_name)
         return lambda: self._finish_sum(group, total, problem)
 
-    def _finish_sum(self, group, total: Tensor, problem: Optional[Exception]) -> Tuple[Tensor, Optional[Exception]]:
+    def _finish_sum(self, group, total: Tensor, problem: Exception | None) -> tuple[Tensor, Exception | None]:
         total = torch.ops._c10d_functional.wait_tensor(total)
         if reads_values(total) and total[-1].item() > 0:
             problem = first_problem(group, problem, "edl::parallel")
@@ -253,7 +259,8 @@ class Ranks:
 
 
 def reads_values(tensor: Tensor) -> bool:
-    """Whether the host may look at values: never while compiling, and where it means to wait for a device if EDL_CHECK=1 asks."""
+    """Whether the host may look at values: never while compiling, and where it means to wait for a device if
+    EDL_CHECK=1 asks."""
     if torch.compiler.is_compiling():
         return False
     return tensor.device.type == "cpu" or os.environ.get("EDL_CHECK") == "1"

@@ -84,7 +84,8 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
 
 
 def divergence_bias(mean_j: Tensor, spread_j: Tensor, mean_k: Tensor, spread_k: Tensor) -> Tensor:
-    """The divergence [] that two noisy means [E] of one distribution have, to second order; spread = variance of the mean."""
+    """The divergence [] that two noisy means [E] of one distribution have, to second order; spread = variance of the
+    mean."""
     mean = (mean_j + mean_k) / 2
     inverse = torch.where(mean > 0, 1 / mean.clamp(min=torch.finfo(mean.dtype).tiny), torch.zeros_like(mean))
     return ((spread_j + spread_k) * inverse).sum() / 8

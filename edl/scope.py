@@ -1,16 +1,17 @@
 """Domain labels for routers that no argument reaches, bound to the forward pass they belong to.
 
-A router asks `current_labels()`. In a forward pass the answer is the open `domain_scope`; when activation checkpointing replays a
-forward pass in the backward pass, it is the scope in which that pass first ran. autograd numbers its nodes in the order of their
-creation, so the number of the node that asks for the replay tells the scope: exactly, for reentrant and other checkpointing,
-whatever order the backward passes come in, and with any number of micro-batches in flight.
+A router asks `current_labels()`. In a forward pass the answer is the open `domain_scope`; when activation checkpointing
+replays a forward pass in the backward pass, it is the scope in which that pass first ran. autograd numbers its nodes in
+the order of their creation, so the number of the node that asks for the replay tells the scope: exactly, for reentrant
+and other checkpointing, whatever order the backward passes come in, and with any number of micro-batches in flight.
 """
 
 import collections
 import contextlib
 import contextvars
 import threading
-from typing import Iterator, NamedTuple, Optional, Tuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +26,12 @@ class Labels(NamedTuple):
     """What a scope says of the tokens of one forward pass; the arguments of `domain_scope`."""
 
     domain_ids: Tensor
-    attention_mask: Optional[Tensor] = None
-    padding_mask: Optional[Tensor] = None
-    cu_seqlens: Optional[Tensor] = None
+    attention_mask: Tensor | None = None
+    padding_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
 
-def _current_replay() -> Optional[Tuple[int, int]]:
+def _current_replay() -> tuple[int, int] | None:
     """The backward pass and its node that the calling code runs in; None in no backward pass."""
     node = torch._C._current_autograd_node()
     return None if node is None else (torch._C._current_graph_task_id(), node._sequence_nr())
@@ -44,7 +45,7 @@ class Scope:
         self.opened_in = _current_replay()
         self.thread = threading.get_ident()
         self.first = torch._C._autograd._get_sequence_nr()
-        self.last: Optional[int] = None  # open
+        self.last: int | None = None  # open
 
     def close(self) -> None:
         self.last = torch._C._autograd._get_sequence_nr()
@@ -68,7 +69,7 @@ class _Scopes:
                 self._forgotten_up_to = max(self._forgotten_up_to, oldest.last or oldest.first)
             self._scopes.appendleft(scope)
 
-    def find(self, number: int) -> Optional[Scope]:
+    def find(self, number: int) -> Scope | None:
         """The scope in which the node of this number was made; None = in no scope."""
         with self._lock:
             found = [scope for scope in self._scopes if scope.made(number)]
@@ -79,32 +80,34 @@ class _Scopes:
                     "(got a replay of an older one)"
                 )
             return None
-        # Scopes of one thread only overlap where they are nested: the newest is the innermost. Numbers are counted per thread.
+        # Scopes of one thread only overlap where they are nested: the newest is the innermost. Numbers are counted per
+        # thread.
         if len({scope.thread for scope in found}) > 1:
             raise RuntimeError(
-                "edl::domain_scope: replays need forward passes in one thread (got a node that two threads may have made)"
+                "edl::domain_scope: replays need forward passes in one thread (got a node that two threads may have "
+                "made)"
             )
         return found[0]
 
 
 _SCOPES = _Scopes()
-_OPEN: contextvars.ContextVar[Optional[Scope]] = contextvars.ContextVar("edl_domain_scope", default=None)
+_OPEN: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("edl_domain_scope", default=None)
 
 
 @contextlib.contextmanager
 def domain_scope(
     domain_ids: Tensor,
     *,
-    attention_mask: Optional[Tensor] = None,
-    padding_mask: Optional[Tensor] = None,
-    cu_seqlens: Optional[Tensor] = None,
+    attention_mask: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Iterator[Labels]:
     """Binds labels to the forward passes run inside: `with edl.domain_scope(domain_ids): output = model(tokens)`.
 
-    The backward pass may run inside or outside, in any order with those of other scopes; activation checkpointing gets the
-    labels of the pass it replays, or those of a scope that it opens itself. A forward pass outside any scope has no labels, and so no divergence loss; nothing is left
-    set. Not for code under `torch.compile` or TorchScript: pass the labels as arguments there. Reentrant checkpointing must
-    be neither inside other checkpointing nor around it.
+    The backward pass may run inside or outside, in any order with those of other scopes; activation checkpointing gets
+    the labels of the pass it replays, or those of a scope that it opens itself. A forward pass outside any scope has no
+    labels, and so no divergence loss; nothing is left set. Not for code under `torch.compile` or TorchScript: pass the
+    labels as arguments there. Reentrant checkpointing must be neither inside other checkpointing nor around it.
 
     Args:
         domain_ids (Tensor): labels in any form that `ExpertDivergenceLoss` takes.
@@ -131,7 +134,7 @@ def domain_scope(
         scope.close()
 
 
-def current_scope() -> Optional[Scope]:
+def current_scope() -> Scope | None:
     """The scope of the forward pass that the caller belongs to; see `current_labels`."""
     replay, scope = _current_replay(), _OPEN.get()
     if replay is None:
@@ -148,18 +151,18 @@ def current_scope() -> Optional[Scope]:
 
 
 @torch.compiler.disable
-def current_labels() -> Optional[Labels]:
-    """The labels of the forward pass that the calling code belongs to, also when it is replayed; None outside any scope.
+def current_labels() -> Labels | None:
+    """The labels of the forward pass that the calling code belongs to, replayed or not; None outside any scope.
 
-    A router asks in every forward pass while it trains, and computes its loss where the answer is not None and gradients are
-    recorded (the first pass of reentrant checkpointing records none, its replay does).
+    A router asks in every forward pass while it trains, and computes its loss where the answer is not None and
+    gradients are recorded (the first pass of reentrant checkpointing records none, its replay does).
 
     Returns:
         `Labels` (domain_ids, attention_mask, padding_mask, cu_seqlens), or None.
 
     Raises:
-        RuntimeError: a replay whose scope cannot be told: nested reentrant checkpointing, forward passes of several threads, or
-            more passes in flight than are remembered.
+        RuntimeError: a replay whose scope cannot be told: nested reentrant checkpointing, forward passes of several
+            threads, or more passes in flight than are remembered.
     """
     scope = current_scope()
     return None if scope is None else scope.labels

@@ -1,11 +1,11 @@
 """What a token counts for: masks, packing and labels become segment ids and segment labels.
 
-A segment is whatever is averaged as one: a sequence, a packed document, or a (sequence, domain) pair where labels vary inside
-a sequence. This is the only place that reads masks. All sizes are static, and no value is looked at on the host: a token whose
-label or mask value is not allowed gets the id S, which `edl.ops.aggregate_routing` refuses.
+A segment is whatever is averaged as one: a sequence, a packed document, or a (sequence, domain) pair where labels vary
+inside a sequence. This is the only place that reads masks. All sizes are static, and no value is looked at on the host:
+a token whose label or mask value is not allowed gets the id S, which `edl.ops.aggregate_routing` refuses.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def _check_labels(domain_ids: Tensor, num_domains: int) -> None:
                 f"edl::segments: floating domain_ids are weights and must have the shape [B, {num_domains}] "
                 f"(got {list(domain_ids.shape)})"
             )
-    elif domain_ids.dtype != torch.int32 and domain_ids.dtype != torch.int64:
+    elif domain_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"edl::segments: domain_ids must be int32, int64 or floating weights (got {domain_ids.dtype})")
     elif domain_ids.dim() != 1 and domain_ids.dim() != 2:
         raise ValueError(
@@ -53,7 +53,7 @@ def _check_rows(domain_ids: Tensor, batch_size: int) -> None:
         )
 
 
-def _check_device(name: str, tensor: Optional[Tensor], domain_ids: Tensor) -> None:
+def _check_device(name: str, tensor: Tensor | None, domain_ids: Tensor) -> None:
     if tensor is not None and tensor.device != domain_ids.device:
         raise ValueError(
             f"edl::segments: {name} must be on the device of domain_ids (got {tensor.device} and {domain_ids.device})"
@@ -65,7 +65,8 @@ def _check_mask(name: str, mask: Tensor, num_tokens: int, batch_size: int) -> No
     rows = mask.dim() == 2 and mask.numel() == num_tokens and (batch_size < 0 or mask.shape[0] == batch_size)
     if not (flat or rows):
         raise ValueError(
-            f"edl::segments: {name} must have the shape [B, S_len] or [T] of the {num_tokens} tokens (got {list(mask.shape)})"
+            f"edl::segments: {name} must have the shape [B, S_len] or [T] of the {num_tokens} tokens (got "
+            f"{list(mask.shape)})"
         )
 
 
@@ -73,8 +74,8 @@ def mask_segments(
     segment_ids: Tensor,
     num_segments: int,
     batch_size: int = -1,
-    attention_mask: Optional[Tensor] = None,
-    padding_mask: Optional[Tensor] = None,
+    attention_mask: Tensor | None = None,
+    padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Takes the tokens that a mask calls padding out of their segments.
 
@@ -86,7 +87,8 @@ def mask_segments(
         padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
 
     Returns:
-        Segment ids [T]: -1 where the mask says padding, and S, which `edl.ops.aggregate_routing` refuses, where it is neither 0 nor 1.
+        Segment ids [T]: -1 where the mask says padding, and S, which `edl.ops.aggregate_routing` refuses, where it is
+        neither 0 nor 1.
 
     Raises:
         ValueError: a wrong shape, both masks.
@@ -133,8 +135,9 @@ def _split_by_label(rows: Tensor, num_rows: int, token_labels: Tensor, num_domai
 
 
 def _rows_of_documents(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """The document of each token [T], int32; -1 behind the last one; N where cu_seqlens [N + 1] is no list of boundaries."""
-    is_integer = cu_seqlens.dtype == torch.int32 or cu_seqlens.dtype == torch.int64
+    """The document of each token [T], int32; -1 behind the last one; N where cu_seqlens [N + 1] is no list of
+    boundaries."""
+    is_integer = cu_seqlens.dtype in (torch.int32, torch.int64)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or not is_integer:
         raise ValueError(
             "edl::segments: cu_seqlens must be int32 or int64 of the shape [N + 1] "
@@ -155,8 +158,8 @@ def document_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, cu_
         num_tokens (int): T.
         domain_ids (Tensor[N], Tensor[N, D] or Tensor[T]): label of each document, its weights, or label of each token.
         num_domains (int): D.
-        cu_seqlens (Tensor[N + 1]): boundaries of the documents, starting at 0; repeated entries are empty documents; tokens
-            behind the last boundary are not counted.
+        cu_seqlens (Tensor[N + 1]): boundaries of the documents, starting at 0; repeated entries are empty documents;
+            tokens behind the last boundary are not counted.
 
     Returns:
         Segments, S = N, or N·D with labels per token.
@@ -172,8 +175,8 @@ def document_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, cu_
         return Segments(_look_up(documents, rows), num_documents, domain_ids)
     if _is_soft(domain_ids) or domain_ids.numel() != num_tokens:
         raise ValueError(
-            f"edl::segments: with cu_seqlens domain_ids must have one label per document or per token, {num_documents} or "
-            f"{num_tokens} (got {list(domain_ids.shape)})"
+            "edl::segments: with cu_seqlens domain_ids must have one label per document or per token, "
+            f"{num_documents} or {num_tokens} (got {list(domain_ids.shape)})"
         )
     segments = _split_by_label(rows, num_documents, domain_ids.reshape(-1), num_domains)
     wrong = rows >= num_documents
@@ -188,8 +191,8 @@ def sequence_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, bat
         num_tokens (int): T = B·S_len; the token at position s of sequence b is row b·S_len + s.
         domain_ids (Tensor[B], Tensor[B, D] floating, or Tensor[B, S_len]): labels, weights, or labels per token.
         num_domains (int): D.
-        batch_size (int): B where the caller knows it, else -1 (default), and T labels are refused: they could be one per
-            sequence or one per token.
+        batch_size (int): B where the caller knows it, else -1 (default), and T labels are refused: they could be one
+            per sequence or one per token.
 
     Returns:
         Segments, S = B, or B·D with labels per token.
@@ -202,11 +205,13 @@ def sequence_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, bat
     _check_rows(domain_ids, batch_size)
     if per_token and domain_ids.numel() != num_tokens:
         raise ValueError(
-            f"edl::segments: domain_ids [B, S_len] must have one label per token, {num_tokens} (got {list(domain_ids.shape)})"
+            f"edl::segments: domain_ids [B, S_len] must have one label per token, {num_tokens} (got "
+            f"{list(domain_ids.shape)})"
         )
     if (rows == 0 and num_tokens != 0) or (rows != 0 and num_tokens % rows != 0):
         raise ValueError(
-            f"edl::segments: the {num_tokens} tokens must be a whole number of sequences of one length (got {rows} labels)"
+            f"edl::segments: the {num_tokens} tokens must be a whole number of sequences of one length (got {rows} "
+            "labels)"
         )
     if batch_size < 0 and not per_token and num_tokens > 1 and rows == num_tokens:
         raise ValueError(
@@ -222,7 +227,7 @@ def sequence_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, bat
 
 
 def domain_segments(
-    num_tokens: int, domain_ids: Tensor, num_domains: int, cu_seqlens: Optional[Tensor] = None, batch_size: int = -1
+    num_tokens: int, domain_ids: Tensor, num_domains: int, cu_seqlens: Tensor | None = None, batch_size: int = -1
 ) -> Segments:
     """The domains themselves as segments: every token weighs the same.
 
@@ -266,20 +271,20 @@ def make_segments(
     domain_ids: Tensor,
     num_domains: int,
     sequence_reduction: str = "sequence",
-    attention_mask: Optional[Tensor] = None,
-    padding_mask: Optional[Tensor] = None,
-    cu_seqlens: Optional[Tensor] = None,
+    attention_mask: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     batch_size: int = -1,
 ) -> Segments:
     """Decides what each token counts for, from every form that labels and masks come in.
 
     Args:
         num_tokens (int): T.
-        domain_ids (Tensor): [B] one label per sequence, [B, S_len] or [T] per token, [N] per document with cu_seqlens, -1 = not
-            counted; int32 or int64. Floating [B, D] or [N, D]: weights.
+        domain_ids (Tensor): [B] one label per sequence, [B, S_len] or [T] per token, [N] per document with cu_seqlens,
+            -1 = not counted; int32 or int64. Floating [B, D] or [N, D]: weights.
         num_domains (int): D.
-        sequence_reduction (str): "sequence" (default): tokens are averaged per sequence or document, and these per domain, as in
-            the paper. "token": tokens are averaged per domain.
+        sequence_reduction (str): "sequence" (default): tokens are averaged per sequence or document, and these per
+            domain, as in the paper. "token": tokens are averaged per domain.
         attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding.
         padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
         cu_seqlens (Tensor[N + 1], optional): boundaries of packed documents.

@@ -25,4 +25,6 @@ for batch_size, length in ((12, 64), (9, 40), (15, 33)):
     fast = torch.autograd.grad(compiled_loss, parameters)
     difference = max((a - b).abs().max().item() for a, b in zip(eager, fast))
     assert difference < 1e-5, difference
-    print(f"{batch_size} x {length} tokens: loss {compiled_loss.item():.4f}, gradients within {difference:.1e} of eager")
+    print(
+        f"{batch_size} x {length} tokens: loss {compiled_loss.item():.4f}, gradients within {difference:.1e} of eager"
+    )

@@ -1,7 +1,5 @@
 """The layer: `edl.MoELayer` as the feed-forward part of a transformer block, trained with its auxiliary losses."""
 
-from typing import Tuple
-
 import torch
 import torch.nn.functional as F
 from small_model import NUM_DOMAINS, VOCABULARY, make_batch, next_token_loss
@@ -22,7 +20,7 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(hidden_size)
         self.feed_forward = edl.MoELayer(hidden_size, 48, num_experts=8, top_k=2, num_shared_experts=1)
 
-    def forward(self, hidden: Tensor) -> Tuple[Tensor, edl.Routing]:
+    def forward(self, hidden: Tensor) -> tuple[Tensor, edl.Routing]:
         """`Tensor[B, S, H]` to the same, and the routing of its B·S tokens."""
         qkv = self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)

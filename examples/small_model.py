@@ -1,7 +1,5 @@
 """What the other examples train: a small Mixture-of-Experts model, and a made-up text of three domains."""
 
-from typing import List, Tuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,10 +20,10 @@ class SmallModel(nn.Module):
         self.layers = nn.ModuleList([edl.MoELayer(hidden_size, 32, num_experts, top_k) for _ in range(2)])
         self.unembedding = nn.Linear(hidden_size, VOCABULARY)
 
-    def forward(self, tokens: Tensor) -> Tuple[Tensor, List[Tensor]]:
+    def forward(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Tokens [B, S] to logits [B, S, V], and the router's logits [B·S, E] of each layer."""
         hidden = self.embedding(tokens)
-        router_logits: List[Tensor] = []
+        router_logits: list[Tensor] = []
         for norm, layer in zip(self.norms, self.layers):
             output, routing = layer(norm(hidden))
             hidden = hidden + output
@@ -38,8 +36,9 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def make_batch(batch_size: int, length: int, seed: int) -> Tuple[Tensor, Tensor]:
-    """Tokens [B, S] and the domain [B] of each sequence: every domain has letters of its own, some shared, and its own grammar."""
+def make_batch(batch_size: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Tokens [B, S] and the domain [B] of each sequence: every domain has letters of its own, some shared, and its own
+    grammar."""
     generator = torch.Generator().manual_seed(seed)
     domain_ids = torch.arange(batch_size) % NUM_DOMAINS
     steps = torch.randint(1, 4, (batch_size, length), generator=generator) * (domain_ids + 1).unsqueeze(1)

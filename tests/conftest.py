@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from commands import ROOT, run
+
 from edl import _build
 
 # Children that torch.compile and AOTInductor start should not compete with the tests for two cores.
@@ -45,7 +45,8 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fills fresh memory with NaN (integers: the largest value), so that a result that reads or skips any of it shows."""
+    """Fills fresh memory with NaN (integers: the largest value), so that a result that reads or skips any of it
+    shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -79,7 +80,8 @@ def source_archive(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wheel(source_archive, tmp_path_factory):
-    """The wheel that pip builds from the source archive, in a folder that stays, so that only changes are compiled again."""
+    """The wheel that pip builds from the source archive, in a folder that stays, so that only changes are compiled
+    again."""
     unpacked = ROOT / "build" / "source-archive"
     project = unpacked / source_archive.name.removesuffix(".tar.gz")
     if project.exists():

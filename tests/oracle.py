@@ -1,4 +1,5 @@
-"""The loss once more, straight from the paper: loops over tokens and pairs, textbook formulas, nothing shared with edl."""
+"""The loss once more, straight from the paper: loops over tokens and pairs, textbook formulas, nothing shared with
+edl."""
 
 import itertools
 import math

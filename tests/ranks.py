@@ -1,4 +1,5 @@
-"""Runs a function on several gloo ranks and brings back what each of them returned, or the traceback of the first that failed."""
+"""Runs a function on several gloo ranks and brings back what each of them returned, or the traceback of the first that
+failed."""
 
 import datetime
 import multiprocessing
@@ -6,8 +7,8 @@ import multiprocessing.connection
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.distributed as dist

@@ -503,7 +503,8 @@ ROUTE_TOKENS_REFUSALS = [
 
 
 def _experts(inputs: Inputs, num_tokens, num_experts, top_k, sentinels=0.0, empty=0, ids=torch.int64):
-    """Different experts per token, none of the first `empty`; each choice a sentinel with the probability `sentinels`."""
+    """Different experts per token, none of the first `empty`; each choice a sentinel with the probability
+    `sentinels`."""
     order = inputs.normal(num_tokens, num_experts - empty).argsort(dim=-1)[:, :top_k] + empty
     absent = inputs.normal(num_tokens, top_k).sigmoid() < sentinels
     return order.masked_fill(absent, num_experts).to(ids)
@@ -616,7 +617,8 @@ DISPATCH_TOKENS_REFUSALS = [
     ),
     Refusal(
         *("dispatch_tokens", "order-dtype", lambda inputs: (inputs.normal(2, 3), inputs.ids(4, low=0, high=4), 2)),
-        "edl::dispatch_tokens: row_order must be an int32 vector, as sort_by_expert gives it (got 1 dimensions of Long)",
+        "edl::dispatch_tokens: row_order must be an int32 vector, as sort_by_expert gives it (got 1 dimensions of "
+        "Long)",
     ),
     Refusal(
         *("dispatch_tokens", "top_k", lambda inputs: (inputs.normal(2, 3), _order(inputs), 0)),
@@ -709,7 +711,8 @@ COMBINE_TOKENS_REFUSALS = [
     Refusal(
         *("combine_tokens", "weights-dtype"),
         lambda inputs: (inputs.normal(4, 3), inputs.normal(2, 2, dtype=torch.float32), _order(inputs, 0, 1, 2, 3), 2),
-        "edl::combine_tokens: weights must have the type of rows, or be float32 beside 16-bit rows (got Float beside Double)",
+        "edl::combine_tokens: weights must have the type of rows, or be float32 beside 16-bit rows (got Float beside "
+        "Double)",
     ),
     Refusal(
         *("combine_tokens", "weights-columns"),

@@ -1,10 +1,10 @@
 """What the tests of all operators do with a sample: run it, differentiate it, lay results side by side."""
 
 import torch
+from samples import SAMPLES, Sample, operator
 from torch import Tensor
 
 import edl
-from samples import SAMPLES, Sample, operator
 
 
 def as_tuple(outputs) -> tuple[Tensor, ...]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import ENVIRONMENT
 
 import edl
-from commands import ENVIRONMENT
 
 SHARE = Path(edl.__file__).parent / "share" / "cmake"
 PROPERTIES = """

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-import edl
 from samples import operator
 from support import first_samples, gradients
+
+import edl
 
 
 @pytest.fixture(autouse=True)
@@ -19,14 +19,15 @@ def fresh_compiler():
 def test_every_operator_compiles_into_one_graph(sample, device):
     compiled = torch.compile(operator(sample.op), fullgraph=True, dynamic=True)
     arguments = sample.arguments(device)
-    outputs, grads = gradients(sample, lambda *x: compiled(*x), arguments)
+    outputs, grads = gradients(sample, compiled, arguments)
     expected, expected_grads = gradients(sample, operator(sample.op), arguments)
     torch.testing.assert_close(outputs, expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(grads, expected_grads, rtol=0, atol=0)
 
 
 def check_module_over_sizes(module, batches):
-    """Equal to eager for every batch; after the first two (torch makes sizes dynamic at the second) nothing compiles again."""
+    """Equal to eager for every batch; after the first two (torch makes sizes dynamic at the second) nothing compiles
+    again."""
     compiled = torch.compile(module, fullgraph=True)
     for number, (arguments, leaves) in enumerate(batches):
         results = []

@@ -3,9 +3,9 @@
 import re
 
 import pytest
+from commands import ROOT, build_with_cmake, run
 
 import edl
-from commands import ROOT, build_with_cmake, run
 
 SOURCES = ROOT / "tests" / "cpp"
 BUILD = ROOT / "build" / "cpp-tests"

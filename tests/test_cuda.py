@@ -1,16 +1,16 @@
-"""What only a CUDA device can show: graphs, streams, the same bits every time, values that no kernel can refuse, and sizes at
-which the kernels change their plan. Everything else runs on CUDA through the `device` fixture of the other tests."""
+"""What only a CUDA device can show: graphs, streams, the same bits every time, values that no kernel can refuse, and
+sizes at which the kernels change their plan. The rest runs on CUDA through the `device` fixture of other tests."""
 
 import math
 
 import pytest
 import torch
-
-import edl
-from edl import ops, reference
 from samples import REFUSALS, operator
 from support import as_tuple, cotangents, first_samples, with_gradients
 from tolerances import assert_close, tolerance
+
+import edl
+from edl import ops, reference
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")
@@ -90,7 +90,7 @@ def experts_arguments(
 def test_graph_of_the_experts():
     arguments = experts_arguments()
     moved = {0, 1}  # the index space and the experts stay
-    function = lambda tokens, weights: ops.expert_mlp(tokens, weights, *arguments[2:])  # noqa: E731
+    function = lambda tokens, weights: ops.expert_mlp(tokens, weights, *arguments[2:])
     assert_replays_follow_inputs(function, [arguments[i] for i in moved])
 
 
@@ -107,7 +107,7 @@ def test_reduce_overhead_of_the_loss():
     module = edl.ExpertDivergenceLoss(num_domains=3)
     compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
     labels = torch.arange(12, device=CUDA) % 3
-    for step in range(4):
+    for _step in range(4):
         logits = torch.randn(12 * 16, 8, device=CUDA)
         eager, graphed = logits.clone().requires_grad_(), logits.clone().requires_grad_()
         torch.compiler.cudagraph_mark_step_begin()
@@ -183,11 +183,11 @@ def test_checking_is_refused_while_a_graph_is_captured(monkeypatch):
     routing, ids = torch.randn(8, 4, device=CUDA), torch.zeros(8, dtype=torch.int64, device=CUDA)
     ops.aggregate_routing(routing, ids, 1)
     monkeypatch.setenv("EDL_CHECK", "1")
-    with pytest.raises(
-        (ValueError, RuntimeError), match="edl::aggregate_routing: EDL_CHECK=1 reads values on the host"
+    with (
+        pytest.raises((ValueError, RuntimeError), match="edl::aggregate_routing: EDL_CHECK=1 reads values on the host"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            ops.aggregate_routing(routing, ids, 1)
+        ops.aggregate_routing(routing, ids, 1)
     torch.cuda.synchronize()
 
 

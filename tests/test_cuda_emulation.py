@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from commands import ROOT, build_with_cmake, run
 
 SOURCES = ROOT / "tests" / "cuda_emulation"
@@ -29,7 +28,8 @@ def cuda_headers() -> Path | None:
 
 @pytest.fixture(scope="session")
 def programs():
-    """The folder of the two programs: the kernels under sanitizers, and with every access of memory checked for races."""
+    """The folder of the two programs: the kernels under sanitizers, and with every access of memory checked for
+    races."""
     headers = cuda_headers()
     if headers is None:
         pytest.skip("needs the headers of the CUDA toolkit (cuda_bf16.h): set CUDA_HOME")

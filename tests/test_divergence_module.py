@@ -8,11 +8,11 @@ import pickle
 
 import pytest
 import torch
+from oracle import normalised_sigmoid, paper_loss, softmax
+from tolerances import assert_close, tolerance
 
 import edl
 from edl import ExpertDivergenceLoss, expert_divergence_loss
-from oracle import normalised_sigmoid, paper_loss, softmax
-from tolerances import assert_close, tolerance
 
 NAN = math.nan
 B, S_LEN, E, D = 8, 12, 20, 3
@@ -293,8 +293,8 @@ def push_apart(segments, labels, **options):
 
 
 def test_correction_takes_the_reward_from_random_labels():
-    """The plain loss pays any labels for variety between sequences, log D growing by 2 per e-fold of distance, and the corrected
-    one only labels that explain it."""
+    """The plain loss pays any labels for variety between sequences, log D growing by 2 per e-fold of distance, and the
+    corrected one only labels that explain it."""
     segments = (torch.randn(12, 64, dtype=torch.float64) * 0.2).softmax(dim=-1)
     splits = [torch.tensor(split) for split in itertools.product([0, 1], repeat=12) if sum(split) == 6][::23]
     plain = [push_apart(segments, split, eps=1e-12) for split in splits]
@@ -338,8 +338,8 @@ def test_the_function_is_the_module():
 
 def test_repr():
     assert repr(ExpertDivergenceLoss(3)) == (
-        "ExpertDivergenceLoss(num_domains=3, eps=1e-06, input='logits', scores='softmax', sequence_reduction='sequence', "
-        "pair_reduction='mean_of_logs', layer_reduction='mean', bias_correction=False)"
+        "ExpertDivergenceLoss(num_domains=3, eps=1e-06, input='logits', scores='softmax', "
+        "sequence_reduction='sequence', pair_reduction='mean_of_logs', layer_reduction='mean', bias_correction=False)"
     )
     text = repr(ExpertDivergenceLoss(49, eps=0, input="probs", sequence_reduction="token", layer_reduction="sum"))
     assert "num_domains=49, eps=0, input='probs'" in text and "sequence_reduction='token'" in text and "'sum'" in text
@@ -378,11 +378,13 @@ OPTION_ERRORS = {
     "sequence_reduction must be one of ['sequence', 'token'] (got 'mean')": {"sequence_reduction": "mean"},
     "pair_reduction must be one of ['mean_of_logs', 'log_of_mean'] (got 'mean')": {"pair_reduction": "mean"},
     "layer_reduction must be one of ['mean', 'sum', 'none'] (got 'max')": {"layer_reduction": "max"},
-    "bias_correction needs sequence_reduction='sequence' and pair_reduction='mean_of_logs' (got 'token' and 'mean_of_logs')": {
+    "bias_correction needs sequence_reduction='sequence' and pair_reduction='mean_of_logs' "
+    "(got 'token' and 'mean_of_logs')": {
         "bias_correction": True,
         "sequence_reduction": "token",
     },
-    "bias_correction needs sequence_reduction='sequence' and pair_reduction='mean_of_logs' (got 'sequence' and 'log_of_mean')": {
+    "bias_correction needs sequence_reduction='sequence' and pair_reduction='mean_of_logs' "
+    "(got 'sequence' and 'log_of_mean')": {
         "bias_correction": True,
         "pair_reduction": "log_of_mean",
     },
@@ -426,13 +428,17 @@ INPUT_ERRORS = [
     ("expert_divergence_loss: domain_ids must be a tensor (got NoneType)", (LOGITS, None), {}, {}),
     ("expert_divergence_loss: domain_ids must be a tensor (got list)", (LOGITS, [0] * 8), {}, {}),
     (
-        "expert_divergence_loss: all layers must have one shape, dtype and device (got [8, 12, 20] torch.float32 and [8, 12, 19] "
-        "torch.float32)",
+        (
+            "expert_divergence_loss: all layers must have one shape, dtype and device "
+            "(got [8, 12, 20] torch.float32 and [8, 12, 19] torch.float32)"
+        ),
         *(([LOGITS, LOGITS[..., :19]], LABELS), {}, {}),
     ),
     (
-        "expert_divergence_loss: all layers must have one shape, dtype and device (got [8, 12, 20] torch.float32 and [8, 12, 20] "
-        "torch.bfloat16)",
+        (
+            "expert_divergence_loss: all layers must have one shape, dtype and device "
+            "(got [8, 12, 20] torch.float32 and [8, 12, 20] torch.bfloat16)"
+        ),
         *(([LOGITS, LOGITS.bfloat16()], LABELS), {}, {}),
     ),
     (
@@ -504,8 +510,10 @@ INPUT_ERRORS = [
         TOKEN,
     ),
     (
-        "segments: one label per token needs sequence_reduction='token', cu_seqlens, or the shape [B, S_len] (got 96 labels for 96 "
-        "tokens)",
+        (
+            "segments: one label per token needs sequence_reduction='token', cu_seqlens, or the shape [B, S_len] "
+            "(got 96 labels for 96 tokens)"
+        ),
         *((FLAT, PER_TOKEN.flatten()), {}, {}),
     ),
     (
@@ -559,7 +567,10 @@ INPUT_ERRORS = [
     ),
     *(
         (
-            f"segments: with cu_seqlens domain_ids must have one label per document or per token, 8 or 96 (got {list(labels.shape)})",
+            (
+                "segments: with cu_seqlens domain_ids must have one label per document or per token, 8 or 96 (got "
+                f"{list(labels.shape)})"
+            ),
             *((FLAT, labels), {"cu_seqlens": CU_SEQLENS}, {}),
         )
         for labels in (LABELS[:7], PER_TOKEN.flatten()[1:], torch.ones(96, D))
@@ -577,8 +588,9 @@ def test_sentences_of_inputs(sentence, arguments, masks, options):
 
 
 ID_SENTENCE = (
-    "edl::aggregate_routing: segment_ids must be at least -1 and below {S}, the number of segments (got {S} at row {row}; "
-    "edl.segments gives this id to a token whose label or mask value is not allowed, and to all where cu_seqlens does not rise from 0)"
+    "edl::aggregate_routing: segment_ids must be at least -1 and below {S}, the number of segments (got {S} at row "
+    "{row}; edl.segments gives this id to a token whose label or mask value is not allowed, and to all where "
+    "cu_seqlens does not rise from 0)"
 )
 
 
@@ -637,15 +649,16 @@ def test_probabilities_and_logits_are_not_taken_for_each_other():
     with pytest.raises(ValueError) as error:
         ExpertDivergenceLoss(D)(probabilities, LABELS)
     assert str(error.value) == (
-        "edl::aggregate_routing: with scores = 'softmax' or 'sigmoid' routing must be logits (got 84 rows that all sum to 1 with "
-        "entries of at least 0; for probabilities pass scores = 'none', or to ExpertDivergenceLoss input = 'probs')"
+        "edl::aggregate_routing: with scores = 'softmax' or 'sigmoid' routing must be logits (got 84 rows that all "
+        "sum to 1 with entries of at least 0; for probabilities pass scores = 'none', or to ExpertDivergenceLoss "
+        "input = 'probs')"
     )
     with pytest.raises(ValueError) as error:
         ExpertDivergenceLoss(D, input="probs")(LOGITS, LABELS)
     assert str(error.value) == (
-        "edl::aggregate_routing: with scores = 'none' every row of routing must be a distribution, entries of at least 0 that sum "
-        "to 1 (got something else at row 0; for logits pass scores = 'softmax' or 'sigmoid', or to ExpertDivergenceLoss "
-        "input = 'logits')"
+        "edl::aggregate_routing: with scores = 'none' every row of routing must be a distribution, entries of at "
+        "least 0 that sum to 1 (got something else at row 0; for logits pass scores = 'softmax' or 'sigmoid', or to "
+        "ExpertDivergenceLoss input = 'logits')"
     )
 
 

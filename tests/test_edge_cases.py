@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from oracle import paper_loss, softmax
+from tolerances import assert_close, tolerance
 
 import edl
 from edl import ops
-from oracle import paper_loss, softmax
-from tolerances import assert_close, tolerance
 
 B, S_LEN, E, D = 6, 10, 16, 3
 

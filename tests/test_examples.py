@@ -1,11 +1,11 @@
 """Every way of use, for real: the examples as a reader would run them, the C++ programs without Python."""
 
+import itertools
 import re
 import subprocess
 import sys
 
 import pytest
-
 from commands import ROOT, build_with_cmake, run
 
 EXAMPLES = ROOT / "examples"
@@ -120,7 +120,7 @@ def test_cpp_program_says_what_it_needs(cpp_programs):
 def test_router_trains_in_cpp_alone(cpp_programs):
     output = run_without_python(cpp_programs / "train_router")
     losses = numbers(f"loss {NUMBER}", output)
-    assert len(losses) == 5 and all(later < earlier for earlier, later in zip(losses, losses[1:]))
+    assert len(losses) == 5 and all(later < earlier for earlier, later in itertools.pairwise(losses))
     assert "experts gave 768 x 32" in output
 
 

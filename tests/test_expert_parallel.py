@@ -1,4 +1,5 @@
-"""MoELayer with experts spread over ranks: equal to one process, under FSDP2, DistributedDataParallel and checkpoints."""
+"""MoELayer with experts spread over ranks: equal to one process, under FSDP2, DistributedDataParallel and
+checkpoints."""
 
 import copy
 import warnings
@@ -6,6 +7,8 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import on_ranks
+from tolerances import assert_close, tolerance
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
@@ -21,8 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import edl
 from edl import expert_parallel
-from ranks import on_ranks
-from tolerances import assert_close, tolerance
 
 LAYERS = {
     "softmax": {},
@@ -52,7 +53,8 @@ def sum_over_ranks(tensor):
 
 
 def assert_same_as_one_process(one, spread, tokens, rank, roundings=1):
-    """Output, routing and all gradients of `spread`, where every rank has its `tokens[rank]`, against `one` with all of them."""
+    """Output, routing and all gradients of `spread`, where every rank has its `tokens[rank]`, against `one` with all of
+    them."""
     dtype = spread.gate_up_proj.dtype
     one = copy.deepcopy(one).double()
     counts = [len(x) for x in tokens]
@@ -137,7 +139,8 @@ def a_token_of_nan_touches_no_other_token(rank, folder):
 def bfloat16(rank, folder):
     one, spread = make_layers(6, 2, dist.group.WORLD, dtype=torch.bfloat16)
     tokens = [torch.randn(n, H).bfloat16() for n in (30, 11)]
-    # Pre-activation, activation, output of the expert, sum; and as many on the way back, with the weighted gradient that travels.
+    # Pre-activation, activation, output of the expert, sum; and as many on the way back, with the weighted gradient
+    # that travels.
     assert_same_as_one_process(one, spread, tokens, rank, roundings=9)
 
 
@@ -207,7 +210,10 @@ def refusals(rank, folder):
     alone = [dist.new_group([r]) for r in range(2)]
     spread = edl.MoELayer(H, I, 6, 2, expert_group=dist.group.WORLD)
     one = edl.MoELayer(H, I, 6, 2)
-    fits = "edl::MoELayer: expert_group must be a process group or a one-dimensional DeviceMesh that holds this process (got {})"
+    fits = (
+        "edl::MoELayer: expert_group must be a process group or a one-dimensional DeviceMesh that holds this process "
+        "(got {})"
+    )
     calls = {
         fits.format("int"): lambda: edl.MoELayer(H, I, 6, 2, expert_group=2),
         fits.format("a mesh of 2 dimensions"): lambda: edl.MoELayer(H, I, 6, 2, expert_group=mesh),
@@ -225,17 +231,15 @@ def refusals(rank, folder):
         "edl::MoELayer: a layer with expert_group cannot be scripted (got a call of torch.jit.script)": (
             lambda: torch.jit.script(nn.Sequential(spread))
         ),
-        "edl::MoELayer: a layer with expert_group cannot be exported, nor compiled on torch 2.11 (got a call under torch.export or "
-        "torch.compile)": (lambda: torch.export.export(spread, (torch.randn(3, H),))),
-        "edl::MoELayer.to_transformers: a qwen3_moe block cannot express the layer (got experts spread over an expert_group)": (
-            lambda: spread.to_transformers()
-        ),
+        "edl::MoELayer: a layer with expert_group cannot be exported, nor compiled on torch 2.11 "
+        "(got a call under torch.export or torch.compile)": (lambda: torch.export.export(spread, (torch.randn(3, H),))),
+        "edl::MoELayer.to_transformers: a qwen3_moe block cannot express the layer "
+        "(got experts spread over an expert_group)": (spread.to_transformers),
         "edl::fully_shard_layer: layer must be made with expert_group (got one without)": (
             lambda: expert_parallel.fully_shard_layer(one, mesh, mesh)
         ),
-        "edl::fully_shard_layer: mesh must hold as many ranks as expert_group times replica_mesh (got 2 for 2 times 2)": (
-            lambda: expert_parallel.fully_shard_layer(spread, mesh, mesh)
-        ),
+        "edl::fully_shard_layer: mesh must hold as many ranks as expert_group times replica_mesh "
+        "(got 2 for 2 times 2)": (lambda: expert_parallel.fully_shard_layer(spread, mesh, mesh)),
     }
     for sentence, call in calls.items():
         with pytest.raises(ValueError) as error:
@@ -295,7 +299,8 @@ def make_models(num_experts, replicas, dtype=torch.float64):
 
 
 def train_on_all_ranks(one, model, rank):
-    """Backward of each rank's mean loss; of `one`, backward of the mean of them. Two micro-batches, one rank without tokens."""
+    """Backward of each rank's mean loss; of `one`, backward of the mean of them. Two micro-batches, one rank without
+    tokens."""
     dtype = one.last.weight.dtype
     for counts in ((5, 3, 0, 7), (1, 2, 8, 0)):
         batches = [torch.randn(count, H, dtype=dtype) for count in counts]
@@ -366,7 +371,8 @@ def ddp(rank, folder):
 
 
 def divergence_over_all_ranks(rank, folder):
-    """The divergence loss over the tokens of all ranks, beside experts that pairs of them share, under DDP and FSDP2."""
+    """The divergence loss over the tokens of all ranks, beside experts that pairs of them share, under DDP and
+    FSDP2."""
     labels = torch.tensor([[0, 1], [1, 2], [0, -1], [2, 2]])  # of two sequences a rank: some ranks have one domain
     for framework in ("DDP", "FSDP2"):
         one, model, mesh = make_models(8, replicas=2)

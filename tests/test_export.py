@@ -4,10 +4,10 @@ import io
 
 import pytest
 import torch
-
-import edl
 from samples import operator
 from support import as_tuple, first_samples, gradients
+
+import edl
 
 
 def saved_and_loaded(program):
@@ -40,7 +40,7 @@ def test_every_operator_runs_and_trains_after_loading(sample):
     arguments = sample.arguments()
     call = Call(operator(sample.op), arguments)
     program = saved_and_loaded(torch.export.export(call, only_tensors(arguments)))
-    assert [n.target for n in program.graph.nodes if n.op == "call_function"][0] is operator(sample.op)
+    assert next(n.target for n in program.graph.nodes if n.op == "call_function") is operator(sample.op)
     loaded = program.module()
     outputs, grads = gradients(sample, lambda *x: as_tuple(loaded(*only_tensors(x))), arguments)
     expected, expected_grads = gradients(sample, operator(sample.op), arguments)

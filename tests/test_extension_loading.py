@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from samples import SAMPLES
+from support import all_operators
 
 import edl
 from edl import _build, _extension
-from samples import SAMPLES
-from support import all_operators
 
 
 def sentence(error):
@@ -67,7 +67,8 @@ def test_a_library_that_does_not_load_is_one_sentence(monkeypatch, tmp_path):
 
 
 def import_from(folder):
-    """What `import edl` says in a new process where `folder` holds the package, and an editable install is out of sight."""
+    """What `import edl` says in a new process where `folder` holds the package, and an editable install is out of
+    sight."""
     path = [str(folder), str(Path(torch.__file__).parents[1])]
     code = f"import sys; sys.path[:0] = {path}; import edl"
     return subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)

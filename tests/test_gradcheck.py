@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from samples import SAMPLES, operator
 from support import as_tuple, first_samples, with_gradients
 

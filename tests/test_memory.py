@@ -8,13 +8,13 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Collectives, on_ranks
+from tolerances import assert_close, tolerance
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import checkpoint
 from torch.utils.checkpoint import checkpoint as recompute
 
 import edl
-from ranks import Collectives, on_ranks
-from tolerances import assert_close, tolerance
 
 B, LENGTH, H, E, D = 12, 6, 5, 8, 3
 L = 2
@@ -61,7 +61,8 @@ def test_two_passes_give_the_gradient_of_the_whole_batch(options, micro_batches)
 
 
 def test_one_pass_sees_the_micro_batches_before():
-    """The loss of each micro-batch is that of all up to it; its gradient is that loss's, through its own tokens, times their number."""
+    """The loss of each micro-batch is that of all up to it; its gradient is that loss's, through its own tokens, times
+    their number."""
     memory = edl.DomainMemory()
     divergence = edl.ExpertDivergenceLoss(D, memory=memory)
     losses, gradient = losses_and_gradient(divergence, 4)
@@ -97,7 +98,7 @@ def test_decay_keeps_an_exponential_average_over_steps():
         memory.step()
     # Domains 0 and 1 are worth a quarter and a half of a batch, which moves no mean.
     loss, gradient = losses_and_gradient(divergence, 1, halves[2])
-    expected, expected_gradient = losses_and_gradient(edl.ExpertDivergenceLoss(D), 1)
+    expected, _expected_gradient = losses_and_gradient(edl.ExpertDivergenceLoss(D), 1)
     assert_close(loss, expected, ALLOWED)
     router = ROUTER.clone().requires_grad_(True)
     whole = [torch.cat([h[:8] @ w.detach().T, h[8:] @ w.T]) for h, w in zip(HIDDEN, router)]

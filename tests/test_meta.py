@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from samples import REFUSALS, SAMPLES, operator
 from support import as_tuple
 

@@ -5,10 +5,10 @@ import math
 import mpmath
 import pytest
 import torch
+from oracle import paper_loss, textbook_divergence
 
 import edl
 from edl import ops
-from oracle import paper_loss, textbook_divergence
 
 mpmath.mp.dps = 60
 TARGETS = [1e-1, 1e-3, 1e-5, 1e-7, 1e-9, 1e-11, 1e-13]
@@ -39,7 +39,8 @@ def pair_of_means(target, num_experts):
 
 
 def rounding(dtype, target):
-    """What rounded probabilities leave of a divergence D, relative: about one digit of (p - q) / (p + q), which is sqrt(D)."""
+    """What rounded probabilities leave of a divergence D, relative: about one digit of (p - q) / (p + q), which is
+    sqrt(D)."""
     return 16 * torch.finfo(dtype).eps / math.sqrt(target)
 
 

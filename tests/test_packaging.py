@@ -8,10 +8,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from commands import ENVIRONMENT, ROOT, run
 from packaging.requirements import Requirement
 
 import edl
-from commands import ENVIRONMENT, ROOT, run
 
 
 def test_source_archive_has_all_sources_and_no_build_products(source_archive):

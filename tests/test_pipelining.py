@@ -1,16 +1,17 @@
-"""Stages of torch.distributed.pipelining whose routers inject their loss get the gradients of one process that adds the losses."""
+"""Stages of torch.distributed.pipelining whose routers inject their loss get the gradients of one process that adds the
+losses."""
 
 import functools
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import on_ranks
+from tolerances import assert_close, tolerance
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.utils.checkpoint import checkpoint
 
 import edl
-from ranks import on_ranks
-from tolerances import assert_close, tolerance
 
 STAGES, MICRO_BATCHES, SEQUENCES, LENGTH, H, E, D = 2, 4, 6, 5, 4, 8, 3
 BETA = 0.5

@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerances import assert_close, tolerance
 
 import edl
 from edl import ops
-from tolerances import assert_close, tolerance
 
 EXAMPLES = hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-
-import edl
-import edl.ops
 from samples import REFUSALS, SAMPLES, operator
 from support import all_operators, kernel_and_reference
 from tolerances import assert_close, tolerance
+
+import edl
+import edl.ops
 
 
 def allowed(sample, arguments, result):

@@ -97,7 +97,8 @@ def test_replays_get_the_labels_of_their_forward_pass(run, order):
 
 
 def test_two_micro_batches_in_flight_under_reentrant_checkpointing_the_second_with_one_domain():
-    """Labels set last would give the first replay those of the second pass, one domain, and the router no gradient at all."""
+    """Labels set last would give the first replay those of the second pass, one domain, and the router no gradient at
+    all."""
     gradient = router_gradient(reentrant, [BOTH, ONE], ORDERS["first in, first out"])
     first_alone = router_gradient(plain, [BOTH], ORDERS["first in, first out"])
     assert first_alone.norm() > 0.1

@@ -1,4 +1,5 @@
-"""Bitwise equal results: for one thread and two, from run to run, and right under every instruction set of this machine."""
+"""Bitwise equal results: for one thread and two, from run to run, and right under every instruction set of this
+machine."""
 
 import os
 import subprocess
@@ -7,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from edl import _build, _extension
 from samples import SAMPLES, operator
 from support import gradients
+
+from edl import _build, _extension
 
 
 def results(sample, num_threads):

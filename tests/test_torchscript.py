@@ -4,10 +4,10 @@ import io
 
 import pytest
 import torch
-
-import edl.ops
 from samples import operator
 from support import first_samples, gradients
+
+import edl.ops
 
 
 @pytest.mark.parametrize("sample", first_samples(3), ids=str)

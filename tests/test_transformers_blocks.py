@@ -9,10 +9,10 @@ import edl
 
 pytest.importorskip("transformers")
 
-from transformers.models.mixtral import configuration_mixtral, modeling_mixtral  # noqa: E402
-from transformers.models.olmoe import configuration_olmoe, modeling_olmoe  # noqa: E402
-from transformers.models.qwen2_moe import configuration_qwen2_moe, modeling_qwen2_moe  # noqa: E402
-from transformers.models.qwen3_moe import configuration_qwen3_moe, modeling_qwen3_moe  # noqa: E402
+from transformers.models.mixtral import configuration_mixtral, modeling_mixtral
+from transformers.models.olmoe import configuration_olmoe, modeling_olmoe
+from transformers.models.qwen2_moe import configuration_qwen2_moe, modeling_qwen2_moe
+from transformers.models.qwen3_moe import configuration_qwen3_moe, modeling_qwen3_moe
 
 SIZES = {"hidden_size": 32, "num_experts_per_tok": 3, "num_attention_heads": 2, "num_key_value_heads": 2}
 BLOCKS = {
@@ -177,8 +177,10 @@ def mixtral_with(**options):
 BAD_BLOCKS = {
     "other": (
         lambda: torch.nn.Linear(2, 2),
-        "edl::MoELayer.from_transformers: block must be the Mixture-of-Experts block of a Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE "
-        "model (got Linear)",
+        (
+            "edl::MoELayer.from_transformers: block must be the Mixture-of-Experts block of a Mixtral, Qwen2-MoE, "
+            "Qwen3-MoE or OLMoE model (got Linear)"
+        ),
     ),
     "activation": (
         lambda: mixtral_with(act_fn=torch.nn.GELU()),

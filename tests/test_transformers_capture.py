@@ -10,25 +10,25 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import normalised_sigmoid, paper_loss, softmax
+from tolerances import assert_close, tolerance
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import edl
-from oracle import normalised_sigmoid, paper_loss, softmax
-from tolerances import assert_close, tolerance
 
 pytest.importorskip("transformers")
 
-from transformers import (  # noqa: E402
+from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
 )
+from transformers_models import CONFIGS, SIZES, VOCABULARY, make_model, routers_of
 
-from edl.integrations.transformers import attach, register  # noqa: E402
-from transformers_models import CONFIGS, SIZES, VOCABULARY, make_model, routers_of  # noqa: E402
+from edl.integrations.transformers import attach, register
 
 D = 3
 LABELS = torch.tensor([0, 1, 2, 0, -1, 1])
@@ -141,8 +141,8 @@ def test_beta_may_change(mixtral):
 # ---- which forward it is ----
 
 NO_TRAINING_FORWARD = (
-    "edl::attach: loss() takes the router logits of the last training forward, and takes them once; attach before the model "
-    "is compiled or copied (got no router logits since)"
+    "edl::attach: loss() takes the router logits of the last training forward, and takes them once; attach before "
+    "the model is compiled or copied (got no router logits since)"
 )
 
 
@@ -267,8 +267,8 @@ def test_reentrant_checkpointing_is_an_error(family):
     with pytest.raises(ValueError) as error:
         handle.loss(LABELS)
     assert str(error.value) == (
-        "edl::attach: activation checkpointing must be non-reentrant, with use_reentrant=False (got router logits computed "
-        "without gradient)"
+        "edl::attach: activation checkpointing must be non-reentrant, with use_reentrant=False "
+        "(got router logits computed without gradient)"
     )
 
 
@@ -483,8 +483,8 @@ def encoder_and_decoder():
 
 
 NO_ROUTERS = (
-    "model must hold routers whose logits transformers records, or edl.MoELayer, inside a model of transformers (got {}, "
-    "which has none)"
+    "model must hold routers whose logits transformers records, or edl.MoELayer, inside a model of transformers "
+    "(got {}, which has none)"
 )
 BAD_ATTACHMENTS = {
     "dense": (dense, {}, NO_ROUTERS.format("LlamaForCausalLM")),
@@ -492,8 +492,10 @@ BAD_ATTACHMENTS = {
     "parts": (
         encoder_and_decoder,
         {},
-        "model must be a model of transformers with Mixture-of-Experts routers in exactly one of its parts (got 2 parts "
-        "with routers: SwitchTransformersStack, SwitchTransformersStack)",
+        (
+            "model must be a model of transformers with Mixture-of-Experts routers in exactly one of its parts "
+            "(got 2 parts with routers: SwitchTransformersStack, SwitchTransformersStack)"
+        ),
     ),
     "beta": (dense, {"beta": float("nan")}, "beta must be finite (got nan)"),
     "layers": (dense, {"layer_reduction": "none"}, "layer_reduction must be 'mean' or 'sum' (got 'none')"),

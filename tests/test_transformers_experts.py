@@ -8,25 +8,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import run
+from tolerances import assert_close, tolerance
 from torch import nn
 
 import edl
-from commands import run
-from tolerances import assert_close, tolerance
 
 pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM  # noqa: E402
-from transformers.integrations.moe import (  # noqa: E402
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
     grouped_mm_experts_forward,
     use_experts_implementation,
 )
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts  # noqa: E402
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers_models import CONFIGS, VOCABULARY, make_model
 
-from edl.integrations.transformers import register  # noqa: E402
-from edl.integrations.transformers.experts import _warned, experts_forward  # noqa: E402
-from transformers_models import CONFIGS, VOCABULARY, make_model  # noqa: E402
+from edl.integrations.transformers import register
+from edl.integrations.transformers.experts import _warned, experts_forward
 
 PLAIN = [name for name in CONFIGS if name not in ("gpt_oss", "llama4")]  # llama4 has experts outside the registry
 
@@ -78,8 +78,10 @@ def test_gpt_oss_runs_on_grouped_mm_with_one_warning(monkeypatch):
         outputs_and_gradients(model, tokens, "edl")
     assert not calls and all(actual.equal(expected) for actual, expected in zip(results, wanted, strict=True))
     assert [str(w.message) for w in caught if "edl::" in str(w.message)] == [
-        "edl::register: GptOssExperts runs on transformers' grouped_mm, edl has plain SwiGLU experts only (got biases "
-        "and transposed weights and interleaved gate and up weights and a gate of their own)"
+        (
+            "edl::register: GptOssExperts runs on transformers' grouped_mm, edl has plain SwiGLU experts only "
+            "(got biases and transposed weights and interleaved gate and up weights and a gate of their own)"
+        )
     ]
 
 

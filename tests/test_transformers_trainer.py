@@ -9,12 +9,12 @@ import runpy
 import numpy
 import pytest
 import torch
-from torch import nn
-
-import edl
 from commands import ROOT
 from ranks import on_ranks
 from tolerances import assert_close, tolerance
+from torch import nn
+
+import edl
 
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
@@ -29,9 +29,9 @@ from transformers import (  # noqa: E402
     TrainerCallback,
     TrainingArguments,
 )
+from transformers_models import CONFIGS, VOCABULARY, make_model  # noqa: E402
 
 from edl.integrations.transformers import DomainCollator, EDTrainerMixin, pack_documents, register  # noqa: E402
-from transformers_models import CONFIGS, VOCABULARY, make_model  # noqa: E402
 
 D, BETA = 3, 0.3
 # Losses and router weights pass float32 inside transformers, also in float64 models; sums over few tokens.
@@ -419,8 +419,10 @@ BAD_BATCHES = {
     ),
     "other tokens": (
         lambda: collate([[0, 1], [2, 2, 0]], collator=shorten),
-        "DomainCollator: the collator must pad each example to a row with an attention_mask, or flatten all into one "
-        "row (got 2 rows of 2 for examples of [2, 3] tokens)",
+        (
+            "DomainCollator: the collator must pad each example to a row with an attention_mask, or flatten all into "
+            "one row (got 2 rows of 2 for examples of [2, 3] tokens)"
+        ),
     ),
     "label list": (
         lambda: collate([[0, 1], [2, 2]]),
@@ -540,8 +542,8 @@ def test_batches_without_labels_are_an_error(tmp_path):
     with pytest.raises(ValueError) as error:
         train(EDTrainer, arguments(tmp_path), make_dataset(labels=False))
     assert str(error.value) == (
-        "edl::EDTrainerMixin: every training batch must have domain_ids, from a column of the dataset and a collator that "
-        "keeps it, such as DomainCollator (got ['input_ids', 'labels'])"
+        "edl::EDTrainerMixin: every training batch must have domain_ids, from a column of the dataset and a collator "
+        "that keeps it, such as DomainCollator (got ['input_ids', 'labels'])"
     )
 
 

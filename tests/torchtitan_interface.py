@@ -126,7 +126,7 @@ class MeanScore(AuxLoss):
     class Config(AuxLoss.Config):
         pass
 
-    def forward(self, scores_TE, routing_map_TE, *, carrier, padding_mask_T=None, denominator):  # noqa: N803
+    def forward(self, scores_TE, routing_map_TE, *, carrier, padding_mask_T=None, denominator):
         return self.inject(scores_TE[:, 0].sum(), carrier=carrier, denominator=denominator)
 
 
@@ -141,7 +141,7 @@ class TokenChoiceTopKRouter(nn.Module):
         self.gate = nn.Linear(SIZE, config.num_experts, bias=False, dtype=torch.float64)
         self.aux_loss = None if config.aux_loss is None else config.aux_loss.build()
 
-    def forward(self, x_TD, expert_bias_E=None, *, padding_mask_T=None, aux_loss_denominator=None):  # noqa: N803
+    def forward(self, x_TD, expert_bias_E=None, *, padding_mask_T=None, aux_loss_denominator=None):
         scores = self.gate(x_TD).sigmoid()
         topk_scores, topk_expert_ids = scores.topk(TOP_K, dim=-1)
         routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, topk_expert_ids, True)

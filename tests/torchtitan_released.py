@@ -222,8 +222,9 @@ def sentence(function, *arguments, **options):
 
 
 def refused():
-    from edl.integrations.torchtitan import add_expert_divergence
     from torchtitan.models.common.moe import TokenChoiceTopKRouter
+
+    from edl.integrations.torchtitan import add_expert_divergence
 
     class OtherRouter(TokenChoiceTopKRouter):
         @dataclasses.dataclass(kw_only=True, slots=True)
@@ -318,7 +319,7 @@ def context_parallel(domain_ids):
 
 
 def refused_on_ranks():
-    dims, context = _parallel(tensor_size=dist.get_world_size())
+    _dims, context = _parallel(tensor_size=dist.get_world_size())
     found = {"no mesh": sentence(train, with_divergence(), DOMAINS)}
     with context():
         found["tensor parallel"] = sentence(train, with_divergence(), DOMAINS)

@@ -1,8 +1,9 @@
 """Compiles every CUDA source without a GPU: `python tools/check_cuda.py [--arch 80 90 100]`.
 
 Kernels (csrc/cuda/kernels/*.cu) go through nvcc for each architecture, with registers, spills, shared memory and, where
-cuobjdump is installed, the loads and stores of 16 bytes of each in a table; the host side (csrc/cuda/*.cpp) is checked for syntax and types against the headers of the running torch, which
-may be a build without CUDA. Needs nvcc and torch, nothing else.
+cuobjdump is installed, the loads and stores of 16 bytes of each in a table; the host side (csrc/cuda/*.cpp) is checked
+for syntax and types against the headers of the running torch, which may be a build without CUDA. Needs nvcc and torch,
+nothing else.
 """
 
 import argparse
@@ -82,8 +83,8 @@ def wide_accesses(assembly: str) -> dict[tuple[str, str], list[int]]:
 
 
 def resources(source: Path, log: str, assembly: str) -> list[tuple[str, ...]]:
-    """(source, architecture, kernel, registers, bytes spilled, bytes of static shared memory, loads and stores of 16 bytes)
-    of each kernel."""
+    """(source, architecture, kernel, registers, bytes spilled, bytes of static shared memory, loads and stores of 16
+    bytes) of each kernel."""
     rows = []
     kernel = arch = spills = ""
     wide = wide_accesses(assembly)

@@ -1,9 +1,9 @@
 """Builds, tests, sanitises and measures edl on a CUDA machine in one call: `make gpu PYTHON=python3`.
 
-Takes the given Python and its torch as they are, and no network. Every stage has a time limit, all together less than ten
-minutes; one that fails or runs out of time does not keep the next from running, except the build. Results go to
-benchmarks/results, or the folder given by --output: the tables of the benchmarks, and gpu-DEVICE.json with how each stage
-ended.
+Takes the given Python and its torch as they are, and no network. Every stage has a time limit, all together less than
+ten minutes; one that fails or runs out of time does not keep the next from running, except the build. Results go to
+benchmarks/results, or the folder given by --output: the tables of the benchmarks, and gpu-DEVICE.json with how each
+stage ended.
 """
 
 import argparse
@@ -75,7 +75,8 @@ def pytest(marks: str, *arguments: str) -> list[str]:
 
 
 def sanitizer_stages() -> list[Stage]:
-    """Every kernel once under compute-sanitizer, on allocations of their own: torch's cache would hide what lies beyond one."""
+    """Every kernel once under compute-sanitizer, on allocations of their own: torch's cache would hide what lies beyond
+    one."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         return []

@@ -2,8 +2,8 @@
 
 Every barrier is removed in turn, and every kernel gets a wrong index and loses a check of its bounds. The programs of
 tests/cuda_emulation are built from a copy of csrc; the one that checks all accesses goes first, the sanitizers get what
-it lets pass. WORDs choose mutations by how their line of the table begins. Needs cmake, ninja, g++ and the headers of CUDA; takes a
-quarter of an hour.
+it lets pass. WORDs choose mutations by how their line of the table begins. Needs cmake, ninja, g++ and the headers of
+CUDA; takes a quarter of an hour.
 """
 
 import re

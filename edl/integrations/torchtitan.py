@@ -14,7 +14,7 @@ it (`edl.ExpertDivergenceLoss`), and these add up to ∇L_m.
 """
 
 import dataclasses
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,9 +89,9 @@ class _RouterDivergence:
         self.memory = DomainMemory() if arguments.pop("memory") else None
         self._arguments = arguments
         self._shares_tokens = shares_tokens
-        self._module: Optional[ExpertDivergenceLoss] = None
-        self.ranks: Optional[_Ranks] = None
-        self.value: Optional[Tensor] = None
+        self._module: ExpertDivergenceLoss | None = None
+        self.ranks: _Ranks | None = None
+        self.value: Tensor | None = None
         self.passes = 0
 
     def _prepare(self) -> None:
@@ -106,7 +106,7 @@ class _RouterDivergence:
             memory=self.memory,
         )
 
-    def __call__(self, scores: Tensor, padding_mask: Optional[Tensor] = None) -> Optional[Tensor]:
+    def __call__(self, scores: Tensor, padding_mask: Tensor | None = None) -> Tensor | None:
         """The loss of the forward pass in which it is called; None where it has no labels or keeps no gradient.
 
         Args:
@@ -169,7 +169,7 @@ if AuxLoss is not None:
             self.divergence = _RouterDivergence(config.divergence, shares_tokens=True)
             self.also = None if config.also is None else config.also.build()
 
-        def _share_of_tokens(self, scores: Tensor, padding_mask: Optional[Tensor]) -> Tensor | int:
+        def _share_of_tokens(self, scores: Tensor, padding_mask: Tensor | None) -> Tensor | int:
             """T_m / R: the tokens of this pass over all ranks, per data rank."""
             ranks = self.divergence.ranks
             if padding_mask is None:
@@ -182,11 +182,11 @@ if AuxLoss is not None:
 
         def forward(
             self,
-            scores_TE: Tensor,  # noqa: N803 (torchtitan's names)
-            routing_map_TE: Tensor,  # noqa: N803
+            scores_TE: Tensor,
+            routing_map_TE: Tensor,
             *,
             carrier: Tensor,
-            padding_mask_T: Optional[Tensor] = None,  # noqa: N803
+            padding_mask_T: Tensor | None = None,
             denominator: Tensor,
         ) -> Tensor:
             """Injects the gradient.
@@ -243,8 +243,8 @@ else:
 
         def forward(
             self,
-            x_BLD: Tensor,  # noqa: N803 (torchtitan's names)
-            expert_bias_E: Optional[Tensor] = None,  # noqa: N803
+            x_BLD: Tensor,
+            expert_bias_E: Tensor | None = None,
         ) -> tuple[Tensor, Tensor, Tensor]:
             """As `TokenChoiceTopKRouter.forward`; the top-k scores carry the gradient of the loss."""
             topk_scores, topk_expert_ids, scores = super().forward(x_BLD, expert_bias_E)

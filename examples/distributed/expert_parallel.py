@@ -1,6 +1,7 @@
-"""Expert parallelism: the 8 experts of a layer spread over ranks that also share the batch, beside one process that has both.
+"""Expert parallelism: the 8 experts of a layer spread over ranks that also share the batch, beside one process that has
+both.
 
-    torchrun --nproc-per-node 2 examples/distributed/expert_parallel.py
+torchrun --nproc-per-node 2 examples/distributed/expert_parallel.py
 """
 
 import copy
@@ -87,7 +88,10 @@ def main() -> None:
     change = (alone.experts.gate_up_proj - start["experts.gate_up_proj"]).abs().max().item()
     if rank == 0:
         print(f"each of {size} ranks holds {held} of 8 experts")
-        print(f"largest difference of their weights to one process {difference:.1e}, largest change by training {change:.1e}")
+        print(
+            f"largest difference of their weights to one process {difference:.1e}, largest change by training "
+            f"{change:.1e}"
+        )
     dist.destroy_process_group()
 
 

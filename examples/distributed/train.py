@@ -1,9 +1,9 @@
-"""Data parallel training: the loss over the batch of all ranks. What edl adds to DDP is marked with #+.
+"""Data parallel training: the loss over the batch of all ranks. What edl adds to DDP is marked with `# +`.
 
     torchrun --nproc-per-node 2 examples/distributed/train.py
 
-Runs with gloo on CPUs and with NCCL on GPUs, on any number of processes. It prints how far the averaged gradients are from those of
-one process that sees the whole batch, with the loss over all ranks and with a loss per rank.
+Runs with gloo on CPUs and with NCCL on GPUs, on any number of processes. It prints how far the averaged gradients are
+from those of one process that sees the whole batch, with the loss over all ranks and with a loss per rank.
 """
 
 import copy
@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import edl  #+
+import edl  # +
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from small_model import NUM_DOMAINS, SmallModel, make_batch, next_token_loss  # noqa: E402
+from small_model import NUM_DOMAINS, SmallModel, make_batch, next_token_loss
 
 STEPS = 20
 BETA = 0.1
@@ -27,7 +27,7 @@ SEQUENCES_PER_RANK = 2  # fewer than there are domains: alone, no rank could tel
 
 def total_loss(model, divergence, tokens, domain_ids):
     logits, router_logits = model(tokens)
-    return next_token_loss(logits, tokens) + BETA * divergence(router_logits, domain_ids)  #+
+    return next_token_loss(logits, tokens) + BETA * divergence(router_logits, domain_ids)  # +
 
 
 def difference_to_one_process(model, divergence, tokens, domain_ids, mine):
@@ -54,7 +54,7 @@ def main():
     torch.manual_seed(0)
     model = DistributedDataParallel(SmallModel().to(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    divergence = edl.ExpertDivergenceLoss(NUM_DOMAINS, group=dist.group.WORLD)  #+
+    divergence = edl.ExpertDivergenceLoss(NUM_DOMAINS, group=dist.group.WORLD)  # +
 
     def batch(step):
         return (x.to(device) for x in make_batch(SEQUENCES_PER_RANK * ranks, 64, seed=step))

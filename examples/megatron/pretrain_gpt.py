@@ -1,4 +1,5 @@
-"""Pre-trains a small GPT of megatron-core in the manner of Megatron-LM's pretrain_gpt.py. What edl adds is marked with #+.
+"""Pre-trains a small GPT of megatron-core in the manner of Megatron-LM's pretrain_gpt.py. What edl adds is marked with
+`# +`.
 
 torchrun --nproc-per-node=1 pretrain_gpt.py --expert-divergence-coeff 0.01 --expert-divergence-num-domains 3
 """
@@ -20,14 +21,15 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from edl.integrations import megatron as edl_megatron  #+
+from edl.integrations import megatron as edl_megatron  # +
 
 VOCABULARY, LENGTH = 96, 32
 NUM_DOMAINS = 3
 
 
 class Counting(MegatronDataset):
-    """One data path: sequences that count upwards in their domain's own third of the vocabulary, by a step of the domain."""
+    """One data path: sequences that count upwards in their domain's own third of the vocabulary, by a step of the
+    domain."""
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset) -> int:
@@ -50,7 +52,9 @@ class Counting(MegatronDataset):
 def build_data(args: argparse.Namespace) -> BlendedDataset:
     """A blend of three data paths, whose index Megatron adds to every sample as dataset_id."""
     config = BlendedMegatronDatasetConfig(random_seed=1, sequence_length=LENGTH, split="1,0,0")
-    paths = [Counting(None, str(domain), numpy.arange(4096), 4096, Split.train, config) for domain in range(NUM_DOMAINS)]
+    paths = [
+        Counting(None, str(domain), numpy.arange(4096), 4096, Split.train, config) for domain in range(NUM_DOMAINS)
+    ]
     return BlendedDataset(paths, [1.0] * NUM_DOMAINS, 4096, config)
 
 
@@ -72,20 +76,26 @@ def model_provider(args: argparse.Namespace) -> GPTModel:
         gradient_accumulation_fusion=False,
     )
     transformer_layer_spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
-    transformer_layer_spec = edl_megatron.patch_spec(transformer_layer_spec, **edl_megatron.options(args))  #+
+    transformer_layer_spec = edl_megatron.patch_spec(transformer_layer_spec, **edl_megatron.options(args))  # +
     return GPTModel(config, transformer_layer_spec, VOCABULARY, max_sequence_length=LENGTH)
 
 
 def loss_func(output: torch.Tensor):
     loss = output.float().sum()
-    return loss, torch.tensor(output.numel(), dtype=torch.int, device=output.device), {"lm loss": loss.detach() / output.numel()}
+    return (
+        loss,
+        torch.tensor(output.numel(), dtype=torch.int, device=output.device),
+        {"lm loss": loss.detach() / output.numel()},
+    )
 
 
 def forward_step(data_iterator, model):
     batch = next(data_iterator)
     tokens, labels = (batch[key].to(torch.cuda.current_device()) for key in ("tokens", "labels"))
     position_ids = torch.arange(LENGTH, device=tokens.device).expand_as(tokens)
-    attention_mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device=tokens.device).triu(1)[None, None]  # True = hidden
+    attention_mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device=tokens.device).triu(1)[
+        None, None
+    ]  # True = hidden
     output = model(tokens, position_ids, attention_mask, labels=labels)
     return output, loss_func
 
@@ -116,7 +126,11 @@ def pretrain(args: argparse.Namespace, forward_step) -> None:
         optimizer.step()
         losses = {"lm loss": sum(report["lm loss"] for report in reports) / len(reports)}
         moe_utils.track_moe_metrics(
-            1 / args.num_microbatches, iteration, total_loss_dict=losses, num_layers=2, track_names=["load_balancing_loss"]
+            1 / args.num_microbatches,
+            iteration,
+            total_loss_dict=losses,
+            num_layers=2,
+            track_names=["load_balancing_loss"],
         )
         print(f"iteration {iteration:3} | " + " | ".join(f"{name}: {float(loss):.3f}" for name, loss in losses.items()))
 
@@ -136,6 +150,6 @@ if __name__ == "__main__":
     torch.manual_seed(1)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     pretrain(
-        parse_args(extra_args_provider=edl_megatron.add_arguments),  #+
-        edl_megatron.with_domain_ids(forward_step),  #+
+        parse_args(extra_args_provider=edl_megatron.add_arguments),  # +
+        edl_megatron.with_domain_ids(forward_step),  # +
     )

@@ -6,11 +6,10 @@ import pathlib
 import re
 from typing import NamedTuple
 
-import torch
-
 import debian
 import environment
 import text
+import torch
 
 VOCABULARY = 256  # bytes
 # More text than this per domain changes nothing for so short a training, and costs memory.

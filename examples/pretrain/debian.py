@@ -4,6 +4,7 @@ apt checks every download against the signed package lists. A package counts as 
 into the cache, so whatever an interrupted run leaves behind is never mistaken for a package.
 """
 
+import contextlib
 import io
 import os
 import re
@@ -131,11 +132,9 @@ class Packages:
             folder.mkdir(parents=True, exist_ok=True)
         print("  The package lists of this system did not do: fetching fresh ones (about 10 MB).", flush=True)
         self.lists = lists
-        try:
+        # One unreachable source among several is common and harmless; the download that follows will tell.
+        with contextlib.suppress(DownloadError):
             self._apt_get("update", folder=self.folder / "apt")
-        except DownloadError:
-            # One unreachable source among several is common and harmless; the download that follows will tell.
-            pass
 
     def _apt_get(self, *arguments, folder):
         options = [

@@ -68,8 +68,10 @@ def _divergence(by_key, names):
     level = {key: _mean_divergence(result) for key, result in by_key.items()}
     base = level["baseline"]
     text = [
-        f"The mean divergence between the domains' routing was {base:.3f} nats in the baseline, "
-        f"{level['divergence']:.3f} with expert divergence and {level['corrected']:.3f} with the bias correction."
+        (
+            f"The mean divergence between the domains' routing was {base:.3f} nats in the baseline, "
+            f"{level['divergence']:.3f} with expert divergence and {level['corrected']:.3f} with the bias correction."
+        )
     ]
     for labels, control, kind in (
         ("divergence", "random", "plain"),

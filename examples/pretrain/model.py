@@ -3,11 +3,10 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 import edl
-
 
 INITIAL_STD = 0.1
 

@@ -8,12 +8,12 @@ import platform
 import textwrap
 from typing import NamedTuple
 
-import torch
-
-import edl
 import figures
 import findings
 import table
+import torch
+
+import edl
 
 PICTURE_ARMS = ("baseline", "divergence", "corrected")  # what the README shows
 # What of a processor's abilities matters for the speed of the kernels.

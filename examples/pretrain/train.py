@@ -17,17 +17,16 @@ import sys
 import time
 from typing import NamedTuple
 
+import data
+import measures
+import model as models
 import openmp  # noqa: F401  (before torch)
-
+import report
 import torch
 import torch.nn.functional as F
 import tqdm
 
-import data
 import edl
-import measures
-import model as models
-import report
 
 HELD_OUT_TOKENS = 72 * 1024  # in all domains together; what evaluation costs follows from it
 WARM_UP_SHARE = 0.08

@@ -1,4 +1,5 @@
-"""Lets megatron-core, which expects CUDA, run on the CPU with gloo: nothing of edl, and nothing that changes a number."""
+"""Lets megatron-core, which expects CUDA, run on the CPU with gloo: nothing of edl, and nothing that changes a
+number."""
 
 import contextlib
 import functools

@@ -28,9 +28,9 @@ def in_flight(newest_first: bool):
     Returns those gradients, the sum of what each micro-batch alone gives, and what the second one alone gives.
     """
     import small_gpt
+    import splits
 
     import edl
-    import splits
 
     model = _model(**splits.FULL)
     step = small_gpt.make_step("single domain")
@@ -75,7 +75,7 @@ def logged(pp: int, moe_layers: list[int]):
 
     model = _model({"pipeline_model_parallel_size": pp}, pipeline_model_parallel_size=pp, moe_layer_freq=moe_layers)
     batches = small_gpt.rank_batches(small_gpt.make_step())
-    forward_step = lambda it, model: small_gpt.forward_step(  # noqa: E731
+    forward_step = lambda it, model: small_gpt.forward_step(
         next(it), model, lambda batch: edl.domain_scope(batch["domain_ids"])
     )
     small_gpt.train_step(model, batches, forward_step, iter(batches))
@@ -137,7 +137,7 @@ def specs():
     def function(config, vp_stage=None):
         return block
 
-    router = lambda spec: _moe_of(spec).router  # noqa: E731
+    router = lambda spec: _moe_of(spec).router
     claims = {
         "blocks": all(router(x).func is EDTopKRouter for x in patch(block).layer_specs),
         "layers": router(patch(layer)).func is EDTopKRouter,

@@ -1,13 +1,17 @@
 """A small `GPTModel` with MoE layers in float64, its batches, and one training step of Megatron's own schedules.
 
-Parameters are made from their names, and cut as Megatron cuts them: every split of the model starts from the same numbers.
+Parameters are made from their names, and cut as Megatron cuts them: every split of the model starts from the same
+numbers.
 """
 
 import dataclasses
 import functools
+import operator
 import re
 import zlib
+from typing import ClassVar
 
+import oracle
 import torch
 from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -16,10 +20,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
-
-import oracle
 from plain_layers import GatheredAttention, Layout, SequenceParallelNorm
+from torch import Tensor
 
 VOCABULARY, EXPERTS, LAYERS, HIDDEN, LENGTH, DOMAINS = 64, 4, 2, 32, 16, 3
 COEFF = 0.3
@@ -166,7 +168,8 @@ def whole_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def positions_of_rank() -> Tensor:
-    """Positions [S_len / cp] that this context-parallel rank holds: Megatron gives each rank an early and a late chunk."""
+    """Positions [S_len / cp] that this context-parallel rank holds: Megatron gives each rank an early and a late
+    chunk."""
     rank, ranks = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     chunks = torch.arange(LENGTH).chunk(2 * ranks)
     return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]]) if ranks > 1 else torch.arange(LENGTH)
@@ -191,7 +194,7 @@ def rank_batches(step: Step) -> list[dict]:
     batches = []
     for m in range(len(step.tokens)):
         share = slice(None) if step.cu_seqlens is not None else slice(replica, None, replicas)
-        cut = lambda x: x[m, share][:, positions]  # noqa: E731
+        cut = lambda x: x[m, share][:, positions]
         batch = {
             "tokens": cut(step.tokens),
             "targets": cut(step.targets),
@@ -260,7 +263,7 @@ def init_micro_batches(micro_batch_size: int, micro_batches: int) -> None:
 class RecordingRouter(TopKRouter):
     """Megatron's router, which leaves its logits where the reference finds them."""
 
-    recorded: list[Tensor] = []
+    recorded: ClassVar[list[Tensor]] = []
 
     def routing(self, logits, padding_mask=None):
         RecordingRouter.recorded.append(logits)
@@ -314,7 +317,7 @@ def reference_gradients(
         divergences = [
             oracle.paper_loss(
                 torch.cat([d[i].detach() for d, _ in earlier[:-1]] + [earlier[-1][0][i]]),
-                sum((t for _, t in earlier), []),
+                functools.reduce(operator.iadd, (t for _, t in earlier), []),
             )
             for i in range(LAYERS)
         ]

@@ -1,4 +1,5 @@
-"""The splits of the model that the tests train, and what one rank does for each: a step, compared with that of one process."""
+"""The splits of the model that the tests train, and what one rank does for each: a step, compared with that of one
+process."""
 
 import contextlib
 import dataclasses
@@ -131,7 +132,7 @@ def _gradients(split: Split) -> dict:
     batches = small_gpt.rank_batches(step)
     if not split.from_blend:
         scope = functools.partial(_scope, split)
-        forward_step = lambda it, model: small_gpt.forward_step(next(it), model, scope, split.masks_model)  # noqa: E731
+        forward_step = lambda it, model: small_gpt.forward_step(next(it), model, scope, split.masks_model)
         return small_gpt.train_step(model, batches, forward_step, iter(batches))
     small_gpt.init_micro_batches(len(batches[0]["tokens"]), len(batches))
     contents = iter(batches)  # where Megatron broadcasts what the first tensor-parallel rank has read

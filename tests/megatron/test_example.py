@@ -6,7 +6,6 @@ import re
 import sys
 
 import pytest
-
 from commands import ROOT, run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron.core") is None, reason="needs megatron-core")
@@ -37,7 +36,7 @@ def train(script, folder, *arguments) -> str:
 
 
 def test_the_diff_is_what_the_example_marks():
-    marked = [line.removesuffix("  #+") for line in EXAMPLE.read_text().splitlines() if line.endswith("#+")]
+    marked = [line.removesuffix("  # +") for line in EXAMPLE.read_text().splitlines() if line.endswith("# +")]
     assert marked == ADDED and len(ADDED) <= 5
 
 
@@ -46,7 +45,7 @@ def test_script_without_the_diff_runs(tmp_path):
     removed = iter(REMOVED)
     plain = [next(removed) if line.startswith("        ") else None for line in ADDED]
     for line, instead in zip(ADDED, plain, strict=True):
-        place = lines.index(f"{line}  #+")
+        place = lines.index(f"{line}  # +")
         lines[place : place + 1] = [] if instead is None else [instead]
     script = tmp_path / "plain.py"
     script.write_text("\n".join(lines))

@@ -2,10 +2,9 @@
 
 import importlib.util
 
+import one_rank
 import pytest
 import torch
-
-import one_rank
 from ranks import on_ranks
 from tolerances import assert_close, tolerance
 

@@ -4,9 +4,8 @@ import importlib.util
 import math
 
 import pytest
-import torch
-
 import splits
+import torch
 from ranks import on_ranks
 from tolerances import tolerance
 
@@ -28,7 +27,8 @@ def errors(references, request, tmp_path_factory):
 
 
 def _allowed(split, divergences) -> float:
-    # The textbook formula of the reference takes differences of logarithms: its error grows as the divergence, exp(-loss), shrinks.
+    # The textbook formula of the reference takes differences of logarithms: its error grows as the divergence,
+    # exp(-loss), shrinks.
     cancellation = math.exp(max(max(layers) for layers in divergences))
     in_float32 = tolerance(torch.float32, 1) if split.per_token else 0.0  # Megatron divides by the number of tokens so
     return cancellation * tolerance(torch.float64, splits.TOKENS) + in_float32

@@ -1,12 +1,13 @@
-"""token → segment: values and gradients against plain torch in float64, on inputs of every layout and size, and on bad ones."""
+"""token → segment: values and gradients against plain torch in float64, on inputs of every layout and size, and on bad
+ones."""
 
 import math
 
 import pytest
 import torch
+from tolerances import assert_close, tolerance
 
 from edl import ops, reference
-from tolerances import assert_close, tolerance
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SCORES = ["softmax", "sigmoid", "none"]
@@ -295,9 +296,9 @@ def test_an_id_outside_its_range(wrong, dtype):
     with pytest.raises(IndexError) as error:
         ops.aggregate_routing(LOGITS, ids, 2)
     assert str(error.value) == (
-        "edl::aggregate_routing: segment_ids must be at least -1 and below 2, the number of segments "
-        f"(got {wrong} at row 5; edl.segments gives this id to a token whose label or mask value is not allowed, and to all "
-        "where cu_seqlens does not rise from 0)"
+        f"edl::aggregate_routing: segment_ids must be at least -1 and below 2, the number of segments (got {wrong} at "
+        "row 5; edl.segments gives this id to a token whose label or mask value is not allowed, and to all where "
+        "cu_seqlens does not rise from 0)"
     )
 
 
@@ -308,8 +309,9 @@ def test_probabilities_passed_as_logits(order, dtype, scores):
     with pytest.raises(ValueError) as error:
         ops.aggregate_routing(PROBABILITIES.to(dtype), order, 2, scores)
     assert str(error.value) == (
-        "edl::aggregate_routing: with scores = 'softmax' or 'sigmoid' routing must be logits (got 7 rows that all sum to 1 with "
-        "entries of at least 0; for probabilities pass scores = 'none', or to ExpertDivergenceLoss input = 'probs')"
+        "edl::aggregate_routing: with scores = 'softmax' or 'sigmoid' routing must be logits (got 7 rows that all "
+        "sum to 1 with entries of at least 0; for probabilities pass scores = 'none', or to ExpertDivergenceLoss "
+        "input = 'probs')"
     )
 
 
@@ -320,9 +322,9 @@ def test_logits_passed_as_probabilities(dtype):
     with pytest.raises(ValueError) as error:
         ops.aggregate_routing(wrong.to(dtype), IDS, 2, "none")
     assert str(error.value) == (
-        "edl::aggregate_routing: with scores = 'none' every row of routing must be a distribution, entries of at least 0 that sum "
-        "to 1 (got something else at row 4; for logits pass scores = 'softmax' or 'sigmoid', or to ExpertDivergenceLoss "
-        "input = 'logits')"
+        "edl::aggregate_routing: with scores = 'none' every row of routing must be a distribution, entries of at "
+        "least 0 that sum to 1 (got something else at row 4; for logits pass scores = 'softmax' or 'sigmoid', or to "
+        "ExpertDivergenceLoss input = 'logits')"
     )
 
 

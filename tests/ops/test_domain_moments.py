@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from tolerances import assert_close, tolerance
 
 from edl import ops, reference
-from tolerances import assert_close, tolerance
 
 NAN = math.nan
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tolerances import assert_close, tolerance
 
 from edl import ops
-from tolerances import assert_close, tolerance
 
 LOSS = torch.ops.edl._expert_divergence_loss.default
 OF_MOMENTS = torch.ops.edl._expert_divergence_of_moments.default

@@ -1,12 +1,14 @@
 """The experts: sentinels, empty experts, frozen parameters, what is saved, and properties of the sum."""
 
+import itertools
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from tolerances import assert_close, tolerance
 
 from edl import ops, reference
-from tolerances import assert_close, tolerance
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -192,7 +194,8 @@ def test_second_derivatives_are_refused():
 
 
 def of_many_sizes(dtype):
-    """Experts with 0, 1, ... rows, one with more than the scratch of a thread holds; misaligned and strided; no size is even."""
+    """Experts with 0, 1, ... rows, one with more than the scratch of a thread holds; misaligned and strided; no size is
+    even."""
     rows = torch.tensor([0, 1, 5, 7, 0, 13, 85, 600, 6900, 2, 0])
     experts = torch.arange(11).repeat_interleave(rows)[torch.randperm(int(rows.sum()))].unsqueeze(1)
     arguments = list(make(len(experts), 17, 71, 11, dtype=dtype, experts=experts))
@@ -245,7 +248,7 @@ def test_permuting_tokens_or_experts_permutes_everything(num_tokens, num_experts
 def test_any_order_inside_an_expert():
     tokens, weights, row_order, offsets, gate_up, down = make(num_tokens=50)
     shuffled = row_order.clone()
-    for begin, end in zip(offsets[:-1], offsets[1:]):
+    for begin, end in itertools.pairwise(offsets):
         shuffled[begin:end] = row_order[begin:end].flip(0)
     expected = ops.expert_mlp(tokens, weights, row_order, offsets, gate_up, down)
     torch.testing.assert_close(ops.expert_mlp(tokens, weights, shuffled, offsets, gate_up, down), expected)

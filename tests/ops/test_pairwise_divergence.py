@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-
-from edl import ops, reference
 from oracle import LOG_2, textbook_divergence
 from tolerances import assert_close, tolerance
+
+from edl import ops, reference
 
 
 def make_moments(*leading, num_domains, num_experts, absent=()):

@@ -4,7 +4,8 @@ try:
     import megatron.core  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"edl.integrations.megatron: megatron-core 0.16 or later must be installed, pip install 'edl[megatron]' (got {error})"
+        "edl.integrations.megatron: megatron-core 0.16 or later must be installed, pip install 'edl[megatron]' (got "
+        f"{error})"
     ) from error
 
 from edl.integrations.megatron.arguments import add_arguments, options

@@ -1,7 +1,8 @@
-"""Domain labels from the data: the index of the data set in the blend, which Megatron's `BlendedDataset` adds to every sample."""
+"""Domain labels from the data: the index of the data set in the blend, which Megatron's `BlendedDataset` adds to every
+sample."""
 
 import functools
-from typing import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from megatron.core import num_microbatches_calculator, parallel_state
@@ -16,20 +17,21 @@ KEY = "dataset_id"
 def with_domain_ids(forward_step: Callable, domains: Sequence[int] | None = None) -> Callable:
     """Opens `edl.domain_scope` around a forward step, with the labels that `BlendedDataset` put into its batch.
 
-    Every sequence gets the index of its data path in the blend. The batch is taken from the iterator on the first rank of each
-    tensor-parallel group, which reads the data; its labels are sent to the other ranks of that group. The forward step finds
-    the same batch in the iterator that it is given.
+    Every sequence gets the index of its data path in the blend. The batch is taken from the iterator on the first rank
+    of each tensor-parallel group, which reads the data; its labels are sent to the other ranks of that group. The
+    forward step finds the same batch in the iterator that it is given.
 
     Args:
         forward_step (callable): `forward_step(data_iterator, model, ...)` of Megatron-LM.
-        domains (sequence of int, optional): the domain of each data path, -1 = not counted; default: each path its own domain.
+        domains (sequence of int, optional): the domain of each data path, -1 = not counted; default: each path its own
+            domain.
 
     Returns:
         The forward step to pass to Megatron.
 
     Raises (the forward step, where the model has a divergence loss and trains):
-        ValueError: the batch has no `dataset_id`, or another shape; a pipeline stage with MoE layers gets no data (build the data
-            set on every stage).
+        ValueError: the batch has no `dataset_id`, or another shape; a pipeline stage with MoE layers gets no data
+            (build the data set on every stage).
         IndexError: a data set without entry in `domains`.
     """
 
@@ -55,14 +57,14 @@ def _domain_ids(batch: dict | None, domains: Sequence[int] | None) -> Tensor | N
         return None
     if batch is None:
         raise ValueError(
-            "edl::megatron.with_domain_ids: a pipeline stage with MoE layers needs the labels, so build the data set on every "
-            f"stage (got no data on stage {parallel_state.get_pipeline_model_parallel_rank()} of "
+            "edl::megatron.with_domain_ids: a pipeline stage with MoE layers needs the labels, so build the data set "
+            f"on every stage (got no data on stage {parallel_state.get_pipeline_model_parallel_rank()} of "
             f"{parallel_state.get_pipeline_model_parallel_world_size()})"
         )
     if KEY not in batch:
         raise ValueError(
-            f"edl::megatron.with_domain_ids: the batch must hold '{KEY}', which BlendedDataset adds where several data paths are "
-            f"blended (got {list(batch)})"
+            f"edl::megatron.with_domain_ids: the batch must hold '{KEY}', which BlendedDataset adds where several "
+            f"data paths are blended (got {list(batch)})"
         )
     ids = torch.as_tensor(batch[KEY]).long()
     if ids.dim() != 1:
@@ -71,8 +73,8 @@ def _domain_ids(batch: dict | None, domains: Sequence[int] | None) -> Tensor | N
         return ids
     if int(ids.max()) >= len(domains):
         raise IndexError(
-            f"edl::megatron.with_domain_ids: domains must have an entry for every data path (got {len(domains)} for path "
-            f"{int(ids.max())})"
+            "edl::megatron.with_domain_ids: domains must have an entry for every data path "
+            f"(got {len(domains)} for path {int(ids.max())})"
         )
     return torch.tensor(domains)[ids]
 
@@ -86,7 +88,8 @@ def _on_all_tensor_ranks(domain_ids: Tensor | None, device: torch.device) -> Ten
         domain_ids = torch.empty(batch_size, dtype=torch.long, device=device)
     elif len(domain_ids) != batch_size:
         raise ValueError(
-            f"edl::megatron.with_domain_ids: the batch must have micro_batch_size {batch_size} labels (got {len(domain_ids)})"
+            f"edl::megatron.with_domain_ids: the batch must have micro_batch_size {batch_size} labels (got "
+            f"{len(domain_ids)})"
         )
     domain_ids = domain_ids.to(device)
     source = parallel_state.get_tensor_model_parallel_src_rank()

@@ -1,7 +1,7 @@
 """Makes Megatron's training log reduce and show the loss beside its own auxiliary losses, whose names it lists."""
 
 import functools
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from megatron.core import parallel_state
@@ -64,7 +64,8 @@ def _reducing_divergence(reduce: Callable) -> Callable:
 
 
 def _initialize_on_all_stages(pg_collection=None) -> bool:
-    """Gives a stage without MoE layer a tracker of zeros, without which the reduction would hang; False = no stage has one."""
+    """Gives a stage without MoE layer a tracker of zeros, without which the reduction would hang; False = no stage has
+    one."""
     stages = parallel_state.get_pipeline_model_parallel_group() if pg_collection is None else pg_collection.pp
     tracker = moe_utils.get_moe_layer_wise_logging_tracker()
     device = torch.cuda.current_device()

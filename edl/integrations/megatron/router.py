@@ -1,16 +1,18 @@
 """A Megatron router that adds the Expert Divergence loss of its layer.
 
-How the gradient is scaled. Every rank computes the same loss and differentiates it by its own rows; the gradient of the global
-batch is the sum over all ranks. Megatron sums router gradients over tensor parallelism (sequence parallel), averages them over
-data·context parallelism, and scales auxiliary losses by context_parallel_size / num_microbatches. What is missing is the number of
-data-parallel ranks: `averaging_ranks`. With `calculate_per_token_loss` it neither averages nor divides by micro-batches, but
-divides by the tokens of the whole step: each micro-batch then weighs as many tokens as a data-parallel rank has in it.
+How the gradient is scaled. Every rank computes the same loss and differentiates it by its own rows; the gradient of the
+global batch is the sum over all ranks. Megatron sums router gradients over tensor parallelism (sequence parallel),
+averages them over data·context parallelism, and scales auxiliary losses by context_parallel_size / num_microbatches.
+What is missing is the number of data-parallel ranks: `averaging_ranks`. With `calculate_per_token_loss` it neither
+averages nor divides by micro-batches, but divides by the tokens of the whole step: each micro-batch then weighs as many
+tokens as a data-parallel rank has in it.
 """
 
 import functools
 import types
 import warnings
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -26,7 +28,8 @@ from edl.segments import Segments, make_segments
 class EDTopKRouter(TopKRouter):
     """`TopKRouter` with the Expert Divergence loss of its layer, added while training inside `edl.domain_scope`.
 
-    Built by Megatron from a spec that `patch_spec` has patched. The parameters and their names are those of `TopKRouter`.
+    Built by Megatron from a spec that `patch_spec` has patched. The parameters and their names are those of
+    `TopKRouter`.
 
     Args:
         config (TransformerConfig): Megatron's.
@@ -35,7 +38,8 @@ class EDTopKRouter(TopKRouter):
         kwargs: further arguments of Megatron's own router.
 
     Raises:
-        ValueError: a configuration under which labels cannot reach the router, or the router sees parts of sequences only.
+        ValueError: a configuration under which labels cannot reach the router, or the router sees parts of sequences
+            only.
     """
 
     def __init__(
@@ -112,7 +116,8 @@ class EDTopKRouter(TopKRouter):
         return self.score_function in ("softmax", "sigmoid")
 
     def _routing_of(self, logits: Tensor) -> Tensor:
-        """What the loss is taken of: the logits, or Megatron's normalised scores where their function is another one."""
+        """What the loss is taken of: the logits, or Megatron's normalised scores where their function is another
+        one."""
         if self._has_native_scores():
             return logits
         return compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)[1]
@@ -120,7 +125,8 @@ class EDTopKRouter(TopKRouter):
     def _segments(
         self, sequence_length: int, batch_size: int, padding_mask: Tensor | None, labels: edl.Labels
     ) -> Segments:
-        """Segments of this rank's rows, row s·B + b; labels and masks of the scope are those of its context-parallel slice."""
+        """Segments of this rank's rows, row s·B + b; labels and masks of the scope are those of its context-parallel
+        slice."""
         sequence_slices = self.tp_group.size() if self.config.sequence_parallel else 1
         num_rows = sequence_length * batch_size
         segments = make_segments(
@@ -174,8 +180,8 @@ def _check_config(config: Any) -> None:
             )
     if getattr(config, "overlap_moe_expert_parallel_comm", False):
         raise ValueError(
-            "edl::EDTopKRouter: labels are bound to the forward call of the model, which overlap_moe_expert_parallel_comm takes "
-            "apart (got overlap_moe_expert_parallel_comm)"
+            "edl::EDTopKRouter: labels are bound to the forward call of the model, which "
+            "overlap_moe_expert_parallel_comm takes apart (got overlap_moe_expert_parallel_comm)"
         )
     if _is_router_captured(config):
         raise ValueError(
@@ -194,7 +200,8 @@ def _is_router_captured(config: Any) -> bool:
 
 
 def _context_parallel_boundaries(cu_seqlens: Tensor | None, slices: int) -> Tensor | None:
-    """Boundaries of the documents in this rank's slice: Megatron gives every rank the same share of every (padded) document."""
+    """Boundaries of the documents in this rank's slice: Megatron gives every rank the same share of every (padded)
+    document."""
     if cu_seqlens is None or slices == 1:
         return cu_seqlens
     # Boundaries that cannot be cut so become no boundaries, which `make_segments` refuses.
@@ -203,7 +210,8 @@ def _context_parallel_boundaries(cu_seqlens: Tensor | None, slices: int) -> Tens
 
 @functools.lru_cache(maxsize=1)
 def _attach_multiplies_by_group() -> bool:
-    """Whether Megatron's `attach_and_log_load_balancing_loss` multiplies a loss per token by the tensor·context ranks (0.19 on).
+    """Whether Megatron's `attach_and_log_load_balancing_loss` multiplies a loss per token by the tensor·context ranks
+    (0.19 on).
 
     Asked of the method itself, with a group of two ranks and one token.
     """

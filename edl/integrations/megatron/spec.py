@@ -4,7 +4,8 @@ import copy
 import dataclasses
 import functools
 import types
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -52,7 +53,8 @@ def _with_children(node: Any, children: dict[Any, Any]) -> Any:
 
 
 def _patched(node: Any, options: dict[str, Any]) -> Any:
-    """`node` itself where it holds no MoE layer, else a copy with the routers replaced: specs may be shared between models."""
+    """`node` itself where it holds no MoE layer, else a copy with the routers replaced: specs may be shared between
+    models."""
     children = _children(node)
     if isinstance(node, MoESubmodules):
         return _with_children(node, {**children, "router": _builder(node.router, options)})
@@ -79,22 +81,23 @@ def patch_spec(
     """Returns the spec with an `EDTopKRouter` in every MoE layer; the spec itself stays as it is.
 
     Args:
-        spec (ModuleSpec, TransformerBlockSubmodules or what holds them; or a function that returns one): of a decoder layer, a
-            block, a hybrid stack or multi-token prediction.
+        spec (ModuleSpec, TransformerBlockSubmodules or what holds them; or a function that returns one): of a decoder
+            layer, a block, a hybrid stack or multi-token prediction.
         num_domains (int): D, at least 1.
-        coeff (float): weight of the loss of each layer, as of Megatron's other auxiliary losses; at least 0. With 0 the spec is
-            returned unchanged and num_domains may be None.
+        coeff (float): weight of the loss of each layer, as of Megatron's other auxiliary losses; at least 0. With 0 the
+            spec is returned unchanged and num_domains may be None.
         eps (float): see `edl.ExpertDivergenceLoss`. Default: 1e-6.
         bias_correction (bool): see `edl.ExpertDivergenceLoss`. Default: False.
-        accumulate (bool): compare the domains over the micro-batches of a step so far (`edl.DomainMemory`), not within each
-            micro-batch. Default: False.
+        accumulate (bool): compare the domains over the micro-batches of a step so far (`edl.DomainMemory`), not within
+            each micro-batch. Default: False.
 
     Returns:
         The patched spec (or function).
 
     Raises:
-        ValueError: a negative or no finite coeff, no num_domains, a spec without MoE layer (unless pipeline stages share the
-            model), a megatron-core before 0.16, a router that is not derived from `TopKRouter`, or one patched already.
+        ValueError: a negative or no finite coeff, no num_domains, a spec without MoE layer (unless pipeline stages
+            share the model), a megatron-core before 0.16, a router that is not derived from `TopKRouter`, or one
+            patched already.
     """
     if not 0.0 <= coeff < float("inf"):
         raise ValueError(f"edl::megatron.patch_spec: coeff must be finite and not negative (got {coeff})")

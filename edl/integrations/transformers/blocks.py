@@ -32,8 +32,8 @@ def _family_of(block: nn.Module) -> str:
         if f"{family.prefix}SparseMoeBlock" in names:
             return name
     raise ValueError(
-        "edl::MoELayer.from_transformers: block must be the Mixture-of-Experts block of a Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE "
-        f"model (got {type(block).__name__})"
+        "edl::MoELayer.from_transformers: block must be the Mixture-of-Experts block of a Mixtral, Qwen2-MoE, "
+        f"Qwen3-MoE or OLMoE model (got {type(block).__name__})"
     )
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, List, Optional, Tuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ def _recorders(part: nn.Module) -> list:
     ]
 
 
-def _find_routers(model: nn.Module) -> Tuple[nn.Module, List[Tuple[str, nn.Module, int]]]:
+def _find_routers(model: nn.Module) -> tuple[nn.Module, list[tuple[str, nn.Module, int]]]:
     """The smallest model of transformers around all routers; and name, router, index of the logits in its output."""
     from transformers import PreTrainedModel
 
@@ -64,9 +64,9 @@ class _Capture:
 
     def __init__(
         self,
-        part: Optional[nn.Module] = None,
-        routers: List[Tuple[str, nn.Module, int]] = (),
-        memory: Optional[DomainMemory] = None,
+        part: nn.Module | None = None,
+        routers: list[tuple[str, nn.Module, int]] = (),
+        memory: DomainMemory | None = None,
     ) -> None:
         self.part = part
         self.memory = memory
@@ -86,8 +86,8 @@ class _Capture:
         self.is_recording = False
         self.needs_gradient = True
         self.lacks_gradient = False
-        self.batch_shape: List[int] = [0]
-        self.captured: List[Tuple[str, Tensor]] = []
+        self.batch_shape: list[int] = [0]
+        self.captured: list[tuple[str, Tensor]] = []
 
     def begin(self, part: nn.Module, args: tuple, kwargs: dict) -> None:
         if part is not self.part or not part.training:
@@ -111,7 +111,7 @@ class _Capture:
     def end(self, part: nn.Module, args: tuple, output: Any) -> None:
         self.is_recording = False
 
-    def take(self) -> List[Tensor]:
+    def take(self) -> list[Tensor]:
         """The logits of each layer, `Tensor[B, S_len, E]`; they are given once."""
         captured, shape = self.captured, self.batch_shape
         needs_gradient, lacks_gradient = self.needs_gradient, self.lacks_gradient
@@ -129,8 +129,8 @@ class _Capture:
             )
         if lacks_gradient:
             raise ValueError(
-                "edl::attach: activation checkpointing must be non-reentrant, with use_reentrant=False (got router logits "
-                "computed without gradient)"
+                "edl::attach: activation checkpointing must be non-reentrant, with use_reentrant=False "
+                "(got router logits computed without gradient)"
             )
         if needs_gradient and not any(logits.requires_grad for _, logits in captured):
             raise ValueError(
@@ -164,15 +164,15 @@ class DivergenceHandle:
         self.model = model
         self.divergence = divergence
         self.beta = beta
-        self.value: Optional[Tensor] = None
+        self.value: Tensor | None = None
         self._capture = _Capture(*_find_routers(model), divergence.memory)
 
     def loss(
         self,
         domain_ids: Tensor,
-        attention_mask: Optional[Tensor] = None,
-        padding_mask: Optional[Tensor] = None,
-        cu_seqlens: Optional[Tensor] = None,
+        attention_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """beta times the Expert Divergence loss of the model's last training forward, to be added to the model's own.
 

@@ -1,7 +1,8 @@
 """Domain labels on the way from a dataset to the batch: through collators and packing."""
 
+from collections.abc import Callable
 from itertools import chain
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def _label(op: str, domain_ids: Any) -> Tensor:
         ) from None
 
 
-def _token_labels(labels: List[Tensor], lengths: List[int], batch: Dict[str, Any]) -> Tensor:
+def _token_labels(labels: list[Tensor], lengths: list[int], batch: dict[str, Any]) -> Tensor:
     """Labels [B, S_len], one per token and -1 at padding, of examples that were padded, or flattened into one row."""
     for label, n in zip(labels, lengths):
         if label.dim() > 0 and label.shape != (n,):
@@ -54,14 +55,14 @@ class DomainCollator:
         collator (Callable): makes a batch of tensors of a list of examples, without their `domain_ids`.
 
     Raises:
-        ValueError: only some examples have `domain_ids`, or have what is no number; or the tokens of the batch are not those
-            of the examples.
+        ValueError: only some examples have `domain_ids`, or have what is no number; or the tokens of the batch are not
+            those of the examples.
     """
 
-    def __init__(self, collator: Callable[[List[Dict[str, Any]]], Dict[str, Any]]) -> None:
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
         self.collator = collator
 
-    def __call__(self, examples: List[Dict[str, Any]]) -> Dict[str, Any]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator([{k: v for k, v in example.items() if k != "domain_ids"} for example in examples])
         labels = [_label("DomainCollator", example["domain_ids"]) for example in examples if "domain_ids" in example]
         if not labels:
@@ -83,7 +84,7 @@ class DomainCollator:
         return batch
 
 
-def pack_documents(examples: Dict[str, List[Any]], length: int) -> Dict[str, List[List[int]]]:
+def pack_documents(examples: dict[str, list[Any]], length: int) -> dict[str, list[list[int]]]:
     """Concatenates documents and cuts them into rows of `length` tokens; every token keeps the label of its document.
 
     For `dataset.map(pack_documents, batched=True, fn_kwargs={"length": length}, remove_columns=dataset.column_names)`.
@@ -100,7 +101,8 @@ def pack_documents(examples: Dict[str, List[Any]], length: int) -> Dict[str, Lis
         and `domain_ids`, all lists of rows of `length`.
 
     Raises:
-        ValueError: a length below 1, a label that is no number, or a list of labels with another length than its document.
+        ValueError: a length below 1, a label that is no number, or a list of labels with another length than its
+            document.
     """
     if length < 1:
         raise ValueError(f"edl::pack_documents: length must be at least 1 (got {length})")

@@ -1,7 +1,6 @@
 """edl's kernels as an experts implementation of transformers v5."""
 
 import warnings
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from edl import ops
 
 
-def _obstacle(experts: nn.Module) -> Optional[str]:
+def _obstacle(experts: nn.Module) -> str | None:
     """What these experts have that `edl.ops.expert_mlp` does not compute; None for plain SwiGLU."""
     # Experts with a gate of their own may have none.
     activation = type(experts.act_fn).__name__ if hasattr(experts, "act_fn") else "SiLU"

@@ -1,7 +1,7 @@
 """The Expert Divergence loss in transformers' `Trainer`."""
 
 import os
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,8 @@ class EDTrainerMixin:
     `num_items_in_batch` or `average_tokens_across_devices` do to the language-model loss. Over several processes the
     loss is that of their union (`group`). Under gradient accumulation each micro-batch is compared with those before it
     (`edl.DomainMemory`, which also carries moments over steps), an approximation to the gradient of the whole batch;
-    `two_passes` gives that gradient exactly. Every training begins with an empty memory, or with that of the checkpoint it
-    resumes from (saved where all processes share one).
+    `two_passes` gives that gradient exactly. Every training begins with an empty memory, or with that of the checkpoint
+    it resumes from (saved where all processes share one).
 
     What is logged as `loss` includes it; `expert_divergence_loss` is logged beside it, without beta, as the mean over
     the micro-batches since the last log.
@@ -59,7 +59,7 @@ class EDTrainerMixin:
         *args: Any,
         num_domains: int,
         beta: float,
-        divergence_options: Optional[Dict[str, Any]] = None,
+        divergence_options: dict[str, Any] | None = None,
         two_passes: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -114,7 +114,7 @@ class EDTrainerMixin:
             self._collect(batch_samples)
         return batch_samples, num_items_in_batch
 
-    def _collect(self, batch_samples: List[Dict[str, Any]]) -> None:
+    def _collect(self, batch_samples: list[dict[str, Any]]) -> None:
         """The first of two passes over the micro-batches of a step: domain moments only."""
         model = self.model_wrapped.train()
         memory = self.expert_divergence.divergence.memory
@@ -124,7 +124,7 @@ class EDTrainerMixin:
                 model(**{name: value for name, value in inputs.items() if name not in ("domain_ids", "labels")})
                 self._divergence_loss(inputs)
 
-    def training_step(self, model: nn.Module, inputs: Dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         memory = self.expert_divergence.divergence.memory
         if memory is not None and self.accelerator.sync_gradients:  # the last micro-batch before the optimizer steps
@@ -144,7 +144,7 @@ class EDTrainerMixin:
         self._value_sum, self._num_values = self._value_sum + self.expert_divergence.value, self._num_values + 1
         return (result[0] + loss, result[1]) if return_outputs else result + loss
 
-    def _divergence_loss(self, inputs: Dict[str, Any]) -> Tensor:
+    def _divergence_loss(self, inputs: dict[str, Any]) -> Tensor:
         domain_ids = inputs.get("domain_ids")
         if domain_ids is None:
             raise ValueError(
@@ -179,7 +179,7 @@ class EDTrainerMixin:
         if self._shares_memory and self.args.should_save:
             torch.save(self._divergence_options["memory"].state_dict(), os.path.join(output_dir, _MEMORY_NAME))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: Optional[str]) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not self._shares_memory:
             return
@@ -188,11 +188,11 @@ class EDTrainerMixin:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self._divergence_options["memory"].load_state_dict(state)
 
-    def prediction_step(self, model: nn.Module, inputs: Dict[str, Any], *args: Any, **kwargs: Any):
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
         inputs = {name: value for name, value in inputs.items() if name != "domain_ids"}
         return super().prediction_step(model, inputs, *args, **kwargs)
 
-    def log(self, logs: Dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._num_values > 0:
             logs["expert_divergence_loss"] = (self._value_sum / self._num_values).item()
             self._value_sum, self._num_values = 0.0, 0

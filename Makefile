@@ -1,4 +1,5 @@
 # make venv        .venv with torch, the build tools and edl (editable)
+# make lint        formats, types, spelling and workflows: what .pre-commit-config.yaml names, on all files
 # make test        everything: pytest, with the C++ cases (Catch2) as items
 # make demo        pre-trains a small language model on real text; DATA=folder takes the sub-folders of your own text
 # make bench       measures this machine, peers included, in about ten minutes: benchmarks/results/MACHINE.md
@@ -12,15 +13,19 @@ TORCH ?= torch==2.13.0
 DATA ?=
 MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export MAX_JOBS
+export PRE_COMMIT_HOME := $(CURDIR)/.venv/pre-commit
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install
 STAMPS := $(VENV)/stamps
 
-.PHONY: venv test demo bench check-cuda gpu clean preconditions always
+.PHONY: venv lint test demo bench check-cuda gpu clean preconditions always
 
 venv: $(STAMPS)/edl
+
+lint: $(STAMPS)/lint
+	$(VENV_PYTHON) -m pre_commit run --all-files
 
 test: $(STAMPS)/test
 	$(VENV_PYTHON) -m pytest
@@ -64,6 +69,11 @@ $(STAMPS)/edl: setup.py pyproject.toml $(shell find csrc edl/share -type f) $(ST
 $(STAMPS)/test: tests/requirements.txt tests/requirements-torchtitan.txt examples/pretrain/requirements.txt $(STAMPS)/edl
 	$(PIP_INSTALL) --requirement tests/requirements.txt
 	$(PIP_INSTALL) --no-deps --requirement tests/requirements-torchtitan.txt
+	@touch $@
+
+$(STAMPS)/lint: .pre-commit-config.yaml $(STAMPS)/torch
+	$(PIP_INSTALL) pre-commit==4.7.0
+	$(VENV_PYTHON) -m pre_commit install-hooks
 	@touch $@
 
 $(STAMPS)/bench: benchmarks/requirements.txt $(STAMPS)/edl

@@ -17,6 +17,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tools"))
+import cuda_toolkit  # noqa: E402
+
 LIBRARY = "edl.lib.libedl"
 OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 14)
 INSTALL_HINT = (
@@ -51,21 +54,21 @@ def glob(pattern):
 
 def build_cuda():
     """CUDA when torch has it and nvcc is found; never decided by a visible GPU, which build machines lack."""
-    home = cpp_extension.CUDA_HOME
-    # A wrapper called nvcc makes torch take its folder for the toolkit, whose headers may lie elsewhere.
-    toolkit = (
-        home is not None and Path(home, "bin", "nvcc").exists() and Path(home, "include", "cuda_runtime.h").exists()
-    )
-    possible = torch.version.cuda is not None and toolkit
+    home = cuda_toolkit.find().home
+    possible = torch.version.cuda is not None and home is not None
     wanted = os.environ.get("EDL_BUILD_CUDA", "").strip()
     if wanted not in ("", "0", "1"):
         sys.exit(f"edl: EDL_BUILD_CUDA must be 0 or 1 (got {wanted!r})")
     if wanted == "1" and not possible:
         sys.exit(
-            "edl: EDL_BUILD_CUDA=1 needs a torch built with CUDA, and nvcc and cuda_runtime.h below CUDA_HOME "
-            f"(got torch.version.cuda = {torch.version.cuda}, CUDA_HOME = {home})"
+            "edl: EDL_BUILD_CUDA=1 needs a torch built with CUDA, and nvcc with cuda_runtime.h, below CUDA_HOME, "
+            "around the nvcc of PATH or in /usr/local/cuda "
+            f"(got torch.version.cuda = {torch.version.cuda}, toolkit = {home})"
         )
-    return possible and wanted != "0"
+    if not possible or wanted == "0":
+        return False
+    cpp_extension.CUDA_HOME = str(home)  # torch takes the folder of a wrapper called nvcc for the toolkit
+    return True
 
 
 def check_torch_version():
@@ -100,6 +103,8 @@ if torch is not None:
 
         def finalize_options(self):
             super().finalize_options()
+            for extension in self.extensions:
+                extension.define_macros.append(("EDL_VERSION", f'"{self.distribution.get_version()}"'))
             if self.editable_mode:  # pip would build in a folder of its own, and everything again each time
                 self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
 
@@ -185,7 +190,6 @@ def extensions():
     print(f"edl: torch {torch.__version__}, CUDA {cuda_version or 'off'}, Python {platform.python_version()}")
     sources = glob("csrc/*.cpp") + glob("csrc/ops/*.cpp") + glob("csrc/cpu/*.cpp")
     macros = [
-        ("EDL_VERSION", f'"{version()}"'),
         ("EDL_TORCH_VERSION", f'"{torch.__version__}"'),
         ("EDL_CUDA_VERSION", f'"{cuda_version}"'),
     ]
@@ -232,13 +236,6 @@ def extensions():
         language="c++",
     )
     return [library, facts]
-
-
-def version():
-    for line in (ROOT / "pyproject.toml").read_text().splitlines():
-        if line.startswith("version ="):
-            return line.split('"')[1]
-    raise ValueError("pyproject.toml names no version")
 
 
 setup(

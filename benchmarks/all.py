@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import loss
-import machine
 import moe
 import router
 import scaling
 import torch
 import train_step
 from report import Run, Section, conditions, facts
+
+from edl import machine
 
 BENCHMARKS = [moe, router, loss, train_step, scaling]
 LAST_START = 12 * 60  # seconds

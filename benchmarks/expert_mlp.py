@@ -1,5 +1,4 @@
-"""Own kernels against at::mm and brgemm on the CPU: the whole of expert_mlp beside the products of its definition, and
-nothing else.
+"""Own kernels against at::mm and brgemm on the CPU: expert_mlp beside the bare products of its definition.
 
     python benchmarks/expert_mlp.py [--threads 2] [--repeats 15] [--save benchmarks/results/NAME.md]
 

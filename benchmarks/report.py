@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import machine
 import torch
 from measure import keep_freed_memory
+from peak import peak
+
+import edl
+from edl import machine
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Run:
         keep_freed_memory()
         torch.set_num_threads(self.threads)
         torch.manual_seed(0)
-        self.peak, self.peak_note = machine.peak(self.device, self.threads)
+        self.peak, self.peak_note = peak(self.device, self.threads)
 
     def share_of_peak(self, speed: float) -> str:
         return f"{speed / self.peak:.0%}" if self.peak else "-"
@@ -64,8 +67,11 @@ def table_of(rows: list[dict[str, str]]) -> str:
 
 
 def facts(device: torch.device) -> str:
-    """The machine, as a list."""
-    return "\n".join(f"- {name}: {value}" for name, value in machine.facts(device).items()) + "\n"
+    """The machine and what runs there, as a list."""
+    found = machine.facts(device) | {"edl": edl.__version__}
+    if device.type == "cpu":
+        found["edl uses"] = torch.ops.edl._cpu_instruction_set()
+    return "\n".join(f"- {name}: {value}" for name, value in found.items()) + "\n"
 
 
 def conditions(run: Run) -> str:

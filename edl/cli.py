@@ -1,20 +1,20 @@
 """The command `edl`: `edl info` says what is installed and what runs."""
 
 import argparse
-import platform
 
 import torch
 
 import edl
-from edl import _build, _extension
+from edl import _build, _extension, machine
 
 
 def build_facts() -> dict[str, str]:
     """What `edl info` prints, line by line."""
+    facts = machine.facts(torch.device("cpu"))
     return {
         "edl": f"{edl.__version__} (built with {_build.compiler})",
-        "torch": f"{torch.__version__} (edl was built for {_build.torch_version})",
-        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        **facts,
+        "torch": f"{facts['torch']} (edl was built for {_build.torch_version})",
         "instruction set": f"{torch.ops.edl._cpu_instruction_set()} of {', '.join(_build.instruction_sets)}",
         "CPU threads": str(torch.get_num_threads()),
         "CUDA": _cuda(),

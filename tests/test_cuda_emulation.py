@@ -1,11 +1,9 @@
 """The cases of tests/cuda_emulation: every CUDA kernel, run on the CPU. They need the headers of CUDA and no device."""
 
-import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
+import cuda_toolkit
 import pytest
 from commands import ROOT, build_with_cmake, run
 
@@ -18,21 +16,13 @@ NAMES = [
 ]
 
 
-def cuda_headers() -> Path | None:
-    """Where CUDA's headers are: below CUDA_HOME, beside nvcc, or where the toolkit installs itself."""
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
-    folders = [Path(home, "include") for home in homes if home]
-    return next((folder for folder in folders if (folder / "cuda_bf16.h").exists()), None)
-
-
 @pytest.fixture(scope="session")
 def programs():
     """The folder of the two programs: the kernels under sanitizers, and with every access of memory checked for
     races."""
-    headers = cuda_headers()
+    headers = cuda_toolkit.find().include
     if headers is None:
-        pytest.skip("needs the headers of the CUDA toolkit (cuda_bf16.h): set CUDA_HOME")
+        pytest.skip("needs the headers of the CUDA toolkit (cuda_runtime.h): set CUDA_HOME")
     build_with_cmake(SOURCES, BUILD, "", f"-DCUDA_INCLUDE={headers}")
     return BUILD
 

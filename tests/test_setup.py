@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_toolkit
 import pytest
 import setuptools
 import torch
 from torch.utils import cpp_extension
+
+import edl
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,9 +28,10 @@ def decisions(monkeypatch):
 def build_cuda(decisions, monkeypatch, tmp_path):
     """Calls build_cuda() of setup.py on a machine described by the arguments."""
 
-    def call(torch_cuda, has_home, has_nvcc, has_headers=True, wanted=None):
+    def call(torch_cuda, has_nvcc, has_headers=True, wanted=None):
         monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-        monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path) if has_home else None)
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
         for name, present in (("bin/nvcc", has_nvcc), ("include/cuda_runtime.h", has_headers)):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).unlink(missing_ok=True)
@@ -42,34 +46,52 @@ def build_cuda(decisions, monkeypatch, tmp_path):
 
 
 def test_cuda_needs_a_torch_with_cuda_and_nvcc(build_cuda):
-    assert build_cuda("13.0", has_home=True, has_nvcc=True)
-    assert not build_cuda(None, has_home=True, has_nvcc=True)
-    assert not build_cuda("13.0", has_home=False, has_nvcc=False)
-    assert not build_cuda("13.0", has_home=True, has_nvcc=False)
-    assert not build_cuda("13.0", has_home=True, has_nvcc=True, has_headers=False)
+    assert build_cuda("13.0", has_nvcc=True)
+    assert not build_cuda(None, has_nvcc=True)
+    assert not build_cuda("13.0", has_nvcc=False)
+    assert not build_cuda("13.0", has_nvcc=True, has_headers=False)
+
+
+def test_the_toolkit_is_that_of_cuda_home_of_path_or_where_it_installs(monkeypatch, tmp_path):
+    """A compiler without headers beside it, as a wrapper on PATH is, is a compiler and no toolkit."""
+    for name in ("wrapper/bin/nvcc", "toolkit/bin/nvcc", "toolkit/include/cuda_runtime.h"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch(mode=0o755)
+    wrapper, toolkit = tmp_path / "wrapper", tmp_path / "toolkit"
+    monkeypatch.setenv("PATH", f"{wrapper / 'bin'}")
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    assert cuda_toolkit.find() == (toolkit, toolkit / "bin" / "nvcc", toolkit / "include")
+    monkeypatch.setenv("CUDA_HOME", str(wrapper))
+    assert cuda_toolkit.find() == (None, wrapper / "bin" / "nvcc", None)
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setattr(cuda_toolkit, "INSTALLED", toolkit)
+    assert cuda_toolkit.find() == (toolkit, toolkit / "bin" / "nvcc", toolkit / "include")
+    monkeypatch.setenv("PATH", f"{toolkit / 'bin'}")
+    monkeypatch.setattr(cuda_toolkit, "INSTALLED", tmp_path / "nothing")
+    assert cuda_toolkit.find() == (toolkit, toolkit / "bin" / "nvcc", toolkit / "include")
 
 
 @pytest.mark.parametrize("visible", [True, False])
 def test_a_visible_gpu_decides_nothing(build_cuda, monkeypatch, visible):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: visible)
-    assert build_cuda("13.0", has_home=True, has_nvcc=True)
-    assert not build_cuda(None, has_home=True, has_nvcc=True)
+    assert build_cuda("13.0", has_nvcc=True)
+    assert not build_cuda(None, has_nvcc=True)
 
 
 def test_the_environment_overrides_the_choice(build_cuda):
-    assert not build_cuda("13.0", has_home=True, has_nvcc=True, wanted="0")
-    assert build_cuda("13.0", has_home=True, has_nvcc=True, wanted="1")
+    assert not build_cuda("13.0", has_nvcc=True, wanted="0")
+    assert build_cuda("13.0", has_nvcc=True, wanted="1")
     with pytest.raises(SystemExit) as error:
-        build_cuda(None, has_home=True, has_nvcc=True, wanted="1")
+        build_cuda(None, has_nvcc=True, wanted="1")
     assert str(error.value).startswith(
-        "edl: EDL_BUILD_CUDA=1 needs a torch built with CUDA, and nvcc and cuda_runtime.h below CUDA_HOME (got "
-        "torch.version.cuda = None, CUDA_HOME = "
+        "edl: EDL_BUILD_CUDA=1 needs a torch built with CUDA, and nvcc with cuda_runtime.h, below "
+        "CUDA_HOME, around the nvcc of PATH or in /usr/local/cuda (got torch.version.cuda = None, toolkit = "
     )
 
 
 def test_another_value_of_the_variable_is_one_sentence(build_cuda):
     with pytest.raises(SystemExit, match=r"^edl: EDL_BUILD_CUDA must be 0 or 1 \(got 'yes'\)$"):
-        build_cuda("13.0", has_home=True, has_nvcc=True, wanted="yes")
+        build_cuda("13.0", has_nvcc=True, wanted="yes")
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.14.0a0+git1234"])
@@ -106,7 +128,7 @@ def test_without_torch_a_build_is_one_sentence(command):
 def test_without_torch_a_source_archive_can_be_made(tmp_path):
     result = run_setup_without_torch("egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert [path.name for path in tmp_path.glob("*.tar.gz")] == ["edl-0.1.0.tar.gz"]
+    assert [path.name for path in tmp_path.glob("*.tar.gz")] == [f"edl-{edl.__version__}.tar.gz"]
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,12 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cuda_toolkit
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "csrc/cuda/kernels").glob("*.cu"))
 HOST_SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cpp"))
-
-
-def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, of PATH, or where the toolkit installs itself."""
-    candidates = [os.path.join(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    return shutil.which("nvcc", path=candidates[0]) or shutil.which("nvcc") or shutil.which("nvcc", path=candidates[-1])
 
 
 def find_cuobjdump(nvcc: str) -> str | None:
@@ -114,7 +109,7 @@ def main() -> int:
         "--arch", nargs="+", default=["80", "90", "100"], help="compute capabilities (default: 80 90 100)"
     )
     arguments = parser.parse_args()
-    nvcc = find_nvcc()
+    nvcc = cuda_toolkit.find().nvcc
     if nvcc is None:
         print("edl: nvcc is needed to compile the CUDA sources: install the CUDA toolkit or set CUDA_HOME (none found)")
         return 1
@@ -123,7 +118,7 @@ def main() -> int:
     ]
     workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(lambda job: compile_source(nvcc, *job), jobs))
+        results = list(pool.map(lambda job: compile_source(str(nvcc), *job), jobs))
     failed = [(source, log) for source, status, log, _ in results if status != 0]
     kernels = [(source, log, assembly) for source, _, log, assembly in results if source.suffix == ".cu"]
     print_table([row for kernel in kernels for row in resources(*kernel)])

@@ -4,7 +4,6 @@ import base64
 import html
 import json
 import math
-import platform
 import textwrap
 from typing import NamedTuple
 
@@ -14,10 +13,9 @@ import table
 import torch
 
 import edl
+from edl import machine
 
 PICTURE_ARMS = ("baseline", "divergence", "corrected")  # what the README shows
-# What of a processor's abilities matters for the speed of the kernels.
-CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
 
 class Run(NamedTuple):
@@ -65,25 +63,8 @@ def write(run, output):
 
 def machine_facts():
     """Returns what a reader needs to compare times: list of (name, value)."""
-    facts = [
-        ("edl", edl.__version__),
-        ("torch", torch.__version__),
-        ("Python", platform.python_version()),
-        ("system", f"{platform.system()} {platform.machine()}"),
-        ("threads", str(torch.get_num_threads())),
-        ("vector instructions torch uses", torch.backends.cpu.get_cpu_capability()),
-    ]
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = dict(line.rstrip("\n").split("\t: ", 1) for line in file if "\t: " in line)
-    except (OSError, ValueError):
-        return facts
-    lines = {key.strip(): value for key, value in lines.items()}
-    flags = set(lines.get("flags", lines.get("Features", "")).split())
-    if "model name" in lines:
-        facts.append(("processor", lines["model name"]))
-    facts.append(("of its abilities", " ".join(flag for flag in CPU_FLAGS if flag in flags) or "–"))
-    return facts
+    facts = {"edl": edl.__version__, "threads": str(torch.get_num_threads())}
+    return [*facts.items(), *machine.facts(torch.device("cpu")).items()]
 
 
 def as_json(run):

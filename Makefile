@@ -4,7 +4,8 @@
 # make demo        pre-trains a small language model on real text; DATA=folder takes the sub-folders of your own text
 # make bench       measures this machine, peers included, in about ten minutes: benchmarks/results/MACHINE.md
 # make check-cuda  compiles every CUDA source with nvcc; needs no GPU
-# make gpu         on a CUDA machine: builds, tests, sanitises and measures with PYTHON and its torch, without network
+# make gpu         on a CUDA machine: builds, checks and measures with PYTHON and its torch, without network, in stages;
+#                  STAGES=build,correctness chooses, BUDGET=400 seconds limits, OUT=folder takes the results
 # make clean       back to a fresh clone
 #
 # PYTHON makes .venv; TORCH is what pip installs there, options included; MAX_JOBS compilers run at once.
@@ -41,7 +42,7 @@ check-cuda: $(STAMPS)/torch
 
 # PYTHON's own environment, which has the CUDA torch: no .venv.
 gpu:
-	$(PYTHON) tools/gpu.py
+	$(PYTHON) tools/gpu.py $(if $(STAGES),--stages $(STAGES)) $(if $(BUDGET),--budget $(BUDGET))
 
 clean:
 	rm -rf $(VENV) build dist demo demo-text edl/include edl/lib edl/_build*.so *.egg-info .pytest_cache .hypothesis

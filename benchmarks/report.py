@@ -99,9 +99,9 @@ def main(description: str, sections: Sections) -> None:
     for section in sections(run):
         print(section, flush=True)
         parts.append(str(section))
-    if arguments.save:
-        arguments.save.parent.mkdir(parents=True, exist_ok=True)
-        arguments.save.write_text("\n".join(parts))
+        if arguments.save:  # after each section: what was measured stays, whatever comes
+            arguments.save.parent.mkdir(parents=True, exist_ok=True)
+            arguments.save.write_text("\n".join(parts))
 
 
 def save(title: str, device: torch.device, tables: list[str], path: str | None) -> None:

@@ -1,10 +1,11 @@
-"""What only a CUDA device can show: graphs, streams, the same bits every time, values that no kernel can refuse, and
+"""What only a CUDA device can show: streams, the same bits every time, values that no kernel can refuse, and
 sizes at which the kernels change their plan. The rest runs on CUDA through the `device` fixture of other tests."""
 
 import math
 
 import pytest
 import torch
+from cuda_support import CUDA, experts_arguments, forward_and_backward, needs_grouped_kernel
 from samples import REFUSALS, operator
 from support import as_tuple, cotangents, first_samples, with_gradients
 from tolerances import assert_close, tolerance
@@ -13,109 +14,6 @@ import edl
 from edl import ops, reference
 
 pytestmark = pytest.mark.cuda
-CUDA = torch.device("cuda")
-
-
-def has_grouped_kernel() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
-
-
-needs_grouped_kernel = pytest.mark.skipif(not has_grouped_kernel(), reason="needs compute capability 9 or 10")
-
-
-# ---- CUDA graphs ----
-
-
-def capture(function):
-    """A graph of `function`, and the outputs that its replays write."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function()
-    return graph, outputs
-
-
-def forward_and_backward(function, leaves, grads):
-    """Outputs, and gradients of those leaves that have one."""
-    outputs = as_tuple(function(*leaves))
-    pairs = [(y, g) for y, g in zip(outputs, grads) if y.requires_grad]
-    inputs = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
-    found = torch.autograd.grad([y for y, _ in pairs], inputs, [g for _, g in pairs]) if pairs else ()
-    return [x.detach() for x in (*outputs, *found)]
-
-
-def assert_replays_follow_inputs(function, leaves):
-    """The graph of forward and backward, replayed on rolled inputs, gives the bits of eager calls."""
-    grads = [g.to(CUDA) for g in cotangents(as_tuple(function(*leaves)))]
-    graph, captured = capture(lambda: forward_and_backward(function, leaves, grads))
-    for _ in range(3):
-        with torch.no_grad():
-            for x in leaves:
-                if isinstance(x, torch.Tensor) and x.dim() > 0:
-                    x.copy_(x.roll(1, 0))
-        graph.replay()
-        for replayed, eager in zip(captured, forward_and_backward(function, leaves, grads), strict=True):
-            assert torch.equal(replayed.nan_to_num(), eager.nan_to_num()) and replayed.isnan().equal(eager.isnan())
-
-
-@pytest.mark.parametrize("sample", [s for s in first_samples(2) if s.op != "expert_mlp"], ids=str)
-def test_graphs_replay_with_changed_inputs(sample):
-    arguments = [x.clone() if isinstance(x, torch.Tensor) else x for x in sample.arguments(CUDA)]
-    assert_replays_follow_inputs(operator(sample.op), with_gradients(sample, arguments))
-
-
-def experts_arguments(
-    num_tokens=300, hidden_size=64, intermediate_size=40, num_experts=9, top_k=3, dtype=torch.bfloat16
-):
-    """Arguments of expert_mlp on CUDA: some experts have no tokens, some slots no expert."""
-    generator = torch.Generator().manual_seed(5)
-
-    def normal(*shape, scale=1.0):
-        return (torch.randn(shape, generator=generator) * scale).to(CUDA, dtype).requires_grad_()
-
-    experts = torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1)[:, :top_k]
-    experts[experts == 2] = num_experts  # nobody chooses expert 2
-    weights = torch.rand(num_tokens, top_k, generator=generator).to(CUDA).requires_grad_()
-    row_order, offsets = ops.sort_by_expert(experts.to(CUDA), num_experts)
-    gate_up = normal(num_experts, 2 * intermediate_size, hidden_size, scale=hidden_size**-0.5)
-    down = normal(num_experts, hidden_size, intermediate_size, scale=intermediate_size**-0.5)
-    return [normal(num_tokens, hidden_size), weights, row_order, offsets, gate_up, down]
-
-
-@needs_grouped_kernel
-def test_graph_of_the_experts():
-    arguments = experts_arguments()
-    moved = {0, 1}  # the index space and the experts stay
-    function = lambda tokens, weights: ops.expert_mlp(tokens, weights, *arguments[2:])
-    assert_replays_follow_inputs(function, [arguments[i] for i in moved])
-
-
-def test_experts_without_a_grouped_kernel_refuse_a_graph():
-    arguments = experts_arguments(dtype=torch.float32)
-    with pytest.raises(
-        (ValueError, RuntimeError), match="edl::expert_mlp: a CUDA graph can capture the experts only where"
-    ):
-        capture(lambda: ops.expert_mlp(*arguments))
-    torch.cuda.synchronize()
-
-
-def test_reduce_overhead_of_the_loss():
-    module = edl.ExpertDivergenceLoss(num_domains=3)
-    compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
-    labels = torch.arange(12, device=CUDA) % 3
-    for _step in range(4):
-        logits = torch.randn(12 * 16, 8, device=CUDA)
-        eager, graphed = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-        torch.compiler.cudagraph_mark_step_begin()
-        actual, expected = compiled(graphed, labels), module(eager, labels)
-        actual.backward()
-        expected.backward()
-        assert_close(actual, expected.double(), tolerance(torch.float32, 16))
-        assert_close(graphed.grad, eager.grad.double(), tolerance(torch.float32, 16))
 
 
 # ---- reproducible ----
@@ -177,18 +75,6 @@ def test_checked_values_are_refused_with_the_sentence_of_the_cpu(refusal, monkey
     with pytest.raises(refusal.error) as error:
         operator(refusal.op)(*refusal.arguments(CUDA))
     assert str(error.value).startswith(refusal.sentence)
-
-
-def test_checking_is_refused_while_a_graph_is_captured(monkeypatch):
-    routing, ids = torch.randn(8, 4, device=CUDA), torch.zeros(8, dtype=torch.int64, device=CUDA)
-    ops.aggregate_routing(routing, ids, 1)
-    monkeypatch.setenv("EDL_CHECK", "1")
-    with (
-        pytest.raises((ValueError, RuntimeError), match="edl::aggregate_routing: EDL_CHECK=1 reads values on the host"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        ops.aggregate_routing(routing, ids, 1)
-    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("bad", [-2, 3, 2**33])

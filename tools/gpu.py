@@ -1,151 +1,371 @@
-"""Builds, tests, sanitises and measures edl on a CUDA machine in one call: `make gpu PYTHON=python3`.
+"""A CUDA device for a few minutes: builds, checks and measures edl in stages, what matters most first.
 
-Takes the given Python and its torch as they are, and no network. Every stage has a time limit, all together less than
-ten minutes; one that fails or runs out of time does not keep the next from running, except the build. Results go to
-benchmarks/results, or the folder given by --output: the tables of the benchmarks, and gpu-DEVICE.json with how each
-stage ended.
+    make gpu [STAGES=build,correctness] [BUDGET=400] [PYTHON=python3]
+
+Takes the given Python and its torch as they are, no network and no root. Every stage has a time limit, and one that
+does not fit into what is left of the budget is left out. Results are written as soon as there are any, into the folder
+that OUT names, else into benchmarks/results: gpu-DEVICE.json says how each stage went, and each has a page of its own.
+`--rehearse` runs the same sequence without a device, with the emulated kernels in its place.
 """
 
 import argparse
+import ctypes
+import functools
 import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO, NamedTuple, TypedDict
 
+import cases
+import prebuilt
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-ALL_SECONDS = 570  # for everything: a call of this script ends within ten minutes
-SLOW_TESTS = [
-    "aoti",
-    "cmake_config",
-    "cpp",
-    "cuda_emulation",
-    "examples",
-    "packaging",
-    "pretrain_example",
-    "setup",
-]  # they say little of the device
+machine = runpy.run_path(str(ROOT / "edl" / "machine.py"))  # edl itself may not be built yet
+
+SECONDS_OF_A_CASE = 45  # a kernel that takes longer hangs
+SECONDS_OF_A_COMPILATION = 120
+# The files with cases marked `cuda`, what matters most first.
+CORRECTNESS = [
+    "tests/test_reference.py",
+    "tests/test_cuda.py",
+    "tests/ops",
+    "tests/test_edge_cases.py",
+    "tests/test_near_equal_domains.py",
+    "tests/test_gradcheck.py",
+]
+GRAPHS = ["tests/test_cuda_graphs.py", "tests/test_compile.py", "tests/test_opcheck.py"]
+BENCHMARKS = {"moe": "layer", "loss_graph": "loss-graph", "loss": "loss"}  # and their pages
 
 
-@dataclass
-class Stage:
+class Target(NamedTuple):
+    """What is checked: a device, or the CPU where the sequence is rehearsed."""
+
+    name: str  # in the names of files
+    device: torch.device
+    output: Path
+
+    @property
+    def is_rehearsal(self) -> bool:
+        return self.device.type == "cpu"
+
+    def page(self, name: str) -> Path:
+        return self.output / f"gpu-{self.name}-{name}.md"
+
+
+class Stage(NamedTuple):
+    """A part of the sequence."""
+
     name: str
-    command: list[str]
-    seconds: int  # at most
-    environment: dict[str, str] = field(default_factory=dict)
+    estimate: float  # seconds that it is expected to take
+    limit: float  # seconds that it may take
+    run: Callable[[Target, float], str]  # (target, seconds) → how it ended
 
 
-def run(stage: Stage, seconds: int) -> dict[str, object]:
-    """Runs one stage, and everything that it started no longer than `seconds`; says how it ended."""
-    print(f"\n== {stage.name}, {seconds} s at most\n$ {' '.join(stage.command)}", flush=True)
-    start = time.monotonic()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | stage.environment
-    process = subprocess.Popen(stage.command, cwd=ROOT, env=environment, start_new_session=True)
-    try:
-        status = process.wait(seconds)
-        outcome = "passed" if status == 0 else f"failed (exit status {status})"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        outcome = "stopped at its time limit"
-    return {"outcome": outcome, "seconds": round(time.monotonic() - start)}
+PASSED = "passed"
 
 
-def build() -> Stage:
-    """In place, with kernels for the device at hand only, which keeps it short."""
-    major, minor = torch.cuda.get_device_capability()
-    environment = {
-        "EDL_BUILD_CUDA": "1",
-        "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}",
-        "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)),
-    }
-    return Stage("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 240, environment)
+# ---- commands ----
 
 
-def pytest(marks: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-m", marks, "-p", "no:cacheprovider", *arguments]
+def run(command: list[str], seconds: float, log: Path, environment: dict[str, str], watch: Callable[[], None]) -> str:
+    """Runs a command, and everything that it starts no longer than `seconds`; says how it ended.
+
+    Its output goes to `log` and to ours; `watch` is called again and again, and once afterwards.
+    """
+    print(f"$ {' '.join(command)}", flush=True)
+    deadline = time.monotonic() + seconds
+    variables = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}", "PYTHONUNBUFFERED": "1"} | environment
+    with log.open("ab") as write, log.open("rb") as read:
+        read.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=variables,
+            stdout=write,
+            stderr=subprocess.STDOUT,
+            preexec_fn=end_with_us,  # noqa: PLW1509 (there are no threads)
+        )
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                pass_on(read)
+                watch()
+                time.sleep(0.5)
+        finally:
+            status = process.poll()
+            if status is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            pass_on(read)
+            watch()
+    if status is None:
+        return f"stopped after {seconds:.0f} s"
+    return PASSED if status == 0 else f"failed (exit status {status})"
 
 
-def sanitizer_stages() -> list[Stage]:
-    """Every kernel once under compute-sanitizer, on allocations of their own: torch's cache would hide what lies beyond
-    one."""
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if sanitizer is None:
-        return []
-    tests = pytest("cuda", "tests/test_reference.py")
-
-    def check(tool: str, seconds: int) -> Stage:
-        command = [sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "99", *tests]
-        return Stage(f"compute-sanitizer {tool}", command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-
-    return [check("memcheck", 90), check("racecheck", 60)]
+def end_with_us() -> None:
+    """Called in a new process: makes it a group, which can be ended as one, and which the system ends when we end."""
+    os.setpgrp()
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def stages(output: Path, device: str) -> list[Stage]:
-    """Everything after the build, what matters most first."""
-    python = sys.executable
-    side_by_side = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    slow = [f"--ignore=tests/test_{name}.py" for name in SLOW_TESTS]
+def pass_on(file: BinaryIO) -> None:
+    """Prints what a command wrote since the last time."""
+    sys.stdout.write(file.read().decode(errors="replace"))
+    sys.stdout.flush()
 
-    def benchmark(name: str, seconds: int, *options: str) -> Stage:
-        save = str(output / f"{name}-{device}.md")
-        command = [python, f"benchmarks/{name}.py", "--device", "cuda", "--save", save, *options]
-        return Stage(f"benchmark {name}", command, seconds)
 
+# ---- build ----
+
+
+def architecture_of(target: Target) -> str | None:
+    """Compute capability, such as "9.0"; of a rehearsal none."""
+    if target.is_rehearsal:
+        return None
+    return ".".join(map(str, torch.cuda.get_device_capability(target.device)))
+
+
+def build(target: Target, seconds: float) -> str:
+    """In place, with kernels for the device at hand alone; a library that was built before is taken where it fits.
+
+    A rehearsal leaves alone what is in place, which other tests run, and compiles the small module beside it.
+    """
+    architecture = architecture_of(target)
+    problem = prebuilt.problem(prebuilt.FOLDER, architecture)
+    note = "The prebuilt library fits." if problem is None else f"No prebuilt library is taken: {problem}."
+    variables = {"MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))}
+    if problem is None or target.is_rehearsal:
+        variables["EDL_PREBUILT_LIBRARY"] = "1"
+    command = [sys.executable, "setup.py", "build_ext"]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        if target.is_rehearsal:
+            variables["EDL_BUILD_CUDA"] = "0"
+            command += ["--build-lib", folder, "--build-temp", folder]
+        else:
+            variables |= {"EDL_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": str(architecture)}
+            command += ["--inplace"]
+            if problem is None:
+                prebuilt.take(prebuilt.FOLDER)
+
+        def write(outcome: str) -> None:
+            last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
+            target.page("build").write_text(f"# Build, {target.name}\n\n{outcome}. {note}\n\n```\n{last_lines}\n```\n")
+
+        outcome = run(command, seconds, log, variables, functools.partial(write, "running"))
+        write(outcome)
+    return outcome
+
+
+# ---- tests ----
+
+
+def pytest_command(*arguments: str, workers: int = 1, seconds: int = SECONDS_OF_A_CASE) -> list[str]:
+    """pytest with our plugin; pytest-timeout and pytest-xdist end a case alone that hangs or crashes."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "case_report"]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += [f"--timeout={seconds}", "--timeout-method=thread"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(workers), "--max-worker-restart=100"]
+    return [*command, *arguments]
+
+
+def run_cases(
+    target: Target,
+    page: str,
+    commands: list[list[str]],
+    seconds: float,
+    variables: dict[str, str] | None = None,
+) -> str:
+    """Runs pytest commands and keeps their page up to date; cases that time did not suffice for have not failed."""
+    deadline = time.monotonic() + seconds
+    others = []
+    with tempfile.TemporaryDirectory() as folder:
+        file, log = Path(folder) / "cases", Path(folder) / "log"
+
+        def write(outcome: str) -> None:
+            title = f"{page.capitalize()}, {target.name}"
+            target.page(page).write_text(cases.page(title, cases.read(file), outcome))
+
+        for command in commands:
+            left = max(1.0, deadline - time.monotonic())
+            watch = functools.partial(write, "running")
+            outcome = run(command, left, log, {"EDL_CASE_REPORT": str(file)} | (variables or {}), watch)
+            others += [outcome] if outcome != PASSED else []
+        found = cases.read(file)
+        failed = sum(case["outcome"] == "failed" for case in found)
+        if failed or not found:
+            outcome = ", ".join([f"failed: {failed} of {len(found)} cases", *others])
+        elif any("failed" in other for other in others):  # a finding of the sanitizer, say
+            outcome = f"failed: {', '.join(others)}, no case by itself"
+        else:
+            outcome = ", ".join(others) or PASSED
+        write(outcome)
+    return outcome
+
+
+def side_by_side() -> int:
+    return max(1, min(8, (os.cpu_count() or 1) // 2))
+
+
+def correctness(target: Target, seconds: float) -> str:
+    """Every operator against its reference, then every other case marked `cuda`."""
+    if target.is_rehearsal:
+        commands = [
+            pytest_command("-m", "not cuda", "--cases-of-each=2", "-k", "values", CORRECTNESS[0]),
+            pytest_command("-k", "races and sort", "tests/test_cuda_emulation.py"),
+        ]
+    else:
+        commands = [pytest_command("-m", "cuda", *CORRECTNESS, workers=side_by_side())]
+    return run_cases(target, "correctness", commands, seconds)
+
+
+def graphs(target: Target, seconds: float) -> str:
+    """CUDA graphs, then compiled operators."""
+    if target.is_rehearsal:
+        commands = [pytest_command("-m", "not cuda", "-k", "every and sort_by_expert", GRAPHS[1])]
+    else:
+        commands = [pytest_command("-m", "cuda", *GRAPHS, workers=side_by_side(), seconds=SECONDS_OF_A_COMPILATION)]
+    return run_cases(target, "graphs", commands, seconds)
+
+
+def sanitizer(target: Target, seconds: float) -> str:
+    """compute-sanitizer on the first cases of every operator: memory, then races of the kernels that share most."""
+    if target.is_rehearsal:
+        commands = [pytest_command("-k", "sanitized and sort", "tests/test_cuda_emulation.py")]
+        return run_cases(target, "sanitizer", commands, seconds)
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        return "left out: compute-sanitizer is not installed"
+
+    def under(name: str, *arguments: str) -> list[str]:
+        options = ["--tool", name, "--report-api-errors", "no", "--error-exitcode", "99"]
+        pytest = ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "case_report", "-m", "cuda"]
+        return [tool, *options, sys.executable, *pytest, "--cases-of-each=2", CORRECTNESS[0], *arguments]
+
+    commands = [under("memcheck"), under("racecheck", "-k", "sort_by_expert or route_tokens")]
+    # Allocations of their own: torch's cache would hide what lies beyond one.
+    return run_cases(target, "sanitizer", commands, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+# ---- speed ----
+
+
+def speed(target: Target, seconds: float) -> str:
+    """The layer and the loss beside their peers, and the loss inside a CUDA graph beside its floor."""
+    deadline = time.monotonic() + seconds
+    others = []
+    with tempfile.TemporaryDirectory() as folder:
+        for benchmark, page in BENCHMARKS.items():
+            command = [sys.executable, f"benchmarks/{benchmark}.py", "--device", target.device.type, "--quick"]
+            command += ["--save", str(target.page(page))]
+            if target.is_rehearsal:
+                if benchmark != "loss":
+                    continue
+                command += ["--seconds", "0.01"]
+            outcome = run(command, max(1.0, deadline - time.monotonic()), Path(folder) / "log", {}, lambda: None)
+            others += [f"{benchmark} {outcome}"] if outcome != PASSED else []
+    if any("failed" in other for other in others):
+        return f"failed: {', '.join(others)}"
+    return ", ".join(others) or PASSED
+
+
+# ---- all stages ----
+
+
+def stages(target: Target) -> list[Stage]:
+    """What matters most first. Estimates: for a device with 16 processors beside it, none of which has run them yet."""
+    fits = target.is_rehearsal or prebuilt.problem(prebuilt.FOLDER, architecture_of(target)) is None
     return [
-        Stage("tests", pytest("cuda", *side_by_side), 150),
-        benchmark("loss_graph", 40),
-        benchmark("moe", 100, "--quick"),
-        *sanitizer_stages(),
-        Stage("quick tests without the device", pytest("not cuda and not network", *side_by_side, *slow), 60),
-        benchmark("router", 40, "--quick"),
-        benchmark("train_step", 40),
-        benchmark("loss", 60, "--quick"),
+        Stage("build", 15 if fits else 20 + 600 / (os.cpu_count() or 1), 300, build),
+        Stage("correctness", 100, 240, correctness),
+        Stage("speed", 100, 180, speed),
+        Stage("sanitizer", 90, 150, sanitizer),
+        Stage("graphs", 80, 120, graphs),
     ]
 
 
-def run_all(output: Path, device: str) -> dict[str, dict[str, object]]:
-    deadline = time.monotonic() + ALL_SECONDS
-    results = {"build": run(build(), 240)}
-    if results["build"]["outcome"] != "passed":
-        return results
-    for stage in stages(output, device):
-        seconds = min(stage.seconds, int(deadline - time.monotonic()))
-        results[stage.name] = (
-            run(stage, seconds) if seconds >= 10 else {"outcome": "left out: no time left", "seconds": 0}
-        )
+class Ended(TypedDict):
+    """How a stage went."""
+
+    outcome: str
+    seconds: float
+
+
+def run_stages(target: Target, chosen: list[Stage], budget: float) -> dict[str, Ended]:
+    """Runs stages in order while they fit into the budget, in seconds; how each went is on disk all the time."""
+    deadline = time.monotonic() + budget
+    results: dict[str, Ended] = {stage.name: {"outcome": "not reached", "seconds": 0} for stage in chosen}
+    facts = machine["facts"](target.device)
+
+    def note(stage: Stage, outcome: str, seconds: float = 0) -> None:
+        results[stage.name] = {"outcome": outcome, "seconds": round(seconds, 1)}
+        text = json.dumps({"facts": facts, "stages": results}, indent=2) + "\n"
+        unfinished = target.output / f".gpu-{target.name}.json"
+        unfinished.write_text(text)
+        unfinished.replace(target.output / f"gpu-{target.name}.json")
+
+    for stage in chosen:
+        left = deadline - time.monotonic()
+        if "build" in results and results["build"]["outcome"] not in ("not reached", PASSED):
+            note(stage, "left out: the build did not pass")
+        elif stage.estimate > left:
+            note(stage, f"left out: takes about {stage.estimate:.0f} s, {max(left, 0):.0f} s are left")
+        else:
+            seconds = min(stage.limit, left)
+            print(f"\n== {stage.name}: about {stage.estimate:.0f} s, {seconds:.0f} s at most", flush=True)
+            note(stage, "running")
+            start = time.monotonic()
+            outcome = stage.run(target, seconds)
+            note(stage, outcome, time.monotonic() - start)
+        print(f"== {stage.name}: {results[stage.name]['outcome']}", flush=True)
     return results
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
-    output = parser.parse_args().output.resolve()
+def find_target(output: Path, rehearse: bool) -> Target:
+    """The device at hand, or the CPU for a rehearsal; ends with a sentence where there is none."""
+    if rehearse:
+        return Target("rehearsal", torch.device("cpu"), output)
     if not torch.cuda.is_available():
-        print(
-            f"make gpu needs a CUDA device that torch can see (got torch {torch.__version__}, "
-            f"CUDA {torch.version.cuda}); without one, `make check-cuda` compiles the kernels",
-            file=sys.stderr,
+        sys.exit(
+            f"make gpu needs a CUDA device that torch can see (got torch {torch.__version__}, CUDA {torch.version.cuda})"
+            "; without one, `make check-cuda` compiles the kernels"
         )
-        return 1
-    name = torch.cuda.get_device_name()
-    device = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    device = torch.device("cuda")
+    return Target(re.sub(r"[^a-z0-9]+", "-", machine["name"](device).lower()).strip("-"), device, output)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--stages", help="what is run: names, separated by commas (default: all)")
+    parser.add_argument("--budget", type=float, default=570, help="seconds for everything (default: 570)")
+    parser.add_argument("--rehearse", action="store_true", help="run the sequence without a device")
+    arguments = parser.parse_args()
+    output = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").resolve()
+    target = find_target(output, arguments.rehearse)
+    known = {stage.name: stage for stage in stages(target)}
+    names = arguments.stages.split(",") if arguments.stages else list(known)
+    if unknown := set(names) - set(known):
+        parser.error(f"--stages takes {', '.join(known)} (got {', '.join(sorted(unknown))})")
     output.mkdir(parents=True, exist_ok=True)
-    results = run_all(output, device)
-    facts = {"device": name, "torch": torch.__version__, "CUDA": torch.version.cuda, "Python": sys.version.split()[0]}
-    (output / f"gpu-{device}.json").write_text(json.dumps(facts | {"stages": results}, indent=2) + "\n")
-    print("\n" + ", ".join(f"{key} {value}" for key, value in facts.items()))
-    for stage, result in results.items():
-        print(f"  {stage}: {result['outcome']}, {result['seconds']} s")
-    return 0 if all(result["outcome"] == "passed" for result in results.values()) else 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("make gpu: stopped"))  # what it started ends with it
+    chosen = [stage for stage in known.values() if stage.name in names]
+    expected = ", ".join(f"{stage.name} {stage.estimate:.0f} s" for stage in chosen)
+    print(f"{target.name}: about {expected}; {arguments.budget:.0f} s at most in all. Results: {output}", flush=True)
+    results = run_stages(target, chosen, arguments.budget)
+    print("\n" + "\n".join(f"{name}: {ended['outcome']}, {ended['seconds']:.0f} s" for name, ended in results.items()))
+    return 1 if any(ended["outcome"].startswith("failed") for ended in results.values()) else 0
 
 
 if __name__ == "__main__":

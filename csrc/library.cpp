@@ -12,7 +12,7 @@ const char* version() {
 }
 
 const char* cpu_instruction_set() {
-  return instruction_set_name();
+  return cpu::instruction_set_name();
 }
 
 } // namespace edl

@@ -1,9 +1,9 @@
 """Compiles every CUDA source without a GPU: `python tools/check_cuda.py [--arch 80 90 100]`.
 
 Kernels (csrc/cuda/kernels/*.cu) go through nvcc for each architecture, with registers, spills, shared memory and, where
-cuobjdump is installed, the loads and stores of 16 bytes of each in a table; the host side (csrc/cuda/*.cpp) is checked
-for syntax and types against the headers of the running torch, which may be a build without CUDA. Needs nvcc and torch,
-nothing else.
+cuobjdump is installed, the loads and stores of 16 bytes of each in a table; check_symbols.py reads their objects. The
+host side (csrc/cuda/*.cpp) is checked for syntax and types against the headers of the running torch, which may be a
+build without CUDA. Needs nvcc, torch and binutils, nothing else.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cuda_toolkit
+from check_symbols import check_objects
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,16 +30,17 @@ def find_cuobjdump(nvcc: str) -> str | None:
     return shutil.which("cuobjdump", path=os.path.dirname(nvcc)) or shutil.which("cuobjdump")
 
 
-def compile_source(nvcc: str, source: Path, flags: list[str]) -> tuple[Path, int, str, str]:
-    """(source, exit status, everything that the compiler said, disassembly of a kernel where it can be had)."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-std=c++20", f"-I{ROOT / 'csrc'}", *flags, "-c", str(source), "-o", f"{folder}/object"]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assembly = ""
-        cuobjdump = find_cuobjdump(nvcc)
-        if result.returncode == 0 and source.suffix == ".cu" and cuobjdump:
-            command = [cuobjdump, "-sass", f"{folder}/object"]
-            assembly = subprocess.run(command, capture_output=True, text=True).stdout
+def compile_source(nvcc: str, folder: Path, source: Path, flags: list[str]) -> tuple[Path, int, str, str]:
+    """(source, exit status, everything that the compiler said, disassembly of a kernel where it can be had); the object
+    goes below the folder."""
+    target = (folder / source.relative_to(ROOT)).with_suffix(".o")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = [nvcc, "-std=c++20", f"-I{ROOT / 'csrc'}", *flags, "-c", str(source), "-o", str(target)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assembly = ""
+    cuobjdump = find_cuobjdump(nvcc)
+    if result.returncode == 0 and source.suffix == ".cu" and cuobjdump:
+        assembly = subprocess.run([cuobjdump, "-sass", target], capture_output=True, text=True).stdout
     return source, result.returncode, result.stdout + result.stderr, assembly
 
 
@@ -59,7 +61,7 @@ def demangled(names: list[str]) -> list[str]:
     if not filter_command:
         return names
     output = subprocess.run([filter_command], input="\n".join(names), capture_output=True, text=True).stdout
-    short = re.sub(r"edl::|\(anonymous namespace\)::|^void ", "", output, flags=re.MULTILINE)
+    short = re.sub(r"edl::(cuda::)?|\(anonymous namespace\)::|^void ", "", output, flags=re.MULTILINE)
     return [name.split("(")[0] for name in short.splitlines()]
 
 
@@ -117,16 +119,20 @@ def main() -> int:
         (source, host_flags()) for source in HOST_SOURCES
     ]
     workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(lambda job: compile_source(str(nvcc), *job), jobs))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(lambda job: compile_source(str(nvcc), Path(folder), *job), jobs))
+        objects, count, offences = check_objects(Path(folder))
     failed = [(source, log) for source, status, log, _ in results if status != 0]
     kernels = [(source, log, assembly) for source, _, log, assembly in results if source.suffix == ".cu"]
     print_table([row for kernel in kernels for row in resources(*kernel)])
     for source, log in failed:
         print(f"\n{source.relative_to(ROOT)} does not compile:\n{log}", file=sys.stderr)
+    for offence in offences:
+        print(offence, file=sys.stderr)
+    print(f"\n{count} symbols of {objects} objects, {len(offences)} offences")
     architectures = ", ".join(f"sm_{arch}" for arch in arguments.arch)
-    print(f"\n{len(results) - len(failed)} of {len(results)} CUDA sources compile ({architectures}); none was run")
-    return 1 if failed else 0
+    print(f"{len(results) - len(failed)} of {len(results)} CUDA sources compile ({architectures}); none was run")
+    return 1 if failed or offences else 0
 
 
 if __name__ == "__main__":

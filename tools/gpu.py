@@ -339,8 +339,8 @@ def find_target(output: Path, rehearse: bool) -> Target:
         return Target("rehearsal", torch.device("cpu"), output)
     if not torch.cuda.is_available():
         sys.exit(
-            f"make gpu needs a CUDA device that torch can see (got torch {torch.__version__}, CUDA {torch.version.cuda})"
-            "; without one, `make check-cuda` compiles the kernels"
+            "make gpu needs a CUDA device that torch can see; without one, `make check-cuda` compiles the kernels "
+            f"(got torch {torch.__version__}, CUDA {torch.version.cuda})"
         )
     device = torch.device("cuda")
     return Target(re.sub(r"[^a-z0-9]+", "-", machine["name"](device).lower()).strip("-"), device, output)

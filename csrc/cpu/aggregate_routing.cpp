@@ -21,7 +21,7 @@
 #include "cpu/isa/aggregate_routing.h"
 #include "cpu/pages.h"
 
-namespace edl {
+namespace edl::cpu {
 namespace {
 
 constexpr int64_t kPieceRows = 256;
@@ -285,9 +285,9 @@ at::Tensor aggregate_routing_backward_cpu(
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cpu
 
 TORCH_LIBRARY_IMPL(edl, CPU, m) {
-  m.impl("aggregate_routing", edl::aggregate_routing_cpu);
-  m.impl("_aggregate_routing_backward", edl::aggregate_routing_backward_cpu);
+  m.impl("aggregate_routing", edl::cpu::aggregate_routing_cpu);
+  m.impl("_aggregate_routing_backward", edl::cpu::aggregate_routing_backward_cpu);
 }

@@ -16,7 +16,7 @@
 #include "cpu/isa/combine_tokens.h"
 #include "cpu/row_order.h"
 
-namespace edl {
+namespace edl::cpu {
 namespace {
 
 constexpr const char* kOp = "edl::combine_tokens";
@@ -87,9 +87,9 @@ std::tuple<at::Tensor, at::Tensor> combine_tokens_backward_cpu(
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cpu
 
 TORCH_LIBRARY_IMPL(edl, CPU, m) {
-  m.impl("combine_tokens", edl::combine_tokens_cpu);
-  m.impl("_combine_tokens_backward", edl::combine_tokens_backward_cpu);
+  m.impl("combine_tokens", edl::cpu::combine_tokens_cpu);
+  m.impl("_combine_tokens_backward", edl::cpu::combine_tokens_backward_cpu);
 }

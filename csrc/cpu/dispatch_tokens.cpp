@@ -11,7 +11,7 @@
 #include "common/tensors.h"
 #include "cpu/row_order.h"
 
-namespace edl {
+namespace edl::cpu {
 namespace {
 
 constexpr int64_t kGrainBytes = 1 << 16; // copies below this are not worth a thread
@@ -38,8 +38,8 @@ at::Tensor dispatch_tokens_cpu(const at::Tensor& tokens, const at::Tensor& row_o
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cpu
 
 TORCH_LIBRARY_IMPL(edl, CPU, m) {
-  m.impl("dispatch_tokens", edl::dispatch_tokens_cpu);
+  m.impl("dispatch_tokens", edl::cpu::dispatch_tokens_cpu);
 }

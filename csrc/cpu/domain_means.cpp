@@ -6,7 +6,7 @@
 
 #include "cpu/isa/expert_divergence.h"
 
-namespace edl {
+namespace edl::cpu {
 
 DomainMeans domain_means(
     const double* sums, const double* squares, const double* counts, int64_t num_domains, int64_t num_experts) {
@@ -42,4 +42,4 @@ DomainMeans domain_means(
   return result;
 }
 
-} // namespace edl
+} // namespace edl::cpu

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace edl {
+namespace edl::cpu {
 
 // One layer's domains that take part in a pair, as padded rows.
 struct DomainMeans {
@@ -38,4 +38,4 @@ DomainMeans domain_means(
     int64_t num_domains,
     int64_t num_experts);
 
-} // namespace edl
+} // namespace edl::cpu

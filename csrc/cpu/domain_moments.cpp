@@ -15,7 +15,7 @@
 #include "common/errors.h"
 #include "cpu/indices.h"
 
-namespace edl {
+namespace edl::cpu {
 namespace {
 
 constexpr int64_t kColumns = 64;
@@ -300,9 +300,9 @@ at::Tensor domain_moments_backward_cpu(
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cpu
 
 TORCH_LIBRARY_IMPL(edl, CPU, m) {
-  m.impl("domain_moments", edl::domain_moments_cpu);
-  m.impl("_domain_moments_backward", edl::domain_moments_backward_cpu);
+  m.impl("domain_moments", edl::cpu::domain_moments_cpu);
+  m.impl("_domain_moments_backward", edl::cpu::domain_moments_backward_cpu);
 }

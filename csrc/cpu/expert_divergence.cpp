@@ -18,7 +18,7 @@
 #include "cpu/domain_means.h"
 #include "cpu/isa/expert_divergence.h"
 
-namespace edl {
+namespace edl::cpu {
 namespace {
 
 constexpr int64_t kMostChunks = 8;
@@ -224,9 +224,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient_c
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cpu
 
 TORCH_LIBRARY_IMPL(edl, CPU, m) {
-  m.impl("expert_divergence", edl::expert_divergence_cpu);
-  m.impl("_expert_divergence_with_gradient", edl::expert_divergence_with_gradient_cpu);
+  m.impl("expert_divergence", edl::cpu::expert_divergence_cpu);
+  m.impl("_expert_divergence_with_gradient", edl::cpu::expert_divergence_with_gradient_cpu);
 }

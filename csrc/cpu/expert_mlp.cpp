@@ -30,7 +30,7 @@
 #include "cpu/pages.h"
 #include "cpu/row_order.h"
 
-namespace edl {
+namespace edl::cpu {
 namespace {
 
 constexpr const char* kOp = "edl::expert_mlp";
@@ -316,10 +316,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cpu
 
 TORCH_LIBRARY_IMPL(edl, CPU, m) {
-  m.impl("expert_mlp", edl::expert_mlp_cpu);
-  m.impl("_expert_mlp_forward", edl::expert_mlp_forward_cpu);
-  m.impl("_expert_mlp_backward", edl::expert_mlp_backward_cpu);
+  m.impl("expert_mlp", edl::cpu::expert_mlp_cpu);
+  m.impl("_expert_mlp_forward", edl::cpu::expert_mlp_forward_cpu);
+  m.impl("_expert_mlp_backward", edl::cpu::expert_mlp_backward_cpu);
 }

@@ -14,7 +14,7 @@
 
 #include "cpu/isa/expert_mlp.h"
 
-namespace edl {
+namespace edl::cpu {
 
 struct Window {
   std::vector<ExpertRows> experts; // experts without rows too: their gradients are zeros
@@ -64,4 +64,4 @@ inline std::vector<Columns> cut_columns(int64_t columns, int64_t num_threads) {
   return cut;
 }
 
-} // namespace edl
+} // namespace edl::cpu

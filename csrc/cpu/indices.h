@@ -6,7 +6,7 @@
 
 #include "common/errors.h"
 
-namespace edl {
+namespace edl::cpu {
 
 // A reader of int32 or int64 ids that hides which of the two they are.
 class Indices {
@@ -29,4 +29,4 @@ class Indices {
   bool are_64_bit_;
 };
 
-} // namespace edl
+} // namespace edl::cpu

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <string_view>
 
-namespace edl {
+namespace edl::cpu {
 namespace {
 
 InstructionSet best_available() {
@@ -61,4 +61,4 @@ const char* instruction_set_name() {
   }
 }
 
-} // namespace edl
+} // namespace edl::cpu

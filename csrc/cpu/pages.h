@@ -8,7 +8,7 @@
 #include <sys/mman.h>
 #endif
 
-namespace edl {
+namespace edl::cpu {
 
 // Asks for huge pages behind a large new tensor. The allocator hands large blocks back to the system, so that the next
 // one is written page by page for the first time again: 4 KiB at a time that takes longer than the multiplications of a
@@ -39,4 +39,4 @@ inline bool is_on_fresh_pages(const at::Tensor& tensor) {
 #endif
 }
 
-} // namespace edl
+} // namespace edl::cpu

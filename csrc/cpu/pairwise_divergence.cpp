@@ -12,7 +12,7 @@
 #include "cpu/domain_means.h"
 #include "cpu/isa/expert_divergence.h"
 
-namespace edl {
+namespace edl::cpu {
 namespace {
 
 // Row j of one layer's matrix, right of the diagonal, and its mirror.
@@ -66,8 +66,8 @@ at::Tensor pairwise_divergence_cpu(
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cpu
 
 TORCH_LIBRARY_IMPL(edl, CPU, m) {
-  m.impl("pairwise_divergence", edl::pairwise_divergence_cpu);
+  m.impl("pairwise_divergence", edl::cpu::pairwise_divergence_cpu);
 }

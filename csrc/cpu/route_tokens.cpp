@@ -14,7 +14,7 @@
 #include "common/tensors.h"
 #include "cpu/isa/route_tokens.h"
 
-namespace edl {
+namespace edl::cpu {
 namespace {
 
 constexpr int64_t kGrainElements = 1 << 14; // work below this is not worth a thread
@@ -90,9 +90,9 @@ at::Tensor route_tokens_backward_cpu(
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cpu
 
 TORCH_LIBRARY_IMPL(edl, CPU, m) {
-  m.impl("route_tokens", edl::route_tokens_cpu);
-  m.impl("_route_tokens_backward", edl::route_tokens_backward_cpu);
+  m.impl("route_tokens", edl::cpu::route_tokens_cpu);
+  m.impl("_route_tokens_backward", edl::cpu::route_tokens_backward_cpu);
 }

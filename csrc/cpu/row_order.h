@@ -5,7 +5,7 @@
 
 #include "common/errors.h"
 
-namespace edl {
+namespace edl::cpu {
 
 // The row at which each slot stands. Refuses a row_order that does not name each slot exactly once.
 inline std::vector<int32_t> rows_of_slots(const char* op, const int32_t* row_order, int64_t num_rows) {
@@ -20,4 +20,4 @@ inline std::vector<int32_t> rows_of_slots(const char* op, const int32_t* row_ord
   return rows;
 }
 
-} // namespace edl
+} // namespace edl::cpu

@@ -8,7 +8,7 @@
 
 #include "cpu/indices.h"
 
-namespace edl {
+namespace edl::cpu {
 namespace {
 
 at::Tensor sequence_segment_ids_cpu(const at::Tensor& labels, int64_t num_tokens) {
@@ -26,8 +26,8 @@ at::Tensor sequence_segment_ids_cpu(const at::Tensor& labels, int64_t num_tokens
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cpu
 
 TORCH_LIBRARY_IMPL(edl, CPU, m) {
-  m.impl("sequence_segment_ids", edl::sequence_segment_ids_cpu);
+  m.impl("sequence_segment_ids", edl::cpu::sequence_segment_ids_cpu);
 }

@@ -13,7 +13,7 @@
 #include "common/errors.h"
 #include "cpu/indices.h"
 
-namespace edl {
+namespace edl::cpu {
 namespace {
 
 constexpr int64_t kSmallestChunk = 1 << 13;
@@ -100,8 +100,8 @@ std::tuple<at::Tensor, at::Tensor> sort_by_expert_cpu(const at::Tensor& experts,
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cpu
 
 TORCH_LIBRARY_IMPL(edl, CPU, m) {
-  m.impl("sort_by_expert", edl::sort_by_expert_cpu);
+  m.impl("sort_by_expert", edl::cpu::sort_by_expert_cpu);
 }

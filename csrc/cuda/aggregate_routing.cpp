@@ -12,7 +12,7 @@
 #include "cuda/device.h"
 #include "cuda/kernels/aggregate_routing.h"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr const char* kOp = "edl::aggregate_routing";
@@ -90,9 +90,9 @@ at::Tensor aggregate_routing_backward_cuda(
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cuda
 
 TORCH_LIBRARY_IMPL(edl, CUDA, m) {
-  m.impl("aggregate_routing", edl::aggregate_routing_cuda);
-  m.impl("_aggregate_routing_backward", edl::aggregate_routing_backward_cuda);
+  m.impl("aggregate_routing", edl::cuda::aggregate_routing_cuda);
+  m.impl("_aggregate_routing_backward", edl::cuda::aggregate_routing_backward_cuda);
 }

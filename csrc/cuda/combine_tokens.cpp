@@ -11,7 +11,7 @@
 #include "cuda/kernels/rows.h"
 #include "cuda/rows.h"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr const char* kOp = "edl::combine_tokens";
@@ -72,9 +72,9 @@ std::tuple<at::Tensor, at::Tensor> combine_tokens_backward_cuda(
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cuda
 
 TORCH_LIBRARY_IMPL(edl, CUDA, m) {
-  m.impl("combine_tokens", edl::combine_tokens_cuda);
-  m.impl("_combine_tokens_backward", edl::combine_tokens_backward_cuda);
+  m.impl("combine_tokens", edl::cuda::combine_tokens_cuda);
+  m.impl("_combine_tokens_backward", edl::cuda::combine_tokens_backward_cuda);
 }

@@ -8,7 +8,7 @@
 
 #include "common/errors.h"
 
-namespace edl {
+namespace edl::cuda {
 
 int64_t layers_of(const at::Tensor& tensor) {
   int64_t layers = 1;
@@ -40,4 +40,4 @@ void check_launch(const char* op) {
   TORCH_CHECK(error == cudaSuccess, op, ": the kernel could not be launched (got ", cudaGetErrorString(error), ")");
 }
 
-} // namespace edl
+} // namespace edl::cuda

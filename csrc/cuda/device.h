@@ -9,7 +9,7 @@
 
 #include "common/tensors.h"
 
-namespace edl {
+namespace edl::cuda {
 
 // The current stream of a tensor's device.
 inline cudaStream_t stream_of(const at::Tensor& tensor) {
@@ -28,4 +28,4 @@ bool values_are_checked(const char* op);
 // Raises what went wrong in launching the kernels of an op.
 void check_launch(const char* op);
 
-} // namespace edl
+} // namespace edl::cuda

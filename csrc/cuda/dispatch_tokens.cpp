@@ -8,7 +8,7 @@
 #include "cuda/device.h"
 #include "cuda/rows.h"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr const char* kOp = "edl::dispatch_tokens";
@@ -25,8 +25,8 @@ at::Tensor dispatch_tokens_cuda(const at::Tensor& tokens, const at::Tensor& row_
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cuda
 
 TORCH_LIBRARY_IMPL(edl, CUDA, m) {
-  m.impl("dispatch_tokens", edl::dispatch_tokens_cuda);
+  m.impl("dispatch_tokens", edl::cuda::dispatch_tokens_cuda);
 }

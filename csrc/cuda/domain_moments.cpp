@@ -8,7 +8,7 @@
 #include "cuda/device.h"
 #include "cuda/kernels/domain_moments.h"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr const char* kOp = "edl::domain_moments";
@@ -94,9 +94,9 @@ at::Tensor domain_moments_backward_cuda(
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cuda
 
 TORCH_LIBRARY_IMPL(edl, CUDA, m) {
-  m.impl("domain_moments", edl::domain_moments_cuda);
-  m.impl("_domain_moments_backward", edl::domain_moments_backward_cuda);
+  m.impl("domain_moments", edl::cuda::domain_moments_cuda);
+  m.impl("_domain_moments_backward", edl::cuda::domain_moments_backward_cuda);
 }

@@ -8,7 +8,7 @@
 #include "cuda/device.h"
 #include "cuda/moments.h"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr const char* kOp = "edl::expert_divergence";
@@ -79,9 +79,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient_c
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cuda
 
 TORCH_LIBRARY_IMPL(edl, CUDA, m) {
-  m.impl("expert_divergence", edl::expert_divergence_cuda);
-  m.impl("_expert_divergence_with_gradient", edl::expert_divergence_with_gradient_cuda);
+  m.impl("expert_divergence", edl::cuda::expert_divergence_cuda);
+  m.impl("_expert_divergence_with_gradient", edl::cuda::expert_divergence_with_gradient_cuda);
 }

@@ -20,7 +20,7 @@
 #include "cuda/kernels/expert_mlp.h"
 #include "cuda/rows.h"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr const char* kOp = "edl::expert_mlp";
@@ -211,10 +211,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cuda
 
 TORCH_LIBRARY_IMPL(edl, CUDA, m) {
-  m.impl("expert_mlp", edl::expert_mlp_cuda);
-  m.impl("_expert_mlp_forward", edl::expert_mlp_forward_cuda);
-  m.impl("_expert_mlp_backward", edl::expert_mlp_backward_cuda);
+  m.impl("expert_mlp", edl::cuda::expert_mlp_cuda);
+  m.impl("_expert_mlp_forward", edl::cuda::expert_mlp_forward_cuda);
+  m.impl("_expert_mlp_backward", edl::cuda::expert_mlp_backward_cuda);
 }

@@ -9,7 +9,7 @@
 #include "cuda/device.h"
 #include "cuda/kernels/expert_mlp.h"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr int64_t kMostGroups = 1023; // of at::_grouped_mm
@@ -89,4 +89,4 @@ at::Tensor ExpertProducts::by_expert(const at::Tensor& left, const at::Tensor& r
   return result;
 }
 
-} // namespace edl
+} // namespace edl::cuda

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace edl {
+namespace edl::cuda {
 
 // Matrix products of the rows of each expert, rows offsets[e] .. offsets[e + 1] belonging to expert e.
 //
@@ -40,4 +40,4 @@ class ExpertProducts {
   std::vector<int64_t> bounds_; // [E + 1], on the host; empty where grouped
 };
 
-} // namespace edl
+} // namespace edl::cuda

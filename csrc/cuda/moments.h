@@ -5,7 +5,7 @@
 #include "cuda/device.h"
 #include "cuda/kernels/expert_divergence.h"
 
-namespace edl {
+namespace edl::cuda {
 
 // Moments [..., D, E] as the kernels read them: dense, leading dimensions folded into one.
 struct DenseMoments {
@@ -30,4 +30,4 @@ struct DenseMoments {
   at::Tensor counts;
 };
 
-} // namespace edl
+} // namespace edl::cuda

@@ -7,7 +7,7 @@
 #include "cuda/device.h"
 #include "cuda/moments.h"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 at::Tensor pairwise_divergence_cuda(
@@ -27,8 +27,8 @@ at::Tensor pairwise_divergence_cuda(
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cuda
 
 TORCH_LIBRARY_IMPL(edl, CUDA, m) {
-  m.impl("pairwise_divergence", edl::pairwise_divergence_cuda);
+  m.impl("pairwise_divergence", edl::cuda::pairwise_divergence_cuda);
 }

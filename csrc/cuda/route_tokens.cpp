@@ -9,7 +9,7 @@
 #include "cuda/device.h"
 #include "cuda/kernels/route_tokens.h"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr const char* kOp = "edl::route_tokens";
@@ -88,9 +88,9 @@ at::Tensor route_tokens_backward_cuda(
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cuda
 
 TORCH_LIBRARY_IMPL(edl, CUDA, m) {
-  m.impl("route_tokens", edl::route_tokens_cuda);
-  m.impl("_route_tokens_backward", edl::route_tokens_backward_cuda);
+  m.impl("route_tokens", edl::cuda::route_tokens_cuda);
+  m.impl("_route_tokens_backward", edl::cuda::route_tokens_backward_cuda);
 }

@@ -7,7 +7,7 @@
 #include "cuda/device.h"
 #include "cuda/kernels/rows.h"
 
-namespace edl {
+namespace edl::cuda {
 
 at::Tensor gather_rows(const at::Tensor& tokens, const at::Tensor& row_order, int64_t top_k, const int32_t* num_used) {
   const at::Tensor source = with_dense_rows(tokens);
@@ -60,4 +60,4 @@ at::Tensor combine_rows(
   return output;
 }
 
-} // namespace edl
+} // namespace edl::cuda

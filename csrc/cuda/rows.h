@@ -4,7 +4,7 @@
 
 #include <optional>
 
-namespace edl {
+namespace edl::cuda {
 
 // rows[i] = tokens[row_order[i] / K], [N, H]. Rows from *num_used on become zeros; null: all are copied.
 at::Tensor gather_rows(
@@ -23,4 +23,4 @@ at::Tensor combine_rows(
     const at::Tensor& weights, //     [T, K] dense, accumulation type
     int64_t top_k);
 
-} // namespace edl
+} // namespace edl::cuda

@@ -9,7 +9,7 @@
 #include "cuda/device.h"
 #include "cuda/kernels/sort_by_expert.h"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr const char* kOp = "edl::sort_by_expert";
@@ -46,8 +46,8 @@ std::tuple<at::Tensor, at::Tensor> sort_by_expert_cuda(const at::Tensor& experts
 }
 
 } // namespace
-} // namespace edl
+} // namespace edl::cuda
 
 TORCH_LIBRARY_IMPL(edl, CUDA, m) {
-  m.impl("sort_by_expert", edl::sort_by_expert_cuda);
+  m.impl("sort_by_expert", edl::cuda::sort_by_expert_cuda);
 }

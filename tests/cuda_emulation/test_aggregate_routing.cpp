@@ -89,11 +89,11 @@ Sums aggregate(
   Buffer sums = Buffer::output("sums", wide, size.num_segments * size.num_experts);
   Buffer counts = Buffer::output("counts", wide, size.num_segments);
   Buffer scratch = Buffer::output(
-      "scratch", Element::byte, edl::aggregate_routing_scratch_bytes(size.num_tokens, size.num_experts, storage));
+      "scratch", Element::byte, edl::cuda::aggregate_routing_scratch_bytes(size.num_tokens, size.num_experts, storage));
   run(
       {&sums, &counts}, {&scratch},
       [&] {
-        edl::launch_aggregate_routing(
+        edl::cuda::launch_aggregate_routing(
             {.routing = routing.data(),
              .storage = storage,
              .row_stride = size.num_experts + size.padding,
@@ -150,7 +150,7 @@ void check_backward(const Case& size, StorageType storage, Scores scores) {
   const Buffer grad = Buffer::input("grad_sums", wide, random_values(size.num_segments * size.num_experts, 1, 3));
   Buffer grad_routing = Buffer::output("grad_routing", element, size.num_tokens * size.num_experts);
   run({&grad_routing}, {}, [&] {
-    edl::launch_aggregate_routing_backward(
+    edl::cuda::launch_aggregate_routing_backward(
         {.grad_sums = grad.data(),
          .segment_ids = ids.data(),
          .ids_are_64_bit = size.ids_are_64_bit,

@@ -59,7 +59,7 @@ struct Problem {
     return labels;
   }
 
-  edl::LabelledSegments view(Element element) const {
+  edl::cuda::LabelledSegments view(Element element) const {
     return {
         .sums = sums.data(),
         .counts = counts.data(),
@@ -91,7 +91,7 @@ void check_moments(const Case& size, Element element, Labels kind, bool with_squ
   Buffer squares = Buffer::output("squares", Element::float64, with_squares ? rows * size.experts : 0);
   Buffer counts = Buffer::output("counts", Element::float64, rows);
   run({&sums, &squares, &counts}, {}, [&] {
-    edl::launch_domain_moments(
+    edl::cuda::launch_domain_moments(
         problem.view(element), sums.as<double>(), with_squares ? squares.as<double>() : nullptr, counts.as<double>(),
         nullptr);
   });
@@ -127,7 +127,7 @@ void check_backward(const Case& size, Element element, Labels kind, bool with_sq
   const Buffer grad_squares = Buffer::input("grad_squares", Element::float64, random_values(moments, 1, 5));
   Buffer grad = Buffer::output("grad_segment_sums", element, size.layers * size.segments * size.experts);
   run({&grad}, {}, [&] {
-    edl::launch_domain_moments_backward(
+    edl::cuda::launch_domain_moments_backward(
         problem.view(element), grad_sums.as<double>(), with_squares ? grad_squares.as<double>() : nullptr, grad.data(),
         nullptr);
   });
@@ -182,7 +182,7 @@ CATCH_TEST_CASE("domain_moments: a count of NaN shows") {
   const Buffer labels = Buffer::input("labels", Element::int32, {0, 1});
   Buffer out = Buffer::output("out", Element::float64, 4), out_counts = Buffer::output("counts", Element::float64, 2);
   run({&out, &out_counts}, {}, [&] {
-    edl::launch_domain_moments(
+    edl::cuda::launch_domain_moments(
         {.sums = sums.data(),
          .counts = counts.data(),
          .are_float64 = true,

@@ -104,7 +104,7 @@ struct Memory {
   int64_t pairs() const {
     return size.layers * size.domains * size.domains;
   }
-  edl::DomainMoments view() const {
+  edl::cuda::DomainMoments view() const {
     return {
         .sums = sums.as<double>(),
         .squares = with_bias ? squares.as<double>() : nullptr,
@@ -134,8 +134,8 @@ void run_loss(
       results, {&memory.divergences, &memory.biases, &memory.means},
       [&] {
         double* biases = memory.with_bias ? memory.biases.as<double>() : nullptr;
-        edl::launch_pair_divergences(memory.view(), false, memory.divergences.as<double>(), biases, nullptr);
-        edl::launch_divergence_loss(
+        edl::cuda::launch_pair_divergences(memory.view(), false, memory.divergences.as<double>(), biases, nullptr);
+        edl::cuda::launch_divergence_loss(
             memory.view(),
             {.eps = eps,
              .log_of_mean = log_of_mean,
@@ -213,7 +213,7 @@ CATCH_TEST_CASE("pair_divergences: every pair, its bias, and NaN for domains tha
         results.push_back(&memory.biases);
       }
       run(results, {}, [&] {
-        edl::launch_pair_divergences(
+        edl::cuda::launch_pair_divergences(
             memory.view(), kind == 2, memory.divergences.as<double>(), kind == 1 ? memory.biases.as<double>() : nullptr,
             nullptr);
       });

@@ -36,7 +36,7 @@ CATCH_TEST_CASE("swiglu: silu(gate) * up, and zeros for rows without an expert")
         Buffer activation = Buffer::output("activation", element, num_rows * width);
         const Values x = pre.values();
         run({&pre, &activation}, {}, [&] {
-          edl::launch_swiglu(
+          edl::cuda::launch_swiglu(
               {.pre_activation = pre.data(),
                .storage = storage,
                .num_rows = num_rows,
@@ -83,7 +83,7 @@ CATCH_TEST_CASE("swiglu_backward: gradients of both halves and of the weights; n
         Buffer grad_pre = Buffer::output("grad_pre_activation", element, num_rows * 2 * width);
         Buffer grad_weights = Buffer::changed("grad_weights", wide, Values(num_rows, 0));
         run({&activation, &grad_pre, &grad_weights}, {}, [&] {
-          edl::launch_swiglu_backward(
+          edl::cuda::launch_swiglu_backward(
               {.pre_activation = pre.data(),
                .grad_activation = grad.data(),
                .storage = storage,
@@ -129,7 +129,7 @@ CATCH_TEST_CASE("zero_unused: the matrices of experts without rows alone") {
     const Buffer begins = Buffer::input("offsets", Element::int32, offsets);
     Buffer matrices = Buffer::changed("matrices", Element::byte, Values(5 * matrix_bytes, 7));
     run({&matrices}, {},
-        [&] { edl::launch_zero_unused(matrices.data(), 5, matrix_bytes, begins.as<int32_t>(), nullptr); });
+        [&] { edl::cuda::launch_zero_unused(matrices.data(), 5, matrix_bytes, begins.as<int32_t>(), nullptr); });
     Values expected(5 * matrix_bytes, 7);
     for (const int64_t expert : {0, 2, 4}) {
       std::fill_n(expected.begin() + expert * matrix_bytes, matrix_bytes, 0);

@@ -85,7 +85,7 @@ Routed route(
   run(
       {&weights, &experts}, {},
       [&] {
-        edl::launch_route_tokens(
+        edl::cuda::launch_route_tokens(
             {.logits = logits.data(),
              .storage = storage,
              .row_stride = stride,
@@ -193,7 +193,7 @@ CATCH_TEST_CASE(
 
 CATCH_TEST_CASE("route_tokens: as many experts as shared memory holds") {
   for (const StorageType storage : {StorageType::float32, StorageType::float64}) {
-    const Case size = {3, edl::most_experts_to_route(storage), 3};
+    const Case size = {3, edl::cuda::most_experts_to_route(storage), 3};
     const Routed routed =
         route(size, storage, kRules[0], random_values(3 * size.num_experts, 2, 1), nullptr, {Order::random});
     for (int64_t t = 0; t < 3; ++t) {
@@ -221,7 +221,7 @@ CATCH_TEST_CASE("route_tokens_backward: the gradient of the logits") {
         const Buffer experts = Buffer::input("experts", Element::int64, choice);
         Buffer grad_logits = Buffer::output("grad_logits", element, size.num_tokens * num_experts);
         run({&grad_logits}, {}, [&] {
-          edl::launch_route_tokens_backward(
+          edl::cuda::launch_route_tokens_backward(
               {.grad_weights = grad.data(),
                .logits = logits.data(),
                .storage = storage,

@@ -54,16 +54,16 @@ CATCH_TEST_CASE("invert: the row of every slot that is named, and which rows hav
       const RowOrder order(num_tokens, 2, num_tokens > 1);
       const Buffer row_order = Buffer::input("row_order", Element::int32, order.slots);
       const Buffer num_used = Buffer::input("num_used", Element::int32, {static_cast<double>(used)});
-      Buffer rows = Buffer::changed("row_of_slot", Element::int32, Values(order.size(), edl::kUnknown));
+      Buffer rows = Buffer::changed("row_of_slot", Element::int32, Values(order.size(), edl::cuda::kUnknown));
       run({&rows}, {}, [&] {
-        edl::launch_invert(
+        edl::cuda::launch_invert(
             row_order.as<int32_t>(), order.size(), used < 0 ? nullptr : num_used.as<int32_t>(), rows.as<int32_t>(),
             nullptr);
       });
-      Values expected(order.size(), edl::kUnknown);
+      Values expected(order.size(), edl::cuda::kUnknown);
       for (int64_t i = 0; i < order.size(); ++i) {
         if (order.is_known(i)) {
-          expected[order.slot(i)] = used < 0 || i < used ? static_cast<double>(i) : edl::kNoExpert;
+          expected[order.slot(i)] = used < 0 || i < used ? static_cast<double>(i) : edl::cuda::kNoExpert;
         }
       }
       CATCH_CHECK(rows.values() == expected);
@@ -82,7 +82,7 @@ CATCH_TEST_CASE("gather: the tokens of every row, zeros without an expert, NaN w
         const Buffer num_used = Buffer::input("num_used", Element::int32, {static_cast<double>(used)});
         Buffer rows = Buffer::output("rows", element_of(storage), order.size() * shape.width);
         run({&rows}, {}, [&] {
-          edl::launch_gather(
+          edl::cuda::launch_gather(
               {.tokens = tokens.data(),
                .storage = storage,
                .tokens_stride = stride,
@@ -120,8 +120,8 @@ CATCH_TEST_CASE(
         for (int64_t i = 0; i < num_rows; ++i) {
           row_of_slot[order.slot(i)] = static_cast<double>(i);
         }
-        row_of_slot[0] = edl::kNoExpert;
-        row_of_slot[num_rows - 1] = edl::kUnknown;
+        row_of_slot[0] = edl::cuda::kNoExpert;
+        row_of_slot[num_rows - 1] = edl::cuda::kUnknown;
         if (weighted) { // the row of a weight of 0 was never written
           weight[num_rows / 2] = 0;
           const auto row = static_cast<int64_t>(row_of_slot[num_rows / 2]);
@@ -132,7 +132,7 @@ CATCH_TEST_CASE(
         const Buffer index = Buffer::input("row_of_slot", Element::int32, row_of_slot);
         Buffer output = Buffer::output("output", element_of(storage), num_tokens * shape.width);
         run({&output}, {}, [&] {
-          edl::launch_combine(
+          edl::cuda::launch_combine(
               {.rows = rows.data(),
                .storage = storage,
                .rows_stride = stride,
@@ -148,9 +148,10 @@ CATCH_TEST_CASE(
         Values expected(num_tokens * shape.width);
         for (int64_t slot = 0; slot < num_rows; ++slot) {
           const double factor = weighted ? w[slot] : 1;
-          for (int64_t c = 0; c < shape.width && row_of_slot[slot] != edl::kNoExpert && factor != 0; ++c) {
+          for (int64_t c = 0; c < shape.width && row_of_slot[slot] != edl::cuda::kNoExpert && factor != 0; ++c) {
             const auto row = static_cast<int64_t>(row_of_slot[slot]);
-            expected[slot / top_k * shape.width + c] += row == edl::kUnknown ? kNan : factor * x[row * stride + c];
+            expected[slot / top_k * shape.width + c] +=
+                row == edl::cuda::kUnknown ? kNan : factor * x[row * stride + c];
           }
         }
         check_close(output.values(), expected, tolerance(element_of(storage), accumulation_of(storage), top_k), 1);
@@ -176,7 +177,7 @@ CATCH_TEST_CASE("combine_backward: the gradients of rows and of weights, togethe
             : Buffer::changed("grad_rows", element, Values(order.size() * shape.width, 0));
         Buffer grad_weights = Buffer::changed("grad_weights", wide, Values(order.size(), 0));
         run({&grad_rows, &grad_weights}, {}, [&] {
-          edl::launch_combine_backward(
+          edl::cuda::launch_combine_backward(
               {.grad_output = grad.data(),
                .storage = storage,
                .grad_output_stride = stride,

@@ -10,13 +10,13 @@ void check_sort(
     const Values& experts, int64_t num_experts, bool ids_are_64_bit, const std::vector<Order>& orders = every_order()) {
   const int64_t num_slots = experts.size();
   const Buffer ids = Buffer::input("experts", ids_of(ids_are_64_bit), experts);
-  Buffer scratch = Buffer::output("scratch", Element::int32, edl::sort_scratch_size(num_slots, num_experts));
+  Buffer scratch = Buffer::output("scratch", Element::int32, edl::cuda::sort_scratch_size(num_slots, num_experts));
   Buffer row_order = Buffer::output("row_order", Element::int32, num_slots);
   Buffer offsets = Buffer::output("offsets", Element::int32, num_experts + 1);
   run(
       {&row_order, &offsets}, {&scratch},
       [&] {
-        edl::launch_sort_by_expert(
+        edl::cuda::launch_sort_by_expert(
             {.experts = ids.data(),
              .experts_are_64_bit = ids_are_64_bit,
              .num_slots = num_slots,
@@ -75,6 +75,6 @@ CATCH_TEST_CASE("sort_by_expert: experts without slots, one expert for all, the 
 
 CATCH_TEST_CASE("sort_by_expert: more chunks than a block has threads, and as many experts as shared memory holds") {
   check_sort(random_ids(1024 * 260 + 5, 0, 1, 1), 1, false, {Order::random});
-  const int64_t most = edl::most_experts_to_sort();
+  const int64_t most = edl::cuda::most_experts_to_sort();
   check_sort(random_ids(40, most - 20, most - 1, 1), most, false, {Order::forward});
 }

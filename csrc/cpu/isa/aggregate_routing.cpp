@@ -7,7 +7,7 @@
 
 #include "cpu/isa/simd.h"
 
-namespace edl::EDL_ISA {
+namespace edl::cpu::EDL_ISA {
 namespace {
 
 enum class Score { softmax, sigmoid, none };
@@ -468,4 +468,4 @@ extern const AggregateRoutingLoops aggregate_routing_loops = {
      EDL_ALL_SCORES(spread_rows, Float16)},
 };
 
-} // namespace edl::EDL_ISA
+} // namespace edl::cpu::EDL_ISA

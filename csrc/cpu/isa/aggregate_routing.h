@@ -5,7 +5,7 @@
 #include "common/storage_type.h"
 #include "cpu/isa/dispatch.h"
 
-namespace edl {
+namespace edl::cpu {
 
 // What a pass saw of its rows, to tell logits from probabilities.
 struct RowCensus {
@@ -54,4 +54,4 @@ struct AggregateRoutingLoops {
 
 EDL_ISA_LOOPS(AggregateRoutingLoops, aggregate_routing_loops)
 
-} // namespace edl
+} // namespace edl::cpu

@@ -4,7 +4,7 @@
 
 #include "cpu/isa/simd.h"
 
-namespace edl::EDL_ISA {
+namespace edl::cpu::EDL_ISA {
 namespace {
 
 constexpr int64_t kBlock = 4; // vectors
@@ -109,4 +109,4 @@ extern const CombineTokensLoops combine_tokens_loops = {
     {spread<float>, spread<double>, spread<BFloat16>, spread<Float16>},
 };
 
-} // namespace edl::EDL_ISA
+} // namespace edl::cpu::EDL_ISA

@@ -5,7 +5,7 @@
 #include "common/storage_type.h"
 #include "cpu/isa/dispatch.h"
 
-namespace edl {
+namespace edl::cpu {
 
 // "Accumulation type": float, or double for double rows. Strides are in elements.
 struct CombineTask {
@@ -39,4 +39,4 @@ struct CombineTokensLoops {
 
 EDL_ISA_LOOPS(CombineTokensLoops, combine_tokens_loops)
 
-} // namespace edl
+} // namespace edl::cpu

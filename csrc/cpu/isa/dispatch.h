@@ -3,9 +3,9 @@
 // Run-time choice among the builds of one source. setup.py compiles every `cpu/isa/*.cpp` once for each instruction
 // set, with EDL_ISA naming the namespace and EDL_VECTOR_BYTES the register width; on other processors only `baseline`
 // exists. These sources include no torch header, and everything inline in them lives in anonymous namespaces, so that
-// the linker can never merge AVX-512 code into a function that a weaker processor runs.
+// the linker can never merge AVX-512 code into a function that a weaker processor runs (tools/check_symbols.py).
 
-namespace edl {
+namespace edl::cpu {
 
 enum class InstructionSet { baseline, avx2, avx512 };
 
@@ -13,7 +13,7 @@ enum class InstructionSet { baseline, avx2, avx512 };
 InstructionSet instruction_set();
 const char* instruction_set_name();
 
-} // namespace edl
+} // namespace edl::cpu
 
 #if defined(EDL_WITH_X86)
 #define EDL_ISA_LOOPS(Table, name) \

@@ -6,7 +6,7 @@
 
 #include "cpu/isa/simd.h"
 
-namespace edl::EDL_ISA {
+namespace edl::cpu::EDL_ISA {
 namespace {
 
 constexpr int64_t kLane = kLanes<double>;
@@ -117,4 +117,4 @@ void add_scaled(double scale, const double* x, int64_t length, double* out) {
 
 extern const ExpertDivergenceLoops expert_divergence_loops = {log_means, divergence, bias, add_scaled};
 
-} // namespace edl::EDL_ISA
+} // namespace edl::cpu::EDL_ISA

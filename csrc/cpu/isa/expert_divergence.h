@@ -4,7 +4,7 @@
 
 #include "cpu/isa/dispatch.h"
 
-namespace edl {
+namespace edl::cpu {
 
 // Every row is padded with zeros to this many doubles, so that no loop has a tail.
 inline constexpr int64_t kRowPadding = 8;
@@ -39,4 +39,4 @@ struct ExpertDivergenceLoops {
 
 EDL_ISA_LOOPS(ExpertDivergenceLoops, expert_divergence_loops)
 
-} // namespace edl
+} // namespace edl::cpu

@@ -14,7 +14,7 @@
 #include "cpu/isa/gemm.h"
 #include "cpu/isa/simd.h"
 
-namespace edl::EDL_ISA {
+namespace edl::cpu::EDL_ISA {
 namespace {
 
 constexpr int64_t kGradDepth = 128; // B's panel and the cache lines of A, which a tile reads in part, share L1
@@ -386,4 +386,4 @@ extern const ExpertMlpLoops expert_mlp_loops = {
     EDL_ALL_STORAGE(grad_down),
 };
 
-} // namespace edl::EDL_ISA
+} // namespace edl::cpu::EDL_ISA

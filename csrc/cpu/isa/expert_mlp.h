@@ -5,7 +5,7 @@
 #include "common/storage_type.h"
 #include "cpu/isa/dispatch.h"
 
-namespace edl {
+namespace edl::cpu {
 
 // ---- sizes of blocks: results do not depend on them ----
 
@@ -103,4 +103,4 @@ inline int64_t expert_mlp_thread_elements(int64_t hidden, int64_t intermediate) 
   return kBlockRows * (kDepth + kGradColumns) + kGradColumns * (longest > kDepth ? longest : kDepth);
 }
 
-} // namespace edl
+} // namespace edl::cpu

@@ -18,7 +18,7 @@
 
 #include "cpu/isa/simd.h"
 
-namespace edl::EDL_ISA {
+namespace edl::cpu::EDL_ISA {
 namespace {
 
 #if EDL_VECTOR_BYTES == 64
@@ -233,4 +233,4 @@ void pack_transposed(const Storage* from, int64_t stride, int64_t depth, int64_t
 }
 
 } // namespace
-} // namespace edl::EDL_ISA
+} // namespace edl::cpu::EDL_ISA

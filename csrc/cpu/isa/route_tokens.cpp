@@ -6,7 +6,7 @@
 #include "cpu/isa/row_scores.h"
 #include "cpu/isa/simd.h"
 
-namespace edl::EDL_ISA {
+namespace edl::cpu::EDL_ISA {
 namespace {
 
 // ---- the choice: values become integers of the same order, so that "already taken" is lower than any value ----
@@ -245,4 +245,4 @@ extern const RouteTokensLoops route_tokens_loops = {
      EDL_BOTH_SCORES(spread_rows, Float16)},
 };
 
-} // namespace edl::EDL_ISA
+} // namespace edl::cpu::EDL_ISA

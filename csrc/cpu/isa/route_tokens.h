@@ -5,7 +5,7 @@
 #include "common/storage_type.h"
 #include "cpu/isa/dispatch.h"
 
-namespace edl {
+namespace edl::cpu {
 
 // "Accumulation type": float, or double for double logits.
 struct RouteTask {
@@ -40,4 +40,4 @@ struct RouteTokensLoops {
 
 EDL_ISA_LOOPS(RouteTokensLoops, route_tokens_loops)
 
-} // namespace edl
+} // namespace edl::cpu

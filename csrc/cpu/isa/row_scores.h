@@ -5,7 +5,7 @@
 
 #include "cpu/isa/simd.h"
 
-namespace edl::EDL_ISA {
+namespace edl::cpu::EDL_ISA {
 namespace {
 
 enum class Score { softmax, sigmoid };
@@ -99,4 +99,4 @@ EDL_INLINE Acc normaliser(Acc sum) {
 }
 
 } // namespace
-} // namespace edl::EDL_ISA
+} // namespace edl::cpu::EDL_ISA

@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-namespace edl::EDL_ISA {
+namespace edl::cpu::EDL_ISA {
 namespace {
 
 #define EDL_INLINE inline __attribute__((always_inline))
@@ -373,4 +373,4 @@ EDL_INLINE void log_each(Doubles* x) {
 }
 
 } // namespace
-} // namespace edl::EDL_ISA
+} // namespace edl::cpu::EDL_ISA

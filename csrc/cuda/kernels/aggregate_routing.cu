@@ -19,7 +19,7 @@
 #include "cuda/kernels/score_rows.cuh"
 #include "cuda/kernels/warps.cuh"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
@@ -727,4 +727,4 @@ void launch_aggregate_routing_backward(const AggregateRoutingGradient& gradient,
   });
 }
 
-} // namespace edl
+} // namespace edl::cuda

@@ -7,7 +7,7 @@
 #include "common/score_function.h"
 #include "cuda/kernels/storage.h"
 
-namespace edl {
+namespace edl::cuda {
 
 struct AggregateRoutingTask {
   const void* routing; //      [T, E], storage type, entries of a row side by side
@@ -43,4 +43,4 @@ struct AggregateRoutingGradient {
 
 void launch_aggregate_routing_backward(const AggregateRoutingGradient& gradient, cudaStream_t stream);
 
-} // namespace edl
+} // namespace edl::cuda

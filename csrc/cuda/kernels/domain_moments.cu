@@ -12,7 +12,7 @@
 #include "cuda/kernels/elements.cuh"
 #include "cuda/kernels/warps.cuh"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
@@ -204,4 +204,4 @@ void launch_domain_moments_backward(
   });
 }
 
-} // namespace edl
+} // namespace edl::cuda

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace edl {
+namespace edl::cuda {
 
 // Segments and their labels, as both directions read them.
 struct LabelledSegments {
@@ -35,4 +35,4 @@ void launch_domain_moments_backward(
     void* grad_segment_sums, //    [L, S, E], the type of the sums
     cudaStream_t stream);
 
-} // namespace edl
+} // namespace edl::cuda

@@ -12,7 +12,7 @@
 #include "common/cuda_launch.h"
 #include "cuda/kernels/storage.h"
 
-namespace edl {
+namespace edl::cuda {
 
 using BFloat16 = __nv_bfloat16;
 using Float16 = __half;
@@ -107,4 +107,4 @@ inline constexpr int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-} // namespace edl
+} // namespace edl::cuda

@@ -14,7 +14,7 @@
 #include "cuda/kernels/elements.cuh"
 #include "cuda/kernels/warps.cuh"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
@@ -299,4 +299,4 @@ void launch_divergence_loss(const DomainMoments& moments, const DivergenceLoss& 
   }
 }
 
-} // namespace edl
+} // namespace edl::cuda

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace edl {
+namespace edl::cuda {
 
 struct DomainMoments {
   const double* sums; //    [L, D, E]
@@ -37,4 +37,4 @@ struct DivergenceLoss {
 
 void launch_divergence_loss(const DomainMoments& moments, const DivergenceLoss& loss, cudaStream_t stream);
 
-} // namespace edl
+} // namespace edl::cuda

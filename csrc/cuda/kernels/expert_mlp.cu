@@ -8,7 +8,7 @@
 #include "cuda/kernels/score_rows.cuh"
 #include "cuda/kernels/warps.cuh"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
@@ -187,4 +187,4 @@ void launch_zero_unused(
   EDL_LAUNCH(zero_unused, blocks, kThreads, 0, stream, static_cast<uint4*>(matrices), packs, offsets);
 }
 
-} // namespace edl
+} // namespace edl::cuda

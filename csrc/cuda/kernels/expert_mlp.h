@@ -6,7 +6,7 @@
 
 #include "cuda/kernels/storage.h"
 
-namespace edl {
+namespace edl::cuda {
 
 struct SwigluTask {
   void* pre_activation; //     [N, 2I] contiguous, first the gate's I columns; rows without an expert become zeros
@@ -45,4 +45,4 @@ void launch_zero_unused(
     const int32_t* offsets, //  [E + 1]
     cudaStream_t stream);
 
-} // namespace edl
+} // namespace edl::cuda

@@ -15,7 +15,7 @@
 #include "cuda/kernels/score_rows.cuh"
 #include "cuda/kernels/warps.cuh"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr int kMostWarps = 8; //               of a block
@@ -327,4 +327,4 @@ void launch_route_tokens_backward(const RouteGradient& gradient, cudaStream_t st
   });
 }
 
-} // namespace edl
+} // namespace edl::cuda

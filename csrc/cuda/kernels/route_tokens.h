@@ -7,7 +7,7 @@
 #include "common/score_function.h"
 #include "cuda/kernels/storage.h"
 
-namespace edl {
+namespace edl::cuda {
 
 // More experts than this do not fit the shared memory of a block.
 int64_t most_experts_to_route(StorageType storage);
@@ -46,4 +46,4 @@ struct RouteGradient {
 
 void launch_route_tokens_backward(const RouteGradient& gradient, cudaStream_t stream);
 
-} // namespace edl
+} // namespace edl::cuda

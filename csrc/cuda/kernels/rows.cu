@@ -7,7 +7,7 @@
 #include "cuda/kernels/elements.cuh"
 #include "cuda/kernels/warps.cuh"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
@@ -267,4 +267,4 @@ void launch_combine_backward(const CombineGradient& gradient, cudaStream_t strea
   });
 }
 
-} // namespace edl
+} // namespace edl::cuda

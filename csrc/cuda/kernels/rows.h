@@ -6,7 +6,7 @@
 
 #include "cuda/kernels/storage.h"
 
-namespace edl {
+namespace edl::cuda {
 
 // Rows of one width between the order of the tokens and the order of the experts. Slot t * K + k is token t's k-th
 // choice; row_order names the slot that stands at each of the N rows, -1 none.
@@ -72,4 +72,4 @@ struct CombineGradient {
 // i.
 void launch_combine_backward(const CombineGradient& gradient, cudaStream_t stream);
 
-} // namespace edl
+} // namespace edl::cuda

@@ -6,7 +6,7 @@
 #include "cuda/kernels/elements.cuh"
 #include "cuda/kernels/warps.cuh"
 
-namespace edl {
+namespace edl::cuda {
 
 // A tile is a range of columns that a team holds at once: `packs` packs of `width` elements per lane, so lanes * packs
 // * width columns. Pack p of a lane starts at column first + (p * lanes + lane) * width; E is a multiple of the width.
@@ -143,4 +143,4 @@ __device__ inline RowStatistics<Acc> statistics_of_row(const Storage* row, int64
   return {highest, factor_of(team_sum(sum, kWarp), scores)};
 }
 
-} // namespace edl
+} // namespace edl::cuda

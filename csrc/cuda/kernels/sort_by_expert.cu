@@ -13,7 +13,7 @@
 #include "cuda/kernels/elements.cuh"
 #include "cuda/kernels/warps.cuh"
 
-namespace edl {
+namespace edl::cuda {
 namespace {
 
 constexpr int kChunk = 1024; //        slots
@@ -166,4 +166,4 @@ void launch_sort_by_expert(const SortTask& task, cudaStream_t stream) {
   EDL_LAUNCH(place_slots, blocks, kWarp, shared, stream, problem);
 }
 
-} // namespace edl
+} // namespace edl::cuda

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace edl {
+namespace edl::cuda {
 
 // More experts than this do not fit the shared memory of a block.
 int64_t most_experts_to_sort();
@@ -22,4 +22,4 @@ struct SortTask {
 int64_t sort_scratch_size(int64_t num_slots, int64_t num_experts);
 void launch_sort_by_expert(const SortTask& task, cudaStream_t stream);
 
-} // namespace edl
+} // namespace edl::cuda

@@ -4,7 +4,7 @@
 
 #include "common/storage_type.h"
 
-namespace edl {
+namespace edl::cuda {
 
 // 16-bit types are for storage: everything is computed in float32, float64 input in float64.
 inline constexpr int64_t size_of(StorageType type) {
@@ -20,4 +20,4 @@ inline bool is_aligned_to_16(const void* data) {
   return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
 }
 
-} // namespace edl
+} // namespace edl::cuda

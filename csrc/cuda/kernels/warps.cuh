@@ -6,7 +6,7 @@
 
 #include "common/cuda_launch.h"
 
-namespace edl {
+namespace edl::cuda {
 
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
@@ -71,4 +71,4 @@ __device__ inline Scalar block_sum(Scalar x, Scalar* scratch) {
   return total;
 }
 
-} // namespace edl
+} // namespace edl::cuda

@@ -8,15 +8,16 @@
 #include "catch.h"
 #include "cpu/expert_mlp_plan.h"
 
-namespace edl {
+namespace edl::cpu {
 InstructionSet instruction_set() { // the tests name the tables themselves
   return InstructionSet::baseline;
 }
-} // namespace edl
+} // namespace edl::cpu
 
 namespace {
 
-using namespace edl;
+using namespace edl::cpu;
+using edl::StorageType;
 using Values = std::vector<double>;
 
 constexpr int64_t kTokens = 150, kHidden = 301, kInner = 147, kTopK = 2, kExperts = 6, kPadding = 3;

@@ -2,6 +2,8 @@
 # make lint        formats, types, spelling and workflows: what .pre-commit-config.yaml names, on all files
 # make test        everything: pytest, with the C++ cases (Catch2) as items
 # make demo        pre-trains a small language model on real text; DATA=folder takes the sub-folders of your own text
+# make dist        source archive and wheel, for the torch that TORCH names, in dist
+# make check-dist  both installed into environments of their own, beside that torch, and run
 # make bench       measures this machine, peers included, in about ten minutes: benchmarks/results/MACHINE.md
 # make check-cuda  compiles every CUDA source with nvcc; needs no GPU
 # make gpu         on a CUDA machine: builds, checks and measures with PYTHON and its torch, without network, in stages;
@@ -21,7 +23,7 @@ VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install
 STAMPS := $(VENV)/stamps
 
-.PHONY: venv lint test demo bench check-cuda gpu clean preconditions always
+.PHONY: venv lint test demo dist check-dist bench check-cuda gpu clean preconditions always
 
 venv: $(STAMPS)/edl
 
@@ -33,6 +35,20 @@ test: $(STAMPS)/test
 
 demo: $(STAMPS)/demo
 	$(VENV_PYTHON) examples/pretrain/train.py $(if $(DATA),--data "$(DATA)")
+
+dist: $(STAMPS)/torch
+	$(PIP_INSTALL) build
+	rm -rf dist
+	$(VENV_PYTHON) -m build --no-isolation
+
+check-dist: dist
+	for archive in dist/*.whl dist/*.tar.gz; do \
+	  rm -rf build/check-dist && $(PYTHON) -m venv build/check-dist && \
+	  build/check-dist/bin/pip install $(TORCH) && \
+	  build/check-dist/bin/pip install numpy 'setuptools>=77' wheel ninja && \
+	  build/check-dist/bin/pip install --no-build-isolation "$$archive" && \
+	  (cd build/check-dist && bin/edl info && bin/python ../../examples/moe_layer.py) || exit 1; \
+	done
 
 bench: $(STAMPS)/bench
 	$(VENV_PYTHON) benchmarks/all.py

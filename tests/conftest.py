@@ -9,9 +9,10 @@ import tempfile
 import venv
 from pathlib import Path
 
+import cuda_toolkit
 import pytest
 import torch
-from commands import ROOT, run
+from commands import ROOT, build_with_cmake, run
 
 from edl import _build
 
@@ -69,6 +70,18 @@ def as_dtensor(group_of_one):
 
     mesh = init_device_mesh("cpu", (1,))
     return lambda tensor: DTensor.from_local(tensor, mesh, [Shard(0)])
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels():
+    """The folder of the two programs of tests/cuda_emulation: all CUDA kernels under sanitizers, and with every access
+    of memory checked for races."""
+    headers = cuda_toolkit.find().include
+    if headers is None:
+        pytest.skip("needs the headers of the CUDA toolkit (cuda_runtime.h): set CUDA_HOME")
+    build = ROOT / "build" / "cuda-emulation"
+    build_with_cmake(ROOT / "tests" / "cuda_emulation", build, "", f"-DCUDA_INCLUDE={headers}")
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,10 @@
 import re
 import subprocess
 
-import cuda_toolkit
 import pytest
-from commands import ROOT, build_with_cmake, run
+from commands import ROOT, run
 
 SOURCES = ROOT / "tests" / "cuda_emulation"
-BUILD = ROOT / "build" / "cuda-emulation"
 NAMES = [
     name
     for path in sorted(SOURCES.glob("test_*.cpp"))
@@ -16,22 +14,11 @@ NAMES = [
 ]
 
 
-@pytest.fixture(scope="session")
-def programs():
-    """The folder of the two programs: the kernels under sanitizers, and with every access of memory checked for
-    races."""
-    headers = cuda_toolkit.find().include
-    if headers is None:
-        pytest.skip("needs the headers of the CUDA toolkit (cuda_runtime.h): set CUDA_HOME")
-    build_with_cmake(SOURCES, BUILD, "", f"-DCUDA_INCLUDE={headers}")
-    return BUILD
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("program", ["edl_cuda_sanitized", "edl_cuda_races"])
-def test_case(programs, program, name):
+def test_case(emulated_kernels, program, name):
     pattern = re.sub(r"([\\,*~\[\]])", r"\\\1", name)
-    assert re.search(r"All tests passed \(\d+ assertions? in 1 test case\)", run(programs / program, pattern))
+    assert re.search(r"All tests passed \(\d+ assertions? in 1 test case\)", run(emulated_kernels / program, pattern))
 
 
 def test_every_kernel_has_cases():
@@ -39,11 +26,11 @@ def test_every_kernel_has_cases():
     assert {path.stem.removeprefix("test_") for path in SOURCES.glob("test_*.cpp")} == kernels | {"emulation"}
 
 
-def test_one_program_checks_every_access(programs):
-    assert "All tests passed" in run(programs / "edl_cuda_races", "every access is checked")
+def test_one_program_checks_every_access(emulated_kernels):
+    assert "All tests passed" in run(emulated_kernels / "edl_cuda_races", "every access is checked")
 
 
 @pytest.mark.parametrize("memory", ["an output", "shared memory"])
-def test_the_address_sanitizer_sees_a_kernel_leave_its_memory(programs, memory):
-    command = [programs / "edl_cuda_sanitized", f"past the end of {memory}"]
+def test_the_address_sanitizer_sees_a_kernel_leave_its_memory(emulated_kernels, memory):
+    command = [emulated_kernels / "edl_cuda_sanitized", f"past the end of {memory}"]
     assert "heap-buffer-overflow" in subprocess.run(command, capture_output=True, text=True).stderr

@@ -45,6 +45,7 @@ CORRECTNESS = [
     "tests/test_gradcheck.py",
 ]
 GRAPHS = ["tests/test_cuda_graphs.py", "tests/test_compile.py", "tests/test_opcheck.py"]
+EMULATION = "tests/test_cuda_emulation.py"
 BENCHMARKS = {"moe": "layer", "loss_graph": "loss-graph", "loss": "loss"}  # and their pages
 
 
@@ -224,7 +225,7 @@ def correctness(target: Target, seconds: float) -> str:
     if target.is_rehearsal:
         commands = [
             pytest_command("-m", "not cuda", "--cases-of-each=2", "-k", "values", CORRECTNESS[0]),
-            pytest_command("-k", "races and sort", "tests/test_cuda_emulation.py"),
+            pytest_command("-k", "races and sort", EMULATION, seconds=SECONDS_OF_A_COMPILATION),
         ]
     else:
         commands = [pytest_command("-m", "cuda", *CORRECTNESS, workers=side_by_side())]
@@ -243,7 +244,7 @@ def graphs(target: Target, seconds: float) -> str:
 def sanitizer(target: Target, seconds: float) -> str:
     """compute-sanitizer on the first cases of every operator: memory, then races of the kernels that share most."""
     if target.is_rehearsal:
-        commands = [pytest_command("-k", "sanitized and sort", "tests/test_cuda_emulation.py")]
+        commands = [pytest_command("-k", "sanitized and sort", EMULATION, seconds=SECONDS_OF_A_COMPILATION)]
         return run_cases(target, "sanitizer", commands, seconds)
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:

@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import cuda_toolkit
+
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = Path("cuda/kernels")
 
@@ -193,6 +195,7 @@ def main(words: list[str]) -> int:
         csrc, build = Path(folder, "csrc"), Path(folder, "build")
         shutil.copytree(ROOT / "csrc", csrc)
         configure = ["cmake", "-G", "Ninja", "-S", ROOT / "tests" / "cuda_emulation", "-B", build, f"-Dcsrc={csrc}"]
+        configure += [f"-DCUDA_INCLUDE={cuda_toolkit.find().include}"]
         subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
         if reason := caught_by(build, "~[.]"):
             print(f"the kernels fail before anything is broken: {reason}")

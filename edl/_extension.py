@@ -1,6 +1,8 @@
 """Finds libedl, compares versions, and loads it; every failure is one sentence that says what to do."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
@@ -25,11 +27,14 @@ def check_build(built_torch: str, built_cuda: str, torch_version: str, torch_cud
         )
 
 
+_cuda_refusals: torch.library.Library | None = None  # they last as long as this object
+
+
 def _refuse_cuda() -> None:
     """Tells what is missing where an edl built without CUDA is given a CUDA tensor."""
 
-    def refuser(name: str):
-        def refuse(*arguments, **options):
+    def refuser(name: str) -> Callable[..., NoReturn]:
+        def refuse(*arguments: Any, **options: Any) -> NoReturn:
             raise ValueError(
                 f"{name}: edl was built without CUDA, {_REBUILD} where nvcc is found; `edl info` tells (got a CUDA "
                 "tensor)"
@@ -37,7 +42,7 @@ def _refuse_cuda() -> None:
 
         return refuse
 
-    global _cuda_refusals  # they last as long as this object
+    global _cuda_refusals
     _cuda_refusals = torch.library.Library("edl", "IMPL", "CUDA")
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("edl::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):

@@ -1,5 +1,6 @@
 """Losses and updates that keep the load of the experts even."""
 
+import typing
 from collections.abc import Sequence
 from typing import Optional
 
@@ -9,6 +10,13 @@ from torch import Tensor
 from edl import ops
 from edl.moe import MoELayer, Routing
 from edl.segments import mask_segments
+
+if typing.TYPE_CHECKING:
+    _Routings = Routing | Tensor | Sequence[Routing | Tensor]
+    _RouterLogits = Routing | Tensor | Sequence[Routing | Tensor]
+else:  # what TorchScript takes
+    _Routings = list[Routing]
+    _RouterLogits = list[Tensor]
 
 
 def _counted(
@@ -24,7 +32,9 @@ def _counted(
     return mask_segments(ids, 1, batch_size, attention_mask, padding_mask)
 
 
-def _refuse_dtensor(op: str, layers, attention_mask: Tensor | None, padding_mask: Tensor | None) -> None:
+def _refuse_dtensor(
+    op: str, layers: Sequence[Routing | Tensor], attention_mask: Tensor | None, padding_mask: Tensor | None
+) -> None:
     for layer in layers:
         ops._refuse_dtensor(op, *(layer if isinstance(layer, Routing) else [layer]))
     ops._refuse_dtensor(op, attention_mask, padding_mask)
@@ -49,7 +59,7 @@ def _layer_balance(logits: Tensor, experts: Tensor, counted: Tensor, scores: str
     return num_experts * (fractions * mean_scores).sum()
 
 
-def _as_routings(routings, top_k: int | None, scores: str) -> list[Routing]:
+def _as_routings(routings: Sequence[Routing | Tensor], top_k: int | None, scores: str) -> list[Routing]:
     """The layers' routings, from several, or from router logits."""
     layers = []
     for routing in routings:
@@ -63,8 +73,12 @@ def _as_routings(routings, top_k: int | None, scores: str) -> list[Routing]:
     return layers
 
 
+def _as_logits(layers: Sequence[Routing | Tensor]) -> list[Tensor]:
+    return [layer.logits if isinstance(layer, Routing) else layer for layer in layers]
+
+
 def load_balancing_loss(
-    routings: list[Routing],
+    routings: _Routings,
     attention_mask: Tensor | None = None,
     padding_mask: Tensor | None = None,
     scores: str = "softmax",
@@ -77,8 +91,9 @@ def load_balancing_loss(
     this one.) Without any token that counts it is 0.
 
     Args:
-        routings (Routing or list of Routing): one per layer, as `MoELayer` returns them. Also router logits, a
-            Tensor[T, E] or Tensor[B, S_len, E] or a list or tuple of them, together with `top_k`; not when scripted.
+        routings (Routing, or a list or tuple of them): one per layer, as `MoELayer` returns them. Also router logits, a
+            Tensor[T, E] or Tensor[B, S_len, E] or a list or tuple of them, together with `top_k`. Scripted: a list of
+            Routing only.
         attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding (Hugging Face's sense).
         padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
         scores (str): the router's scores, "softmax" (default) or "sigmoid" (normalised over experts, as in
@@ -95,10 +110,10 @@ def load_balancing_loss(
     Source: arXiv 2101.03961, Eq. 4 to 6, with f over all K choices (GShard, arXiv 2006.16668); tokens of all sequences
         together.
     """
-    if not torch.jit.is_scripting():
-        routings = [routings] if isinstance(routings, (Routing, Tensor)) else routings
-        _refuse_dtensor("load_balancing_loss", routings, attention_mask, padding_mask)
-        routings = _as_routings(routings, top_k, scores)
+    if typing.TYPE_CHECKING or not torch.jit.is_scripting():  # type checkers: from here on a list of Routing
+        layers = [routings] if isinstance(routings, (Routing, Tensor)) else routings
+        _refuse_dtensor("load_balancing_loss", layers, attention_mask, padding_mask)
+        routings = _as_routings(layers, top_k, scores)
     if len(routings) == 0:
         raise ValueError("edl::load_balancing_loss: routings must hold at least one layer (got an empty list)")
     losses: list[Tensor] = []
@@ -110,15 +125,15 @@ def load_balancing_loss(
 
 
 def router_z_loss(
-    router_logits: list[Tensor],
+    router_logits: _RouterLogits,
     attention_mask: Tensor | None = None,
     padding_mask: Tensor | None = None,
 ) -> Tensor:
     """The router z-loss of ST-MoE: the mean over tokens of logsumexp(logits)², mean over layers. It keeps logits small.
 
     Args:
-        router_logits (list of Tensor[T, E] or Tensor[B, S_len, E]): one per layer; also a single tensor or `Routing`,
-            or a list of `Routing`, when not scripted.
+        router_logits (Tensor[T, E] or Tensor[B, S_len, E] or Routing, or a list or tuple of them): one per layer.
+            Scripted: a list of tensors only.
         attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding (Hugging Face's sense).
         padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
 
@@ -131,10 +146,10 @@ def router_z_loss(
 
     Source: arXiv 2202.08906, Eq. 5.
     """
-    if not torch.jit.is_scripting():
+    if typing.TYPE_CHECKING or not torch.jit.is_scripting():  # type checkers: from here on a list of tensors
         layers = [router_logits] if isinstance(router_logits, (Routing, Tensor)) else router_logits
         _refuse_dtensor("router_z_loss", layers, attention_mask, padding_mask)
-        router_logits = [layer.logits if isinstance(layer, Routing) else layer for layer in layers]
+        router_logits = _as_logits(layers)
     if len(router_logits) == 0:
         raise ValueError("edl::router_z_loss: router_logits must hold at least one layer (got an empty list)")
     losses: list[Tensor] = []
@@ -175,17 +190,19 @@ def update_expert_bias(
     Source: arXiv 2408.15664, Algorithm 1; arXiv 2412.19437, section 2.1.2.
     """
     layers = [layers] if isinstance(layers, MoELayer) else list(layers)
-    loads = [tokens_per_expert] if isinstance(tokens_per_expert, (Routing, Tensor)) else list(tokens_per_expert)
-    loads = [load.tokens_per_expert if isinstance(load, Routing) else load for load in loads]
+    given = [tokens_per_expert] if isinstance(tokens_per_expert, (Routing, Tensor)) else list(tokens_per_expert)
+    loads = [load.tokens_per_expert if isinstance(load, Routing) else load for load in given]
     ops._refuse_dtensor("update_expert_bias", *loads)
     if len(layers) != len(loads):
         raise ValueError(
             f"edl::update_expert_bias: tokens_per_expert must have one entry per layer (got {len(loads)} for "
             f"{len(layers)})"
         )
+    biases: list[Tensor] = []
     for layer, load in zip(layers, loads):
         if layer.expert_bias is None:
             raise ValueError("edl::update_expert_bias: layers must be made with expert_bias=True (got one without)")
+        biases.append(layer.expert_bias)
         if load.shape != layer.expert_bias.shape:
             raise ValueError(
                 f"edl::update_expert_bias: tokens_per_expert must have the shape [{layer.num_experts}] (got "
@@ -194,7 +211,7 @@ def update_expert_bias(
     if group is not None:
         together = torch.cat(loads)
         torch.distributed.all_reduce(together, group=group)
-        loads = together.split([layer.num_experts for layer in layers])
-    for layer, load in zip(layers, loads):
-        wide = load.to(layer.expert_bias.dtype)
-        layer.expert_bias.add_(torch.sign(wide.mean() - wide), alpha=rate)
+        loads = list(together.split([layer.num_experts for layer in layers]))
+    for bias, load in zip(biases, loads):
+        wide = load.to(bias.dtype)
+        bias.add_(torch.sign(wide.mean() - wide), alpha=rate)

@@ -1,15 +1,20 @@
 """Expert Divergence Learning (arXiv 2603.00054): the loss that pushes the routing of different domains apart."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from edl import ops
 from edl.memory import DomainMemory, Moments
-from edl.parallel import Layout, Ranks
+from edl.parallel import Group, Layout, Ranks
 from edl.segments import Segments, make_segments
+
+if TYPE_CHECKING:
+    _RouterLogits = Tensor | list[Tensor] | tuple[Tensor, ...]
+else:  # what TorchScript takes
+    _RouterLogits = Tensor | list[Tensor]
 
 
 def _check_choice(name: str, value: str, choices: list[str]) -> None:
@@ -60,7 +65,7 @@ def _check_layers(layers: list[Tensor]) -> None:
             )
 
 
-def _as_layers(router_logits: Tensor | list[Tensor]) -> list[Tensor]:
+def _as_layers(router_logits: _RouterLogits) -> list[Tensor]:
     if not torch.jit.is_scripting() and not isinstance(router_logits, (Tensor, list, tuple)):
         raise ValueError(
             "edl::expert_divergence_loss: router_logits must be a tensor, or a list of tensors "
@@ -122,7 +127,7 @@ def _versions(tensors: list[Tensor]) -> list[int]:
 
 
 def expert_divergence_loss(
-    router_logits: Tensor | list[Tensor],
+    router_logits: _RouterLogits,
     domain_ids: Tensor,
     num_domains: int,
     eps: float = 1e-6,
@@ -154,7 +159,7 @@ def expert_divergence_loss(
         padding_mask,
         cu_seqlens,
     )
-    return torch.ops.edl._expert_divergence_loss(
+    loss: Tensor = torch.ops.edl._expert_divergence_loss(
         layers,
         segments.segment_ids,
         segments.num_segments,
@@ -167,6 +172,7 @@ def expert_divergence_loss(
         bias_correction,
         layer_reduction,
     )
+    return loss
 
 
 class ExpertDivergenceLoss(nn.Module):
@@ -228,8 +234,8 @@ class ExpertDivergenceLoss(nn.Module):
         pair_reduction: str = "mean_of_logs",
         layer_reduction: str = "mean",
         bias_correction: bool = False,
-        sequence_group: Any = None,
-        group: Any = None,
+        sequence_group: Group | None = None,
+        group: Group | None = None,
         averaging_ranks: int | None = None,
         memory: DomainMemory | None = None,
     ) -> None:
@@ -256,7 +262,7 @@ class ExpertDivergenceLoss(nn.Module):
 
     def forward(
         self,
-        router_logits: Tensor | list[Tensor],
+        router_logits: _RouterLogits,
         domain_ids: Tensor,
         attention_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
@@ -293,7 +299,7 @@ class ExpertDivergenceLoss(nn.Module):
 
     def _local_loss(
         self,
-        router_logits: Tensor | list[Tensor],
+        router_logits: _RouterLogits,
         domain_ids: Tensor,
         attention_mask: Tensor | None,
         padding_mask: Tensor | None,
@@ -317,9 +323,7 @@ class ExpertDivergenceLoss(nn.Module):
         )
 
     @torch.jit.unused
-    def from_segments(
-        self, router_logits: Tensor | list[Tensor], segments: Segments | Callable[[], Segments]
-    ) -> Tensor:
+    def from_segments(self, router_logits: _RouterLogits, segments: Segments | Callable[[], Segments]) -> Tensor:
         """Computes the loss of tokens whose segments are known, for frameworks with an order of tokens of their own.
 
         Args:
@@ -338,7 +342,7 @@ class ExpertDivergenceLoss(nn.Module):
     @torch.jit.unused
     def begin(
         self,
-        router_logits: Tensor | list[Tensor],
+        router_logits: _RouterLogits,
         domain_ids: Tensor,
         attention_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
@@ -380,7 +384,7 @@ class ExpertDivergenceLoss(nn.Module):
 
     @torch.jit.unused
     def begin_from_segments(
-        self, router_logits: Tensor | list[Tensor], segments: Segments | Callable[[], Segments]
+        self, router_logits: _RouterLogits, segments: Segments | Callable[[], Segments]
     ) -> Callable[[], Tensor]:
         """`begin` for tokens whose segments are known.
 
@@ -397,7 +401,7 @@ class ExpertDivergenceLoss(nn.Module):
 
     @torch.jit.unused
     def _begin_jointly(
-        self, router_logits: Tensor | list[Tensor], segments_of: Callable[[Tensor], Segments]
+        self, router_logits: _RouterLogits, segments_of: Callable[[Tensor], Segments]
     ) -> Callable[[], Tensor]:
         """Begins the loss over all ranks and micro-batches; `segments_of` makes the segments of a layer."""
         memory = self.memory if self.memory is not None and self.memory.in_use else None
@@ -416,6 +420,7 @@ class ExpertDivergenceLoss(nn.Module):
             def wait() -> tuple[Tensor, Exception | None]:
                 return moments, problem
 
+        segment_ids, labels = (None, None) if segments is None else (segments.segment_ids, segments.labels)
         read = [] if segments is None else [*layers, segments.segment_ids, segments.labels]
         versions = _versions(read)
 
@@ -429,12 +434,12 @@ class ExpertDivergenceLoss(nn.Module):
                     "edl::expert_divergence_loss: router_logits and labels must stay as they are until a loss that "
                     "was begun is finished (got one that was changed in place)"
                 )
-            return torch.ops.edl._expert_divergence_of_moments(
+            loss: Tensor = torch.ops.edl._expert_divergence_of_moments(
                 layers,
-                segments.segment_ids,
+                segment_ids,
                 sums,
                 counts,
-                segments.labels,
+                labels,
                 moments,
                 self.num_domains,
                 self.scores if self.input == "logits" else "none",
@@ -446,13 +451,14 @@ class ExpertDivergenceLoss(nn.Module):
                 float(self._ranks.averaging_ranks),
                 None if memory is None else moments[-1],
             )
+            return loss
 
         return finish
 
     @torch.jit.unused
     def _begin_moments(
         self,
-        router_logits: Tensor | list[Tensor],
+        router_logits: _RouterLogits,
         segments_of: Callable[[Tensor], Segments],
         carried: Tensor | None,
         sum_moments: bool,
@@ -491,14 +497,14 @@ class ExpertDivergenceLoss(nn.Module):
         except Exception as error:
             problem = error
         problem = ranks.agree(layout, carried, problem)
-        labels = None if problem is not None else segments.labels
+        labels = None if segments is None else segments.labels
         if problem is not None:
             sums, counts = ranks.stand_in_segments()
         sums, counts, problem = ranks.sum_segments(sums, counts, labels, problem)
         try:
             if problem is None:
                 moments = torch.ops.edl._packed_moments(
-                    sums, counts, segments.labels, self.num_domains, self.sequence_reduction, self.bias_correction
+                    sums, counts, labels, self.num_domains, self.sequence_reduction, self.bias_correction
                 )
         except Exception as error:
             problem = error
@@ -510,7 +516,7 @@ class ExpertDivergenceLoss(nn.Module):
     @torch.jit.unused
     def _check_values_once(
         self,
-        router_logits: Tensor | list[Tensor],
+        router_logits: _RouterLogits,
         domain_ids: Tensor,
         attention_mask: Tensor | None,
         padding_mask: Tensor | None,
@@ -524,7 +530,9 @@ class ExpertDivergenceLoss(nn.Module):
         if torch.cuda.is_current_stream_capturing():
             return
         self._values_checked = True
-        on_cpu = [None if x is None else x.cpu() for x in (domain_ids, attention_mask, padding_mask, cu_seqlens)]
+        on_cpu: list[Any] = [
+            None if x is None else x.cpu() for x in (domain_ids, attention_mask, padding_mask, cu_seqlens)
+        ]
         with torch.no_grad():
             self._local_loss(layer.detach().cpu(), *on_cpu)
 

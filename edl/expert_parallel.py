@@ -8,18 +8,23 @@ computation takes the local shards.
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Optional, Union
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Optional, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from edl import ops
-from edl.parallel import first_problem
+from edl.parallel import Group, first_problem
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+    from edl.moe import MoELayer
 
 
-def as_mesh(group: Union["dist.ProcessGroup", "dist.DeviceMesh"], device: torch.device) -> "dist.DeviceMesh":
+def as_mesh(group: Group, device: torch.device) -> "dist.device_mesh.DeviceMesh":
     """The one-dimensional mesh of an expert group.
 
     Args:
@@ -53,10 +58,10 @@ def empty_experts(
     num_experts: int,
     rows: int,
     columns: int,
-    mesh: "dist.DeviceMesh",
-    device: torch.device | None = None,
+    mesh: "dist.device_mesh.DeviceMesh",
+    device: torch.types.Device = None,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> "DTensor":
     """Uninitialised weights, sharded by expert over the R ranks of a mesh.
 
     Args:
@@ -64,7 +69,7 @@ def empty_experts(
         rows (int): of one expert's matrix.
         columns (int): of one expert's matrix.
         mesh (DeviceMesh): of one dimension.
-        device (torch.device, optional): where they are created.
+        device (torch.device, str or int, optional): where they are created.
         dtype (torch.dtype, optional): their type.
 
     Returns:
@@ -111,7 +116,7 @@ def uniform_experts_(weight: Tensor, bound: float) -> None:
             shard[expert - first.start].copy_(drawn[inner[0], inner[1]])
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def _is_dtensor(tensor: Tensor) -> TypeGuard["DTensor"]:
     if not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -119,23 +124,33 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def _as_dtensor(tensor: Tensor) -> "DTensor":
+    """A tensor that is known to be a DTensor, as one."""
+    return tensor  # type: ignore[return-value]  # torch does not say that an nn.Parameter of a DTensor is one
+
+
 class _AllToAll(torch.autograd.Function):
     """Rows in the order of the ranks that they go to → rows in the order of the ranks that they come from."""
 
     @staticmethod
-    def forward(ctx, rows, to_ranks, from_ranks, group):
+    def forward(
+        ctx: Any, rows: Tensor, to_ranks: list[int], from_ranks: list[int], group: "dist.ProcessGroup"
+    ) -> Tensor:
         ctx.to_ranks, ctx.from_ranks, ctx.group = to_ranks, from_ranks, group
         received = rows.new_empty(sum(from_ranks), rows.shape[1])
         dist.all_to_all_single(received, rows.contiguous(), from_ranks, to_ranks, group=group)
         return received
 
     @staticmethod
-    def backward(ctx, grad):
-        return _AllToAll.apply(grad, ctx.from_ranks, ctx.to_ranks, ctx.group), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grad, ctx.from_ranks, ctx.to_ranks, ctx.group), None, None, None
+
+
+_all_to_all: Callable[[Tensor, list[int], list[int], "dist.ProcessGroup"], Tensor] = _AllToAll.apply  # untyped in torch
 
 
 def _exchange_counts(
-    sent: Tensor, mesh: "dist.DeviceMesh", problem: Exception | None = None
+    sent: Tensor, mesh: "dist.device_mesh.DeviceMesh", problem: Exception | None = None
 ) -> tuple[Tensor, list[int], list[int]]:
     """What arrives here, by rank and expert [E], and the number of rows to and from each rank: the one host read.
 
@@ -148,12 +163,13 @@ def _exchange_counts(
     if not torch.compiler.is_compiling() and min(from_ranks) < 0:
         first = first_problem(group, problem, "edl::MoELayer")
         if problem is None:
+            assert first is not None
             raise first
     return received, to_ranks, from_ranks
 
 
 @contextlib.contextmanager
-def reporting_failures(weight: Tensor, mesh: "dist.DeviceMesh") -> Iterator[None]:
+def reporting_failures(weight: Tensor, mesh: "dist.device_mesh.DeviceMesh") -> Iterator[None]:
     """Around what a rank does before its exchange: an error inside is raised on all ranks, which would wait for it
     otherwise.
 
@@ -195,7 +211,7 @@ def expert_mlp(
     offsets: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    mesh: "dist.DeviceMesh",
+    mesh: "dist.device_mesh.DeviceMesh",
 ) -> Tensor:
     """`edl.ops.expert_mlp` with the experts spread over the ranks of a mesh, each rank with tokens of its own.
 
@@ -229,7 +245,7 @@ def expert_mlp(
                 "edl::MoELayer: a layer with expert_group cannot be exported, nor compiled on torch 2.11 "
                 "(got a call under torch.export or torch.compile)"
             )
-        gate_up, down = gate_up.to_local(), down.to_local()
+        gate_up, down = _as_dtensor(gate_up).to_local(), _as_dtensor(down).to_local()
         if gate_up.shape[0] != num_local:
             raise ValueError(
                 f"edl::MoELayer: this rank must hold {num_local} experts, FSDP2 gathers them where the module is "
@@ -239,10 +255,10 @@ def expert_mlp(
     group = mesh.get_group()
     received, to_ranks, from_ranks = _exchange_counts(offsets[1:] - offsets[:-1], mesh)
     rows = ops.dispatch_tokens(tokens, row_order, weights.shape[1])
-    rows = _AllToAll.apply(rows, to_ranks, from_ranks, group)
+    rows = _all_to_all(rows, to_ranks, from_ranks, group)
     local_order, local_offsets = _sort_received(received, rows.shape[0], num_local)
     rows = ops.expert_mlp(rows, rows.new_ones(rows.shape[0], 1), local_order, local_offsets, gate_up, down)
-    rows = _AllToAll.apply(rows, from_ranks, to_ranks, group)
+    rows = _all_to_all(rows, from_ranks, to_ranks, group)
     return ops.combine_tokens(rows, weights, row_order, weights.shape[1])
 
 
@@ -265,7 +281,9 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def fully_shard_layer(layer: nn.Module, mesh: "dist.DeviceMesh", replica_mesh: "dist.DeviceMesh", **options) -> None:
+def fully_shard_layer(
+    layer: "MoELayer", mesh: "dist.device_mesh.DeviceMesh", replica_mesh: "dist.device_mesh.DeviceMesh", **options: Any
+) -> None:
     """Shards a layer with `expert_group` by FSDP2: its experts over their replicas, all else over all data ranks.
 
     Call it before `fully_shard` of the modules around the layer. With fewer experts on a rank than replicas, their rows
@@ -292,12 +310,16 @@ def fully_shard_layer(layer: nn.Module, mesh: "dist.DeviceMesh", replica_mesh: "
             "edl::fully_shard_layer: mesh must hold as many ranks as expert_group times replica_mesh "
             f"(got {mesh.size()} for {expert_ranks} times {replicas})"
         )
+
+    def divide(gradients: Tensor) -> None:
+        gradients.div_(expert_ranks)
+
     dimension = 0 if layer.num_experts // expert_ranks >= replicas else 1
     fully_shard(list(layer.children()), mesh=mesh, **options)
-    fully_shard(layer, mesh=replica_mesh, shard_placement_fn=lambda parameter: Shard(dimension), **options)
+    sharded = fully_shard(layer, mesh=replica_mesh, shard_placement_fn=lambda parameter: Shard(dimension), **options)
     # FSDP2 divides by the replicas; with this, by all data ranks. `set_gradient_divide_factor(mesh.size())` means the
     # same, but needs NCCL's PreMulSum, and torch 2.13 divides twice by it with one replica in float16 or float64.
-    layer.set_all_reduce_hook(lambda gradients: gradients.div_(expert_ranks))
+    sharded.set_all_reduce_hook(divide)
 
 
 def exclude_from_ddp(model: nn.Module) -> None:
@@ -331,8 +353,8 @@ def average_expert_gradients(model: nn.Module, replica_group: Optional["dist.Pro
     for parameter in expert_parameters(model).values():
         if parameter.grad is None:
             continue
-        gradient = parameter.grad.to_local()
-        gradient.div_(parameter.device_mesh.size() * replicas)
+        gradient = _as_dtensor(parameter.grad).to_local()
+        gradient.div_(_as_dtensor(parameter).device_mesh.size() * replicas)
         if replica_group is not None:
             dist.all_reduce(gradient, group=replica_group)
 

@@ -4,7 +4,7 @@ others."""
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class Moments(NamedTuple):
 _optimizer_steps = 0
 
 
-def _count_optimizer_step(optimizer, args, kwargs) -> None:
+def _count_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     global _optimizer_steps
     _optimizer_steps += 1
 
@@ -107,8 +107,10 @@ class DomainMemory(nn.Module):
         self._collected = self._trained_on = 0
         self._before_pass.clear()
         self._optimizer_steps_seen = _optimizer_steps
-        forgets = carried is None or self.decay == 0
-        self._carried = None if forgets else carried._replace(packed=carried.packed * self.decay)
+        if carried is None or self.decay == 0:
+            self._carried = None
+        else:
+            self._carried = carried._replace(packed=carried.packed * self.decay)
         if collected and collected != trained_on:
             raise RuntimeError(
                 "edl::DomainMemory: the second pass must train on every micro-batch that was collected (got "
@@ -137,7 +139,7 @@ class DomainMemory(nn.Module):
                 "edl::DomainMemory: under activation checkpointing labels must come from an edl.domain_scope around "
                 f"what is checkpointed (got a replay {'in none' if scope is None else 'that opens its own'})"
             )
-        if self.has_collected:
+        if scope is None or self.has_collected:  # the first only together with the second
             return self._carried
         return self._before_pass.get(scope, self._carried)
 
@@ -156,12 +158,13 @@ class DomainMemory(nn.Module):
             RuntimeError: a second loss in one `domain_scope`.
         """
         self._check(before, live)
-        if before is not None:  # a restored state may lie elsewhere
+        if before is not None:
+            # A restored state may lie elsewhere.
             before = before._replace(packed=before.packed.to(live.packed.device))
-        if self.has_collected:
-            self._trained_on += not self._is_known_replay()
-            # What is not finite here was left out of the collected moments; the loss must not hide it.
-            return live._replace(packed=before.packed + (live.packed - live.packed))
+            if self.has_collected:
+                self._trained_on += not self._is_known_replay()
+                # What is not finite here was left out of the collected moments; the loss must not hide it.
+                return live._replace(packed=before.packed + (live.packed - live.packed))
         live.packed[-1] = 1.0
         if not self._is_known_replay():
             self._remember(before, live)
@@ -227,7 +230,7 @@ class DomainMemory(nn.Module):
         if not counted:
             self._optimizer_steps_seen = _optimizer_steps
 
-    def get_extra_state(self) -> tuple:
+    def get_extra_state(self) -> tuple[()] | tuple[Tensor, tuple[int, int, int], bool]:
         """What `state_dict` saves: the moments, their shape and bias correction, or nothing.
 
         A tuple, which torch.distributed.checkpoint takes as a whole: into the empty dict of a new memory it would load
@@ -236,7 +239,7 @@ class DomainMemory(nn.Module):
         carried = self._carried
         return () if carried is None else (carried.packed.cpu(), carried.shape, carried.bias_correction)
 
-    def set_extra_state(self, state: tuple) -> None:
+    def set_extra_state(self, state: tuple[Any, ...]) -> None:
         """What `load_state_dict` restores.
 
         Raises:
@@ -251,7 +254,7 @@ class DomainMemory(nn.Module):
         return f"decay={self.decay:g}"
 
 
-def _restored(state: tuple) -> Moments:
+def _restored(state: tuple[Any, ...]) -> Moments:
     try:
         packed, (num_layers, num_domains, num_experts), bias_correction = state
         size = num_layers * num_domains * (num_experts * (2 if bias_correction else 1) + 1) + 1

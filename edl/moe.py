@@ -1,7 +1,8 @@
 """A Mixture-of-Experts feed-forward layer on the operators of edl."""
 
 import math
-from typing import Final, NamedTuple, Union
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from edl import expert_parallel, ops
+from edl.parallel import Group
 
 
 class Routing(NamedTuple):
@@ -38,7 +40,7 @@ class Router(nn.Module):
         hidden_size (int): H.
         num_experts (int): E.
         router_dtype (torch.dtype): type of the computation; float64 for float64 tokens. Default: torch.float32.
-        device (torch.device, optional): where the weight is created.
+        device (torch.device, str or int, optional): where the weight is created.
         dtype (torch.dtype, optional): type of the weight.
     """
 
@@ -47,7 +49,7 @@ class Router(nn.Module):
         hidden_size: int,
         num_experts: int,
         router_dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
+        device: torch.types.Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -62,7 +64,8 @@ class Router(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`Tensor[T, H]` → logits `Tensor[T, E]`."""
-        return torch.ops.edl._router_logits(tokens, self.weight, self.router_dtype)
+        logits: Tensor = torch.ops.edl._router_logits(tokens, self.weight, self.router_dtype)
+        return logits
 
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape
@@ -75,7 +78,7 @@ class SharedExpert(nn.Module):
     Args:
         hidden_size (int): H.
         intermediate_size (int): I of all shared experts together.
-        device (torch.device, optional): where the parameters are created.
+        device (torch.device, str or int, optional): where the parameters are created.
         dtype (torch.dtype, optional): type of the parameters.
     """
 
@@ -83,7 +86,7 @@ class SharedExpert(nn.Module):
         self,
         hidden_size: int,
         intermediate_size: int,
-        device: torch.device | None = None,
+        device: torch.types.Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -93,7 +96,8 @@ class SharedExpert(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`Tensor[T, H]` → `Tensor[T, H]`."""
-        return self.down_proj(F.silu(self.gate_proj(tokens)) * self.up_proj(tokens))
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(tokens)) * self.up_proj(tokens))
+        return output
 
 
 def _check_positive(**sizes: int) -> None:
@@ -144,7 +148,7 @@ class MoELayer(nn.Module):
             experts are here.
         return_routing (bool): return (output, `Routing`), the default; False returns the output alone, as any
             feed-forward module does.
-        device (torch.device, optional): where the parameters are created.
+        device (torch.device, str or int, optional): where the parameters are created.
         dtype (torch.dtype, optional): type of the parameters.
 
     Raises:
@@ -154,7 +158,7 @@ class MoELayer(nn.Module):
 
     expert_bias: Tensor | None
     return_routing: Final[bool]  # decides the type that a scripted layer returns
-    transformers_family = None  # the model type of the block that the layer was made from
+    transformers_family: str | None = None  # the model type of the block that the layer was made from
 
     def __init__(
         self,
@@ -171,9 +175,9 @@ class MoELayer(nn.Module):
         shared_intermediate_size: int | None = None,
         shared_expert_gate: bool = False,
         router_dtype: torch.dtype = torch.float32,
-        expert_group: Union["torch.distributed.ProcessGroup", "torch.distributed.DeviceMesh"] | None = None,
+        expert_group: Group | None = None,
         return_routing: bool = True,
-        device: torch.device | None = None,
+        device: torch.types.Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -205,30 +209,32 @@ class MoELayer(nn.Module):
         self.routed_scaling_factor = float(routed_scaling_factor)
         self.num_shared_experts = num_shared_experts
         self.return_routing = return_routing
-        where = {"device": device, "dtype": dtype}
-        self.router = Router(hidden_size, num_experts, router_dtype, **where)
-        self.expert_mesh = None
+        self.router = Router(hidden_size, num_experts, router_dtype, device, dtype)
+        self.expert_mesh: torch.distributed.device_mesh.DeviceMesh | None = None
         if expert_group is not None:
             self.expert_mesh = expert_parallel.as_mesh(expert_group, self.router.weight.device)
-        self.gate_up_proj = self._empty_experts(2 * intermediate_size, hidden_size, **where)
-        self.down_proj = self._empty_experts(hidden_size, intermediate_size, **where)
+        self.gate_up_proj = self._empty_experts(2 * intermediate_size, hidden_size, device, dtype)
+        self.down_proj = self._empty_experts(hidden_size, intermediate_size, device, dtype)
         bias_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         bias = torch.zeros(num_experts, device=device, dtype=bias_dtype) if expert_bias else None
         self.register_buffer("expert_bias", bias)
-        self.shared_expert = None
-        self.shared_expert_gate = None
+        self.shared_expert: SharedExpert | None = None
+        self.shared_expert_gate: nn.Linear | None = None
         if num_shared_experts > 0:
             width = intermediate_size if shared_intermediate_size is None else shared_intermediate_size
             _check_positive(shared_intermediate_size=width)
-            self.shared_expert = SharedExpert(hidden_size, num_shared_experts * width, **where)
+            self.shared_expert = SharedExpert(hidden_size, num_shared_experts * width, device, dtype)
             if shared_expert_gate:
-                self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, **where)
+                self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
         self._reset_experts()
 
-    def _empty_experts(self, rows: int, columns: int, **where) -> nn.Parameter:
+    def _empty_experts(
+        self, rows: int, columns: int, device: torch.types.Device, dtype: torch.dtype | None
+    ) -> nn.Parameter:
+        size = self.num_experts, rows, columns
         if self.expert_mesh is None:
-            return nn.Parameter(torch.empty(self.num_experts, rows, columns, **where))
-        return nn.Parameter(expert_parallel.empty_experts(self.num_experts, rows, columns, self.expert_mesh, **where))
+            return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        return nn.Parameter(expert_parallel.empty_experts(*size, self.expert_mesh, device, dtype))
 
     def _reset_experts(self) -> None:
         for weight in (self.gate_up_proj, self.down_proj):
@@ -238,12 +244,13 @@ class MoELayer(nn.Module):
         """Initialises all parameters again, and sets the expert bias to zero."""
         self._reset_experts()
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
         if self.expert_bias is not None:
             self.expert_bias.zero_()
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> "MoELayer":
         """Called by torch.jit.script."""
         if self.expert_mesh is not None:
             raise ValueError(
@@ -251,12 +258,12 @@ class MoELayer(nn.Module):
             )
         return self
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoELayer":
         bias = self.expert_bias
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        moved = self.expert_bias
         # Steps of the bias are smaller than a 16-bit type resolves.
-        if bias is not None and self.expert_bias.dtype in (torch.bfloat16, torch.float16):
-            moved = self.expert_bias
+        if bias is not None and moved is not None and moved.dtype in (torch.bfloat16, torch.float16):
             self.expert_bias = moved.float() if bias.is_meta else bias.to(moved.device)
         return self
 
@@ -277,7 +284,8 @@ class MoELayer(nn.Module):
         row_order, offsets = ops.sort_by_expert(experts, self.num_experts)
         return tokens, logits, weights, experts, row_order, offsets
 
-    def forward(self, hidden: Tensor):
+    # Returns what return_routing says: TorchScript, which reads annotations, infers it.
+    def forward(self, hidden: Tensor):  # type: ignore[no-untyped-def]
         """Runs the layer.
 
         Args:

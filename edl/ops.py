@@ -38,7 +38,8 @@ def sequence_segment_ids(labels: Tensor, num_tokens: int) -> Tensor:
     """
     if not torch.jit.is_scripting():
         _refuse_dtensor("sequence_segment_ids", labels)
-    return torch.ops.edl.sequence_segment_ids(labels, num_tokens)
+    segment_ids: Tensor = torch.ops.edl.sequence_segment_ids(labels, num_tokens)
+    return segment_ids
 
 
 def aggregate_routing(
@@ -66,7 +67,8 @@ def aggregate_routing(
     """
     if not torch.jit.is_scripting():
         _refuse_dtensor("aggregate_routing", routing, segment_ids)
-    return torch.ops.edl.aggregate_routing(routing, segment_ids, num_segments, scores)
+    results: tuple[Tensor, Tensor] = torch.ops.edl.aggregate_routing(routing, segment_ids, num_segments, scores)
+    return results
 
 
 def domain_moments(
@@ -97,7 +99,10 @@ def domain_moments(
     """
     if not torch.jit.is_scripting():
         _refuse_dtensor("domain_moments", segment_sums, segment_counts, labels)
-    return torch.ops.edl.domain_moments(segment_sums, segment_counts, labels, num_domains, squares)
+    moments: tuple[Tensor, Tensor, Tensor] = torch.ops.edl.domain_moments(
+        segment_sums, segment_counts, labels, num_domains, squares
+    )
+    return moments
 
 
 def expert_divergence(
@@ -133,7 +138,8 @@ def expert_divergence(
     """
     if not torch.jit.is_scripting():
         _refuse_dtensor("expert_divergence", sums, squares, counts)
-    return torch.ops.edl.expert_divergence(sums, squares, counts, eps, reduction, bias_correction)
+    loss: Tensor = torch.ops.edl.expert_divergence(sums, squares, counts, eps, reduction, bias_correction)
+    return loss
 
 
 def pairwise_divergence(sums: Tensor, squares: Tensor, counts: Tensor, bias_correction: bool = False) -> Tensor:
@@ -154,7 +160,8 @@ def pairwise_divergence(sums: Tensor, squares: Tensor, counts: Tensor, bias_corr
     """
     if not torch.jit.is_scripting():
         _refuse_dtensor("pairwise_divergence", sums, squares, counts)
-    return torch.ops.edl.pairwise_divergence(sums, squares, counts, bias_correction)
+    divergences: Tensor = torch.ops.edl.pairwise_divergence(sums, squares, counts, bias_correction)
+    return divergences
 
 
 # ---- the layer: token → expert → token ----
@@ -191,7 +198,8 @@ def route_tokens(
     """
     if not torch.jit.is_scripting():
         _refuse_dtensor("route_tokens", logits, bias)
-    return torch.ops.edl.route_tokens(logits, top_k, scores, bias, normalize, scale)
+    results: tuple[Tensor, Tensor] = torch.ops.edl.route_tokens(logits, top_k, scores, bias, normalize, scale)
+    return results
 
 
 def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -213,7 +221,8 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """
     if not torch.jit.is_scripting():
         _refuse_dtensor("sort_by_expert", experts)
-    return torch.ops.edl.sort_by_expert(experts, num_experts)
+    results: tuple[Tensor, Tensor] = torch.ops.edl.sort_by_expert(experts, num_experts)
+    return results
 
 
 def dispatch_tokens(tokens: Tensor, row_order: Tensor, top_k: int) -> Tensor:
@@ -236,7 +245,8 @@ def dispatch_tokens(tokens: Tensor, row_order: Tensor, top_k: int) -> Tensor:
     """
     if not torch.jit.is_scripting():
         _refuse_dtensor("dispatch_tokens", tokens, row_order)
-    return torch.ops.edl.dispatch_tokens(tokens, row_order, top_k)
+    rows: Tensor = torch.ops.edl.dispatch_tokens(tokens, row_order, top_k)
+    return rows
 
 
 def combine_tokens(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_k: int) -> Tensor:
@@ -260,7 +270,8 @@ def combine_tokens(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_
     """
     if not torch.jit.is_scripting():
         _refuse_dtensor("combine_tokens", rows, weights, row_order)
-    return torch.ops.edl.combine_tokens(rows, weights, row_order, top_k)
+    tokens: Tensor = torch.ops.edl.combine_tokens(rows, weights, row_order, top_k)
+    return tokens
 
 
 def expert_mlp(
@@ -289,7 +300,8 @@ def expert_mlp(
     """
     if not torch.jit.is_scripting():
         _refuse_dtensor("expert_mlp", tokens, weights, row_order, offsets, gate_up, down)
-    return torch.ops.edl.expert_mlp(tokens, weights, row_order, offsets, gate_up, down)
+    output: Tensor = torch.ops.edl.expert_mlp(tokens, weights, row_order, offsets, gate_up, down)
+    return output
 
 
 def inject(carrier: Tensor, loss: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -311,4 +323,5 @@ def inject(carrier: Tensor, loss: Tensor, scale: Tensor | None = None) -> Tensor
     """
     if not torch.jit.is_scripting():
         _refuse_dtensor("inject", carrier, loss, scale)
-    return torch.ops.edl.inject(carrier, loss, torch.ones_like(loss) if scale is None else scale)
+    copy: Tensor = torch.ops.edl.inject(carrier, loss, torch.ones_like(loss) if scale is None else scale)
+    return copy

@@ -9,14 +9,17 @@ import copy
 import os
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, TypeVar, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Group = Union["torch.distributed.ProcessGroup", "torch.distributed.device_mesh.DeviceMesh"]  # a mesh of one dimension
+_Item = TypeVar("_Item")
 
-def process_group(name: str, group) -> Optional["dist.ProcessGroup"]:
+
+def process_group(name: str, group: Group | None) -> Optional["dist.ProcessGroup"]:
     """The process group of a ProcessGroup or of a DeviceMesh of one dimension; None stays None."""
     if group is None:
         return None
@@ -43,11 +46,11 @@ def _with_others(group: Optional["dist.ProcessGroup"]) -> Optional["dist.Process
     return None if group is None or dist.get_world_size(group) == 1 else group
 
 
-def gather(group: Optional["dist.ProcessGroup"], item: object) -> list[tuple[int, object]]:
+def gather(group: Optional["dist.ProcessGroup"], item: _Item) -> list[tuple[int, _Item]]:
     """(rank, item) of every rank of a group; of no group nothing."""
     if group is None:
         return []
-    items: list[object] = [None] * dist.get_world_size(group)
+    items: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(items, item, group=group)
     return list(zip(dist.get_process_group_ranks(group), items))
 
@@ -88,7 +91,7 @@ class Ranks:
             with `sequence_group`.
     """
 
-    def __init__(self, sequence_group, group, averaging_ranks: int | None) -> None:
+    def __init__(self, sequence_group: Group | None, group: Group | None, averaging_ranks: int | None) -> None:
         self.sequence_group = process_group("sequence_group", sequence_group)
         self.group = process_group("group", group)
         self.averaging_ranks = self._averaging_ranks(averaging_ranks)
@@ -97,7 +100,7 @@ class Ranks:
         self._layout: Layout | None = None
         self._num_segments = 0
 
-    def __deepcopy__(self, memo: dict) -> "Ranks":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
         return copy.copy(self)  # groups cannot be copied; a copy of a model spans the same ranks
 
     def _averaging_ranks(self, averaging_ranks: int | None) -> int:
@@ -182,17 +185,20 @@ class Ranks:
     def stand_in_segments(self) -> tuple[Tensor, Tensor]:
         """Segment sums and counts of a rank that has none to give, in the layout of its last call."""
         layout = self._layout
+        assert layout is not None
         sums = torch.zeros(layout.layers, self._num_segments, layout.experts, dtype=layout.dtype, device=layout.device)
         return sums, sums.new_zeros(self._num_segments)
 
     def stand_in_moments(self, bias_correction: bool) -> Tensor:
         """Packed domain moments of a rank that has none to give."""
         layout = self._layout
+        assert layout is not None
         no_sums = torch.zeros(layout.layers, 0, layout.experts, dtype=layout.dtype, device=layout.device)
         no_labels = no_sums.new_zeros(0, dtype=torch.int64)
-        return torch.ops.edl._packed_moments(
+        moments: Tensor = torch.ops.edl._packed_moments(
             no_sums, no_sums.new_zeros(0), no_labels, layout.domains, "sequence", bias_correction
         )
+        return moments
 
     def sum_segments(
         self, sums: Tensor, counts: Tensor, labels: Tensor | None, problem: Exception | None
@@ -204,7 +210,10 @@ class Ranks:
         """
         if self.sequence_group is not None and reads_values(counts):
             # A collective of different sizes may end the process; other labels would be a wrong loss without a word.
-            own = None if problem is not None else (counts.shape[0], zlib.crc32(repr(labels.tolist()).encode()))
+            own = None
+            if problem is None:
+                assert labels is not None
+                own = counts.shape[0], zlib.crc32(repr(labels.tolist()).encode())
             given = {rank: segments for rank, segments in gather(self.sequence_group, own) if segments is not None}
             numbers = {rank: number for rank, (number, _) in given.items()}
             if len(set(given.values())) > 1 and problem is None:
@@ -239,7 +248,7 @@ class Ranks:
         return self._start_sum(self.group, moments, problem)
 
     def _start_sum(
-        self, group, numbers: Tensor, problem: Exception | None
+        self, group: Optional["dist.ProcessGroup"], numbers: Tensor, problem: Exception | None
     ) -> Callable[[], tuple[Tensor, Exception | None]]:
         """Starts to add up numbers [N] over a group, the last of which counts ranks that failed; such a rank gives NaN
         for the others."""
@@ -251,7 +260,9 @@ class Ranks:
         total = torch.ops._c10d_functional.all_reduce(numbers, "sum", group.group_name)
         return lambda: self._finish_sum(group, total, problem)
 
-    def _finish_sum(self, group, total: Tensor, problem: Exception | None) -> tuple[Tensor, Exception | None]:
+    def _finish_sum(
+        self, group: "dist.ProcessGroup", total: Tensor, problem: Exception | None
+    ) -> tuple[Tensor, Exception | None]:
         total = torch.ops._c10d_functional.wait_tensor(total)
         if reads_values(total) and total[-1].item() > 0:
             problem = first_problem(group, problem, "edl::parallel")

@@ -6,6 +6,8 @@ and results are those of the functions of the same name in `edl.ops`.
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -235,15 +237,16 @@ def expert_mlp(
 
 class _Inject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, carrier, loss, scale):
+    def forward(ctx: Any, carrier: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(scale.to(loss))
         return carrier.clone()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return grad, ctx.saved_tensors[0].clone(), None
 
 
 def inject(carrier: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
     """A copy of the carrier whose backward pass hands `scale` to the loss."""
-    return _Inject.apply(carrier, loss, scale)
+    apply: Callable[[Tensor, Tensor, Tensor], Tensor] = _Inject.apply  # untyped in torch
+    return apply(carrier, loss, scale)

@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,7 +150,6 @@ def current_scope() -> Scope | None:
     return scope
 
 
-@torch.compiler.disable
 def current_labels() -> Labels | None:
     """The labels of the forward pass that the calling code belongs to, replayed or not; None outside any scope.
 
@@ -166,3 +165,7 @@ def current_labels() -> Labels | None:
     """
     scope = current_scope()
     return None if scope is None else scope.labels
+
+
+if not TYPE_CHECKING:  # torch's decorator is untyped and would hide the types
+    current_labels = torch.compiler.disable(current_labels)

@@ -90,11 +90,11 @@ class _RouterDivergence:
         self._arguments = arguments
         self._shares_tokens = shares_tokens
         self._module: ExpertDivergenceLoss | None = None
-        self.ranks: _Ranks | None = None
+        self.ranks: _Ranks  # from the first pass on
         self.value: Tensor | None = None
         self.passes = 0
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> ExpertDivergenceLoss:
         """Makes the loss at the first pass: the mesh is known in training only; models are copied and split before."""
         self.ranks = _Ranks()
         self._module = ExpertDivergenceLoss(
@@ -105,6 +105,7 @@ class _RouterDivergence:
             averaging_ranks=self.ranks.data_size if self._shares_tokens else 1,
             memory=self.memory,
         )
+        return self._module
 
     def __call__(self, scores: Tensor, padding_mask: Tensor | None = None) -> Tensor | None:
         """The loss of the forward pass in which it is called; None where it has no labels or keeps no gradient.
@@ -121,9 +122,8 @@ class _RouterDivergence:
                 "edl::torchtitan: a CUDA graph would replay the labels of its capture, training.disable_cuda_graphs "
                 "must be set (got a capture)"
             )
-        if self._module is None:
-            self._prepare()
-        if scores.dim() == 2 and self.ranks.context is not None and self._module.sequence_reduction == "sequence":
+        module = self._prepare() if self._module is None else self._module
+        if scores.dim() == 2 and self.ranks.context is not None and module.sequence_reduction == "sequence":
             raise ValueError(
                 "edl::torchtitan: context parallelism cuts the token stream anywhere and needs "
                 "sequence_reduction='token' with the labels of the slice (got sequence_reduction='sequence')"
@@ -131,7 +131,7 @@ class _RouterDivergence:
         if labels.attention_mask is None and labels.padding_mask is None:
             labels = labels._replace(padding_mask=padding_mask)
         # Every score function becomes a distribution over experts, as in torchtitan's own balancing losses.
-        loss = self._module(F.normalize(scores, p=1, dim=-1), **labels._asdict())
+        loss = module(F.normalize(scores, p=1, dim=-1), **labels._asdict())
         self.value = loss.detach()
         self.passes += torch._C._current_autograd_node() is None  # a replay is no new pass
         return loss
@@ -325,7 +325,7 @@ def add_expert_divergence(
     for _, router, parent, field in found:
         if AuxLoss is None:
             same = {entry.name: getattr(router, entry.name) for entry in dataclasses.fields(router)}
-            added = {"coeff": coeff, "divergence": divergence, "micro_batches": micro_batches}
+            added: dict[str, Any] = {"coeff": coeff, "divergence": divergence, "micro_batches": micro_batches}
             setattr(parent, field, ExpertDivergenceRouter.Config(**same, **added))
         elif not _has_divergence(router):  # layers may share one configuration
             also = router.aux_loss

@@ -81,7 +81,7 @@ def _domain_ids(batch: dict | None, domains: Sequence[int] | None) -> Tensor | N
 
 def _on_all_tensor_ranks(domain_ids: Tensor | None, device: torch.device) -> Tensor:
     """The labels of the first rank of the tensor-parallel group, on `device`."""
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+    if domain_ids is not None and parallel_state.get_tensor_model_parallel_world_size() == 1:
         return domain_ids.to(device, non_blocking=True)
     batch_size = num_microbatches_calculator.get_micro_batch_size()
     if domain_ids is None:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -41,8 +42,9 @@ def _naming_divergence(tracker: "MoEMetricsTracker") -> Callable:
                 tracker.ensure_initialized(NAME, num_layers + (kwargs.get("mtp_num_layers") or 0))
         return report(*args, track_names=track_names, **kwargs)
 
-    naming.names_divergence = True
-    return naming
+    named: Any = naming
+    named.names_divergence = True
+    return named
 
 
 def _reducing_divergence(reduce: Callable) -> Callable:
@@ -59,8 +61,9 @@ def _reducing_divergence(reduce: Callable) -> Callable:
             track_names = [*track_names, NAME]
         return reduce(track_names, **kwargs)
 
-    reducing.names_divergence = True
-    return reducing
+    named: Any = reducing
+    named.names_divergence = True
+    return named
 
 
 def _initialize_on_all_stages(pg_collection=None) -> bool:

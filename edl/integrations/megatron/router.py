@@ -95,7 +95,8 @@ class EDTopKRouter(TopKRouter):
             _end_step_with_gradients(self.config, self.divergence.memory)
         # Segments are made inside the loss, which keeps the other ranks from waiting where the labels of one are wrong.
         return self.divergence.begin_from_segments(
-            self._routing_of(logits.flatten(0, 1)), lambda: self._segments(*logits.shape[:2], padding_mask, labels)
+            self._routing_of(logits.flatten(0, 1)),
+            lambda: self._segments(logits.shape[0], logits.shape[1], padding_mask, labels),
         )
 
     def _attach(
@@ -157,11 +158,12 @@ class EDTopKRouter(TopKRouter):
         tokens = torch.full([], num_tokens, dtype=torch.float32, device=logits.device)
         if padding_mask is not None:
             tokens = (~padding_mask).sum(dtype=torch.float32)
-        elif labels.attention_mask is not None or labels.padding_mask is not None:
-            mask = labels.padding_mask.logical_not() if labels.attention_mask is None else labels.attention_mask
-            tokens = mask.sum(dtype=torch.float32) * (
-                tokens / mask.numel()
-            )  # the mask covers the tensor-parallel slices
+        else:
+            mask = labels.attention_mask
+            if mask is None and labels.padding_mask is not None:
+                mask = labels.padding_mask.logical_not()
+            if mask is not None:  # it covers the tensor-parallel slices
+                tokens = mask.sum(dtype=torch.float32) * (tokens / mask.numel())
         torch.distributed.all_reduce(tokens, group=self.tp_dp_cp_group)
         return tokens / self.data_parallel_size
 

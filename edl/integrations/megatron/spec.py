@@ -107,7 +107,7 @@ def patch_spec(
         raise ValueError(
             "edl::megatron.patch_spec: num_domains must be given, --expert-divergence-num-domains (got None)"
         )
-    options = {
+    options: dict[str, Any] = {
         "num_domains": num_domains,
         "coeff": coeff,
         "eps": eps,

@@ -1,7 +1,7 @@
 """Mixture-of-Experts blocks of transformers v5 as `edl.MoELayer`, and back; the parameters are shared, not copied."""
 
 import importlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -67,26 +67,27 @@ def layer_from_block(
     """See `edl.MoELayer.from_transformers`."""
     name = _family_of(block)
     family = _FAMILIES[name]
-    _check_activation(block.experts)
+    parts: Any = block  # whose types nn.Module does not know
+    _check_activation(parts.experts)
     if getattr(block, "jitter_noise", 0.0):
         raise ValueError(
             f"edl::MoELayer.from_transformers: router_jitter_noise must be 0, edl has none (got {block.jitter_noise})"
         )
-    num_experts, hidden_size, intermediate_size = block.experts.down_proj.shape
-    shared = {}
+    num_experts, hidden_size, intermediate_size = parts.experts.down_proj.shape
+    shared: dict[str, Any] = {}
     if family.has_shared_expert:
-        _check_activation(block.shared_expert)
+        _check_activation(parts.shared_expert)
         shared = {
             "num_shared_experts": 1,
-            "shared_intermediate_size": block.shared_expert.gate_proj.out_features,
+            "shared_intermediate_size": parts.shared_expert.gate_proj.out_features,
             "shared_expert_gate": True,
         }
     layer = MoELayer(
         hidden_size,
         intermediate_size,
         num_experts,
-        block.gate.top_k,
-        normalize_top_k=family.always_normalizes or block.gate.norm_topk_prob,
+        parts.gate.top_k,
+        normalize_top_k=family.always_normalizes or parts.gate.norm_topk_prob,
         router_dtype=router_dtype,
         return_routing=return_routing,
         device="meta",
@@ -130,6 +131,7 @@ def block_from_layer(layer: MoELayer, family: str | None = None) -> nn.Module:
     if not kind.always_normalizes:
         options["norm_topk_prob"] = layer.normalize_top_k
     if kind.has_shared_expert:
+        assert layer.shared_expert is not None
         options["shared_expert_intermediate_size"] = layer.shared_expert.gate_proj.out_features
     package = f"transformers.models.{kind.module}"
     config = getattr(importlib.import_module(f"{package}.configuration_{kind.module}"), f"{kind.prefix}Config")(

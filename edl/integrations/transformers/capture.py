@@ -2,17 +2,23 @@
 
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from edl.divergence import ExpertDivergenceLoss
 from edl.memory import DomainMemory
 from edl.moe import Router
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.utils.output_capturing import OutputRecorder
 
-def _recorders(part: nn.Module) -> list:
+
+def _recorders(part: "PreTrainedModel") -> list["OutputRecorder"]:
     """What transformers itself records as router logits in this part of a model: the routers' classes, and where in
     their output the logits stand."""
     from transformers.utils.output_capturing import OutputRecorder
@@ -29,7 +35,7 @@ def _find_routers(model: nn.Module) -> tuple[nn.Module, list[tuple[str, nn.Modul
     """The smallest model of transformers around all routers; and name, router, index of the logits in its output."""
     from transformers import PreTrainedModel
 
-    found = {}
+    found: dict[nn.Module, tuple[nn.Module, str, int]] = {}
     for part in (module for module in model.modules() if isinstance(module, PreTrainedModel)):  # outer ones first
         recorders = _recorders(part)
         for name, module in part.named_modules():
@@ -37,7 +43,8 @@ def _find_routers(model: nn.Module) -> tuple[nn.Module, list[tuple[str, nn.Modul
                 found[module] = (part, name, 0)
             for recorder in recorders:
                 in_layer = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
-                if isinstance(recorder.target_class, type) and isinstance(module, recorder.target_class) and in_layer:
+                is_target = isinstance(recorder.target_class, type) and isinstance(module, recorder.target_class)
+                if is_target and in_layer:
                     found[module] = (part, name, recorder.index)
     parts = {part for part, _, _ in found.values()}
     if not parts:
@@ -65,21 +72,21 @@ class _Capture:
     def __init__(
         self,
         part: nn.Module | None = None,
-        routers: list[tuple[str, nn.Module, int]] = (),
+        routers: Sequence[tuple[str, nn.Module, int]] = (),
         memory: DomainMemory | None = None,
     ) -> None:
         self.part = part
         self.memory = memory
         self.names = [name for name, _, _ in routers]
         self.clear()
-        self.hooks = []
+        self.hooks: list[RemovableHandle] = []
         if part is not None:
             self.hooks.append(part.register_forward_pre_hook(self.begin, with_kwargs=True))
             self.hooks.append(part.register_forward_hook(self.end, always_call=True))
         for name, router, index in routers:
             self.hooks.append(router.register_forward_hook(functools.partial(self.record, name, index)))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["_Capture"], tuple[()]]:
         return (_Capture, ())  # copied or pickled along with the hooks of a model
 
     def clear(self) -> None:
@@ -89,7 +96,7 @@ class _Capture:
         self.batch_shape: list[int] = [0]
         self.captured: list[tuple[str, Tensor]] = []
 
-    def begin(self, part: nn.Module, args: tuple, kwargs: dict) -> None:
+    def begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if part is not self.part or not part.training:
             return
         is_collecting = not torch.is_grad_enabled() and self.memory is not None and self.memory.in_use
@@ -102,13 +109,13 @@ class _Capture:
         inputs = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         self.batch_shape = next((list(x.shape[:2]) for x in inputs if isinstance(x, Tensor) and x.dim() >= 2), [0])
 
-    def record(self, name: str, index: int, router: nn.Module, args: tuple, output: Any) -> None:
+    def record(self, name: str, index: int, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.is_recording:
             self.captured.append((name, output if isinstance(output, Tensor) else output[index]))
             if self.needs_gradient and not torch.is_grad_enabled():
                 self.lacks_gradient = True  # the first pass of reentrant checkpointing
 
-    def end(self, part: nn.Module, args: tuple, output: Any) -> None:
+    def end(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.is_recording = False
 
     def take(self) -> list[Tensor]:

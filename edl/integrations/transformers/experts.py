@@ -1,6 +1,7 @@
 """edl's kernels as an experts implementation of transformers v5."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def _obstacle(experts: nn.Module) -> str | None:
     return " and ".join(present) or None
 
 
-_warned = set()
+_warned: set[str] = set()
 
 
 @torch.compiler.assume_constant_result  # torch.compile runs it while tracing
@@ -58,10 +59,11 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
 
         _warn_once(type(experts).__name__, obstacle)
         return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
-    tokens = hidden_states.to(experts.gate_up_proj.dtype)
+    parts: Any = experts  # whose types nn.Module does not know
+    tokens = hidden_states.to(parts.gate_up_proj.dtype)
     weights = top_k_weights.to(torch.float64 if tokens.dtype == torch.float64 else torch.float32)
-    row_order, offsets = ops.sort_by_expert(top_k_index, experts.num_experts)
-    output = ops.expert_mlp(tokens, weights, row_order, offsets, experts.gate_up_proj, experts.down_proj)
+    row_order, offsets = ops.sort_by_expert(top_k_index, parts.num_experts)
+    output = ops.expert_mlp(tokens, weights, row_order, offsets, parts.gate_up_proj, parts.down_proj)
     return output.to(hidden_states.dtype)
 
 

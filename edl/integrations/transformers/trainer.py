@@ -1,13 +1,18 @@
 """The Expert Divergence loss in transformers' `Trainer`."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from edl.integrations.transformers.capture import attach
 from edl.memory import DomainMemory
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer  # what the mixin is mixed into
+else:
+    _Trainer = object
 
 _MEMORY_NAME = "domain_memory.pt"  # beside optimizer.pt
 
@@ -21,7 +26,7 @@ def _document_boundaries(position_ids: Tensor) -> Tensor:
     return torch.cat([starts.flatten().nonzero().flatten(), num_tokens])
 
 
-class EDTrainerMixin:
+class EDTrainerMixin(_Trainer):
     """Adds the Expert Divergence loss to the training loss of a Trainer: `class EDTrainer(EDTrainerMixin, Trainer)`.
 
     The dataset needs a column `domain_ids`: a label per example in [-1, D), -1 = not counted, or a list with one per
@@ -77,7 +82,8 @@ class EDTrainerMixin:
         if accumulates:
             self._divergence_options.setdefault("memory", DomainMemory(decay=0.0 if two_passes else 0.9))
         self.expert_divergence = attach(self.model, **self._divergence_options)
-        self._value_sum, self._num_values = 0.0, 0
+        self._value_sum: Any = 0.0  # a tensor from the first value on
+        self._num_values = 0
 
     def _check_parallelism(self) -> None:
         if self.args.n_gpu > 1:
@@ -97,13 +103,13 @@ class EDTrainerMixin:
         if "domain_ids" not in self._signature_columns:
             self._signature_columns.append("domain_ids")
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any):
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         memory = self._divergence_options.get("memory")
         if memory is not None:
             memory.set_extra_state(())
         return super()._inner_training_loop(*args, **kwargs)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any):
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         if self.expert_divergence.model is not self.model:  # model_init made a new one, or FSDP wrapped it
             self.expert_divergence.remove()
@@ -118,6 +124,7 @@ class EDTrainerMixin:
         """The first of two passes over the micro-batches of a step: domain moments only."""
         model = self.model_wrapped.train()
         memory = self.expert_divergence.divergence.memory
+        assert memory is not None
         with memory.collect(), self.compute_loss_context_manager():
             for inputs in batch_samples:
                 inputs = self._prepare_inputs(inputs)
@@ -131,7 +138,13 @@ class EDTrainerMixin:
             memory.step()
         return loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         result = super().compute_loss(
             model,
             {name: value for name, value in inputs.items() if name != "domain_ids"},
@@ -188,7 +201,7 @@ class EDTrainerMixin:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self._divergence_options["memory"].load_state_dict(state)
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs = {name: value for name, value in inputs.items() if name != "domain_ids"}
         return super().prediction_step(model, inputs, *args, **kwargs)
 

@@ -31,7 +31,7 @@ lint: $(STAMPS)/lint
 	$(VENV_PYTHON) -m pre_commit run --all-files
 
 test: $(STAMPS)/test
-	$(VENV_PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --cov=edl --cov-report=term
 
 demo: $(STAMPS)/demo
 	$(VENV_PYTHON) examples/pretrain/train.py $(if $(DATA),--data "$(DATA)")
@@ -61,7 +61,7 @@ gpu:
 	$(PYTHON) tools/gpu.py $(if $(STAGES),--stages $(STAGES)) $(if $(BUDGET),--budget $(BUDGET))
 
 clean:
-	rm -rf $(VENV) build dist demo demo-text edl/include edl/lib edl/_build*.so *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist demo demo-text edl/include edl/lib edl/_build*.so *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage*
 
 preconditions:
 	@PYTHON="$(PYTHON)" sh .ci/preconditions

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
 
@@ -21,5 +23,7 @@ def build_with_cmake(source: Path, build: Path, prefix_path: str, *options: str)
     """Configures and builds a project; what is up to date is not compiled again."""
     cmake = shutil.which("cmake", path=ENVIRONMENT["PATH"])
     assert cmake, "the C++ tests need cmake and ninja: run `pip install -r tests/requirements.txt`"
-    run(cmake, "-G", "Ninja", "-S", source, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix_path}", *options)
-    run(cmake, "--build", build)
+    build.parent.mkdir(exist_ok=True)
+    with FileLock(f"{build}.lock"):  # of tests side by side one builds
+        run(cmake, "-G", "Ninja", "-S", source, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix_path}", *options)
+        run(cmake, "--build", build)

@@ -13,6 +13,7 @@ import cuda_toolkit
 import pytest
 import torch
 from commands import ROOT, build_with_cmake, run
+from filelock import FileLock
 
 from edl import _build
 
@@ -85,39 +86,67 @@ def emulated_kernels():
 
 
 @pytest.fixture(scope="session")
-def source_archive(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sdist")
-    run(sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})", cwd=ROOT)
-    return next(folder.glob("edl-*.tar.gz"))
+def once(tmp_path_factory, worker_id):
+    """Calls a function that makes a file or folder, in one of the processes that run tests side by side; all get it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+
+    def made(make):
+        note = shared / make.__name__
+        with FileLock(f"{note}.lock"):
+            if not note.exists():
+                note.write_text(str(make()))
+        return Path(note.read_text())
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def wheel(source_archive, tmp_path_factory):
+def source_archive(once, tmp_path_factory):
+    def make_source_archive():
+        folder = tmp_path_factory.mktemp("sdist")
+        code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+        run(sys.executable, "-c", code, cwd=ROOT)
+        return next(folder.glob("edl-*.tar.gz"))
+
+    return once(make_source_archive)
+
+
+@pytest.fixture(scope="session")
+def wheel(once, source_archive, tmp_path_factory):
     """The wheel that pip builds from the source archive, in a folder that stays, so that only changes are compiled
     again."""
-    unpacked = ROOT / "build" / "source-archive"
-    project = unpacked / source_archive.name.removesuffix(".tar.gz")
-    if project.exists():
-        for path in project.iterdir():
-            if path.name != "build":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with tarfile.open(source_archive) as files:
-        files.extractall(unpacked, filter="data")
-    folder = tmp_path_factory.mktemp("wheel")
-    run(
-        *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"),
-        *("--wheel-dir", folder, project),
-    )
-    return next(folder.glob("*.whl"))
+
+    def make_wheel():
+        unpacked = ROOT / "build" / "source-archive"
+        project = unpacked / source_archive.name.removesuffix(".tar.gz")
+        if project.exists():
+            for path in project.iterdir():
+                if path.name != "build":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with tarfile.open(source_archive) as files:
+            files.extractall(unpacked, filter="data")
+        folder = tmp_path_factory.mktemp("wheel")
+        run(
+            *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"),
+            *("--wheel-dir", folder, project),
+        )
+        return next(folder.glob("*.whl"))
+
+    return once(make_wheel)
 
 
 @pytest.fixture(scope="session")
-def installed(wheel):
+def installed(once, wheel):
     """The Python of a new environment that sees this torch, with the wheel installed."""
-    folder = ROOT / "build" / "installed"
-    venv.create(folder, with_pip=False, symlinks=True, clear=True)
-    python = folder / "bin" / "python"
-    site_packages = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
-    (site_packages / "torch_of_the_tests.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel)
-    return python
+
+    def make_environment():
+        folder = ROOT / "build" / "installed"
+        venv.create(folder, with_pip=False, symlinks=True, clear=True)
+        python = folder / "bin" / "python"
+        site_packages = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
+        (site_packages / "torch_of_the_tests.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+        run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel)
+        return python
+
+    return once(make_environment)

@@ -70,10 +70,10 @@ def test_a_stage_that_does_not_fit_is_left_out_and_says_so(tmp_path):
 
 
 def test_an_unknown_stage_and_a_missing_device_are_one_sentence(tmp_path):
-    command, environment = rehearse(tmp_path, "--stages", "build,corectness")
+    command, environment = rehearse(tmp_path, "--stages", "build,compilation")
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 2
-    assert "--stages takes build, correctness, speed, sanitizer, graphs (got corectness)" in result.stderr
+    assert "--stages takes build, correctness, speed, sanitizer, graphs (got compilation)" in result.stderr
     if not torch.cuda.is_available():
         result = subprocess.run([sys.executable, GPU], capture_output=True, text=True)
         assert result.returncode == 1

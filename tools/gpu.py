@@ -86,7 +86,8 @@ def run(command: list[str], seconds: float, log: Path, environment: dict[str, st
     """
     print(f"$ {' '.join(command)}", flush=True)
     deadline = time.monotonic() + seconds
-    variables = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}", "PYTHONUNBUFFERED": "1"} | environment
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | environment
     with log.open("ab") as write, log.open("rb") as read:
         read.seek(0, os.SEEK_END)
         process = subprocess.Popen(

@@ -10,6 +10,7 @@ import edl
 
 pytest.importorskip("transformers")
 
+import transformers
 from transformers.models.mixtral import configuration_mixtral, modeling_mixtral
 from transformers.models.olmoe import configuration_olmoe, modeling_olmoe
 from transformers.models.qwen2_moe import configuration_qwen2_moe, modeling_qwen2_moe
@@ -295,6 +296,17 @@ def with_changed_layer(**attributes):
     return model
 
 
+def with_layers_for_dense_networks():
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
+        )
+    )
+    model.model.layers[0].mlp = edl.MoELayer(32, 24, 8, 2, return_routing=False)
+    return model
+
+
 def with_a_wrapper():
     model = replace_blocks(seeded_model("mixtral"))
     model.model.layers[1].mlp = torch.nn.Sequential(model.model.layers[1].mlp)
@@ -314,6 +326,7 @@ UNNAMED = {
     "weights": (lambda: with_layer(normalize_top_k=False), "normalize_top_k=False in model.layers.1.mlp"),
     "sizes": (lambda: with_layer(intermediate_size=16), "intermediate_size=16 in model.layers.1.mlp"),
     "shared": (lambda: with_layer(num_shared_experts=1), "shared_expert=present in model.layers.1.mlp"),
+    "dense": (with_layers_for_dense_networks, "a layer where the model has no block in model.layers.0.mlp"),
     "wrapped": (with_a_wrapper, "a layer where the model has no block in model.layers.1.mlp.0"),
 }
 

@@ -2,6 +2,7 @@
 the mean of the micro-batches' divergence, however the Trainer scales its own loss; and labels reach it through every
 kind of batch."""
 
+import functools
 import os
 import re
 import runpy
@@ -9,6 +10,7 @@ import warnings
 
 import numpy
 import pytest
+import safetensors.torch
 import torch
 from commands import ROOT
 from ranks import on_ranks
@@ -25,6 +27,7 @@ from tokenizers import Tokenizer, models  # noqa: E402
 from transformers import (  # noqa: E402
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -264,6 +267,118 @@ def test_a_training_begins_with_an_empty_memory(tmp_path):
     first = list(recorded.steps)
     trainer.train()
     assert_steps(recorded.steps[len(first) :], first)
+
+
+def replaced(model):
+    for decoder in model.model.layers:
+        decoder.mlp = edl.MoELayer.from_transformers(decoder.mlp, return_routing=False)
+    return model
+
+
+def plain(model):
+    return model
+
+
+def other_weights(kind):
+    torch.manual_seed(7)
+    return kind(make_model("mixtral", torch.float64))
+
+
+class Weights(TrainerCallback):
+    """What the model holds when a training begins, and ends."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.first = {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_resumes_with(wanted, model, args):
+    """A training of the model begins with the weights that are wanted."""
+    options = {"train_dataset": make_dataset(), "num_domains": D, "beta": BETA}
+    trainer = EDTrainer(model, args, callbacks=[weights := Weights()], **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert weights.first.keys() == wanted.state_dict().keys()
+    for name, value in weights.first.items():
+        assert value.equal(wanted.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["one-file", "shards"])
+@pytest.mark.parametrize("kind", [plain, replaced])
+def test_a_resumed_training_has_the_experts_of_its_checkpoint(tmp_path, kind, shards, monkeypatch):
+    model = kind(seeded_model())
+    if shards:
+        save = PreTrainedModel.save_pretrained
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", functools.partialmethod(save, max_shard_size="40KB"))
+    args = arguments(tmp_path, learning_rate=1e-2, save_strategy="steps", save_steps=2, max_steps=2)
+    first = train(EDTrainer, args, model=model)
+    assert (tmp_path / "checkpoint-2" / "model.safetensors.index.json").exists() == shards
+    trainer = EDTrainer(
+        other_weights(kind),
+        args,
+        train_dataset=make_dataset(),
+        num_domains=D,
+        beta=BETA,
+        callbacks=[weights := Weights()],
+    )
+    trainer.train(resume_from_checkpoint=True)
+    for name, value in weights.first.items():
+        assert value.equal(first.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", [plain, replaced])
+def test_the_best_model_has_the_experts_of_its_checkpoint(tmp_path, kind):
+    """The first step of two is the best one, as the second is much too long."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    args = arguments(tmp_path, learning_rate=10.0, max_steps=2, load_best_model_at_end=True, **options)
+    trainer = EDTrainer(
+        kind(seeded_model()), args, train_dataset=make_dataset(), eval_dataset=make_dataset(), num_domains=D, beta=BETA
+    )
+    trainer.train()
+    best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint, dtype=torch.float64)
+    for name, value in kind(best).state_dict().items():
+        assert value.equal(trainer.model.state_dict()[name]), name
+
+
+def test_checkpoints_with_the_names_of_layers_still_load(tmp_path):
+    args = arguments(tmp_path, learning_rate=1e-2, save_strategy="steps", save_steps=2, max_steps=2)
+    first = train(EDTrainer, args, model=replaced(seeded_model()))
+    safetensors.torch.save_file(first.model.state_dict(), tmp_path / "checkpoint-2" / "model.safetensors")
+    assert_resumes_with(first.model, other_weights(replaced), args)
+
+
+def test_layers_that_cannot_be_saved_are_refused_before_training(tmp_path):
+    model = replaced(seeded_model())
+    model.model.layers[0].mlp.scores = "sigmoid"
+    options = {"train_dataset": make_dataset(), "num_domains": D, "beta": BETA}
+    with pytest.raises(ValueError, match=r"edl::save_pretrained: .*to_transformers.*\(got scores='sigmoid'"):
+        EDTrainer(model, arguments(tmp_path, save_strategy="steps"), **options)
+    EDTrainer(model, arguments(tmp_path, save_strategy="no"), **options)
+
+
+def test_a_checkpoint_without_experts_is_refused(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    first = train(EDTrainer, args)
+    kept = {
+        name: value for name, value in first.model.state_dict().items() if not name.endswith("0.mlp.experts.down_proj")
+    }
+    safetensors.torch.save_file(kept, tmp_path / "checkpoint-2" / "model.safetensors")
+    trainer = EDTrainer(other_weights(plain), args, train_dataset=make_dataset(), num_domains=D, beta=BETA)
+    with pytest.raises(ValueError) as error:
+        trainer.train(resume_from_checkpoint=True)
+    assert str(error.value) == (
+        "edl::EDTrainerMixin: the checkpoint must hold every parameter of the model (got none for "
+        f"model.layers.0.mlp.experts.down_proj in {tmp_path / 'checkpoint-2'})"
+    )
+
+
+def test_tied_weights_are_not_missed(tmp_path):
+    args = arguments(tmp_path, learning_rate=1e-2, save_strategy="steps", save_steps=2, max_steps=2)
+    models = []
+    for seed in (0, 7):
+        torch.manual_seed(seed)
+        models.append(make_model("mixtral", torch.float64, tie_word_embeddings=True))
+    first = train(EDTrainer, args, model=models[0])
+    assert_resumes_with(first.model, models[1], args)
+    assert models[1].lm_head.weight is models[1].model.embed_tokens.weight
 
 
 # ---- several processes ----

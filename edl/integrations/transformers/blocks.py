@@ -59,15 +59,9 @@ def _keep_recorded(source: nn.Module, target: nn.Module) -> None:
             target.register_forward_hook(hook)
 
 
-def _family_of(block: nn.Module) -> str:
+def _family_of(block: nn.Module) -> str | None:
     names = {kind.__name__ for kind in type(block).__mro__}
-    for name, family in _FAMILIES.items():
-        if f"{family.prefix}SparseMoeBlock" in names:
-            return name
-    raise ValueError(
-        "edl::MoELayer.from_transformers: block must be the Mixture-of-Experts block of a Mixtral, Qwen2-MoE, "
-        f"Qwen3-MoE or OLMoE model (got {type(block).__name__})"
-    )
+    return next((name for name, family in _FAMILIES.items() if f"{family.prefix}SparseMoeBlock" in names), None)
 
 
 def _check_activation(module: nn.Module) -> None:
@@ -99,6 +93,11 @@ def layer_from_block(
 ) -> MoELayer:
     """See `edl.MoELayer.from_transformers`."""
     name = _family_of(block)
+    if name is None:
+        raise ValueError(
+            "edl::MoELayer.from_transformers: block must be the Mixture-of-Experts block of a Mixtral, Qwen2-MoE, "
+            f"Qwen3-MoE or OLMoE model (got {type(block).__name__})"
+        )
     family = _FAMILIES[name]
     parts: Any = block  # whose types nn.Module does not know
     _check_activation(parts.experts)
@@ -227,28 +226,23 @@ def names_in_blocks(model: "PreTrainedModel") -> dict[str, str]:
         block = plain_modules.get(name)
         if isinstance(block, MoELayer):
             continue
-        difference = None if block is None else _difference(layer, layer_from_block(block))
-        if block is None or difference:
+        difference: str | None = "a layer where the model has no block"
+        if block is not None and _family_of(block) is not None:
+            difference = _difference(layer, layer_from_block(block))
+        if difference:
             raise ValueError(
                 "edl::save_pretrained: a layer in the place of a block must be one that to_transformers makes a block "
                 "of the model's configuration; state_dict() saves others under names of their own "
-                f"(got {difference or 'a layer where the model has no block'} in {name})"
+                f"(got {difference} in {name})"
             )
         names |= {f"{name}.{ours}": f"{name}.{theirs}" for theirs, ours in _ROUTED}
     return names
 
 
+@functools.cache  # once
 def write_names_of_families() -> None:
     """Lets `save_pretrained` write layers in the place of blocks under the names that `from_pretrained` reads. It asks
     no part of a model for its names but the whole model for its state_dict, which keeps those of the layers."""
-    from transformers import PreTrainedModel
-
-    PreTrainedModel.save_pretrained = _save_pretrained()
-
-
-@functools.cache
-def _save_pretrained() -> Any:
-    """`PreTrainedModel.save_pretrained` for models with layers of edl."""
     from transformers import PreTrainedModel
 
     save = PreTrainedModel.save_pretrained
@@ -269,4 +263,4 @@ def _save_pretrained() -> Any:
             state_dict = {names.get(name, name): value for name, value in state.items()}
         save(self, save_directory, is_main_process, state_dict, *args, **kwargs)
 
-    return save_pretrained
+    PreTrainedModel.save_pretrained = save_pretrained

@@ -2,11 +2,13 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from edl.integrations.transformers.blocks import names_in_blocks
 from edl.integrations.transformers.capture import attach
 from edl.memory import DomainMemory
 
@@ -68,6 +70,39 @@ def _has_mixed_documents(domain_ids: Tensor, attention_mask: Tensor | None, cu_s
     return ((labels >= 0) & (labels != highest[documents])).any()
 
 
+def _lacking(model: nn.Module, missing: Sequence[str]) -> list[str]:
+    """The missing names of a state_dict without those of weights that were loaded under another name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or []
+    return [name for name in missing if id(parameters.get(name)) not in loaded and name not in ignored]
+
+
+def _load_as_from_pretrained(model: nn.Module, checkpoint: str) -> Any:
+    """Loads the weights of a checkpoint of transformers into a model that exists; returns what load_state_dict does."""
+    from transformers import PreTrainedModel
+
+    missing = ["all"]
+    if isinstance(model, PreTrainedModel):
+        fresh, report = type(model).from_pretrained(
+            checkpoint, config=model.config, dtype=model.dtype, output_loading_info=True
+        )
+        names = {theirs: ours for ours, theirs in names_in_blocks(model).items()}
+        state = {names.get(name, name): value for name, value in fresh.state_dict().items()}
+        missing = [name for name in (names.get(key, key) for key in report["missing_keys"]) if name in state]
+        for name in missing:
+            del state[name]
+        result = model.load_state_dict(state, strict=False)
+        lacking = _lacking(model, result.missing_keys)
+        missing = [name for name, _ in model.named_parameters() if name in lacking]
+    if missing:
+        raise ValueError(
+            "edl::EDTrainerMixin: the checkpoint must hold every parameter of the model "
+            f"(got none for {', '.join(missing)} in {checkpoint})"
+        )
+    return result
+
+
 class EDTrainerMixin(_Trainer):
     """Adds the Expert Divergence loss to the training loss of a Trainer: `class EDTrainer(EDTrainerMixin, Trainer)`.
 
@@ -100,7 +135,9 @@ class EDTrainerMixin(_Trainer):
 
     Raises:
         ValueError: what `attach` raises; several devices in one process (DataParallel); tensor, context or sequence
-            parallelism; two passes with a `memory` of one's own; while training, a batch without `domain_ids`.
+            parallelism; two passes with a `memory` of one's own; layers of edl that `save_pretrained` refuses, where
+            checkpoints are saved; while training, a batch without `domain_ids`; a checkpoint to resume from that lacks
+            parameters.
     """
 
     def __init__(
@@ -126,6 +163,8 @@ class EDTrainerMixin(_Trainer):
         if accumulates:
             self._divergence_options.setdefault("memory", DomainMemory(decay=0.0 if two_passes else 0.9))
         self.expert_divergence = attach(self.model, **self._divergence_options)
+        if self.args.save_strategy != "no" and hasattr(self.model, "save_pretrained"):
+            names_in_blocks(self.model)  # so that what cannot be saved is refused before it was trained
         self._value_sum: Any = 0.0  # a tensor from the first value on
         self._num_values = 0
         self._has_mixed_documents: Any = False  # a tensor from the first labels per token on
@@ -218,10 +257,9 @@ class EDTrainerMixin(_Trainer):
             uses_cache = getattr(self.args, "use_cache", False) and not self.args.gradient_checkpointing
             has_cache = uses_cache or inputs.get("past_key_values") is not None
             cu_seqlens = _document_boundaries(inputs, tokens.shape[:2], has_cache)
-        labels, boundaries = domain_ids, cu_seqlens
-        if cu_seqlens is not None and not is_per_token and domain_ids.shape[:1] == tokens.shape[:1]:
-            labels, boundaries = _labels_of_documents(domain_ids, cu_seqlens, tokens.shape[:2])
-        loss = self.expert_divergence.loss(labels, attention_mask, cu_seqlens=boundaries)
+            if cu_seqlens is not None and not is_per_token and domain_ids.shape[:1] == tokens.shape[:1]:
+                domain_ids, cu_seqlens = _labels_of_documents(domain_ids, cu_seqlens, tokens.shape[:2])
+        loss = self.expert_divergence.loss(domain_ids, attention_mask, cu_seqlens=cu_seqlens)
         if is_per_token and not self._warned_of_mixed_documents:
             self._has_mixed_documents |= _has_mixed_documents(domain_ids, attention_mask, cu_seqlens)
             if domain_ids.device.type == "cpu":  # on other devices once a log waits for them anyway
@@ -267,6 +305,21 @@ class EDTrainerMixin(_Trainer):
         if os.path.exists(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
             self._divergence_options["memory"].load_state_dict(state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._loaded_checkpoint = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._loaded_checkpoint = self.state.best_model_checkpoint
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Follows each loading of a whole model, which leaves weights as they are where the file has other names or
+        keeps experts one by one; `from_pretrained` knows them."""
+        if _lacking(self.model, load_result.missing_keys):
+            load_result = _load_as_from_pretrained(self.model, self._loaded_checkpoint)
+        super()._issue_warnings_after_load(load_result)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs = {name: value for name, value in inputs.items() if name != "domain_ids"}

@@ -203,20 +203,23 @@ def _difference(layer: MoELayer, expected: MoELayer) -> str | None:
     return None
 
 
-def names_in_blocks(model: "PreTrainedModel") -> dict[str, str]:
+def names_in_blocks(model: nn.Module) -> dict[str, str]:
     """The names in a model's state_dict that a model without edl, made from the same configuration, has otherwise.
 
     Args:
-        model (PreTrainedModel): holds `MoELayer`s, in the place of blocks or of its own accord.
+        model (nn.Module): a model of transformers; holds `MoELayer`s, in the place of blocks or of its own accord.
 
     Returns:
-        The names of the parameters of layers in the place of blocks, and those of the blocks.
+        The names of the parameters of layers in the place of blocks, and those of the blocks; nothing for models of
+        other kinds, and for models with adapters, of which the adapters alone are saved.
 
     Raises:
         ValueError: a layer that the block in its place cannot express, or with no block in its place.
     """
+    from transformers import PreTrainedModel
+
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
-    if not layers:
+    if not layers or not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         return {}
     with torch.device("meta"):  # as from_pretrained makes it
         plain = type(model)(copy.deepcopy(model.config))
@@ -256,8 +259,7 @@ def write_names_of_families() -> None:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        is_partial = getattr(self, "_hf_peft_config_loaded", False) or kwargs.get("distributed_checkpoint", False)
-        names = {} if is_partial else names_in_blocks(self)
+        names = {} if kwargs.get("distributed_checkpoint", False) else names_in_blocks(self)
         if names:
             state = self.state_dict() if state_dict is None else state_dict
             state_dict = {names.get(name, name): value for name, value in state.items()}

@@ -163,7 +163,7 @@ class EDTrainerMixin(_Trainer):
         if accumulates:
             self._divergence_options.setdefault("memory", DomainMemory(decay=0.0 if two_passes else 0.9))
         self.expert_divergence = attach(self.model, **self._divergence_options)
-        if self.args.save_strategy != "no" and hasattr(self.model, "save_pretrained"):
+        if self.args.save_strategy != "no":
             names_in_blocks(self.model)  # so that what cannot be saved is refused before it was trained
         self._value_sum: Any = 0.0  # a tensor from the first value on
         self._num_values = 0

@@ -66,6 +66,12 @@ class Router(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`Tensor[T, H]` → logits `Tensor[T, E]`."""
+        kind = self.weight.dtype
+        if kind not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise ValueError(
+                "edl::MoELayer: router.weight must be float32, float64, bfloat16 or float16, not quantised "
+                f"(got {kind})"
+            )
         logits: Tensor = torch.ops.edl._router_logits(tokens, self.weight, self.router_dtype)
         return logits
 

@@ -406,6 +406,18 @@ def test_blocks_that_a_layer_cannot_express_are_refused(name):
     assert str(error.value) == sentence
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("scripted", [False, True])
+def test_quantised_routers_are_refused(dtype, scripted):
+    block = make_block("mixtral")
+    block.gate.weight = torch.nn.Parameter(block.gate.weight.detach().to(dtype), requires_grad=False)
+    layer = edl.MoELayer.from_transformers(block)
+    with pytest.raises(
+        torch.jit.Error if scripted else ValueError, match="edl::MoELayer: router.weight must be float32"
+    ):
+        (torch.jit.script(layer) if scripted else layer)(torch.randn(2, 32))
+
+
 BAD_LAYERS = {
     "unknown": ({}, "gpt", "family must be one of ['mixtral', 'qwen2_moe', 'qwen3_moe', 'olmoe'] (got 'gpt')"),
     "sigmoid": ({"scores": "sigmoid"}, "olmoe", "a olmoe block cannot express the layer (got scores='sigmoid')"),

@@ -1,6 +1,8 @@
 """A Mixture-of-Experts feed-forward layer on the operators of edl."""
 
+import importlib
 import math
+import sys
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -64,6 +66,12 @@ class Router(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`Tensor[T, H]` → logits `Tensor[T, E]`."""
+        kind = self.weight.dtype
+        if kind not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise ValueError(
+                "edl::MoELayer: router.weight must be float32, float64, bfloat16 or float16, not quantised "
+                f"(got {kind})"
+            )
         logits: Tensor = torch.ops.edl._router_logits(tokens, self.weight, self.router_dtype)
         return logits
 
@@ -227,6 +235,8 @@ class MoELayer(nn.Module):
             if shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
         self._reset_experts()
+        if "transformers.modeling_utils" in sys.modules:  # a model's save_pretrained must know its layers
+            importlib.import_module("edl.integrations.transformers.blocks").write_names_of_families()
 
     def _empty_experts(
         self, rows: int, columns: int, device: torch.types.Device, dtype: torch.dtype | None

@@ -1,6 +1,7 @@
 """MoELayer and the blocks of transformers: equal outputs and gradients, shared parameters, there and back."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ import edl
 
 pytest.importorskip("transformers")
 
+import transformers
 from transformers.models.mixtral import configuration_mixtral, modeling_mixtral
 from transformers.models.olmoe import configuration_olmoe, modeling_olmoe
 from transformers.models.qwen2_moe import configuration_qwen2_moe, modeling_qwen2_moe
 from transformers.models.qwen3_moe import configuration_qwen3_moe, modeling_qwen3_moe
+from transformers_models import make_model
 
 SIZES = {"hidden_size": 32, "num_experts_per_tok": 3, "num_attention_heads": 2, "num_key_value_heads": 2}
 BLOCKS = {
@@ -167,6 +170,208 @@ def test_a_layer_takes_a_blocks_place_in_its_model():
     assert all(p.grad is not None for p in model.parameters())
 
 
+FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
+
+
+def replace_blocks(model, layers=(0, 1)):
+    for i in layers:
+        decoder = model.model.layers[i]
+        decoder.mlp = edl.MoELayer.from_transformers(decoder.mlp, return_routing=False)
+    return model
+
+
+def seeded_model(family, **config):
+    torch.manual_seed(0)
+    return make_model(family, **config)
+
+
+TOKENS = torch.arange(3, 23).view(2, 10)
+
+
+@pytest.mark.parametrize("recorded_before", [False, True])
+@pytest.mark.parametrize("layers", [[0], [1], [0, 1]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_stay_visible_to_the_recording_of_transformers(family, layers, recorded_before):
+    model = seeded_model(family)
+    wanted = seeded_model(family)(TOKENS, labels=TOKENS, output_router_logits=True)
+    if recorded_before:  # which puts hooks on the routers, once
+        model(TOKENS, output_router_logits=True)
+
+    def check():
+        output = model(TOKENS, labels=TOKENS, output_router_logits=True)
+        assert len(output.router_logits) == 2
+        torch.testing.assert_close(output.router_logits, wanted.router_logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.aux_loss, wanted.aux_loss)
+        torch.testing.assert_close(output.loss, wanted.loss)
+
+    replace_blocks(model, layers)
+    check()
+    copied = copy.deepcopy(model)(TOKENS, output_router_logits=True)
+    assert len(copied.router_logits) == 2
+    for i in layers:
+        model.model.layers[i].mlp = model.model.layers[i].mlp.to_transformers()
+    check()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_of_blocks_pickle_script_and_compile(family):
+    layer = replace_blocks(seeded_model(family)).model.layers[0].mlp
+    hidden = torch.randn(2, 5, 32)
+    for other in (
+        pickle.loads(pickle.dumps(layer)),
+        copy.deepcopy(layer),
+        torch.jit.script(layer),
+        torch.compile(layer, fullgraph=True, backend="eager"),
+        torch.export.export(layer, (hidden,)).module(),
+    ):
+        torch.testing.assert_close(other(hidden), layer(hidden))
+
+
+def save_and_load(model, folder, **options):
+    model.save_pretrained(folder, **options)
+    return type(model).from_pretrained(folder, output_loading_info=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"save_original_format": False}, {"max_shard_size": "20KB"}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_models_have_the_names_of_their_family(tmp_path, family, options):
+    """With one block of two replaced, or both, the file is that of the model without edl."""
+    plain = seeded_model(family)
+    plain.save_pretrained(tmp_path / "plain", **options)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "plain").glob("model*")}
+    for layers in ([1], [0, 1]):
+        model = replace_blocks(seeded_model(family), layers)
+        names, state = set(model.state_dict()), torch.get_rng_state()
+        loaded, report = save_and_load(model, tmp_path / "ours", **options)
+        assert {file.name: file.read_bytes() for file in (tmp_path / "ours").glob("model*")} == files
+        assert torch.equal(state, torch.get_rng_state())
+        assert set(model.state_dict()) == names and "model.layers.1.mlp.router.weight" in names
+        assert not any(report.values())
+        assert loaded.eval()(TOKENS).logits.equal(plain.eval()(TOKENS).logits)
+        # and into a model with replaced blocks, there and with the state of its own
+        again = replace_blocks(loaded, layers)
+        again.load_state_dict(model.state_dict())
+
+
+def test_a_state_dict_that_is_given_has_the_names_of_the_family_too(tmp_path):
+    model = replace_blocks(seeded_model("mixtral"))
+    doubled = {name: 2 * value for name, value in model.state_dict().items()}
+    for arguments in ((True, doubled), ()):
+        model.save_pretrained(tmp_path, *arguments, **({} if arguments else {"state_dict": doubled}))
+        loaded = type(model).from_pretrained(tmp_path).state_dict()
+        assert loaded["model.layers.0.mlp.gate.weight"].equal(doubled["model.layers.0.mlp.router.weight"])
+        assert loaded["model.layers.1.mlp.experts.down_proj"].equal(doubled["model.layers.1.mlp.down_proj"])
+
+
+class ModelOfLayers(modeling_mixtral.MixtralForCausalLM):
+    """A model that holds layers of edl of its own accord."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for decoder in self.model.layers:
+            decoder.mlp = edl.MoELayer(32, 24, 8, 2, scores="sigmoid", expert_bias=True, return_routing=False)
+
+
+def test_models_of_layers_keep_their_own_names(tmp_path):
+    model = ModelOfLayers(seeded_model("mixtral").config)
+    model.model.layers[0].mlp.expert_bias.fill_(0.5)
+    loaded, report = save_and_load(model, tmp_path)
+    assert not any(report.values())
+    for name, value in loaded.state_dict().items():
+        assert value.equal(model.state_dict()[name]), name
+
+
+def with_layer(**options):
+    model = seeded_model("mixtral")
+    model.model.layers[1].mlp = edl.MoELayer(
+        **{"hidden_size": 32, "intermediate_size": 24, "num_experts": 8, "top_k": 2, "return_routing": False, **options}
+    )
+    return model
+
+
+def with_changed_layer(**attributes):
+    model = replace_blocks(seeded_model("mixtral"))
+    for name, value in attributes.items():
+        setattr(model.model.layers[1].mlp, name, value)
+    return model
+
+
+def with_layers_for_dense_networks():
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
+        )
+    )
+    model.model.layers[0].mlp = edl.MoELayer(32, 24, 8, 2, return_routing=False)
+    return model
+
+
+def with_a_wrapper():
+    model = replace_blocks(seeded_model("mixtral"))
+    model.model.layers[1].mlp = torch.nn.Sequential(model.model.layers[1].mlp)
+    return model
+
+
+UNNAMED = {
+    "bias": (lambda: with_layer(expert_bias=True), "expert_bias=present in model.layers.1.mlp"),
+    "sigmoid": (lambda: with_layer(scores="sigmoid"), "scores='sigmoid' in model.layers.1.mlp"),
+    "changed": (lambda: with_changed_layer(scores="sigmoid"), "scores='sigmoid' in model.layers.1.mlp"),
+    "bias of a block's": (
+        lambda: with_changed_layer(expert_bias=torch.zeros(8)),
+        "expert_bias=present in model.layers.1.mlp",
+    ),
+    "factor": (lambda: with_layer(routed_scaling_factor=2.5), "routed_scaling_factor=2.5 in model.layers.1.mlp"),
+    "top_k": (lambda: with_layer(top_k=3), "top_k=3 in model.layers.1.mlp"),
+    "weights": (lambda: with_layer(normalize_top_k=False), "normalize_top_k=False in model.layers.1.mlp"),
+    "sizes": (lambda: with_layer(intermediate_size=16), "intermediate_size=16 in model.layers.1.mlp"),
+    "shared": (lambda: with_layer(num_shared_experts=1), "shared_expert=present in model.layers.1.mlp"),
+    "dense": (with_layers_for_dense_networks, "a layer where the model has no block in model.layers.0.mlp"),
+    "wrapped": (with_a_wrapper, "a layer where the model has no block in model.layers.1.mlp.0"),
+}
+
+
+@pytest.mark.parametrize("name", UNNAMED)
+def test_layers_without_names_in_their_family_are_not_saved(tmp_path, name):
+    make, got = UNNAMED[name]
+    model = make()
+    with pytest.raises(ValueError) as error:
+        model.save_pretrained(tmp_path / "model")
+    assert str(error.value) == (
+        "edl::save_pretrained: a layer in the place of a block must be one that to_transformers makes a block of the "
+        f"model's configuration; state_dict() saves others under names of their own (got {got})"
+    )
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_plain_layer_in_the_place_of_a_block_is_saved(tmp_path):
+    model = with_layer()
+    loaded, report = save_and_load(model, tmp_path)
+    assert not any(report.values())
+    torch.testing.assert_close(loaded.eval()(TOKENS).logits, model.eval()(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_models_with_layers(tmp_path):
+    """Adapters on the attention fit both models; those on layers keep the layers' names."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    ours = peft.get_peft_model(replace_blocks(seeded_model("mixtral")), config)
+    ours.save_pretrained(tmp_path / "adapter")
+    plain = peft.PeftModel.from_pretrained(seeded_model("mixtral"), tmp_path / "adapter")
+    torch.testing.assert_close(plain.eval()(TOKENS).logits, ours.eval()(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    loaded, report = save_and_load(ours.merge_and_unload(), tmp_path / "merged")
+    assert not any(report.values())
+    torch.testing.assert_close(loaded.eval()(TOKENS).logits, plain(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    layered = peft.get_peft_model(
+        replace_blocks(seeded_model("mixtral")), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["router"])
+    )
+    with torch.no_grad():
+        layered.base_model.model.model.layers[0].mlp.router.modules_to_save.default.weight.normal_()
+    layered.save_pretrained(tmp_path / "router")
+    again = peft.PeftModel.from_pretrained(replace_blocks(seeded_model("mixtral")), tmp_path / "router")
+    assert again.eval()(TOKENS).logits.equal(layered.eval()(TOKENS).logits)
+
+
 def mixtral_with(**options):
     block = make_block("mixtral")
     for name, value in options.items():
@@ -199,6 +404,18 @@ def test_blocks_that_a_layer_cannot_express_are_refused(name):
     with pytest.raises(ValueError) as error:
         edl.MoELayer.from_transformers(make())
     assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("scripted", [False, True])
+def test_quantised_routers_are_refused(dtype, scripted):
+    block = make_block("mixtral")
+    block.gate.weight = torch.nn.Parameter(block.gate.weight.detach().to(dtype), requires_grad=False)
+    layer = edl.MoELayer.from_transformers(block)
+    with pytest.raises(
+        torch.jit.Error if scripted else ValueError, match="edl::MoELayer: router.weight must be float32"
+    ):
+        (torch.jit.script(layer) if scripted else layer)(torch.randn(2, 32))
 
 
 BAD_LAYERS = {

@@ -5,6 +5,7 @@ import copy
 import gc
 import itertools
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -383,6 +384,112 @@ def test_two_handles_are_independent(mixtral):
     alone = attach(mixtral, D, 0.1)
     mixtral(tokens)
     assert alone.loss(LABELS).equal(fine_loss) and not coarse_loss.equal(fine_loss)
+
+
+# What PEFT trains beside adapters of the attention: copies of the routers or of what holds them, or adapters.
+PEFT_OPTIONS = {
+    "gate": {"modules_to_save": ["gate"]},
+    "mlp": {"modules_to_save": ["mlp"]},
+    "parameter": {"target_parameters": ["gate.weight"]},
+    "attention": {},
+}
+
+
+def with_peft(model, **options):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **options))
+
+
+@pytest.mark.filterwarnings("ignore:edl..attach. a router without trainable:UserWarning")
+@pytest.mark.parametrize("layers_of_edl", [False, True])
+@pytest.mark.parametrize("name", PEFT_OPTIONS)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_routers_that_peft_copies(mixtral, order, name, layers_of_edl):
+    """The loss, and its gradient, are those of the copy that PEFT trains."""
+    options = dict(PEFT_OPTIONS[name])
+    if layers_of_edl:
+        for decoder in mixtral.model.layers:
+            decoder.mlp = edl.MoELayer.from_transformers(decoder.mlp, return_routing=False)
+        options = {key: [value.replace("gate", "router") for value in values] for key, values in options.items()}
+    tokens = make_tokens()
+    handle = attach(mixtral, D, 1.0) if order == "before" else None
+    torch.manual_seed(1)
+    model = with_peft(mixtral, **options)
+    handle = handle or attach(model, D, 1.0)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "modules_to_save" in path and path.endswith(("gate.weight", "router.weight")):
+                parameter.mul_(-2)  # no longer like the module as it was
+    output = model(tokens, output_router_logits=True)
+    loss = handle.loss(LABELS)
+    recorded = [logits.unflatten(0, tokens.shape) for logits in output.router_logits]
+    # transformers' own hooks are on both, of which one runs
+    torch.testing.assert_close(loss, edl.ExpertDivergenceLoss(D)(recorded, LABELS))
+    loss.backward()
+    trained = [p for path, p in model.named_parameters() if p.requires_grad and ("gate." in path or "router." in path)]
+    assert len(trained) == {"gate": 2, "mlp": 2, "parameter": 4, "attention": 0}[name]
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
+    if name in ("gate", "mlp"):
+        mixtral.model.embed_tokens.weight.requires_grad_()
+        with model.disable_adapter():  # the module as it was
+            other = model(tokens, output_router_logits=True)
+        recorded = [logits.unflatten(0, tokens.shape) for logits in other.router_logits]
+        torch.testing.assert_close(handle.loss(LABELS), edl.ExpertDivergenceLoss(D)(recorded, LABELS))
+
+
+def frozen_routers_told(model, handle):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.eval()(make_tokens())
+        assert not caught
+        model.train()(make_tokens())
+    told = [str(entry.message) for entry in caught if str(entry.message).startswith("edl::attach: a router without")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handle.loss(LABELS)
+        model(make_tokens())
+        handle.loss(LABELS)
+    return told
+
+
+@pytest.mark.parametrize("name", PEFT_OPTIONS)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_frozen_routers_are_told_of_once(mixtral, order, name):
+    handle = attach(mixtral, D, 1.0) if order == "before" else None
+    model = with_peft(mixtral, **PEFT_OPTIONS[name])
+    told = frozen_routers_told(model, handle or attach(model, D, 1.0))
+    if name == "attention":
+        assert len(told) == 1 and told[0].endswith(
+            "(got no trainable parameter in layers.0.mlp.gate, layers.1.mlp.gate)"
+        )
+    else:
+        assert told == []
+
+
+def test_one_frozen_router_is_told_of(mixtral):
+    mixtral.model.layers[1].mlp.gate.requires_grad_(False)
+    (told,) = frozen_routers_told(mixtral, attach(mixtral, D, 1.0))
+    assert told.endswith("(got no trainable parameter in layers.1.mlp.gate)")
+
+
+def test_frozen_routers_of_compiled_models_are_told_of(compilable):
+    model = compilable
+    model.model.layers[0].mlp.gate.requires_grad_(False)
+    handle = attach(model, D, 1.0)
+    compiled = torch.compile(model, backend="eager")
+    with pytest.warns(UserWarning, match="a router without trainable parameters"):
+        compiled(make_tokens())
+        handle.loss(LABELS)
+
+
+def test_copies_do_not_keep_the_model_alive(mixtral):
+    model = make_model("mixtral")
+    attach(model, D, 1.0)
+    copied, alive = copy.deepcopy(model), weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    copied(make_tokens())
 
 
 def test_copies_of_a_model_are_not_attached(mixtral):

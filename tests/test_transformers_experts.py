@@ -194,6 +194,30 @@ def test_sentinels_of_expert_parallelism_contribute_nothing():
         assert_close(ours_i, wanted_i.double(), tolerance(torch.float32, 32 * 24))
 
 
+# int8, and 4 bits packed by two, by rows or by columns; 8-bit floats, which need a scale.
+QUANTISED = {
+    "int8": lambda weight: weight.to(torch.int8),
+    "packed": lambda weight: weight.to(torch.uint8)[..., ::2],
+    "float8": lambda weight: weight.to(torch.float8_e4m3fn),
+    "flat": lambda weight: weight.to(torch.uint8).reshape(-1, 1),
+}
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_experts_are_refused_by_their_name(kind, name):
+    model = make_model("mixtral", experts="edl")
+    experts = model.model.layers[0].mlp.experts
+    weight = QUANTISED[kind](getattr(experts, name).detach())
+    setattr(experts, name, nn.Parameter(weight, requires_grad=False))
+    with pytest.raises(ValueError) as error:
+        model(torch.zeros(1, 4, dtype=torch.int64))
+    assert str(error.value) == (
+        "edl::register: expert weights must be float32, float64, bfloat16 or float16, not quantised "
+        f"(got {name} of {weight.dtype})"
+    )
+
+
 def test_every_way_to_choose_it(tmp_path, monkeypatch):
     model = make_model("mixtral", experts="edl")
     tokens = torch.randint(0, VOCABULARY, (2, 5))

@@ -2,12 +2,15 @@
 the mean of the micro-batches' divergence, however the Trainer scales its own loss; and labels reach it through every
 kind of batch."""
 
+import functools
 import os
 import re
 import runpy
+import warnings
 
 import numpy
 import pytest
+import safetensors.torch
 import torch
 from commands import ROOT
 from ranks import on_ranks
@@ -24,6 +27,7 @@ from tokenizers import Tokenizer, models  # noqa: E402
 from transformers import (  # noqa: E402
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -31,7 +35,7 @@ from transformers import (  # noqa: E402
 )
 from transformers_models import CONFIGS, VOCABULARY, make_model  # noqa: E402
 
-from edl.integrations.transformers import DomainCollator, EDTrainerMixin, pack_documents, register  # noqa: E402
+from edl.integrations.transformers import DomainCollator, EDTrainerMixin, attach, pack_documents, register  # noqa: E402
 
 D, BETA = 3, 0.3
 # Losses and router weights pass float32 inside transformers, also in float64 models; sums over few tokens.
@@ -265,6 +269,118 @@ def test_a_training_begins_with_an_empty_memory(tmp_path):
     assert_steps(recorded.steps[len(first) :], first)
 
 
+def replaced(model):
+    for decoder in model.model.layers:
+        decoder.mlp = edl.MoELayer.from_transformers(decoder.mlp, return_routing=False)
+    return model
+
+
+def plain(model):
+    return model
+
+
+def other_weights(kind):
+    torch.manual_seed(7)
+    return kind(make_model("mixtral", torch.float64))
+
+
+class Weights(TrainerCallback):
+    """What the model holds when a training begins, and ends."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.first = {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_resumes_with(wanted, model, args):
+    """A training of the model begins with the weights that are wanted."""
+    options = {"train_dataset": make_dataset(), "num_domains": D, "beta": BETA}
+    trainer = EDTrainer(model, args, callbacks=[weights := Weights()], **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert weights.first.keys() == wanted.state_dict().keys()
+    for name, value in weights.first.items():
+        assert value.equal(wanted.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["one-file", "shards"])
+@pytest.mark.parametrize("kind", [plain, replaced])
+def test_a_resumed_training_has_the_experts_of_its_checkpoint(tmp_path, kind, shards, monkeypatch):
+    model = kind(seeded_model())
+    if shards:
+        save = PreTrainedModel.save_pretrained
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", functools.partialmethod(save, max_shard_size="40KB"))
+    args = arguments(tmp_path, learning_rate=1e-2, save_strategy="steps", save_steps=2, max_steps=2)
+    first = train(EDTrainer, args, model=model)
+    assert (tmp_path / "checkpoint-2" / "model.safetensors.index.json").exists() == shards
+    trainer = EDTrainer(
+        other_weights(kind),
+        args,
+        train_dataset=make_dataset(),
+        num_domains=D,
+        beta=BETA,
+        callbacks=[weights := Weights()],
+    )
+    trainer.train(resume_from_checkpoint=True)
+    for name, value in weights.first.items():
+        assert value.equal(first.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", [plain, replaced])
+def test_the_best_model_has_the_experts_of_its_checkpoint(tmp_path, kind):
+    """The first step of two is the best one, as the second is much too long."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    args = arguments(tmp_path, learning_rate=10.0, max_steps=2, load_best_model_at_end=True, **options)
+    trainer = EDTrainer(
+        kind(seeded_model()), args, train_dataset=make_dataset(), eval_dataset=make_dataset(), num_domains=D, beta=BETA
+    )
+    trainer.train()
+    best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint, dtype=torch.float64)
+    for name, value in kind(best).state_dict().items():
+        assert value.equal(trainer.model.state_dict()[name]), name
+
+
+def test_checkpoints_with_the_names_of_layers_still_load(tmp_path):
+    args = arguments(tmp_path, learning_rate=1e-2, save_strategy="steps", save_steps=2, max_steps=2)
+    first = train(EDTrainer, args, model=replaced(seeded_model()))
+    safetensors.torch.save_file(first.model.state_dict(), tmp_path / "checkpoint-2" / "model.safetensors")
+    assert_resumes_with(first.model, other_weights(replaced), args)
+
+
+def test_layers_that_cannot_be_saved_are_refused_before_training(tmp_path):
+    model = replaced(seeded_model())
+    model.model.layers[0].mlp.scores = "sigmoid"
+    options = {"train_dataset": make_dataset(), "num_domains": D, "beta": BETA}
+    with pytest.raises(ValueError, match=r"edl::save_pretrained: .*to_transformers.*\(got scores='sigmoid'"):
+        EDTrainer(model, arguments(tmp_path, save_strategy="steps"), **options)
+    EDTrainer(model, arguments(tmp_path, save_strategy="no"), **options)
+
+
+def test_a_checkpoint_without_experts_is_refused(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    first = train(EDTrainer, args)
+    kept = {
+        name: value for name, value in first.model.state_dict().items() if not name.endswith("0.mlp.experts.down_proj")
+    }
+    safetensors.torch.save_file(kept, tmp_path / "checkpoint-2" / "model.safetensors")
+    trainer = EDTrainer(other_weights(plain), args, train_dataset=make_dataset(), num_domains=D, beta=BETA)
+    with pytest.raises(ValueError) as error:
+        trainer.train(resume_from_checkpoint=True)
+    assert str(error.value) == (
+        "edl::EDTrainerMixin: the checkpoint must hold every parameter of the model (got none for "
+        f"model.layers.0.mlp.experts.down_proj in {tmp_path / 'checkpoint-2'})"
+    )
+
+
+def test_tied_weights_are_not_missed(tmp_path):
+    args = arguments(tmp_path, learning_rate=1e-2, save_strategy="steps", save_steps=2, max_steps=2)
+    models = []
+    for seed in (0, 7):
+        torch.manual_seed(seed)
+        models.append(make_model("mixtral", torch.float64, tie_word_embeddings=True))
+    first = train(EDTrainer, args, model=models[0])
+    assert_resumes_with(first.model, models[1], args)
+    assert models[1].lm_head.weight is models[1].model.embed_tokens.weight
+
+
 # ---- several processes ----
 
 
@@ -363,6 +479,159 @@ def test_padded_flattened_and_packed_documents_are_the_same(tmp_path, kind):
     for trainer in results.values():
         assert trainer.state.log_history[0]["expert_divergence_loss"] == pytest.approx(value, rel=1e-5)
         assert_steps(trainer.gradients, results["right"].gradients)
+
+
+# Documents of 6 and 2 tokens in the first row, and one of 8 in the second.
+PACKED_POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1], list(range(8))])
+ONE_ROW = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1])
+# What a batch of packed documents has beside its tokens, and the boundaries that transformers' attention makes of it.
+FORMS = {
+    "positions": ({"position_ids": PACKED_POSITIONS}, [0, 6, 8, 16]),
+    "positions that begin elsewhere": ({"position_ids": PACKED_POSITIONS + 3}, [0, 6, 8, 16]),
+    "positions of one row": ({"position_ids": ONE_ROW[None]}, [0, 6, 8, 14, 16]),
+    "four kinds of positions": ({"position_ids": PACKED_POSITIONS.expand(4, 2, 8)}, [0, 6, 8, 16]),
+    "four kinds of one row": ({"position_ids": ONE_ROW.expand(4, 1, 8)}, [0, 6, 8, 14, 16]),
+    "three kinds of positions": ({"position_ids": PACKED_POSITIONS.expand(3, 2, 8)}, [0, 8, 16]),
+    "positions and a mask": (
+        {"position_ids": PACKED_POSITIONS, "attention_mask": torch.ones(2, 8, dtype=torch.int64)},
+        [0, 8, 16],
+    ),
+    "cu_seq_lens_q": ({"cu_seq_lens_q": torch.tensor([0, 6, 8, 16], dtype=torch.int32)}, [0, 6, 8, 16]),
+    "seq_idx": ({"seq_idx": torch.tensor([[0] * 6 + [1] * 2, [0] * 8], dtype=torch.int32)}, [0, 6, 8, 16]),
+    "seq_idx of one row": ({"seq_idx": torch.tensor([[0] * 6 + [1] * 2], dtype=torch.int32)}, [0, 6, 8, 14, 16]),
+}
+LABELS_OF_ROWS = {
+    "per token": torch.tensor([[0] * 8, [1] * 8]),
+    "per row": torch.tensor([0, 1]),
+    "weights": torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.5, 0.5]]),
+}
+
+
+def packed_model(form):
+    torch.manual_seed(0)
+    model = make_model("qwen3_vl_moe" if "kinds" in form else "mixtral", torch.float64)
+    model.config.get_text_config().use_cache = False  # the Trainer does so where the text is all of the model
+    return model
+
+
+def divergence_of_batch(folder, batch, model, warns=False):
+    """What a training step on the batch logs, and whether it warned of documents of several domains."""
+    tokens = make_dataset(4).with_format("torch")["input_ids"][:2]
+    batch = {"input_ids": tokens, "labels": tokens, **batch}
+    args = arguments(folder, max_steps=1, remove_unused_columns=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = train(EDTrainer, args, model=model, data_collator=lambda examples: dict(batch))
+    told = [entry for entry in caught if "averaged once for each" in str(entry.message)]
+    assert len(told) == warns
+    return trainer.state.log_history[0]["expert_divergence_loss"]
+
+
+def divergence_of_documents(batch, boundaries, labels, model):
+    """The same of the documents passed as such, from the logits of the same forward pass."""
+    handle = attach(model, num_domains=D, beta=1.0)
+    model(**{"input_ids": make_dataset(4).with_format("torch")["input_ids"][:2], **batch})
+    value = handle.loss(labels, cu_seqlens=torch.tensor(boundaries)).item()
+    handle.remove()
+    return value
+
+
+@pytest.mark.parametrize("labels", LABELS_OF_ROWS)
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_documents_are_those_of_transformers(tmp_path, form, labels):
+    batch, boundaries = FORMS[form]
+    model, labels = packed_model(form), LABELS_OF_ROWS[labels]
+    of_documents = labels if labels.shape == (2, 8) else labels[torch.tensor(boundaries[:-1]) // 8]
+    value = divergence_of_documents(batch, boundaries, of_documents, model)
+    assert divergence_of_batch(tmp_path, {**batch, "domain_ids": labels}, model) == pytest.approx(value, rel=1e-5)
+    if boundaries != [0, 8, 16]:
+        one_per_row = divergence_of_documents(batch, [0, 8, 16], LABELS_OF_ROWS["per token"], model)
+        two_per_row = divergence_of_documents(batch, boundaries, LABELS_OF_ROWS["per token"], model)
+        assert abs(one_per_row - two_per_row) > 1e-3
+
+
+def test_a_cache_keeps_documents_together(tmp_path):
+    batch, model = {"position_ids": PACKED_POSITIONS, "domain_ids": LABELS_OF_ROWS["per token"]}, packed_model("")
+    args = arguments(tmp_path, max_steps=1, remove_unused_columns=False, use_cache=True)
+    tokens = make_dataset(4).with_format("torch")["input_ids"][:2]
+    batch |= {"input_ids": tokens, "labels": tokens}
+    trainer = train(EDTrainer, args, model=model, data_collator=lambda examples: dict(batch))
+    handle = attach(model, num_domains=D, beta=1.0)
+    model(tokens, position_ids=PACKED_POSITIONS, use_cache=True)
+    value = handle.loss(batch["domain_ids"]).item()
+    assert trainer.state.log_history[0]["expert_divergence_loss"] == pytest.approx(value, rel=1e-5)
+
+
+def test_documents_that_share_a_label_with_padding_behind_them(tmp_path):
+    """Boundaries that end before the tokens do: what is left is not counted."""
+    form, model = {"cu_seq_lens_q": torch.tensor([0, 6, 8, 12])}, packed_model("")
+    labels = LABELS_OF_ROWS["per row"]
+    value = divergence_of_documents(form, [0, 6, 8, 12], torch.tensor([0, 0, 1]), model)
+    assert divergence_of_batch(tmp_path, {**form, "domain_ids": labels}, model) == pytest.approx(value, rel=1e-5)
+
+
+def test_flattened_batches_with_boundaries_of_flash_attention(tmp_path):
+    documents, results = make_documents("document"), {}
+    for name, options in {
+        "positions": {},
+        "boundaries": {"return_flash_attn_kwargs": True, "return_position_ids": False},
+        "sequences": {"return_seq_idx": True, "return_position_ids": False},
+    }.items():
+        collator = DomainCollator(DataCollatorWithFlattening(**options))
+        batch = collator([documents[i] for i in range(6)])
+        cu_seqlens = torch.tensor([0, 5, 8, 12, 16, 22, 24])
+        model = packed_model("")
+        handle = attach(model, num_domains=D, beta=1.0)
+        model(**{key: value for key, value in batch.items() if key not in ("domain_ids", "labels")})
+        value = handle.loss(batch["domain_ids"], cu_seqlens=cu_seqlens).item()
+        args = arguments(tmp_path, per_device_train_batch_size=6)
+        trainer = train(EDTrainer, args, documents, packed_model(""), data_collator=collator)
+        results[name] = trainer.state.log_history[0]["expert_divergence_loss"]
+        assert results[name] == pytest.approx(value, rel=1e-5)
+
+
+MIXED = {
+    "one document": (
+        {"domain_ids": torch.tensor([[0] * 6 + [1] * 2, [1] * 8]), "position_ids": PACKED_POSITIONS},
+        False,
+    ),
+    "unknown tokens": ({"domain_ids": torch.tensor([[0, -1] * 4, [1] * 8])}, False),
+    "two documents without boundary": ({"domain_ids": torch.tensor([[0] * 6 + [1] * 2, [1] * 8])}, True),
+    "a mask": (
+        {
+            "domain_ids": torch.tensor([[0] * 6 + [1] * 2, [1] * 8]),
+            "position_ids": PACKED_POSITIONS,
+            "attention_mask": torch.ones(2, 8, dtype=torch.int64),
+        },
+        True,
+    ),
+    "padding": (
+        {
+            "domain_ids": torch.tensor([[0] * 6 + [1] * 2, [1] * 8]),
+            "attention_mask": torch.tensor([[1] * 6 + [0] * 2, [1] * 8]),
+        },
+        False,
+    ),
+    "another boundary": (
+        {"domain_ids": torch.tensor([[0] * 6 + [1] * 2, [1] * 8]), "cu_seq_lens_q": torch.tensor([0, 5, 8, 16])},
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_documents_of_several_domains_are_warned_of_once(tmp_path, name):
+    batch, warns = MIXED[name]
+    divergence_of_batch(tmp_path, batch, packed_model(""), warns)
+
+
+def test_boundaries_that_are_none_are_refused(tmp_path):
+    for wrong, got in (([0, 6, 8, 16], "list"), (torch.tensor([[0, 16]]), "[1, 2]")):
+        with pytest.raises(ValueError, match=re.escape("cu_seq_lens_q must be a tensor of whole numbers")) as error:
+            divergence_of_batch(
+                tmp_path, {"cu_seq_lens_q": wrong, "domain_ids": LABELS_OF_ROWS["per token"]}, packed_model("")
+            )
+        assert str(error.value).endswith(f"(got {got})")
 
 
 def test_packing_keeps_labels_positions_and_targets():

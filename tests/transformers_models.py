@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DeepseekV3Config,
     GptOssConfig,
     GraniteMoeConfig,
@@ -13,6 +14,7 @@ from transformers import (
     PhimoeConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
+    Qwen3VLMoeConfig,
 )
 
 VOCABULARY = 99
@@ -45,14 +47,31 @@ CONFIGS = {
     ),
 }
 
+# Not for causal language modelling alone, and without a part in the lists of families above.
+MULTIMODAL = {
+    "qwen3_vl_moe": lambda: Qwen3VLMoeConfig(
+        text_config={
+            **SIZES,
+            "bos_token_id": 0,
+            "head_dim": 16,
+            "intermediate_size": 37,
+            "moe_intermediate_size": 12,
+            "num_experts": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+        },
+        vision_config={"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 32},
+    )
+}
+
 
 def make_model(family: str, dtype: torch.dtype = torch.float32, experts: str = "eager", **config) -> nn.Module:
     """A model for causal language modelling, in train mode."""
-    settings = CONFIGS[family]()
+    settings = {**CONFIGS, **MULTIMODAL}[family]()
     for name, value in config.items():
         assert hasattr(settings, name)
         setattr(settings, name, value)
-    model = AutoModelForCausalLM.from_config(settings, experts_implementation=experts)
+    kind = AutoModelForImageTextToText if family in MULTIMODAL else AutoModelForCausalLM
+    model = kind.from_config(settings, experts_implementation=experts)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

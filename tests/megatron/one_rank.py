@@ -207,6 +207,65 @@ def routers():
     return sentences, [str(warning.message) for warning in caught], bool(torch.equal(without, wanted)), keys
 
 
+def flat_logits():
+    """What routing adds to the gradient of logits [T, E], and what the loss of the same sequences does, by labels; and
+    sentences."""
+    import small_gpt
+
+    import edl
+
+    router = _model().decoder.layers[0].mlp.router.train()
+    length, batch_size = 6, 4
+    logits = torch.randn(length * batch_size, small_gpt.EXPERTS, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 1, 2, 1])
+    per_token = torch.arange(24).view(batch_size, length) % 3
+    weights = torch.rand(batch_size, 3, dtype=torch.float64)
+    mask = torch.ones(batch_size, length, dtype=torch.int64)
+    mask[1, 4:] = mask[3, :2] = 0
+    scopes = {
+        "labels": ({"domain_ids": labels}, None),
+        "labels per token": ({"domain_ids": per_token}, None),
+        "weights": ({"domain_ids": weights}, None),
+        "mask": ({"domain_ids": labels, "attention_mask": mask}, None),
+        "padding_mask": ({"domain_ids": labels}, (mask == 0).t()),
+        "flat padding_mask": ({"domain_ids": labels}, (mask == 0).t().reshape(-1)),
+        "sequences of one token": ({"domain_ids": (torch.arange(24) % 3).view(24, 1)}, None),
+        "a mask tells": ({"domain_ids": torch.arange(24) % 3, "attention_mask": torch.ones(24, 1)}, None),
+    }
+    results = {}
+    for name, (scope, padding_mask) in scopes.items():
+        with edl.domain_scope(**scope):
+            probs, routing_map = router.routing(logits, padding_mask)
+        assert probs.shape == routing_map.shape == logits.shape
+        (gradient,) = torch.autograd.grad(0.0 * probs.sum(), logits)
+        ids = scope["domain_ids"]
+        by_sequence = logits.view(-1, len(ids), small_gpt.EXPERTS).transpose(0, 1)
+        keep = mask if "mask" in name and len(ids) == batch_size else None
+        loss = edl.ExpertDivergenceLoss(small_gpt.DOMAINS)(by_sequence, ids, keep)
+        results[name] = (gradient, torch.autograd.grad(small_gpt.COEFF * loss, logits)[0])
+    boundaries = torch.tensor([0, 8, 24])
+    with edl.domain_scope(torch.arange(24).view(1, 24) // 8, cu_seqlens=boundaries):  # one stream, in its order
+        probs, _ = router.routing(logits)
+    (gradient,) = torch.autograd.grad(0.0 * probs.sum(), logits)
+    loss = edl.ExpertDivergenceLoss(small_gpt.DOMAINS)(logits, torch.arange(24) // 8, cu_seqlens=boundaries)
+    results["stream"] = (gradient, torch.autograd.grad(small_gpt.COEFF * loss, logits)[0])
+
+    def route(logits, *args, **kwargs):
+        with edl.domain_scope(*args, **kwargs):
+            router.routing(logits)
+
+    sentences = [
+        _sentence(route, logits, torch.arange(24) % 3),
+        _sentence(route, logits, torch.tensor([0, 1, 2, 0, 1])),
+        _sentence(route, logits, labels[:0]),
+        _sentence(route, logits, torch.tensor([0, 1]), cu_seqlens=boundaries),
+        _sentence(route, logits, per_token[:, :3]),
+        _sentence(route, logits[:, 0], labels),
+        _sentence(route, logits[None, None], labels),
+    ]
+    return results, sentences
+
+
 def wrong_labels():
     """What every rank raises where the labels of one are wrong."""
     import small_gpt

@@ -65,6 +65,28 @@ def test_router_refuses_what_it_cannot_label_and_is_plain_without_labels():
     assert is_plain and has_same_keys
 
 
+def test_flat_logits_have_the_loss_of_their_sequences():
+    results, sentences = on_ranks(1, one_rank.flat_logits)[0]
+    for name, (gradient, wanted) in results.items():
+        assert wanted.norm() > 1e-3, name
+        assert_close(gradient, wanted, tolerance(torch.float64, 128))
+    cannot_tell = "edl::EDTopKRouter: with router logits [T, E], token s of sequence b in row s·B + b, labels must tell"
+    for sentence, (start, got) in zip(
+        sentences,
+        [
+            (cannot_tell, "(got 24 rows, domain_ids [24])"),
+            (cannot_tell, "(got 24 rows, domain_ids [5])"),
+            (cannot_tell, "(got 24 rows, domain_ids [0])"),
+            (cannot_tell, "(got 24 rows, domain_ids [2] and cu_seqlens)"),
+            ("edl::segments: domain_ids [B, S_len] must have one label per token, 24", "(got [4, 3])"),
+            ("edl::EDTopKRouter: router logits must be [S_len, B, E] or [T, E]", "(got [24])"),
+            ("edl::EDTopKRouter: router logits must be [S_len, B, E] or [T, E]", "(got [1, 1, 24, 4])"),
+        ],
+        strict=True,
+    ):
+        assert sentence.startswith(start) and sentence.endswith(got), sentence
+
+
 def test_wrong_labels_of_one_rank_are_an_error_on_all():
     first, second = on_ranks(2, one_rank.wrong_labels)
     assert "domain_ids must have one row per sequence, 2 (got [1])" in second

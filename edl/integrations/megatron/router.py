@@ -75,7 +75,15 @@ class EDTopKRouter(TopKRouter):
         object.__setattr__(self, "divergence", divergence)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Megatron's routing of logits [S_len, B, E], with the loss attached to the weights."""
+        """Megatron's routing of logits [S_len, B, E], with the loss attached to the weights.
+
+        Logits [T, E] have token s of sequence b in row s·B + b and do not say B. It is taken from a `padding_mask`
+        [S_len, B], a mask [B, S_len] of the scope, labels [B] (B below T) or [B, S_len], or weights [B, D]; with
+        `cu_seqlens` from a mask, or labels [B, S_len].
+
+        Raises:
+            ValueError: logits of other dimensions, or [T, E] where B cannot be told or does not divide T.
+        """
         labels = edl.current_labels() if self.training and torch.is_grad_enabled() else None
         if labels is not None:
             # Data-parallel ranks add up their moments while Megatron routes.
@@ -95,8 +103,8 @@ class EDTopKRouter(TopKRouter):
             _end_step_with_gradients(self.config, self.divergence.memory)
         # Segments are made inside the loss, which keeps the other ranks from waiting where the labels of one are wrong.
         return self.divergence.begin_from_segments(
-            self._routing_of(logits.flatten(0, 1)),
-            lambda: self._segments(logits.shape[0], logits.shape[1], padding_mask, labels),
+            self._routing_of(logits.reshape(-1, logits.shape[-1])),
+            lambda: self._segments(*self._sizes(logits, padding_mask, labels), padding_mask, labels),
         )
 
     def _attach(
@@ -122,6 +130,26 @@ class EDTopKRouter(TopKRouter):
         if self._has_native_scores():
             return logits
         return compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)[1]
+
+    def _sizes(self, logits: Tensor, padding_mask: Tensor | None, labels: edl.Labels) -> tuple[int, int]:
+        """S_len and B of this rank's logits."""
+        if logits.dim() == 3:
+            return logits.shape[0], logits.shape[1]
+        if logits.dim() != 2:
+            raise ValueError(
+                f"edl::EDTopKRouter: router logits must be [S_len, B, E] or [T, E] (got {list(logits.shape)})"
+            )
+        num_rows = logits.shape[0]
+        batch_size = _told_batch_size(num_rows, padding_mask, labels)
+        if batch_size < 1 or num_rows % batch_size != 0:
+            raise ValueError(
+                "edl::EDTopKRouter: with router logits [T, E], token s of sequence b in row s·B + b, labels must tell "
+                "a B that divides T: domain_ids [B] (B below T), [B, S_len] or weights [B, D], with cu_seqlens "
+                "[B, S_len]; else pass logits [S_len, B, E] "
+                f"(got {num_rows} rows, domain_ids {list(labels.domain_ids.shape)}"
+                f"{'' if labels.cu_seqlens is None else ' and cu_seqlens'})"
+            )
+        return num_rows // batch_size, batch_size
 
     def _segments(
         self, sequence_length: int, batch_size: int, padding_mask: Tensor | None, labels: edl.Labels
@@ -153,7 +181,7 @@ class EDTopKRouter(TopKRouter):
 
     def _tokens_per_data_rank(self, logits: Tensor, padding_mask: Tensor | None, labels: edl.Labels) -> Tensor:
         """Tokens of this micro-batch that are no padding, the mean over data-parallel ranks."""
-        num_tokens = logits.shape[0] * logits.shape[1]
+        num_tokens = logits.shape[:-1].numel()
         # Filled on the device: a copy from the host would wait for it.
         tokens = torch.full([], num_tokens, dtype=torch.float32, device=logits.device)
         if padding_mask is not None:
@@ -166,6 +194,20 @@ class EDTopKRouter(TopKRouter):
                 tokens = mask.sum(dtype=torch.float32) * (tokens / mask.numel())
         torch.distributed.all_reduce(tokens, group=self.tp_dp_cp_group)
         return tokens / self.data_parallel_size
+
+
+def _told_batch_size(num_rows: int, padding_mask: Tensor | None, labels: edl.Labels) -> int:
+    """B where logits [T, E] leave it open; 0 where it cannot be told."""
+    if padding_mask is not None and padding_mask.dim() == 2:  # [S_len, B]
+        return padding_mask.shape[1]
+    for mask in (labels.attention_mask, labels.padding_mask):
+        if mask is not None and mask.dim() == 2:
+            return mask.shape[0]
+    ids = labels.domain_ids
+    is_per_token = ids.dim() == 2 and not ids.is_floating_point()
+    if is_per_token or (labels.cu_seqlens is None and (ids.shape[0] != num_rows or num_rows == 1)):
+        return ids.shape[0]
+    return 0  # one label per token or per sequence of one token; or a stream that may be cut into samples
 
 
 def _check_config(config: Any) -> None:

@@ -1,12 +1,18 @@
 """Mixture-of-Experts blocks of transformers v5 as `edl.MoELayer`, and back; the parameters are shared, not copied."""
 
+import copy
+import functools
 import importlib
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from edl.moe import MoELayer
+from edl.moe import MoELayer, Router
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _Family(NamedTuple):
@@ -26,15 +32,36 @@ _FAMILIES = {
 }
 
 
-def _family_of(block: nn.Module) -> str:
+def _modeling(family: _Family) -> ModuleType:
+    return importlib.import_module(f"transformers.models.{family.module}.modeling_{family.module}")
+
+
+@functools.cache
+def _router_class(name: str) -> type[nn.Module]:
+    """edl's router as one of a family of transformers too, which records the logits of its routers by their class."""
+    family = _FAMILIES[name]
+    bases = (Router, getattr(_modeling(family), f"{family.prefix}TopKRouter"))
+    return type(f"{family.prefix}Router", bases, {"__module__": __name__})
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Finds the classes of `_router_class` for pickle."""
+    for key, family in _FAMILIES.items():
+        if name == f"{family.prefix}Router":
+            return _router_class(key)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _keep_recorded(source: nn.Module, target: nn.Module) -> None:
+    """Gives a router the hooks with which transformers records the one before it: it puts them on a model once."""
+    for hook in source._forward_hooks.values():
+        if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+            target.register_forward_hook(hook)
+
+
+def _family_of(block: nn.Module) -> str | None:
     names = {kind.__name__ for kind in type(block).__mro__}
-    for name, family in _FAMILIES.items():
-        if f"{family.prefix}SparseMoeBlock" in names:
-            return name
-    raise ValueError(
-        "edl::MoELayer.from_transformers: block must be the Mixture-of-Experts block of a Mixtral, Qwen2-MoE, "
-        f"Qwen3-MoE or OLMoE model (got {type(block).__name__})"
-    )
+    return next((name for name, family in _FAMILIES.items() if f"{family.prefix}SparseMoeBlock" in names), None)
 
 
 def _check_activation(module: nn.Module) -> None:
@@ -66,6 +93,11 @@ def layer_from_block(
 ) -> MoELayer:
     """See `edl.MoELayer.from_transformers`."""
     name = _family_of(block)
+    if name is None:
+        raise ValueError(
+            "edl::MoELayer.from_transformers: block must be the Mixture-of-Experts block of a Mixtral, Qwen2-MoE, "
+            f"Qwen3-MoE or OLMoE model (got {type(block).__name__})"
+        )
     family = _FAMILIES[name]
     parts: Any = block  # whose types nn.Module does not know
     _check_activation(parts.experts)
@@ -95,6 +127,8 @@ def layer_from_block(
     )
     _share(block, layer, _ROUTED + (_SHARED if family.has_shared_expert else []))
     layer.transformers_family = name
+    layer.router.__class__ = _router_class(name)  # type: ignore[assignment]  # one of Router's
+    _keep_recorded(parts.gate, layer.router)
     return layer.train(block.training)
 
 
@@ -133,14 +167,102 @@ def block_from_layer(layer: MoELayer, family: str | None = None) -> nn.Module:
     if kind.has_shared_expert:
         assert layer.shared_expert is not None
         options["shared_expert_intermediate_size"] = layer.shared_expert.gate_proj.out_features
-    package = f"transformers.models.{kind.module}"
-    config = getattr(importlib.import_module(f"{package}.configuration_{kind.module}"), f"{kind.prefix}Config")(
-        **options
-    )
+    config = getattr(_modeling(kind), f"{kind.prefix}Config")(**options)
     with torch.device("meta"):
-        block = getattr(importlib.import_module(f"{package}.modeling_{kind.module}"), f"{kind.prefix}SparseMoeBlock")(
-            config
-        )
+        block = getattr(_modeling(kind), f"{kind.prefix}SparseMoeBlock")(config)
     names = _ROUTED + (_SHARED if kind.has_shared_expert else [])
     _share(layer, block, [(to_name, from_name) for from_name, to_name in names])
+    _keep_recorded(layer.router, block.gate)
     return block.train(layer.training)
+
+
+_SETTINGS = [
+    "hidden_size",
+    "intermediate_size",
+    "num_experts",
+    "top_k",
+    "scores",
+    "normalize_top_k",
+    "routed_scaling_factor",
+    "expert_mesh",
+]
+
+
+def _difference(layer: MoELayer, expected: MoELayer) -> str | None:
+    """What a layer is or has that the block in its place cannot say; None for nothing."""
+    for name in _SETTINGS:
+        if getattr(layer, name) != getattr(expected, name):
+            return f"{name}={getattr(layer, name)!r}"
+    for part in ("expert_bias", "shared_expert", "shared_expert_gate"):
+        if (getattr(layer, part) is None) != (getattr(expected, part) is None):
+            return f"{part}={'None' if getattr(layer, part) is None else 'present'}"
+    if layer.shared_expert is not None and expected.shared_expert is not None:
+        width = layer.shared_expert.gate_proj.out_features
+        if width != expected.shared_expert.gate_proj.out_features:
+            return f"a shared expert of {width}"
+    return None
+
+
+def names_in_blocks(model: nn.Module) -> dict[str, str]:
+    """The names in a model's state_dict that a model without edl, made from the same configuration, has otherwise.
+
+    Args:
+        model (nn.Module): a model of transformers; holds `MoELayer`s, in the place of blocks or of its own accord.
+
+    Returns:
+        The names of the parameters of layers in the place of blocks, and those of the blocks; nothing for models of
+        other kinds, and for models with adapters, of which the adapters alone are saved.
+
+    Raises:
+        ValueError: a layer that the block in its place cannot express, or with no block in its place.
+    """
+    from transformers import PreTrainedModel
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+    if not layers or not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        return {}
+    with torch.device("meta"):  # as from_pretrained makes it
+        plain = type(model)(copy.deepcopy(model.config))
+    plain_modules = dict(plain.named_modules())
+    names: dict[str, str] = {}
+    for name, layer in layers.items():
+        block = plain_modules.get(name)
+        if isinstance(block, MoELayer):
+            continue
+        difference: str | None = "a layer where the model has no block"
+        if block is not None and _family_of(block) is not None:
+            difference = _difference(layer, layer_from_block(block))
+        if difference:
+            raise ValueError(
+                "edl::save_pretrained: a layer in the place of a block must be one that to_transformers makes a block "
+                "of the model's configuration; state_dict() saves others under names of their own "
+                f"(got {difference} in {name})"
+            )
+        names |= {f"{name}.{ours}": f"{name}.{theirs}" for theirs, ours in _ROUTED}
+    return names
+
+
+@functools.cache  # once
+def write_names_of_families() -> None:
+    """Lets `save_pretrained` write layers in the place of blocks under the names that `from_pretrained` reads. It asks
+    no part of a model for its names but the whole model for its state_dict, which keeps those of the layers."""
+    from transformers import PreTrainedModel
+
+    save = PreTrainedModel.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(
+        self: "PreTrainedModel",
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        names = {} if kwargs.get("distributed_checkpoint", False) else names_in_blocks(self)
+        if names:
+            state = self.state_dict() if state_dict is None else state_dict
+            state_dict = {names.get(name, name): value for name, value in state.items()}
+        save(self, save_directory, is_main_process, state_dict, *args, **kwargs)
+
+    PreTrainedModel.save_pretrained = save_pretrained

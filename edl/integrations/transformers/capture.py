@@ -1,7 +1,9 @@
 """The Expert Divergence loss on the router logits of a transformers model, which hooks capture."""
 
-import functools
 import math
+import re
+import warnings
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +33,20 @@ def _recorders(part: "PreTrainedModel") -> list["OutputRecorder"]:
     ]
 
 
+# What PEFT puts around a module: the module as it was and a copy per adapter, of which one runs; or the module alone.
+_WRAPPERS = re.compile(r"\.(original_module|modules_to_save\.[^.]+|base_layer)(?=\.|$)")
+
+
 def _find_routers(model: nn.Module) -> tuple[nn.Module, list[tuple[str, nn.Module, int]]]:
-    """The smallest model of transformers around all routers; and name, router, index of the logits in its output."""
+    """The smallest model of transformers around all routers; and name, router, index of the logits in its output.
+    Several of one name: PEFT has copied a router."""
     from transformers import PreTrainedModel
 
     found: dict[nn.Module, tuple[nn.Module, str, int]] = {}
     for part in (module for module in model.modules() if isinstance(module, PreTrainedModel)):  # outer ones first
         recorders = _recorders(part)
-        for name, module in part.named_modules():
+        for path, module in part.named_modules():
+            name = _WRAPPERS.sub("", path)
             if isinstance(module, Router):
                 found[module] = (part, name, 0)
             for recorder in recorders:
@@ -61,12 +69,42 @@ def _find_routers(model: nn.Module) -> tuple[nn.Module, list[tuple[str, nn.Modul
     return parts.pop(), [(name, router, index) for router, (_, name, index) in found.items()]
 
 
+def _frozen_routers(part: nn.Module, names: Sequence[str]) -> list[str]:
+    """The routers without a trainable parameter, in themselves or in what PEFT put around them."""
+    parameters = [(_WRAPPERS.sub("", path), parameter.requires_grad) for path, parameter in part.named_parameters()]
+    trainable = {
+        name: [requires_grad for path, requires_grad in parameters if path.startswith(f"{name}.")] for name in names
+    }
+    return [name for name, flags in trainable.items() if flags and not any(flags)]
+
+
+class _Record:
+    """The hook of a router. In a deep copy, as PEFT makes of a router inside a model, it records as before; pickled it
+    does nothing."""
+
+    def __init__(self, capture: "_Capture | None" = None, name: str = "", index: int = 0) -> None:
+        self.capture = (lambda: None) if capture is None else weakref.ref(capture)
+        self.name, self.index = name, index
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Record":
+        return self
+
+    def __reduce__(self) -> tuple[type["_Record"], tuple[()]]:
+        return (_Record, ())
+
+    def __call__(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        capture = self.capture()
+        if capture is not None:
+            capture.record(self.name, self.index, output)
+
+
 class _Capture:
     """The router logits of the last training forward of one model, in the order in which its routers ran.
 
     A training forward is one in train mode with gradients enabled, or inside `memory.collect()`. Evaluation, generation
     and the replays of activation checkpointing, which run routers during the backward pass and outside a forward of the
-    model, leave no trace. In a copy of the model the hooks do nothing.
+    model, leave no trace. In a copy of the model the hooks do nothing; in a copy of a router that PEFT puts in its
+    place they record as before.
     """
 
     def __init__(
@@ -78,13 +116,14 @@ class _Capture:
         self.part = part
         self.memory = memory
         self.names = [name for name, _, _ in routers]
+        self.warned_of_frozen = False
         self.clear()
         self.hooks: list[RemovableHandle] = []
         if part is not None:
             self.hooks.append(part.register_forward_pre_hook(self.begin, with_kwargs=True))
             self.hooks.append(part.register_forward_hook(self.end, always_call=True))
         for name, router, index in routers:
-            self.hooks.append(router.register_forward_hook(functools.partial(self.record, name, index)))
+            self.hooks.append(router.register_forward_hook(_Record(self, name, index)))
 
     def __reduce__(self) -> tuple[type["_Capture"], tuple[()]]:
         return (_Capture, ())  # copied or pickled along with the hooks of a model
@@ -105,11 +144,13 @@ class _Capture:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # a replay of the whole model
         self.clear()
+        if not torch.compiler.is_compiling():
+            self.warn_of_frozen()
         self.is_recording, self.needs_gradient = True, not is_collecting
         inputs = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         self.batch_shape = next((list(x.shape[:2]) for x in inputs if isinstance(x, Tensor) and x.dim() >= 2), [0])
 
-    def record(self, name: str, index: int, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def record(self, name: str, index: int, output: Any) -> None:
         if self.is_recording:
             self.captured.append((name, output if isinstance(output, Tensor) else output[index]))
             if self.needs_gradient and not torch.is_grad_enabled():
@@ -118,8 +159,22 @@ class _Capture:
     def end(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.is_recording = False
 
+    def warn_of_frozen(self) -> None:
+        if self.part is None or self.warned_of_frozen:
+            return
+        self.warned_of_frozen = True
+        frozen = _frozen_routers(self.part, self.names)
+        if frozen:
+            warnings.warn(
+                "edl::attach: a router without trainable parameters, as under LoRA of PEFT, feels the loss only "
+                "through what feeds it; modules_to_save or requires_grad_() trains it "
+                f"(got no trainable parameter in {', '.join(frozen)})",
+                stacklevel=2,
+            )
+
     def take(self) -> list[Tensor]:
         """The logits of each layer, `Tensor[B, S_len, E]`; they are given once."""
+        self.warn_of_frozen()  # of a compiled model
         captured, shape = self.captured, self.batch_shape
         needs_gradient, lacks_gradient = self.needs_gradient, self.lacks_gradient
         self.clear()

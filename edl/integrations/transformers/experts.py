@@ -27,6 +27,7 @@ def _obstacle(experts: nn.Module) -> str | None:
     return " and ".join(present) or None
 
 
+_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _warned: set[str] = set()
 
 
@@ -52,6 +53,9 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
 
     Returns:
         output (Tensor[T, H]) in the type of `hidden_states`.
+
+    Raises:
+        ValueError: weights of another type than float32, float64, bfloat16 and float16, as those of quantised models.
     """
     obstacle = _obstacle(experts)
     if obstacle is not None:
@@ -60,6 +64,13 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
         _warn_once(type(experts).__name__, obstacle)
         return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     parts: Any = experts  # whose types nn.Module does not know
+    for name in ("gate_up_proj", "down_proj"):
+        kind = getattr(parts, name).dtype
+        if kind not in _TYPES:
+            raise ValueError(
+                "edl::register: expert weights must be float32, float64, bfloat16 or float16, not quantised "
+                f"(got {name} of {kind})"
+            )
     tokens = hidden_states.to(parts.gate_up_proj.dtype)
     weights = top_k_weights.to(torch.float64 if tokens.dtype == torch.float64 else torch.float32)
     row_order, offsets = ops.sort_by_expert(top_k_index, parts.num_experts)

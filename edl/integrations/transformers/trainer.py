@@ -1,11 +1,14 @@
 """The Expert Divergence loss in transformers' `Trainer`."""
 
 import os
+import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from edl.integrations.transformers.blocks import names_in_blocks
 from edl.integrations.transformers.capture import attach
 from edl.memory import DomainMemory
 
@@ -17,13 +20,87 @@ else:
 _MEMORY_NAME = "domain_memory.pt"  # beside optimizer.pt
 
 
-def _document_boundaries(position_ids: Tensor) -> Tensor:
-    """Boundaries [N + 1] in the flattened batch of the documents in `position_ids [B, S_len]`: at each row, and
-    wherever a position does not follow the one before it (transformers' own rule)."""
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids.diff(dim=1) != 1
+def _document_boundaries(inputs: dict[str, Any], shape: torch.Size, has_cache: bool) -> Tensor | None:
+    """Boundaries [N + 1] in the flattened batch [B, S_len] of the documents that transformers' attention tells apart;
+    None: each row is one."""
+    boundaries = inputs.get("cu_seq_lens_q")
+    if boundaries is not None:
+        if not isinstance(boundaries, Tensor) or boundaries.dim() != 1 or boundaries.is_floating_point():
+            raise ValueError(
+                "edl::EDTrainerMixin: cu_seq_lens_q must be a tensor of whole numbers of the shape [N + 1] "
+                f"(got {list(boundaries.shape) if isinstance(boundaries, Tensor) else type(boundaries).__name__})"
+            )
+        return boundaries
+    seq_idx, positions = inputs.get("seq_idx"), inputs.get("position_ids")
+    if seq_idx is not None:
+        is_start = seq_idx.diff(dim=-1) != 0
+    elif positions is None or inputs.get("attention_mask") is not None or has_cache:
+        return None
+    else:
+        if positions.dim() == 3:  # of multimodal models: those of the text first, where there are four
+            if positions.shape[0] != 4:
+                return None
+            positions = positions[0]
+        is_start = positions.diff(dim=-1) != 1
+    starts = torch.ones(shape, dtype=torch.bool, device=is_start.device)
+    starts[:, 1:] = is_start
     num_tokens = torch.tensor([starts.numel()], device=starts.device)
     return torch.cat([starts.flatten().nonzero().flatten(), num_tokens])
+
+
+def _labels_of_documents(domain_ids: Tensor, cu_seqlens: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Labels of documents, and boundaries, of labels or weights per row: a document ends where its row does."""
+    row_starts = torch.arange(0, shape.numel(), shape[1], device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    cu_seqlens = torch.cat([cu_seqlens, torch.minimum(row_starts, cu_seqlens[-1:])]).sort().values
+    rows = (cu_seqlens[:-1] // shape[1]).clamp(max=shape[0] - 1)
+    return domain_ids[rows.long()], cu_seqlens
+
+
+def _has_mixed_documents(domain_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Whether labels per token [B, S_len] differ inside what counts as one document."""
+    labels = domain_ids.flatten().long()
+    if attention_mask is not None:
+        labels = labels.masked_fill(attention_mask.flatten() == 0, -1)
+    if cu_seqlens is None:
+        length = domain_ids.shape[1]
+        cu_seqlens = torch.arange(0, labels.numel() + 1, max(length, 1), device=labels.device)
+    places = torch.arange(labels.numel(), device=labels.device, dtype=cu_seqlens.dtype)
+    documents = torch.searchsorted(cu_seqlens[1:].contiguous(), places, right=True)
+    highest = labels.new_full(cu_seqlens.shape, -1).scatter_reduce(0, documents, labels, "amax")
+    return ((labels >= 0) & (labels != highest[documents])).any()
+
+
+def _lacking(model: nn.Module, missing: Sequence[str]) -> list[str]:
+    """The missing names of a state_dict without those of weights that were loaded under another name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or []
+    return [name for name in missing if id(parameters.get(name)) not in loaded and name not in ignored]
+
+
+def _load_as_from_pretrained(model: nn.Module, checkpoint: str) -> Any:
+    """Loads the weights of a checkpoint of transformers into a model that exists; returns what load_state_dict does."""
+    from transformers import PreTrainedModel
+
+    missing = ["all"]
+    if isinstance(model, PreTrainedModel):
+        fresh, report = type(model).from_pretrained(
+            checkpoint, config=model.config, dtype=model.dtype, output_loading_info=True
+        )
+        names = {theirs: ours for ours, theirs in names_in_blocks(model).items()}
+        state = {names.get(name, name): value for name, value in fresh.state_dict().items()}
+        missing = [name for name in (names.get(key, key) for key in report["missing_keys"]) if name in state]
+        for name in missing:
+            del state[name]
+        result = model.load_state_dict(state, strict=False)
+        lacking = _lacking(model, result.missing_keys)
+        missing = [name for name, _ in model.named_parameters() if name in lacking]
+    if missing:
+        raise ValueError(
+            "edl::EDTrainerMixin: the checkpoint must hold every parameter of the model "
+            f"(got none for {', '.join(missing)} in {checkpoint})"
+        )
+    return result
 
 
 class EDTrainerMixin(_Trainer):
@@ -31,8 +108,10 @@ class EDTrainerMixin(_Trainer):
 
     The dataset needs a column `domain_ids`: a label per example in [-1, D), -1 = not counted, or a list with one per
     token. The column is kept, collated (any collator that keeps it; else `DomainCollator`), and taken out before the
-    batch reaches the model. Padding follows `attention_mask`. With labels per token, documents packed into a row are
-    told apart by their `position_ids`. Evaluation is left as it is.
+    batch reaches the model. Padding follows `attention_mask`. Documents packed into a row are told apart as in
+    transformers' attention: by `cu_seq_lens_q`, by `seq_idx`, or by `position_ids` that do not go on ([B, S_len], [1,
+    S_len] or, with positions of the text first, [4, B, S_len]; only without `attention_mask` and cache). Labels per
+    token that change inside of what counts as one document are warned of once. Evaluation is left as it is.
 
     beta times the loss counts once per optimizer step, as the mean over its micro-batches, whatever
     `num_items_in_batch` or `average_tokens_across_devices` do to the language-model loss. Over several processes the
@@ -56,7 +135,9 @@ class EDTrainerMixin(_Trainer):
 
     Raises:
         ValueError: what `attach` raises; several devices in one process (DataParallel); tensor, context or sequence
-            parallelism; two passes with a `memory` of one's own; while training, a batch without `domain_ids`.
+            parallelism; two passes with a `memory` of one's own; layers of edl that `save_pretrained` refuses, where
+            checkpoints are saved; while training, a batch without `domain_ids`; a checkpoint to resume from that lacks
+            parameters.
     """
 
     def __init__(
@@ -82,8 +163,12 @@ class EDTrainerMixin(_Trainer):
         if accumulates:
             self._divergence_options.setdefault("memory", DomainMemory(decay=0.0 if two_passes else 0.9))
         self.expert_divergence = attach(self.model, **self._divergence_options)
+        if self.args.save_strategy != "no":
+            names_in_blocks(self.model)  # so that what cannot be saved is refused before it was trained
         self._value_sum: Any = 0.0  # a tensor from the first value on
         self._num_values = 0
+        self._has_mixed_documents: Any = False  # a tensor from the first labels per token on
+        self._warned_of_mixed_documents = False
 
     def _check_parallelism(self) -> None:
         if self.args.n_gpu > 1:
@@ -164,12 +249,32 @@ class EDTrainerMixin(_Trainer):
                 "edl::EDTrainerMixin: every training batch must have domain_ids, from a column of the dataset and a "
                 f"collator that keeps it, such as DomainCollator (got {sorted(inputs)})"
             )
-        cu_seqlens = None
-        position_ids = inputs.get("position_ids")
+        attention_mask = inputs.get("attention_mask")
         is_per_token = domain_ids.dim() == 2 and not domain_ids.is_floating_point()
-        if is_per_token and position_ids is not None and position_ids.shape == domain_ids.shape:
-            cu_seqlens = _document_boundaries(position_ids)
-        return self.expert_divergence.loss(domain_ids, inputs.get("attention_mask"), cu_seqlens=cu_seqlens)
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+        cu_seqlens = None
+        if tokens is not None:
+            uses_cache = getattr(self.args, "use_cache", False) and not self.args.gradient_checkpointing
+            has_cache = uses_cache or inputs.get("past_key_values") is not None
+            cu_seqlens = _document_boundaries(inputs, tokens.shape[:2], has_cache)
+            if cu_seqlens is not None and not is_per_token and domain_ids.shape[:1] == tokens.shape[:1]:
+                domain_ids, cu_seqlens = _labels_of_documents(domain_ids, cu_seqlens, tokens.shape[:2])
+        loss = self.expert_divergence.loss(domain_ids, attention_mask, cu_seqlens=cu_seqlens)
+        if is_per_token and not self._warned_of_mixed_documents:
+            self._has_mixed_documents |= _has_mixed_documents(domain_ids, attention_mask, cu_seqlens)
+            if domain_ids.device.type == "cpu":  # on other devices once a log waits for them anyway
+                self._warn_of_mixed_documents()
+        return loss
+
+    def _warn_of_mixed_documents(self) -> None:
+        if not self._warned_of_mixed_documents and self._has_mixed_documents:
+            self._warned_of_mixed_documents = True
+            warnings.warn(
+                "edl::EDTrainerMixin: domain_ids per token should be the same inside each document; documents that "
+                "share a row are told apart by position_ids without attention_mask and cache, cu_seq_lens_q or seq_idx "
+                "(got a document of several domains, averaged once for each)",
+                stacklevel=2,
+            )
 
     def _num_shares(self, num_items_in_batch: Any) -> int:
         """What a micro-batch's loss must be divided by: training_step divides by the number of micro-batches unless the
@@ -201,6 +306,21 @@ class EDTrainerMixin(_Trainer):
             state = torch.load(path, map_location="cpu", weights_only=True)
             self._divergence_options["memory"].load_state_dict(state)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._loaded_checkpoint = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._loaded_checkpoint = self.state.best_model_checkpoint
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Follows each loading of a whole model, which leaves weights as they are where the file has other names or
+        keeps experts one by one; `from_pretrained` knows them."""
+        if _lacking(self.model, load_result.missing_keys):
+            load_result = _load_as_from_pretrained(self.model, self._loaded_checkpoint)
+        super()._issue_warnings_after_load(load_result)
+
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs = {name: value for name, value in inputs.items() if name != "domain_ids"}
         return super().prediction_step(model, inputs, *args, **kwargs)
@@ -209,4 +329,5 @@ class EDTrainerMixin(_Trainer):
         if "loss" in logs and self._num_values > 0:
             logs["expert_divergence_loss"] = (self._value_sum / self._num_values).item()
             self._value_sum, self._num_values = 0.0, 0
+        self._warn_of_mixed_documents()
         super().log(logs, *args, **kwargs)

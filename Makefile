@@ -80,6 +80,7 @@ $(STAMPS)/torch: $(STAMPS)/torch-wanted
 	@touch $@
 
 $(STAMPS)/edl: setup.py pyproject.toml $(shell find csrc edl/share -type f) $(STAMPS)/torch
+	@echo "edl: compiling takes two to six minutes on two cores, in which pip shows nothing"
 	$(PIP_INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 

@@ -7,25 +7,35 @@ Environment: EDL_BUILD_CUDA=0/1 overrides the choice of CUDA; MAX_JOBS and TORCH
 import copy
 import os
 import platform
+import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "tools"))
 import cuda_toolkit  # noqa: E402
 
 LIBRARY = "edl.lib.libedl"
-OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 14)
+OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 15)  # the only place: what is written elsewhere is compared with it
+OLDEST_SETUPTOOLS = 77  # the licence in pyproject.toml
 INSTALL_HINT = (
-    "edl is compiled against the PyTorch it will run with: install torch 2.11 to 2.14 first, "
+    "edl is compiled against the PyTorch it will run with: install torch {}.{} to {}.{} first, "
     "then run `pip install --no-build-isolation .`"
-)
+).format(*OLDEST_TORCH, *NEWEST_TORCH)
+
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    sys.exit(
+        f"edl is built with setuptools {OLDEST_SETUPTOOLS} or newer: run `pip install --upgrade setuptools` first "
+        f"(got setuptools {setuptools.__version__})"
+    )
 
 try:
     import torch
@@ -45,6 +55,30 @@ class MetadataWithoutTorch(dist_info):
     """pip asks for the metadata first: stopping here keeps it from fetching a torch that the build would not see."""
 
     run = BuildWithoutTorch.run
+
+
+class SourceArchive(sdist):
+    """Asks for every torch that is supported, whatever torch is here: what is built from it does not yet exist."""
+
+    def run(self):
+        self.distribution.install_requires = [torch_requirement(None)]
+        self.distribution.metadata.install_requires = self.distribution.install_requires
+        super().run()
+
+
+def torch_requirement(version):
+    """What to install edl beside: the minor release of torch that it is compiled for, or, of sources, any from the
+    oldest on."""
+    if version is None:
+        return "torch>={}.{}".format(*OLDEST_TORCH)
+    major, minor = torch_minor(version)
+    # A build of torch before its release is older than the release by the rules of versions.
+    is_release = re.fullmatch(r"[\d.]+(\.post\d+)?", version.split("+")[0])
+    return f"torch>={major}.{minor}{'' if is_release else '.dev0'},<{major}.{minor + 1}"
+
+
+def torch_minor(version):
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def glob(pattern):
@@ -72,9 +106,16 @@ def build_cuda():
 
 
 def check_torch_version():
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if not OLDEST_TORCH <= version <= NEWEST_TORCH:
+    version = torch_minor(torch.__version__)
+    if version < OLDEST_TORCH:
         sys.exit(f"{INSTALL_HINT} (got torch {torch.__version__})")
+    if version > NEWEST_TORCH:
+        newest = "{}.{}".format(*NEWEST_TORCH)
+        print(
+            f"edl has been tested with torch up to {newest}, and not with torch {torch.__version__}: run its tests "
+            "(`make test`) before you rely on it",
+            file=sys.stderr,
+        )
 
 
 # Most of a source's compile time is reading these: they are read once for all.
@@ -124,11 +165,11 @@ if torch is not None:
             """A header with its precompiled form beside it, which a compiler takes where the flags are the same."""
             folder = Path(self.build_temp, "torch_headers").resolve()
             folder.mkdir(parents=True, exist_ok=True)
-            header = folder / "torch_headers.h"
+            header = folder / "torch_headers.hpp"  # C++ by its name, also for a compiler driver called gcc
             text = "".join(f"#include <{name}>\n" for name in TORCH_HEADERS)
             if not header.exists() or header.read_text() != text:
                 header.write_text(text)
-            self.compiler.src_extensions = [*self.compiler.src_extensions, ".h"]
+            self.compiler.src_extensions = [*self.compiler.src_extensions, ".hpp"]
             [compiled] = self.compiler.compile(
                 [str(header)],
                 output_dir=str(folder),
@@ -187,7 +228,10 @@ def extensions():
     check_torch_version()
     with_cuda = build_cuda()
     cuda_version = torch.version.cuda if with_cuda else ""
-    print(f"edl: torch {torch.__version__}, CUDA {cuda_version or 'off'}, Python {platform.python_version()}")
+    print(
+        f"edl: torch {torch.__version__}, CUDA {cuda_version or 'off'}, Python {platform.python_version()}; compiling "
+        "takes some minutes, in which nothing more may show"
+    )
     sources = glob("csrc/*.cpp") + glob("csrc/ops/*.cpp") + glob("csrc/cpu/*.cpp")
     macros = [
         ("EDL_TORCH_VERSION", f'"{torch.__version__}"'),
@@ -242,7 +286,9 @@ def extensions():
 
 setup(
     ext_modules=extensions(),
-    cmdclass=(
+    install_requires=[torch_requirement(None if torch is None else torch.__version__)],
+    cmdclass={"sdist": SourceArchive}
+    | (
         {"build_ext": Build}
         if torch is not None
         else {"build_ext": BuildWithoutTorch, "dist_info": MetadataWithoutTorch}

@@ -107,7 +107,7 @@ def source_archive(once, tmp_path_factory):
         folder = tmp_path_factory.mktemp("sdist")
         code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
         run(sys.executable, "-c", code, cwd=ROOT)
-        return next(folder.glob("edl-*.tar.gz"))
+        return next(folder.glob("*.tar.gz"))
 
     return once(make_source_archive)
 

@@ -1,5 +1,7 @@
 """A build that does not fit says so in one sentence, and never with an undefined symbol."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,12 @@ from support import all_operators
 
 import edl
 from edl import _build, _extension
+
+
+@pytest.fixture(autouse=True)
+def installed_once(monkeypatch):
+    """Where the tests run from a checkout beside an installed edl, it is not what these cases are about."""
+    monkeypatch.setattr(_extension, "_hidden_installation", lambda: None)
 
 
 def sentence(error):
@@ -66,12 +74,15 @@ def test_a_library_that_does_not_load_is_one_sentence(monkeypatch, tmp_path):
     assert sentence(error.value).startswith(f"edl's library, built for torch {_build.torch_version}, does not load")
 
 
-def import_from(folder):
-    """What `import edl` says in a new process where `folder` holds the package, and an editable install is out of
+def import_from(*folders, cwd=None):
+    """What `import edl` says in a new process where `folders` hold the package, and an editable install is out of
     sight."""
-    path = [str(folder), str(Path(torch.__file__).parents[1])]
-    code = f"import sys; sys.path[:0] = {path}; import edl"
-    return subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
+    path = [*map(str, folders), str(Path(torch.__file__).parents[1])]
+    code = f"import sys; sys.path[:0] = {path}; import edl; print(edl.__file__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=cwd or folders[0], env=environment
+    )
 
 
 def copy_without_build(folder):
@@ -100,6 +111,89 @@ def test_a_build_for_another_python_is_one_sentence(tmp_path):
     result = import_from(tmp_path)
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("ImportError: edl has not been built for this Python")
+
+
+def install(folder, name, version, summary):
+    """Metadata as pip leaves them."""
+    metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\nSummary: {summary}\n")
+    (metadata / "RECORD").write_text("")
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A folder with the whole package, as an installation is one."""
+    folder = tmp_path / "site"
+    shutil.copytree(_extension.LIBRARY.parents[1], folder / "edl", ignore=shutil.ignore_patterns("include", "*.pyc"))
+    return folder
+
+
+@pytest.mark.parametrize("leftover", ["nothing", "another torch", "another Python"])
+def test_sources_that_hide_an_installation_are_told_apart_from_ones_that_were_never_built(tmp_path, site, leftover):
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    package = copy_without_build(checkout)
+    if leftover == "another Python":
+        (package / "_build.cpython-39-x86_64-linux-gnu.so").write_bytes(b"")
+    if leftover == "another torch":
+        facts = "version, torch_version, cuda_version, compiler, instruction_sets = '0', '1.0', '', '', ()\n"
+        (package / "_build.py").write_text(facts)
+    result = import_from("", site, cwd=checkout)
+    assert result.returncode == 1
+    assert (
+        f": leave the folder {checkout}, or take it off the path, as it hides the edl that is installed in "
+        f"{site / 'edl'}"
+    ) in result.stderr.strip().splitlines()[-1]
+    assert import_from("", site, cwd=tmp_path).stdout == f"{site / 'edl' / '__init__.py'}\n"
+
+
+NAMESAKES = {
+    "another project": ("0.1.11", "Parses edit decision lists", "is another project, with the same folder"),
+    "our former name": (
+        "0.1.0",
+        "Expert Divergence Learning for Mixture-of-Experts: loss, routing and expert operators for PyTorch",
+        "is the former name of expert-divergence, and should go",
+    ),
+}
+
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """A folder for metadata that nothing else is seen beside."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    install(tmp_path, "expert-divergence", "0.1.0", "Expert Divergence Learning")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", NAMESAKES)
+def test_a_distribution_of_the_same_name_is_one_sentence(alone, name):
+    version, summary, is_what = NAMESAKES[name]
+    install(alone, "edl", version, summary)
+    with pytest.warns(UserWarning) as warnings:
+        _extension.warn_of_namesakes()
+    [warning] = warnings
+    assert str(warning.message) == (
+        f"edl: beside expert-divergence the distribution edl {version} is installed, which {is_what}: "
+        "run `pip uninstall edl expert-divergence`, then install expert-divergence again"
+    )
+
+
+def test_the_import_says_so(site):
+    install(site, "expert-divergence", "0.1.0", "Expert Divergence Learning")
+    install(site, "edl", *NAMESAKES["another project"][:2])
+    result = import_from(site)
+    assert result.returncode == 0 and "UserWarning: edl: beside expert-divergence the distribution" in result.stderr
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_distribution_and_what_a_build_leaves_in_the_sources_are_nothing_to_warn_of(alone):
+    (alone / "edl.egg-info").mkdir()
+    (alone / "edl.egg-info" / "PKG-INFO").write_text("Metadata-Version: 2.4\nName: edl\nVersion: 0.1.0\n")
+    _extension.warn_of_namesakes()
+    (alone / "expert_divergence-0.1.0.dist-info" / "RECORD").unlink()
+    install(alone, "edl", "0.1.11", "Parses edit decision lists")  # alone, beside sources that are not installed
+    _extension.warn_of_namesakes()
 
 
 def test_a_cpu_capability_that_does_not_exist_is_one_sentence():

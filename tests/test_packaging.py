@@ -8,25 +8,29 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from commands import ENVIRONMENT, ROOT, run
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import edl
 
+FOLDERS = ("benchmarks", "csrc", "docs", "edl", "examples", "tests", "tools")
+BUILT = ("build/", "edl/include/", "dist/", ".venv/")
 
-def test_source_archive_has_all_sources_and_no_build_products(source_archive):
+
+def test_source_archive_is_the_checkout_without_build_products(source_archive):
+    """All of it, the tests and what they run too: `make test` works from there."""
     with tarfile.open(source_archive) as files:
         names = {name.split("/", 1)[1] for name in files.getnames() if "/" in name}
-    sources = [path for folder in ("csrc", "edl/share") for path in (ROOT / folder).rglob("*.*")]
-    sources += [
-        *ROOT.glob("edl/**/*.py"),
-        ROOT / "edl/py.typed",
-        ROOT / "setup.py",
-        ROOT / "README.md",
-        ROOT / "LICENSE",
-    ]
-    assert {str(path.relative_to(ROOT)) for path in sources} <= names
-    assert not [name for name in names if name.endswith((".so", ".o")) or name.startswith(("build/", "edl/include/"))]
+    here = {
+        str(path.relative_to(ROOT))
+        for pattern in ("*.*", "Makefile", "LICENSE", ".ci/*", *(f"{folder}/**/*" for folder in FOLDERS))
+        for path in ROOT.glob(pattern)
+        if path.is_file() and path.suffix not in (".so", ".o", ".pyc") and not path.is_relative_to(ROOT / "edl/include")
+    }
+    assert here - names <= {".gitignore", ".coverage"}
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc")) or name.startswith(BUILT)]
 
 
 def test_wheel_has_library_headers_and_cmake_files(wheel):
@@ -37,14 +41,31 @@ def test_wheel_has_library_headers_and_cmake_files(wheel):
     assert not [name for name in names if name.startswith(("csrc", "tests", "examples", "build"))]
 
 
-def test_wheel_names_its_torch_range_and_command(wheel):
+def torch_requirement(metadata):
+    [line] = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: torch")]
+    return SpecifierSet(line.removeprefix("Requires-Dist: torch"))
+
+
+def test_wheel_names_the_torch_it_was_built_with_and_its_command(wheel):
     with zipfile.ZipFile(wheel) as files:
         folder = next(name.split("/")[0] for name in files.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = files.read(f"{folder}/METADATA").decode()
         assert "edl = edl.cli:main" in files.read(f"{folder}/entry_points.txt").decode()
-    requirement = next(line for line in metadata.splitlines() if line.startswith("Requires-Dist: torch"))
-    assert sorted(requirement.removeprefix("Requires-Dist: torch").split(",")) == ["<2.15", ">=2.11"]
+    assert folder == f"expert_divergence-{edl.__version__}.dist-info"
+    major, minor = map(int, torch.__version__.split(".")[:2])
+    allowed = torch_requirement(metadata)
+    assert torch.__version__.split("+")[0] in allowed
+    assert not list(allowed.filter([f"{major}.{minor - 1}.9", f"{major}.{minor + 1}.0", f"{major + 1}.0"]))
     assert "License-Expression: Apache-2.0" in metadata
+
+
+def test_source_archive_asks_for_any_torch_that_may_be_tried(source_archive):
+    with tarfile.open(source_archive) as files:
+        name = source_archive.name.removesuffix(".tar.gz")
+        metadata = files.extractfile(f"{name}/PKG-INFO").read().decode()
+    assert name == f"expert_divergence-{edl.__version__}"
+    assert torch_requirement(metadata) == SpecifierSet(">=2.11")
+    assert "dynamic: requires-dist\n" in metadata.lower()
 
 
 def test_wheel_requires_torch_alone_and_more_for_each_extra_only(wheel):
@@ -56,7 +77,7 @@ def test_wheel_requires_torch_alone_and_more_for_each_extra_only(wheel):
 
     assert names("") == {"torch"}
     assert {extra: names(extra) for extra in built.metadata.get_all("Provides-Extra")} == {
-        "transformers": {"torch", "transformers", "accelerate"},
+        "transformers": {"torch", "transformers", "accelerate", "datasets"},
         "megatron": {"torch", "megatron-core"},
     }
 
@@ -93,5 +114,5 @@ def test_pip_install_without_torch_is_one_sentence_and_fetches_no_torch(tmp_path
     )
     output = result.stdout + result.stderr
     assert result.returncode != 0
-    assert "install torch 2.11 to 2.14 first, then run `pip install --no-build-isolation .`" in output
+    assert "install torch 2.11 to 2.15 first, then run `pip install --no-build-isolation .`" in output
     assert "Collecting torch" not in output

@@ -1,5 +1,7 @@
 """The demo: tiny trainings on folders of made-up text, its measures on known routings, and what can go wrong."""
 
+import base64
+import errno
 import gzip
 import io
 import json
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import types
+import xml.etree.ElementTree
 
 import pytest
 import torch
@@ -193,6 +196,139 @@ def test_undecodable_bytes(demo, domains):
 def test_output_that_cannot_be_written(demo, capsys, domains, tmp_path):
     (tmp_path / "file").write_text("")
     assert "Cannot write" in fails(demo, capsys, "--data", domains, "--output", tmp_path / "file")
+
+
+@pytest.fixture
+def untrained(demo, monkeypatch):
+    """Fails where a training begins."""
+    monkeypatch.setattr(demo.train, "compare", lambda *arguments: pytest.fail("trained before it looked"))
+
+
+@pytest.mark.parametrize("name", ["report.html", "heatmaps.png", "results.json"])
+def test_what_stands_in_the_way_of_a_report_is_found_before_training(demo, untrained, capsys, domains, tmp_path, name):
+    (tmp_path / "output" / name).mkdir(parents=True)
+    complaint = fails(demo, capsys, "--data", domains, "--output", tmp_path / "output")
+    assert complaint.startswith("Cannot write") and name in complaint
+    assert [path.name for path in (tmp_path / "output").iterdir()] == [name]
+
+
+def full(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_found_before_training(demo, untrained, capsys, domains, tmp_path, monkeypatch):
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    complaint = fails(demo, capsys, "--data", domains, "--output", tmp_path / "output")
+    assert complaint.startswith("Cannot write") and complaint.endswith("No space left on device.")
+
+
+def test_a_disk_that_fills_during_training_leaves_the_table_and_the_last_report(
+    demo, capsys, domains, tmp_path, monkeypatch
+):
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "report.html").write_text("the last one")
+    compare = demo.train.compare
+
+    def fill_the_disk(*arguments):
+        monkeypatch.setattr(os, "replace", full)
+        return compare(*arguments)
+
+    monkeypatch.setattr(demo.train, "compare", fill_the_disk)
+    assert demo.main(["--data", str(domains), "--output", str(output), *TINY]) == 1
+    printed = capsys.readouterr()
+    assert "held-out bits per byte" in printed.out and "Report:" not in printed.out
+    assert "No space left on device." in printed.err and "Traceback" not in printed.err
+    assert [path.name for path in output.iterdir()] == ["report.html"]
+    assert (output / "report.html").read_text() == "the last one"
+
+
+HOSTILE_NAMES = ("$_$", "$\\foo$", "US$_vs_CA$", "<b>&amp;", "\x1b[31mred\x07\n", "\u202egnp", "{name}%s")
+
+
+def test_names_are_never_markup(demo, capsys, tmp_path):
+    for number, name in enumerate(HOSTILE_NAMES):
+        (tmp_path / "domains" / name).mkdir(parents=True)
+        (tmp_path / "domains" / name / "all.txt").write_text(words("klmnopqrstuv"[number:], number, 4000))
+    output = tmp_path / "out\x1b[2Jput"
+    assert demo.main(["--data", str(tmp_path / "domains"), "--output", str(output), *TINY]) == 0
+    printed = capsys.readouterr()
+    for text in (printed.out, printed.err.replace("\x1b[A", "")):  # the progress bar goes up a line
+        assert not re.search("[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]", text)
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "<b>&amp;<" not in page and "&lt;b&gt;&amp;amp;" in page
+    [heat_maps, curves] = [base64.b64decode(data) for data in re.findall(r"svg\+xml;base64,([^\"]*)", page)]
+    labels = {element.text for element in xml.etree.ElementTree.fromstring(heat_maps).iter() if element.text}
+    assert {"$_$", "$\\foo$", "US$_vs_CA$", "<b>&amp;", "\ufffd[31mred\ufffd\ufffd", "\ufffdgnp", "{name}%s"} <= labels
+    assert xml.etree.ElementTree.fromstring(curves) is not None
+
+
+def test_results_are_json_whatever_the_numbers(demo, domains, tmp_path):
+    output = tmp_path / "output"
+    assert demo.main(["--data", str(domains), "--output", str(output), "--learning-rate", "1e20", *TINY]) == 0
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    numbers = json.loads((output / "results.json").read_text(), parse_constant=refuse)
+    assert None in numbers["arms"]["baseline"]["curves"]["language_model"]
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-1"])
+def test_weights_are_finite(demo, capsys, domains, number):
+    with pytest.raises(SystemExit):
+        demo.main(["--data", str(domains), f"--learning-rate={number}", *TINY])
+    assert "must be a finite number of at least 0" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_read_is_counted(demo, domains, monkeypatch):
+    """As permissions would have it: one folder cannot be listed, of another the files cannot be reached."""
+    for name in ("listed", "closed"):
+        (domains / "letters" / name).mkdir()
+        (domains / "letters" / name / "text.txt").write_text(words("abc", 1))
+    scandir, is_file = os.scandir, pathlib.Path.is_file
+
+    def scan(path):
+        if pathlib.Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    def look(path, **options):
+        if path.parent.name == "listed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path, **options)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    monkeypatch.setattr(pathlib.Path, "is_file", look)
+    found = {domain.name: domain for domain in demo.data.load(str(domains), "", 32)}
+    assert found["letters"].skipped == {"unreadable folder": 1, "unreadable": 1}
+    assert sum(found["letters"].documents) in (12, 24)  # held out by document, or the end of each
+
+
+def test_domains_that_are_dropped_stand_in_the_report(demo, domains, tmp_path):
+    (domains / "<empty>").mkdir()
+    (domains / "<empty>" / "line.txt").write_text("only a line")
+    output = tmp_path / "output"
+    assert demo.main(["--data", str(domains), "--output", str(output), *TINY]) == 0
+    assert "Left out as a domain: &lt;empty&gt; has 0 bytes" in (output / "report.html").read_text(encoding="utf-8")
+    assert json.loads((output / "results.json").read_text())["left_out"][0].startswith("<empty> has 0 bytes")
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_document_has_a_share_of_its_domain_and_no_more(demo, domains, end):
+    (domains / "digits" / "primes.txt").write_text("0123456789" * 280_000 + end)
+    (domains / "digits" / "more.txt.gz").write_bytes(gzip.compress(b"9876543210" * 4_000_000))  # beyond all limits
+    [digits] = [domain for domain in demo.data.load(str(domains), "", 32) if domain.name == "digits"]
+    assert digits.skipped["cut after 1 MB"] == 2
+    assert digits.train.numel() + digits.held_out.numel() < 2 * 2**20 + 100_000
+
+
+@pytest.mark.parametrize("piece", ['<a x="', "<a x='", "<a ", "</a ", "<!--", "<!", "<?", "<a x=\"'", "<script"])
+def test_html_of_unfinished_tags_takes_no_longer_than_its_length(demo, piece):
+    """Read a second time from each of them, a page like this took minutes: the test would not end."""
+    page = f"<p>{words('abc', 1)}</p>{piece * 500_000}"
+    text, _ = demo.text.read_text("page.html", page.encode(), 2**23)
+    assert text.startswith(words("abc", 1)[:6]) and len(text) < len(page) / 2
 
 
 def test_held_out_text_is_not_in_training_text(demo, domains):

@@ -10,11 +10,14 @@ import cuda_toolkit
 import pytest
 import setuptools
 import torch
+from packaging.requirements import Requirement
+from setuptools import Distribution
 from torch.utils import cpp_extension
 
 import edl
 
 ROOT = Path(__file__).parents[1]
+OLDEST, NEWEST = (2, 11), (2, 15)  # of torch
 
 
 @pytest.fixture
@@ -94,26 +97,101 @@ def test_another_value_of_the_variable_is_one_sentence(build_cuda):
         build_cuda("13.0", has_nvcc=True, wanted="yes")
 
 
-@pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.14.0a0+git1234"])
-def test_supported_torch_versions(decisions, monkeypatch, version):
+def sentence_of_versions():
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
+    return (
+        f"edl is compiled against the PyTorch it will run with: install torch {oldest} to {newest} first, "
+        "then run `pip install --no-build-isolation .`"
+    )
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.14.0a0+git1234", "2.15.0+cpu"])
+def test_supported_torch_versions(decisions, monkeypatch, capsys, version):
     monkeypatch.setattr(torch, "__version__", version)
     decisions["check_torch_version"]()
+    assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("version", ["2.10.1", "1.13.0", "2.15.0+cpu"])
-def test_other_torch_versions_are_one_sentence(decisions, monkeypatch, version):
+@pytest.mark.parametrize("version", ["2.10.1", "1.13.0"])
+def test_older_torch_versions_are_one_sentence(decisions, monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
     with pytest.raises(SystemExit) as error:
         decisions["check_torch_version"]()
-    assert str(error.value).startswith(
-        "edl is compiled against the PyTorch it will run with: install torch 2.11 to 2.14"
+    assert str(error.value) == f"{sentence_of_versions()} (got torch {version})"
+
+
+@pytest.mark.parametrize("version", ["2.16.0", "2.16.0.dev20270101+cu132", "3.0.1"])
+def test_newer_torch_versions_build_and_are_said_to_be_untested(decisions, monkeypatch, capsys, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    decisions["check_torch_version"]()
+    assert capsys.readouterr().err == (
+        f"edl has been tested with torch up to 2.15, and not with torch {version}: run its tests (`make test`) before "
+        "you rely on it\n"
     )
-    assert str(error.value).endswith(f"(got torch {version})")
+
+
+def test_bounds_of_torch_are_written_alike_everywhere(decisions):
+    """setup.py has them; what people and CI read follows."""
+    oldest, newest = decisions["OLDEST_TORCH"], decisions["NEWEST_TORCH"]
+    assert (oldest, newest) == (OLDEST, NEWEST)
+    all_of_them = ", ".join(f"2.{minor}" for minor in range(oldest[1], newest[1] + 1))
+    written = f"2.{oldest[1]} to 2.{newest[1]}"
+    readme = (ROOT / "README.md").read_text()
+    assert f"torch ({written})" in readme and f"| torch | {all_of_them} (" in readme
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert f'torch: ["2.{oldest[1]}", "2.{newest[1]}"]' in workflow and f"TORCH: torch==2.{newest[1]}.*" in workflow
+    assert f"- torch {written}.\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("version", "requirement"),
+    [
+        ("2.13.0", "torch>=2.13,<2.14"),
+        ("2.13.1+cu130", "torch>=2.13,<2.14"),
+        ("2.15.0.post1", "torch>=2.15,<2.16"),
+        ("2.14.0a0+git1234", "torch>=2.14.dev0,<2.15"),
+        ("2.16.0.dev20270101", "torch>=2.16.dev0,<2.17"),
+        (None, "torch>=2.11"),
+    ],
+)
+def test_a_build_asks_for_the_torch_it_is_made_for_and_sources_for_any(decisions, version, requirement):
+    assert decisions["torch_requirement"](version) == requirement
+    if version is not None:
+        assert Requirement(requirement).specifier.contains(version, prereleases=True)
+
+
+@pytest.mark.parametrize("use_ninja", [True, False])
+def test_the_precompiled_header_is_cpp_with_and_without_ninja(decisions, tmp_path, use_ninja):
+    command = decisions["Build"](Distribution(), use_ninja=use_ninja)
+    command.precompile_torch_headers.__globals__["TORCH_HEADERS"] = ("functional",)
+    extension = setuptools.Extension("edl.example", ["example.cpp"], extra_compile_args={"cxx": ["-std=c++20"]})
+    command.distribution.ext_modules = command.extensions = [extension]
+    command.build_temp, command.build_lib = str(tmp_path), str(tmp_path)
+    made = []
+    command.build_extension = lambda extension: made.append(command.precompile_torch_headers(extension))
+    command.copy_headers = lambda package: None
+    command.inplace, command.editable_mode, command.compiler = False, False, None
+    command.run()
+    assert (tmp_path / "torch_headers" / f"{made[0]}.gch").stat().st_size > 100_000
+
+
+def run_setup(*arguments, before=""):
+    code = f"import runpy, sys; {before}; sys.argv[0] = 'setup.py'; runpy.run_path('setup.py', run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("version", ["65.5.0", "76.1.0"])
+def test_an_old_setuptools_is_one_sentence(version):
+    result = run_setup("dist_info", before=f"import setuptools; setuptools.__version__ = '{version}'")
+    assert result.returncode == 1
+    assert result.stderr == (
+        "edl is built with setuptools 77 or newer: run `pip install --upgrade setuptools` first "
+        f"(got setuptools {version})\n"
+    )
 
 
 def run_setup_without_torch(*arguments):
-    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv[0] = 'setup.py'; runpy.run_path('setup.py')"
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    return run_setup(*arguments, before="sys.modules['torch'] = None")
 
 
 @pytest.mark.parametrize("command", ["build_ext", "dist_info"])
@@ -121,14 +199,13 @@ def test_without_torch_a_build_is_one_sentence(command):
     result = run_setup_without_torch(command)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("edl is compiled against the PyTorch it will run with: install torch 2.11 to 2.14 first")
-    assert "`pip install --no-build-isolation .`" in last
+    assert last.startswith(sentence_of_versions())
 
 
 def test_without_torch_a_source_archive_can_be_made(tmp_path):
     result = run_setup_without_torch("egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert [path.name for path in tmp_path.glob("*.tar.gz")] == [f"edl-{edl.__version__}.tar.gz"]
+    assert [path.name for path in tmp_path.glob("*.tar.gz")] == [f"expert_divergence-{edl.__version__}.tar.gz"]
 
 
 @pytest.mark.parametrize(

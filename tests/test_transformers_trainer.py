@@ -705,10 +705,30 @@ BAD_BATCHES = {
         lambda: pack_documents({"input_ids": [[1, 2]], "domain_ids": ["wiki"]}, 2),
         "pack_documents: domain_ids must be a number, -1 = unknown, or a list of numbers (got 'wiki')",
     ),
-    "pack length": (lambda: pack_documents({}, 0), "pack_documents: length must be at least 1 (got 0)"),
+    "pack length": (lambda: pack_documents({}, 0), "pack_documents: length must be at least 1, a whole number (got 0)"),
+    "pack columns": (
+        lambda: pack_documents({"input_ids": [[1, 2]]}, 2),
+        "pack_documents: documents must have a column domain_ids (got ['input_ids'])",
+    ),
+    "pack soft": (
+        lambda: pack_documents({"input_ids": [[1, 2]], "domain_ids": [[0.5, 0.5]]}, 2),
+        "pack_documents: domain_ids must be whole numbers (got [0.5, 0.5])",
+    ),
+    "pack targets": (
+        lambda: pack_documents({"input_ids": [[1, 2]], "domain_ids": [0], "labels": [[1]]}, 2),
+        "pack_documents: labels must have one entry per token (got 1 for 2)",
+    ),
+    "pack lists of lists": (
+        lambda: pack_documents({"input_ids": [[1, 2]], "domain_ids": [[[0, 1], [1, 0]]]}, 2),
+        "pack_documents: domain_ids must be one label per example or per token (got 2x2 for 2 tokens)",
+    ),
+    "soft of several lengths": (
+        lambda: collate([[0.5, 0.5], [1.0, 0.0, 0.0]]),
+        ("DomainCollator: soft labels must have as many weights in every example, one per domain (got 2 and 3)"),
+    ),
     "pack labels": (
         lambda: pack_documents({"input_ids": [[1, 2, 3]], "domain_ids": [[0, 1]]}, 2),
-        "pack_documents: domain_ids must have one entry per token (got 2 for 3)",
+        "pack_documents: domain_ids must be one label per example or per token (got 2 for 3 tokens)",
     ),
 }
 

@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import os
 import pathlib
 import re
 from typing import NamedTuple
@@ -14,6 +15,8 @@ import torch
 VOCABULARY = 256  # bytes
 # More text than this per domain changes nothing for so short a training, and costs memory.
 DOMAIN_LIMIT = 32 * 2**20
+# One file, be it a list of all primes, should not be most of a domain.
+DOCUMENT_LIMIT = 2**20
 SMALLEST_DOCUMENT = 200  # bytes; shorter ones are redirections and stubs
 HELD_OUT_SHARE = 0.1
 LONGEST_NAME = 24  # letters of a domain's name
@@ -56,6 +59,18 @@ class Domain(NamedTuple):
     skipped: collections.Counter
 
 
+class Domains(list):
+    """The domains that can be trained on.
+
+    Attributes:
+        left_out: a sentence about each that cannot.
+    """
+
+    def __init__(self, domains, left_out):
+        super().__init__(domains)
+        self.left_out = left_out
+
+
 class Collection:
     """Documents of one domain on their way in: decoded, without exact duplicates, with a count of what was left out."""
 
@@ -80,6 +95,9 @@ class Collection:
         if dropped:
             self.skipped["undecodable bytes dropped"] += dropped
         encoded = body.encode()
+        if len(encoded) > DOCUMENT_LIMIT:
+            encoded = encoded[:DOCUMENT_LIMIT].decode(errors="ignore").encode()
+            self.skipped[f"cut after {DOCUMENT_LIMIT >> 20} MB"] += 1
         fingerprint = hashlib.sha256(encoded).digest()
         if len(encoded) < SMALLEST_DOCUMENT:
             self.skipped["too short"] += 1
@@ -103,7 +121,7 @@ def load(data, cache, sequence_length):
         sequence_length: bytes per sequence, which decides how much text is too little.
 
     Returns:
-        List of at least two Domain.
+        Domains, at least two.
 
     Raises:
         DataError: when fewer than two domains have enough text.
@@ -179,10 +197,8 @@ def from_folder(folder):
     found = []
     for sub_folder in sub_folders:
         collection = Collection(_title(sub_folder.name))
-        for path in sorted(sub_folder.rglob("*")):
-            # Only regular files: reading a pipe would wait for ever.
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(sub_folder).parts):
-                _add_file(collection, path, str(path.relative_to(sub_folder)))
+        for path in _files(collection, sub_folder):
+            _add_file(collection, path, str(path.relative_to(sub_folder)))
         collection.sources.append(Source("your text", "", collection.size, "yours"))
         found.append(collection)
     return found
@@ -190,12 +206,25 @@ def from_folder(folder):
 
 def _title(name):
     """Makes a folder's name printable, and short enough for a table."""
-    name = name.encode(errors="replace").decode()
+    name = text.printable(name)
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
+def _files(collection, folder):
+    """Yields the paths below a folder in their order, hidden ones left out, and counts folders that cannot be read."""
+
+    def count(error):
+        collection.skipped["unreadable folder"] += 1
+
+    for root, folders, names in os.walk(folder, onerror=count):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (pathlib.Path(root, name) for name in sorted(names) if not name.startswith("."))
 
 
 def _add_file(collection, path, name):
     try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            return
         with open(path, "rb") as file:
             content = file.read(DOMAIN_LIMIT)
     except OSError:
@@ -272,7 +301,7 @@ def _usable_domains(collections_, sequence_length):
         raise DataError(f"Fewer than two domains have enough text: {'; '.join(complaints)}.")
     for complaint in complaints:
         print(f"  Left out: {complaint}.", flush=True)
-    return domains
+    return Domains(domains, complaints)
 
 
 def _to_tensor(content):

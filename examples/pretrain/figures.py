@@ -36,6 +36,7 @@ def style():
     return {
         "font.family": [font for font in FONTS if font in installed] or ["sans-serif"],
         "font.size": 10,
+        "text.parse_math": False,  # a domain may be called US$_vs_CA$
         "text.color": INK,
         "axes.edgecolor": "#b8c2cc",
         "axes.labelcolor": INK,
@@ -154,11 +155,13 @@ def curves(results):
     return figure
 
 
-def save_picture(figure, path):
-    """Writes a figure as a PNG file for a README, and closes it."""
+def as_png(figure):
+    """Returns a figure as the bytes of a PNG file for a README, and closes it."""
+    file = io.BytesIO()
     with plt.rc_context(style()):
-        figure.savefig(path, dpi=110)
+        figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
+    return file.getvalue()
 
 
 def as_svg(figure):

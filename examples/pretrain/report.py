@@ -1,9 +1,11 @@
 """The report of a run: a table on the terminal, a page without outside parts, a picture, and all numbers as JSON."""
 
 import base64
+import errno
 import html
 import json
 import math
+import os
 import textwrap
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ import torch
 import edl
 from edl import machine
 
+REPORT, PICTURE, NUMBERS = "report.html", "heatmaps.png", "results.json"
+ROOM = 2 * 2**20  # bytes: more than these take together
 PICTURE_ARMS = ("baseline", "divergence", "corrected")  # what the README shows
 
 
@@ -27,6 +31,7 @@ class Run(NamedTuple):
         results: list of train.Result.
         sizes: name -> number, sizes that follow from the settings.
         seconds: time for all arms, evaluation included.
+        left_out: list of sentences about domains with too little text.
     """
 
     domains: list
@@ -34,6 +39,31 @@ class Run(NamedTuple):
     results: list
     sizes: dict
     seconds: float
+    left_out: list
+
+
+def check(output):
+    """Raises OSError where a run could not be written into a folder, which it makes: before the run, not after it."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name in (REPORT, PICTURE, NUMBERS):
+        if (output / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(output / name))
+    unfinished = output / f".{NUMBERS}"
+    try:
+        _save(unfinished, bytes(ROOM))
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _save(path, content):
+    """Writes a file so that it is whole or as before."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write(run, output):
@@ -43,21 +73,28 @@ def write(run, output):
         run: Run.
         output: pathlib.Path of a folder.
 
-    Returns:
-        Text for the terminal: the table, what was seen, and where the report is.
+    Raises:
+        OSError: a file could not be written; it is then as it was before.
     """
     names = [domain.name for domain in run.domains]
-    groups = table.build(run.results, names)
-    seen = findings.write(run.results, names)
-    titles = [result.arm.title for result in run.results]
-    (output / "report.html").write_text(page(run, groups, seen), encoding="utf-8")
-    (output / "results.json").write_text(as_json(run), encoding="utf-8")
+    groups, seen = table.build(run.results, names), findings.write(run.results, names)
     chosen = [result for result in run.results if result.arm.key in PICTURE_ARMS]
-    figures.save_picture(figures.heat_maps(chosen, names, panel_width=2.7), output / "heatmaps.png")
-    notes = "\n".join(textwrap.fill(paragraph, 110, initial_indent="- ", subsequent_indent="  ") for paragraph in seen)
+    _save(output / NUMBERS, as_json(run).encode())
+    _save(output / REPORT, page(run, groups, seen).encode())
+    _save(output / PICTURE, figures.as_png(figures.heat_maps(chosen, names, panel_width=2.7)))
+
+
+def as_text(run):
+    """Returns the table and what was seen, for the terminal."""
+    names = [domain.name for domain in run.domains]
+    notes = "\n".join(
+        textwrap.fill(paragraph, 110, initial_indent="- ", subsequent_indent="  ")
+        for paragraph in findings.write(run.results, names)
+    )
     return (
-        f"\n{table.as_text(groups, titles)}\n\nWhat was seen, seed {run.settings.seed}, {run.settings.steps} steps per "
-        f"arm, {run.seconds:.0f} s in all:\n{notes}\n\nReport: {output / 'report.html'}"
+        f"\n{table.as_text(table.build(run.results, names), [result.arm.title for result in run.results])}\n\n"
+        f"What was seen, seed {run.settings.seed}, {run.settings.steps} steps per arm, {run.seconds:.0f} s in all:\n"
+        f"{notes}\n"
     )
 
 
@@ -75,15 +112,17 @@ def as_json(run):
             return plain(value.tolist())
         if isinstance(value, list):
             return [plain(entry) for entry in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
+        if isinstance(value, dict):
+            return {name: plain(entry) for name, entry in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON knows no NaN
 
     arms = {
         result.arm.key: {
             "title": result.arm.title,
-            **{name: plain(value) for name, value in result.measures._asdict().items()},
-            "knock_out_ratio": plain(result.measures.knock_out_ratio),
+            **result.measures._asdict(),
+            "knock_out_ratio": result.measures.knock_out_ratio,
             "step_seconds": result.step_seconds,
-            "loss_seconds": plain(result.loss_seconds),
+            "loss_seconds": result.loss_seconds,
             "curves": result.curves,
         }
         for result in run.results
@@ -91,13 +130,15 @@ def as_json(run):
     return json.dumps(
         {
             "domains": [domain.name for domain in run.domains],
+            "left_out": run.left_out,
             "settings": settings_of(run),
             "sizes": run.sizes,
             "seconds": run.seconds,
             "machine": dict(machine_facts()),
-            "arms": arms,
+            "arms": plain(arms),
         },
         indent=1,
+        allow_nan=False,
     )
 
 
@@ -119,7 +160,7 @@ def page(run, groups, seen):
         ("Who uses which expert", HEAT_MAP_TEXT + maps),
         ("The measures", measures_table(groups, run.results)),
         ("Training", CURVES_TEXT + curves),
-        ("The text", data_table(run.domains)),
+        ("The text", data_table(run)),
         ("Settings and machine", settings_tables(run)),
         ("How to read the measures", definitions(groups)),
     ]
@@ -179,10 +220,10 @@ def measures_table(groups, results):
     return f'<div class="wide"><table class="numbers">{head}{"".join(rows)}</table></div>'
 
 
-def data_table(domains):
-    """Lists the sources of every domain with sizes, licences, the split and what was left out."""
+def data_table(run):
+    """Lists the sources of every domain with sizes, licences, the split and what was left out, domains too."""
     rows = []
-    for domain in domains:
+    for domain in run.domains:
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(domain.skipped.items())) or "nothing"
         about_domain = (
             f"{domain.train.numel() / 1e6:.2f} MB in {domain.documents[0]} documents",
@@ -199,9 +240,9 @@ def data_table(domains):
             rows.append(f"<tr>{cells}</tr>")
     heads = ("domain", "source", "size", "licence", "text to train on", "text held out", "left out")
     head = "".join(f'<th scope="col">{word}</th>' for word in heads)
-    return (
-        f'<div class="wide"><table class="text"><thead><tr>{head}</tr></thead>{"".join(rows)}</table></div>{SPLIT_TEXT}'
-    )
+    body = f'<div class="wide"><table class="text"><thead><tr>{head}</tr></thead>{"".join(rows)}</table></div>'
+    dropped = "".join(f"<p>Left out as a domain: {html.escape(sentence)}.</p>" for sentence in run.left_out)
+    return body + dropped + SPLIT_TEXT
 
 
 def settings_tables(run):

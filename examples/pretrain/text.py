@@ -20,6 +20,12 @@ IDEOGRAPH = re.compile(r"[\u4e00-\u9fff]")
 LETTER = re.compile(r"[^\W\d_]")
 
 
+def printable(words):
+    """Returns a name or a message without what a terminal, a page or a picture would obey instead of showing it."""
+    known = words.encode(errors="replace").decode()
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in known)
+
+
 class UnreadableText(Exception):
     """A file that holds no usable text; the message says why in a few words, to be counted rather than shown."""
 
@@ -52,11 +58,14 @@ class _TextOfHTML(html.parser.HTMLParser):
 
 
 def html_to_text(markup):
-    """Returns the text of an HTML page, without navigation, scripts and style sheets."""
+    """Returns the text of an HTML page, without navigation, scripts and style sheets; a tag that the page does not
+    finish is dropped, with what follows it, as browsers do."""
     parser = _TextOfHTML()
     try:
         parser.feed(markup)
-        parser.close()
+        # What is left is text, or begins with an unfinished tag, in which close() would look for tags again and again.
+        if not parser.rawdata.startswith("<"):
+            parser.close()
     except AssertionError as error:  # how html.parser reports declarations that it does not know
         raise UnreadableText("damaged HTML") from error
     return "".join(parser.pieces)
@@ -105,7 +114,8 @@ def read_text(name, content, limit):
         except (OSError, EOFError, zlib.error) as error:
             raise UnreadableText("damaged gzip") from error
     if len(content) >= limit:
-        content = content[:limit].rpartition(b"\n")[0]  # a cut inside a character would count as damage
+        content = content[:limit]
+        content = content.rpartition(b"\n")[0] or content  # a cut inside a character would count as damage
     text, dropped = decode(content)
     if name.lower().endswith((".html", ".htm", ".xhtml")):
         text = html_to_text(text)

@@ -22,6 +22,7 @@ import measures
 import model as models
 import openmp  # noqa: F401  (before torch)
 import report
+import text
 import torch
 import torch.nn.functional as F
 import tqdm
@@ -98,19 +99,28 @@ def main(arguments=None):
     torch.set_num_threads(settings.threads)
     output = pathlib.Path(settings.output)
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        report.check(output)
         domains = data.load(settings.data, settings.cache, settings.sequence_length)
     except data.DataError as error:
-        print(error, file=sys.stderr)
-        return 1
+        return fail(str(error))
     except OSError as error:
-        print(f"Cannot write to or read from {error.filename}: {error.strerror}.", file=sys.stderr)
-        return 1
+        return fail(f"Cannot write to or read from {error.filename}: {error.strerror}.")
     start = time.perf_counter()
     results, sizes = compare(domains, settings)
-    run = report.Run(domains, settings, results, sizes, time.perf_counter() - start)
-    print(report.write(run, output))
+    run = report.Run(domains, settings, results, sizes, time.perf_counter() - start, domains.left_out)
+    print(report.as_text(run), flush=True)
+    try:
+        report.write(run, output)
+    except OSError as error:
+        return fail(f"The table above is all there is: cannot write {error.filename}: {error.strerror}.")
+    print(f"Report: {text.printable(str(output / report.REPORT))}")
     return 0
+
+
+def fail(sentence):
+    """Says what went wrong; returns the exit code."""
+    print(text.printable(sentence), file=sys.stderr)
+    return 1
 
 
 def parse(arguments):
@@ -131,9 +141,9 @@ def parse(arguments):
     parser.add_argument("--intermediate-size", type=_positive, default=96, help="of an expert")
     parser.add_argument("--experts", type=_positive, default=8)
     parser.add_argument("--top-k", type=_positive, default=2, help="experts per token")
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
-    parser.add_argument("--balance-weight", type=float, default=1e-2, help="alpha")
-    parser.add_argument("--divergence-weight", type=float, default=1e-2, help="beta")
+    parser.add_argument("--learning-rate", type=_weight, default=1e-2)
+    parser.add_argument("--balance-weight", type=_weight, default=1e-2, help="alpha")
+    parser.add_argument("--divergence-weight", type=_weight, default=1e-2, help="beta")
     settings = parser.parse_args(arguments)
     if settings.top_k >= settings.experts:
         parser.error("--top-k must be smaller than --experts, or there is nothing to choose")
@@ -146,6 +156,13 @@ def _positive(word):
     number = int(word)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1 (got {number})")
+    return number
+
+
+def _weight(word):
+    number = float(word)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0 (got {number})")
     return number
 
 

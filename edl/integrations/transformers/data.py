@@ -1,6 +1,11 @@
-"""Domain labels on the way from a dataset to the batch: through collators and packing."""
+"""Domain labels on the way from a dataset to the batch: through collators and packing.
 
-from collections.abc import Callable
+This runs in processes that are forked after torch has used its threads (`dataset.map(num_proc=2)`), where an operator
+that wants threads never returns. Tensors are therefore read and made here, and everything between is plain Python.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import reduce
 from itertools import chain
 from typing import Any
 
@@ -18,29 +23,41 @@ def _label(op: str, domain_ids: Any) -> Tensor:
         ) from None
 
 
+def _is_soft(label: Tensor) -> bool:
+    return label.is_floating_point() and label.numel() > 0  # an empty list of labels is floating for torch
+
+
+def _per_token(op: str, label: Tensor, n: int) -> list[Any]:
+    """The label of each of an example's n tokens."""
+    if label.dim() > 0 and label.shape != (n,):
+        raise ValueError(
+            f"edl::{op}: domain_ids must be one label per example or per token "
+            f"(got {'x'.join(map(str, label.shape))} for {n} tokens)"
+        )
+    return [label.item()] * n if label.dim() == 0 else label.tolist()
+
+
 def _token_labels(labels: list[Tensor], lengths: list[int], batch: dict[str, Any]) -> Tensor:
     """Labels [B, S_len], one per token and -1 at padding, of examples that were padded, or flattened into one row."""
-    for label, n in zip(labels, lengths):
-        if label.dim() > 0 and label.shape != (n,):
-            raise ValueError(
-                "edl::DomainCollator: domain_ids must be one label per example or per token "
-                f"(got {len(label)} for {n} tokens)"
-            )
-    per_token = [label.expand(n) for label, n in zip(labels, lengths)]
+    per_token = [_per_token("DomainCollator", label, n) for label, n in zip(labels, lengths)]
     shape = batch["input_ids"].shape
     if shape == (1, sum(lengths)):
-        return torch.cat(per_token).unsqueeze(0)
-    kept = torch.ones(shape, dtype=torch.bool)
-    if any(n != shape[1] for n in lengths) and "attention_mask" in batch:
-        kept = batch["attention_mask"].bool()
-    if kept.sum(dim=1).tolist() != lengths:
+        return torch.tensor([list(chain.from_iterable(per_token))], dtype=torch.int64)
+    if len(shape) == 2 and lengths == [shape[1]] * shape[0]:
+        return torch.tensor(per_token, dtype=torch.int64)
+    mask = batch.get("attention_mask")
+    kept = mask.tolist() if mask is not None and mask.shape == shape and len(shape) == 2 else []
+    if [sum(map(bool, row)) for row in kept] != lengths:
         raise ValueError(
             "edl::DomainCollator: the collator must pad each example to a row with an attention_mask, or flatten all "
             f"into one row (got {shape[0]} rows of {shape[1]} for examples of {lengths} tokens)"
         )
-    padded = torch.full(shape, -1)
-    padded[kept] = torch.cat(per_token).long()
-    return padded
+    return torch.tensor([list(_spread(row, iter(label))) for row, label in zip(kept, per_token)], dtype=torch.int64)
+
+
+def _spread(kept: list[Any], labels: Iterator[int]) -> Iterator[int]:
+    """The labels at the places that are kept, in their order, and -1 at the others."""
+    return (next(labels) if keep else -1 for keep in kept)
 
 
 class DomainCollator:
@@ -55,8 +72,8 @@ class DomainCollator:
         collator (Callable): makes a batch of tensors of a list of examples, without their `domain_ids`.
 
     Raises:
-        ValueError: only some examples have `domain_ids`, or have what is no number; or the tokens of the batch are not
-            those of the examples.
+        ValueError: only some examples have `domain_ids`, or have what is no number; soft labels of several lengths; or
+            the tokens of the batch are not those of the examples.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
@@ -72,9 +89,15 @@ class DomainCollator:
                 "edl::DomainCollator: every example must have domain_ids "
                 f"(got {len(labels)} in {len(examples)} examples)"
             )
-        is_soft = labels[0].is_floating_point()
+        is_soft = any(map(_is_soft, labels))
         if len(batch["input_ids"]) == len(examples) and (is_soft or all(label.dim() == 0 for label in labels)):
-            batch["domain_ids"] = torch.stack(labels)
+            if len({label.shape for label in labels}) > 1:
+                raise ValueError(
+                    "edl::DomainCollator: soft labels must have as many weights in every example, one per domain "
+                    f"(got {' and '.join(str(label.numel()) for label in labels)})"
+                )
+            dtype = reduce(torch.promote_types, (label.dtype for label in labels))
+            batch["domain_ids"] = torch.tensor([label.tolist() for label in labels], dtype=dtype)
         elif is_soft:
             raise ValueError(
                 "edl::DomainCollator: soft labels need one row per example (got examples flattened into one row)"
@@ -101,33 +124,41 @@ def pack_documents(examples: dict[str, list[Any]], length: int) -> dict[str, lis
         and `domain_ids`, all lists of rows of `length`.
 
     Raises:
-        ValueError: a length below 1, a label that is no number, or a list of labels with another length than its
-            document.
+        ValueError: a length below 1, a missing column, a label that is no whole number, or a list of labels with
+            another length than its document.
     """
-    if length < 1:
-        raise ValueError(f"edl::pack_documents: length must be at least 1 (got {length})")
-    documents = examples["input_ids"]
-    lengths = torch.tensor([len(tokens) for tokens in documents], dtype=torch.int64)
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"edl::pack_documents: length must be at least 1, a whole number (got {length!r})")
+    for name in ("input_ids", "domain_ids"):
+        if name not in examples:
+            raise ValueError(f"edl::pack_documents: documents must have a column {name} (got {sorted(examples)})")
+    documents = list(map(_plain, examples["input_ids"]))
+    targets = list(map(_plain, examples["labels"])) if "labels" in examples else documents
     labels = [_label("pack_documents", domain) for domain in examples["domain_ids"]]
-    domain_ids = [
-        (label.expand(len(tokens)) if label.dim() == 0 else label).tolist() for label, tokens in zip(labels, documents)
-    ]
-    targets = examples.get("labels", documents)
-    for name, column in (("domain_ids", domain_ids), ("labels", targets)):
-        for row, tokens in zip(column, documents):
-            if len(row) != len(tokens):
-                raise ValueError(
-                    f"edl::pack_documents: {name} must have one entry per token (got {len(row)} for {len(tokens)})"
-                )
-    places = torch.arange(int(lengths.sum()))
-    document_starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    positions = places - torch.maximum(document_starts, places // length * length)
-    flat_targets = torch.tensor(list(chain.from_iterable(targets)), dtype=torch.int64)
-    columns = {
-        "input_ids": list(chain.from_iterable(documents)),
-        "labels": flat_targets.masked_fill(places == document_starts, -100).tolist(),
-        "position_ids": positions.tolist(),
-        "domain_ids": list(chain.from_iterable(domain_ids)),
-    }
-    rows = range(0, len(places) // length * length, length)
+    if soft := [label for label in labels if _is_soft(label)]:
+        raise ValueError(f"edl::pack_documents: domain_ids must be whole numbers (got {soft[0].tolist()})")
+    if not len(documents) == len(labels) == len(targets):
+        raise ValueError(
+            "edl::pack_documents: every document must have domain_ids, and labels where there are any "
+            f"(got {len(labels)} and {len(targets)} for {len(documents)} documents)"
+        )
+    columns: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": [], "domain_ids": []}
+    for tokens, target, label in zip(documents, targets, labels):
+        if len(target) != len(tokens):
+            raise ValueError(
+                f"edl::pack_documents: labels must have one entry per token (got {len(target)} for {len(tokens)})"
+            )
+        first = len(columns["input_ids"])
+        last = first + len(tokens)
+        for end in (*range(first - first % length + length, last, length), last):
+            columns["position_ids"] += range(end - len(columns["position_ids"]))
+        columns["input_ids"] += tokens
+        columns["labels"] += [-100, *target[1:]] if target else []
+        columns["domain_ids"] += _per_token("pack_documents", label, len(tokens))
+    rows = range(0, len(columns["input_ids"]) // length * length, length)
     return {name: [column[row : row + length] for row in rows] for name, column in columns.items()}
+
+
+def _plain(row: Any) -> list[int]:
+    """A list of numbers, of a data set that gives lists, arrays or tensors."""
+    return row.tolist() if hasattr(row, "tolist") else list(row)

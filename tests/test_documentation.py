@@ -1,0 +1,206 @@
+"""Every Python snippet of README.md and docs, run as it stands, in the order of its page.
+
+What a snippet takes for granted (a model, a loader, an optimizer) is stated here, by the snippet's first line; those of
+a page share their names. Diffs run where their examples do: tests/test_transformers_trainer.py, tests/megatron.
+"""
+
+import re
+import sys
+
+import pytest
+from commands import ROOT, run
+
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+ONE_RANK = """
+import torch.distributed as dist
+from torch.distributed.tensor import Shard, init_device_mesh
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("data",))
+"""
+
+HUGGING_FACE = """
+from transformers_models import make_model
+
+model, beta = make_model("mixtral"), 1e-2
+optimizer = torch.optim.AdamW(model.parameters())
+loader = [(torch.randint(3, 40, (4, 8)), torch.tensor([0, 1, 2, 0])) for _ in range(2)]
+micro_batches = loader
+tokens, domain_ids = loader[0]
+"""
+
+DATASETS = """
+import datasets
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
+
+dataset = datasets.Dataset.from_dict({"input_ids": [list(range(1500))] * 3, "domain_ids": [0, 1, 2]})
+"""
+
+BEFORE = {
+    "README.md": {
+        "import edl": HUGGING_FACE,
+        "layer = edl.MoELayer(": """
+hidden = torch.randn(4, 8, 512)
+lm_loss = torch.zeros(())
+block = model.model.layers[0].mlp
+""",
+        "divergence = edl.ExpertDivergenceLoss(num_domains=49": ONE_RANK,
+    },
+    "docs/expert_parallel.md": {
+        "layer = edl.MoELayer(": ONE_RANK
+        + """
+import edl
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+hidden_size, intermediate_size, group = 16, 8, dist.group.WORLD
+hidden = torch.randn(4, 8, 16)
+""",
+        "mesh = init_device_mesh(": """
+N, R = 1, 1
+
+class Block(nn.Module):
+    def __init__(self, expert_group):
+        super().__init__()
+        self.layer = edl.MoELayer(16, 8, 8, 2, num_shared_experts=1, expert_group=expert_group)
+
+    def forward(self, hidden):
+        return hidden + self.layer(hidden)[0]
+
+class Model(nn.Module):
+    def __init__(self, expert_group):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(expert_group)])
+
+    def forward(self, hidden):
+        return self.blocks[0](hidden)
+""",
+        "fully_shard([layer.router": "layer = Block(mesh['experts']).layer",
+        "edl.expert_parallel.exclude_from_ddp(model)": """
+model = Model(mesh["experts"])
+loss = model(hidden).square().mean()
+optimizer, replica_group = torch.optim.SGD(model.parameters()), None
+""",
+        "gathered = StateDictOptions(": "model = Model(mesh['experts'])",
+    },
+    "docs/megatron.md": {
+        "with edl.domain_scope(": """
+import edl
+
+domain_ids, cu_seqlens = torch.tensor([0, 1]), torch.tensor([0, 3, 8])
+tokens = position_ids = attention_mask = labels = packed_seq_params = None
+
+def model(*arguments, **options):
+    return edl.current_labels()
+""",
+    },
+    "docs/scaling.md": {
+        "divergence = edl.ExpertDivergenceLoss(num_domains=49, group=mesh": "import edl\n" + ONE_RANK + HUGGING_FACE,
+        "finish = divergence.begin(": """
+import torch.nn.functional as F
+
+output = model(tokens, output_router_logits=True)
+output.logits, targets = output.logits.flatten(0, 1), tokens.flatten()
+""",
+        "memory = edl.DomainMemory()": "group = mesh['data']",
+        "class Router(": """
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.router = nn.Embedding(40, 16), Router(16, 8)
+        self.router.divergence, self.router.beta = edl.ExpertDivergenceLoss(num_domains=3), 1e-2
+
+    def forward(self, tokens):
+        return self.router(self.embedding(tokens))
+""",
+    },
+    "docs/torchtitan.md": {
+        "import edl": """
+import types
+from torchtitan_released import model_config, without_triton
+
+without_triton()
+config = types.SimpleNamespace(
+    training=types.SimpleNamespace(), model_spec=types.SimpleNamespace(model=model_config())
+)
+
+class Trainer:
+    def forward_backward_step(self, *, input_dict, labels, global_valid_tokens):
+        return input_dict, edl.current_labels().domain_ids
+""",
+    },
+    "docs/transformers.md": {
+        "from edl.integrations.transformers import DomainCollator": DATASETS,
+        "from edl.integrations.transformers import attach": HUGGING_FACE
+        + 'batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}',
+        "from edl.integrations.transformers import register": 'make_model("mixtral").save_pretrained("model")',
+    },
+}
+
+# What must hold after a snippet.
+AFTER = {
+    "README.md": {
+        "import edl": "assert loss.isfinite() and loss != lm_loss",
+        "layer = edl.MoELayer(": "assert hidden.shape == (4, 8, 512) and loss.isfinite() and layer(torch.randn(4, 32))",
+    },
+    "docs/expert_parallel.md": {
+        "layer = edl.MoELayer(": "assert hidden.shape == (4, 8, 16)",
+        "mesh = init_device_mesh(": "model(hidden).sum().backward()",
+        "fully_shard([layer.router": "layer(hidden)[0].sum().backward()",
+        "gathered = StateDictOptions(": "assert state['blocks.0.layer.gate_up_proj'].shape == (8, 16, 16)",
+    },
+    "docs/megatron.md": {"with edl.domain_scope(": "assert output.domain_ids.tolist() == [0, 1]"},
+    "docs/scaling.md": {
+        "finish = divergence.begin(": "assert loss.isfinite() and loss != lm_loss",
+        "class Router(": """
+assert output.sum().backward() is None and model.router.weight.grad.abs().sum() > 0
+""",
+    },
+    "docs/torchtitan.md": {
+        "import edl": """
+assert repr(config.model_spec.model).count("ExpertDivergence") == 2
+step = DomainTrainer().forward_backward_step
+inputs, labels = step(input_dict={"input": 1, "domain_ids": torch.tensor([0, 1])}, labels=None, global_valid_tokens=1)
+assert inputs == {"input": 1} and labels.tolist() == [0, 1]
+"""
+    },
+    "docs/transformers.md": {
+        "from edl.integrations.transformers import DomainCollator": "assert len(packed) == 2 and collator",
+        "from edl.integrations.transformers import attach": "assert loss.isfinite()",
+        "from edl.integrations.transformers import register": "assert model(tokens).logits.isfinite().all()",
+    },
+}
+
+
+def of(table, page, snippet):
+    """What stands in a table for a snippet, found by its first line."""
+    return "\n".join(text for first, text in table.get(page, {}).items() if snippet.startswith(first))
+
+
+def snippets(page):
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)])
+def test_every_snippet_runs(page, tmp_path):
+    for package in ("transformers", "datasets", *(["torchtitan"] if "torchtitan" in page else [])):
+        pytest.importorskip(package)
+    script = ["import torch", "torch.manual_seed(0)"]
+    for snippet in snippets(page):
+        here = snippet.replace('init_device_mesh("cuda"', 'init_device_mesh("cpu"')
+        script += [of(BEFORE, page, snippet), here, of(AFTER, page, snippet)]
+    (tmp_path / "page.py").write_text("\n".join(script))
+    code = f"import sys, runpy; sys.path[:0] = {[str(ROOT / 'tests')]}; runpy.run_path('page.py')"
+    run(sys.executable, "-c", code, cwd=tmp_path)
+
+
+def test_what_is_stated_belongs_to_a_snippet():
+    for table in (BEFORE, AFTER):
+        for page, entries in table.items():
+            for first in entries:
+                assert any(snippet.startswith(first) for snippet in snippets(page)), (page, first)

@@ -4,7 +4,7 @@ from edl import _extension
 
 _extension.load()
 
-from edl import expert_parallel, ops, reference, segments  # noqa: E402
+from edl import expert_parallel, flops, ops, reference, segments  # noqa: E402, F401  (flops registers formulas)
 from edl._build import version as __version__  # noqa: E402  (load() turns a missing build into a sentence)
 from edl.balance import load_balancing_loss, router_z_loss, update_expert_bias  # noqa: E402
 from edl.divergence import ExpertDivergenceLoss, expert_divergence_loss  # noqa: E402

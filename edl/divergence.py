@@ -61,7 +61,8 @@ def _check_layers(layers: list[Tensor]) -> None:
         if layer.shape != first.shape or layer.dtype != first.dtype or layer.device != first.device:
             raise ValueError(
                 "edl::expert_divergence_loss: all layers must have one shape, dtype and device "
-                f"(got {list(first.shape)} {first.dtype} and {list(layer.shape)} {layer.dtype})"
+                f"(got {list(first.shape)} {first.dtype} on {first.device} and {list(layer.shape)} {layer.dtype} on "
+                f"{layer.device})"
             )
 
 
@@ -76,8 +77,8 @@ def _as_layers(router_logits: _RouterLogits) -> list[Tensor]:
         for layer in layers:
             if not isinstance(layer, Tensor):
                 raise ValueError(
-                    "edl::expert_divergence_loss: router_logits must be a tensor, or a list of tensors "
-                    f"(got a list with {type(layer).__name__})"
+                    "edl::expert_divergence_loss: router_logits must hold tensors, and nothing for a layer without a "
+                    f"router (got a list with {type(layer).__name__})"
                 )
             if layer.layout != torch.strided:
                 raise ValueError(

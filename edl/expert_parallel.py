@@ -94,7 +94,8 @@ def uniform_experts_(weight: Tensor, bound: float) -> None:
     """Fills weights [E, ...] uniformly in ±bound, expert after expert.
 
     Where the weights are sharded, over experts or by FSDP2, every rank draws all of them and keeps what it holds: from
-    one seed come the values, and the state of the generator, of a single process.
+    one seed come the values, and the state of the generator, of a single process. transformers, while it initialises
+    what a checkpoint lacks, leaves a weight alone that it has loaded and marked as such.
 
     Args:
         weight (Tensor or DTensor[E, rows, columns]): filled in place.
@@ -104,16 +105,25 @@ def uniform_experts_(weight: Tensor, bound: float) -> None:
         return
     if not _is_dtensor(weight):
         for expert in weight:
-            nn.init.uniform_(expert, -bound, bound)
+            nn.init.uniform_(_with_marks_of(weight, expert), -bound, bound)
         return
     shard = weight.to_local()
     (chunk,) = weight.__create_chunk_list__()  # which block of the whole it is
     first, *inner = [slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes)]
-    drawn = torch.empty(weight.shape[1:], dtype=shard.dtype, device=shard.device)
+    drawn = _with_marks_of(weight, torch.empty(weight.shape[1:], dtype=shard.dtype, device=shard.device))
     for expert in range(weight.shape[0]):
+        own = shard[expert - first.start] if first.start <= expert < first.stop else None
+        if own is not None:
+            drawn[inner[0], inner[1]] = own  # comes back where nothing is drawn
         nn.init.uniform_(drawn, -bound, bound)
-        if first.start <= expert < first.stop:
-            shard[expert - first.start].copy_(drawn[inner[0], inner[1]])
+        if own is not None:
+            own.copy_(drawn[inner[0], inner[1]])
+
+
+def _with_marks_of(weight: Tensor, part: Tensor) -> Tensor:
+    """A part of a weight with the attributes that a framework set on the whole, by which `nn.init` may skip it."""
+    part.__dict__.update(weight.__dict__)
+    return part
 
 
 def _is_dtensor(tensor: Tensor) -> TypeGuard["DTensor"]:

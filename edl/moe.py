@@ -2,9 +2,11 @@
 
 import importlib
 import math
+import operator
 import sys
+import warnings
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +74,11 @@ class Router(nn.Module):
                 "edl::MoELayer: router.weight must be float32, float64, bfloat16 or float16, not quantised "
                 f"(got {kind})"
             )
+        if tokens.device != self.weight.device:
+            raise ValueError(
+                f"edl::MoELayer: hidden must be on the device of the layer (got {tokens.device} and "
+                f"{self.weight.device})"
+            )
         logits: Tensor = torch.ops.edl._router_logits(tokens, self.weight, self.router_dtype)
         return logits
 
@@ -108,10 +115,21 @@ class SharedExpert(nn.Module):
         return output
 
 
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"edl::MoELayer: {name} must be at least 1 (got {size})")
+_WEIGHT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _as_size(name: str, size: int, lowest: int = 1) -> int:
+    """An argument as an int of at least `lowest`."""
+    try:
+        whole = operator.index(size)
+    except TypeError:
+        whole = None
+    if whole is None or isinstance(size, bool):
+        raise ValueError(f"edl::MoELayer: {name} must be an integer (got {size!r})")
+    if whole < lowest:
+        rule = "not be negative" if lowest == 0 else f"be at least {lowest}"
+        raise ValueError(f"edl::MoELayer: {name} must {rule} (got {size})")
+    return whole
 
 
 class MoELayer(nn.Module):
@@ -140,11 +158,13 @@ class MoELayer(nn.Module):
         top_k (int): K, experts per token, in [1, E].
         scores (str): "softmax" over all experts (default; Switch, Mixtral, Qwen, OLMoE) or "sigmoid" of each logit
             (DeepSeek-V3).
-        normalize_top_k (bool): divide a token's weights by their sum. Default: True.
+        normalize_top_k (bool): divide a token's weights by their sum. With one expert per token the weight is then 1
+            and the router learns nothing from the model's loss: the layer warns. Default: True.
         routed_scaling_factor (float): factor of the weights (DeepSeek-V3: 2.5). Default: 1.
         expert_bias (bool): keep a buffer `expert_bias [E]`, zero at first, that shifts the choice and never enters a
-            weight; `edl.update_expert_bias` balances the experts with it. It stays float32 in a 16-bit model. Default:
-            False.
+            weight; `edl.update_expert_bias` balances the experts with it. It stays float32 in a 16-bit model, whose
+            type does not resolve its steps: where a state is loaded, the layer is cast or the bias is updated, a bias
+            in 16 bits is replaced by a float32 buffer. Default: False.
         num_shared_experts (int): experts that every token passes, run as one network. Default: 0.
         shared_intermediate_size (int, optional): size inside one shared expert. Default: `intermediate_size`.
         shared_expert_gate (bool): multiply the shared output by a learned sigmoid per token (Qwen2-MoE). Default:
@@ -160,8 +180,8 @@ class MoELayer(nn.Module):
         dtype (torch.dtype, optional): type of the parameters.
 
     Raises:
-        ValueError: a size below 1, `top_k` beyond `num_experts`, an unknown option, or an `expert_group` that does not
-            fit.
+        ValueError: a size that is no integer or below 1, `top_k` beyond `num_experts`, an unknown option, or an
+            `expert_group` that does not fit.
     """
 
     expert_bias: Tensor | None
@@ -189,9 +209,23 @@ class MoELayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_positive(
-            hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts, top_k=top_k
+        hidden_size = _as_size("hidden_size", hidden_size)
+        intermediate_size = _as_size("intermediate_size", intermediate_size)
+        num_experts = _as_size("num_experts", num_experts)
+        top_k = _as_size("top_k", top_k)
+        num_shared_experts = _as_size("num_shared_experts", num_shared_experts, lowest=0)
+        ops._check_flags(
+            "MoELayer",
+            normalize_top_k=normalize_top_k,
+            expert_bias=expert_bias,
+            shared_expert_gate=shared_expert_gate,
+            return_routing=return_routing,
         )
+        ops._check_numbers("MoELayer", routed_scaling_factor=routed_scaling_factor)
+        if not math.isfinite(routed_scaling_factor):
+            raise ValueError(f"edl::MoELayer: routed_scaling_factor must be finite (got {routed_scaling_factor})")
+        if dtype is not None and dtype not in _WEIGHT_TYPES:
+            raise ValueError(f"edl::MoELayer: dtype must be one of {list(_WEIGHT_TYPES)} (got {dtype!r})")
         if top_k > num_experts:
             raise ValueError(f"edl::MoELayer: top_k must not exceed num_experts (got {top_k} of {num_experts})")
         if scores not in ("softmax", "sigmoid"):
@@ -201,8 +235,6 @@ class MoELayer(nn.Module):
                 "edl::MoELayer: router_dtype must be torch.float32, torch.bfloat16 or torch.float16 (got "
                 f"{router_dtype})"
             )
-        if num_shared_experts < 0:
-            raise ValueError(f"edl::MoELayer: num_shared_experts must not be negative (got {num_shared_experts})")
         if num_shared_experts == 0 and (shared_expert_gate or shared_intermediate_size is not None):
             raise ValueError(
                 "edl::MoELayer: shared_intermediate_size and shared_expert_gate need num_shared_experts of at least 1 "
@@ -229,14 +261,22 @@ class MoELayer(nn.Module):
         self.shared_expert: SharedExpert | None = None
         self.shared_expert_gate: nn.Linear | None = None
         if num_shared_experts > 0:
-            width = intermediate_size if shared_intermediate_size is None else shared_intermediate_size
-            _check_positive(shared_intermediate_size=width)
+            width = intermediate_size
+            if shared_intermediate_size is not None:
+                width = _as_size("shared_intermediate_size", shared_intermediate_size)
             self.shared_expert = SharedExpert(hidden_size, num_shared_experts * width, device, dtype)
             if shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
         self._reset_experts()
         if "transformers.modeling_utils" in sys.modules:  # a model's save_pretrained must know its layers
             importlib.import_module("edl.integrations.transformers.blocks").write_names_of_families()
+        if top_k == 1 and normalize_top_k and num_experts > 1:
+            warnings.warn(
+                "edl::MoELayer: with top_k=1 and normalised weights every weight is 1 and the router gets no gradient "
+                "from the model's loss, set normalize_top_k=False (in a configuration of transformers "
+                "norm_topk_prob=False), or top_k to at least 2",
+                stacklevel=2,
+            )
 
     def _empty_experts(
         self, rows: int, columns: int, device: torch.types.Device, dtype: torch.dtype | None
@@ -251,14 +291,18 @@ class MoELayer(nn.Module):
             expert_parallel.uniform_experts_(weight, 1 / math.sqrt(weight.shape[2]))
 
     def reset_parameters(self) -> None:
-        """Initialises all parameters again, and sets the expert bias to zero."""
+        """Initialises all parameters again, and sets the expert bias to zero.
+
+        A `PreTrainedModel` of transformers that holds layers calls it in its `_init_weights`: parameters and bias that
+        a checkpoint has stay what was loaded.
+        """
         self._reset_experts()
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
             if module is not self and reset is not None:
                 reset()
         if self.expert_bias is not None:
-            self.expert_bias.zero_()
+            nn.init.zeros_(self.expert_bias)  # unlike zero_ it spares a bias that transformers has loaded
 
     def __prepare_scriptable__(self) -> "MoELayer":
         """Called by torch.jit.script."""
@@ -268,20 +312,34 @@ class MoELayer(nn.Module):
             )
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoELayer":
+    @torch.jit.export
+    def _widen_expert_bias(self) -> Tensor | None:
+        """The expert bias, after a 16-bit one was replaced: its type does not resolve the steps of an update."""
         bias = self.expert_bias
+        if bias is not None and bias.dtype not in [torch.float32, torch.float64]:
+            self.expert_bias = bias.float()
+        return self.expert_bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoELayer":
+        bias = self._widen_expert_bias()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         moved = self.expert_bias
-        # Steps of the bias are smaller than a 16-bit type resolves.
-        if bias is not None and moved is not None and moved.dtype in (torch.bfloat16, torch.float16):
+        if bias is not None and moved is not None and moved.dtype not in (torch.float32, torch.float64):
             self.expert_bias = moved.float() if bias.is_meta else bias.to(moved.device)
         return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._widen_expert_bias()  # a 16-bit one would round what is copied into it
+        super()._load_from_state_dict(*arguments)
+        self._widen_expert_bias()  # `assign=True` takes the type of the state
 
     def _route(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Tokens [T, H], their logits [T, E], weights [T, K] and experts [T, K], and the order of their rows by
         expert."""
         if not torch.jit.is_scripting():
-            ops._refuse_dtensor("MoELayer", hidden)
+            ops._check_tensors("MoELayer", hidden=hidden)
+        if hidden.dim() == 0:
+            raise ValueError("edl::MoELayer: hidden must have the shape [..., H] (got a scalar)")
         if hidden.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"edl::MoELayer: hidden must end in {self.hidden_size}, the hidden size (got {hidden.shape[-1]})"
@@ -305,7 +363,8 @@ class MoELayer(nn.Module):
             output (Tensor[..., H]), and the `Routing` of the T tokens unless `return_routing` is False.
 
         Raises:
-            ValueError: a last dimension other than H, a type other than that of the experts, or a DTensor.
+            ValueError: no dense tensor, a last dimension other than H, a type or device other than that of the experts,
+                or a DTensor.
             RuntimeError: with `expert_group`, an error on another rank before the exchange.
         """
         if self.expert_mesh is None:
@@ -322,8 +381,9 @@ class MoELayer(nn.Module):
             if self.shared_expert_gate is not None:
                 shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
             output = output + shared
-        # Not a view, like the output of nn.Linear: an in-place operation on a view would drop the hooks of FSDP2.
-        output = torch.ops.aten._unsafe_view(output, hidden.shape)
+        # Not a view, like the output of nn.Linear: an in-place operation on a view would drop the hooks of FSDP2. (In a
+        # trace the sizes that it is given would become constants.)
+        output = output.view_as(hidden) if torch.jit.is_tracing() else torch.ops.aten._unsafe_view(output, hidden.shape)
         if self.return_routing:
             tokens_per_expert = (offsets[1:] - offsets[:-1]).to(torch.int64)
             return output, Routing(logits, weights, experts, tokens_per_expert)

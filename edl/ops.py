@@ -20,6 +20,58 @@ def _refuse_dtensor(op: str, *tensors: Tensor | None) -> None:
             raise ValueError(f"edl::{op}: takes plain tensors, call to_local() on the shards first (got a DTensor)")
 
 
+def _check_tensor(op: str, name: str, tensor: object) -> None:
+    """Raises where an argument is no dense tensor."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"edl::{op}: {name} must be a tensor (got {type(tensor).__name__})")
+    if tensor.is_nested:
+        raise ValueError(f"edl::{op}: {name} must be dense (got a nested tensor)")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"edl::{op}: {name} must be dense (got layout {tensor.layout})")
+    _refuse_dtensor(op, tensor)
+
+
+def _check_tensors(op: str, **tensors: object) -> None:
+    """Raises where one of several arguments is no dense tensor."""
+    for name, tensor in tensors.items():
+        _check_tensor(op, name, tensor)
+
+
+def _check_given(op: str, **tensors: object) -> None:
+    """The same for arguments that may be None."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _check_tensor(op, name, tensor)
+
+
+def _check_integers(op: str, **numbers: object) -> None:
+    """Raises where an argument is no integer; one that torch.compile or torch.jit.trace follows is."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or (type(number) is not int and not hasattr(number, "__index__")):
+            raise ValueError(f"edl::{op}: {name} must be an integer (got {number!r})")
+
+
+def _check_numbers(op: str, **numbers: object) -> None:
+    """Raises where an argument is no number."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or (type(number) is not float and not hasattr(number, "__float__")):
+            raise ValueError(f"edl::{op}: {name} must be a number (got {number!r})")
+
+
+def _check_texts(op: str, **texts: object) -> None:
+    """Raises where an argument is no text."""
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"edl::{op}: {name} must be a string (got {text!r})")
+
+
+def _check_flags(op: str, **flags: object) -> None:
+    """Raises where an argument is neither True nor False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"edl::{op}: {name} must be True or False (got {flag!r})")
+
+
 # ---- the loss: token → sequence → domain → pairs ----
 
 
@@ -37,7 +89,8 @@ def sequence_segment_ids(labels: Tensor, num_tokens: int) -> Tensor:
         ValueError: a wrong shape or dtype, a number of tokens that is no multiple of B.
     """
     if not torch.jit.is_scripting():
-        _refuse_dtensor("sequence_segment_ids", labels)
+        _check_tensors("sequence_segment_ids", labels=labels)
+        _check_integers("sequence_segment_ids", num_tokens=num_tokens)
     segment_ids: Tensor = torch.ops.edl.sequence_segment_ids(labels, num_tokens)
     return segment_ids
 
@@ -66,7 +119,9 @@ def aggregate_routing(
     Source: the first level of the aggregation in arXiv 2603.00054.
     """
     if not torch.jit.is_scripting():
-        _refuse_dtensor("aggregate_routing", routing, segment_ids)
+        _check_tensors("aggregate_routing", routing=routing, segment_ids=segment_ids)
+        _check_integers("aggregate_routing", num_segments=num_segments)
+        _check_texts("aggregate_routing", scores=scores)
     results: tuple[Tensor, Tensor] = torch.ops.edl.aggregate_routing(routing, segment_ids, num_segments, scores)
     return results
 
@@ -98,7 +153,9 @@ def domain_moments(
     Source: the second level of the aggregation in arXiv 2603.00054: every sequence weighs the same.
     """
     if not torch.jit.is_scripting():
-        _refuse_dtensor("domain_moments", segment_sums, segment_counts, labels)
+        _check_tensors("domain_moments", segment_sums=segment_sums, segment_counts=segment_counts, labels=labels)
+        _check_integers("domain_moments", num_domains=num_domains)
+        _check_flags("domain_moments", squares=squares)
     moments: tuple[Tensor, Tensor, Tensor] = torch.ops.edl.domain_moments(
         segment_sums, segment_counts, labels, num_domains, squares
     )
@@ -137,7 +194,10 @@ def expert_divergence(
     correction is ours.
     """
     if not torch.jit.is_scripting():
-        _refuse_dtensor("expert_divergence", sums, squares, counts)
+        _check_tensors("expert_divergence", sums=sums, squares=squares, counts=counts)
+        _check_numbers("expert_divergence", eps=eps)
+        _check_texts("expert_divergence", reduction=reduction)
+        _check_flags("expert_divergence", bias_correction=bias_correction)
     loss: Tensor = torch.ops.edl.expert_divergence(sums, squares, counts, eps, reduction, bias_correction)
     return loss
 
@@ -159,7 +219,8 @@ def pairwise_divergence(sums: Tensor, squares: Tensor, counts: Tensor, bias_corr
         ValueError: wrong shapes, dtypes or devices.
     """
     if not torch.jit.is_scripting():
-        _refuse_dtensor("pairwise_divergence", sums, squares, counts)
+        _check_tensors("pairwise_divergence", sums=sums, squares=squares, counts=counts)
+        _check_flags("pairwise_divergence", bias_correction=bias_correction)
     divergences: Tensor = torch.ops.edl.pairwise_divergence(sums, squares, counts, bias_correction)
     return divergences
 
@@ -179,7 +240,8 @@ def route_tokens(
 
     Without `bias` the experts with the highest logits are chosen, which is the order of the scores without their
     rounding; with it, those with the highest score + bias. Ties go to the lowest expert; NaN counts as highest, so that
-    it reaches the weights. Differentiable in `logits` through the chosen weights.
+    it reaches the weights. Differentiable in `logits` through the chosen weights; with `top_k` 1 and `normalize` the
+    weight is 1 and its gradient 0.
 
     Args:
         logits (Tensor[T, E]): the router's output; float32, float64, bfloat16 or float16.
@@ -197,7 +259,12 @@ def route_tokens(
         ValueError: a wrong shape, type, device, `top_k` or name of scores.
     """
     if not torch.jit.is_scripting():
-        _refuse_dtensor("route_tokens", logits, bias)
+        _check_tensors("route_tokens", logits=logits)
+        _check_given("route_tokens", bias=bias)
+        _check_integers("route_tokens", top_k=top_k)
+        _check_texts("route_tokens", scores=scores)
+        _check_flags("route_tokens", normalize=normalize)
+        _check_numbers("route_tokens", scale=scale)
     results: tuple[Tensor, Tensor] = torch.ops.edl.route_tokens(logits, top_k, scores, bias, normalize, scale)
     return results
 
@@ -220,7 +287,8 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         IndexError: an id outside [0, E] (on the CPU; elsewhere with EDL_CHECK=1).
     """
     if not torch.jit.is_scripting():
-        _refuse_dtensor("sort_by_expert", experts)
+        _check_tensors("sort_by_expert", experts=experts)
+        _check_integers("sort_by_expert", num_experts=num_experts)
     results: tuple[Tensor, Tensor] = torch.ops.edl.sort_by_expert(experts, num_experts)
     return results
 
@@ -244,7 +312,8 @@ def dispatch_tokens(tokens: Tensor, row_order: Tensor, top_k: int) -> Tensor:
         IndexError: `row_order` does not name each slot once (on the CPU).
     """
     if not torch.jit.is_scripting():
-        _refuse_dtensor("dispatch_tokens", tokens, row_order)
+        _check_tensors("dispatch_tokens", tokens=tokens, row_order=row_order)
+        _check_integers("dispatch_tokens", top_k=top_k)
     rows: Tensor = torch.ops.edl.dispatch_tokens(tokens, row_order, top_k)
     return rows
 
@@ -269,7 +338,9 @@ def combine_tokens(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_
         IndexError: `row_order` does not name each slot once (on the CPU).
     """
     if not torch.jit.is_scripting():
-        _refuse_dtensor("combine_tokens", rows, weights, row_order)
+        _check_tensors("combine_tokens", rows=rows, row_order=row_order)
+        _check_given("combine_tokens", weights=weights)
+        _check_integers("combine_tokens", top_k=top_k)
     tokens: Tensor = torch.ops.edl.combine_tokens(rows, weights, row_order, top_k)
     return tokens
 
@@ -299,7 +370,8 @@ def expert_mlp(
         IndexError: `offsets` or `row_order` name rows that do not exist (on the CPU).
     """
     if not torch.jit.is_scripting():
-        _refuse_dtensor("expert_mlp", tokens, weights, row_order, offsets, gate_up, down)
+        _check_tensors("expert_mlp", tokens=tokens, weights=weights, row_order=row_order, offsets=offsets)
+        _check_tensors("expert_mlp", gate_up=gate_up, down=down)
     output: Tensor = torch.ops.edl.expert_mlp(tokens, weights, row_order, offsets, gate_up, down)
     return output
 
@@ -322,6 +394,7 @@ def inject(carrier: Tensor, loss: Tensor, scale: Tensor | None = None) -> Tensor
         ValueError: `loss` or `scale` is no scalar.
     """
     if not torch.jit.is_scripting():
-        _refuse_dtensor("inject", carrier, loss, scale)
+        _check_tensors("inject", carrier=carrier, loss=loss)
+        _check_given("inject", scale=scale)
     copy: Tensor = torch.ops.edl.inject(carrier, loss, torch.ones_like(loss) if scale is None else scale)
     return copy

@@ -167,11 +167,38 @@ def test_minimising_the_loss_balances_a_skewed_router():
 
 
 def test_the_expert_bias_moves_by_the_rate_towards_balance():
-    layer = edl.MoELayer(8, 8, 4, 1, expert_bias=True)
+    layer = edl.MoELayer(8, 8, 4, 2, expert_bias=True)
     edl.update_expert_bias(layer, torch.tensor([10, 0, 5, 5]), rate=0.1)
     torch.testing.assert_close(layer.expert_bias, torch.tensor([-0.1, 0.1, 0.0, 0.0]))
     edl.update_expert_bias([layer], [torch.zeros(4, dtype=torch.int64)])
     torch.testing.assert_close(layer.expert_bias, torch.tensor([-0.1, 0.1, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("loads", "signs"),
+    [
+        ([257, 257, 256, 256], [-1, -1, 1, 1]),
+        ([2**24 + 1, 2**24, 2**24, 2**24 + 1], [-1, 1, 1, -1]),
+        ([2**40 + 1, 2**40, 2**40, 2**40 - 1], [-1, 0, 0, 1]),
+        ([3, 3, 3, 3], [0, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_loads_that_differ_by_one_are_told_apart(loads, signs, bias_dtype):
+    layer = edl.MoELayer(8, 8, 4, 2, expert_bias=True)
+    layer.expert_bias = layer.expert_bias.to(bias_dtype)
+    edl.update_expert_bias(layer, torch.tensor(loads), rate=0.5)
+    assert layer.expert_bias.tolist() == [0.5 * sign for sign in signs]
+
+
+def test_closed_experts_keep_their_bias_and_do_not_enter_the_mean():
+    layer = edl.MoELayer(8, 8, 4, 2, expert_bias=True)
+    is_open = torch.tensor([True, True, False, True])  # the second had no luck
+    edl.update_expert_bias(layer, torch.tensor([9, 0, 7, 5]), rate=0.5, open_experts=is_open)
+    assert layer.expert_bias.tolist() == [-0.5, 0.5, 0, -0.5]  # against 14 / 3
+    edl.update_expert_bias([layer], [torch.tensor([9, 0, 7, 5])], open_experts=[torch.zeros(4, dtype=torch.bool)])
+    assert layer.expert_bias.tolist() == [-0.5, 0.5, 0, -0.5]
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
@@ -191,13 +218,23 @@ def test_updating_the_expert_bias_balances_a_skewed_router(scores):
 
 def update_on_one_rank(rank, folder, size):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
-    layers = [edl.MoELayer(8, 8, 3, 1, expert_bias=True) for _ in range(2)]
+    layers = [edl.MoELayer(8, 8, 3, 2, expert_bias=True) for _ in range(2)]
     counts = (
         [torch.tensor([4, 0, 2]), torch.tensor([0, 1, 1])]
         if rank == 0
         else [torch.tensor([0, 4, 2]), torch.tensor([0, 3, 3])]
     )
     edl.update_expert_bias(layers, counts, rate=0.5, group=torch.distributed.group.WORLD)
+    # Open on one rank is open: [9, 0, 3] of all.
+    layers.append(edl.MoELayer(8, 8, 3, 2, expert_bias=True))
+    own, is_open = (([9, 0, 1], [True, True, False]), ([0, 0, 2], [True, False, False]))[rank]
+    edl.update_expert_bias(
+        layers[2],
+        torch.tensor(own),
+        rate=0.5,
+        group=torch.distributed.group.WORLD,
+        open_experts=torch.tensor(is_open),
+    )
     torch.save([layer.expert_bias for layer in layers], f"{folder}/{rank}")
     torch.distributed.destroy_process_group()
 
@@ -206,10 +243,147 @@ def test_ranks_that_count_together_move_alike(tmp_path):
     torch.multiprocessing.spawn(update_on_one_rank, (str(tmp_path), 2), nprocs=2)
     for rank in range(2):
         biases = torch.load(tmp_path / str(rank))
-        assert [bias.tolist() for bias in biases] == [[0, 0, 0], [0.5, -0.5, -0.5]]
+        assert [bias.tolist() for bias in biases] == [[0, 0, 0], [0.5, -0.5, -0.5], [-0.5, 0.5, 0]]
+
+
+def given(op, layers, **options):
+    """A loss of router logits."""
+    if op == "load_balancing_loss":
+        options["top_k"] = 2
+    return getattr(edl, op)(layers, **options)
+
+
+def counted(loads, **options):
+    return edl.update_expert_bias(edl.MoELayer(8, 8, 4, 2, expert_bias=True), loads, **options)
+
+
+REFUSED_LAYERS = {
+    "none": (lambda z: None, "must be a Routing, a tensor, or a list of them (got NoneType)"),
+    "number": (lambda z: 3, "must be a Routing, a tensor, or a list of them (got int)"),
+    "none-of-several": (
+        lambda z: [z, None],
+        "must hold tensors or Routings, and nothing for a layer without a router (got a list with NoneType)",
+    ),
+    "only-none": (
+        lambda z: (None,),
+        "must hold tensors or Routings, and nothing for a layer without a router (got a list with NoneType)",
+    ),
+    "lists": (
+        lambda z: [z.tolist()],
+        "must hold tensors or Routings, and nothing for a layer without a router (got a list with list)",
+    ),
+    "sparse": (lambda z: z.to_sparse(), "must be dense (got layout torch.sparse_coo)"),
+    "nested": (lambda z: [torch.nested.nested_tensor([z, z])], "must be dense (got a nested tensor)"),
+}
+REFUSED_LOGITS = {
+    "one-dimension": (lambda z: z[0], "router logits must have the shape [T, E] or [B, S_len, E] (got [6])"),
+    "four-dimensions": (
+        lambda z: z.view(2, 2, 6, 6),
+        "router logits must have the shape [T, E] or [B, S_len, E] (got [2, 2, 6, 6])",
+    ),
+    "no-dimension": (lambda z: z[0, 0], "router logits must have the shape [T, E] or [B, S_len, E] (got [])"),
+    "integers": (lambda z: z.long(), "router logits must be float32, float64, bfloat16 or float16 (got torch.int64)"),
+    "two-devices": (lambda z: [z, z.to("meta")], "all layers must be on one device (got cpu and meta)"),
+}
+REFUSED_MASKS = {
+    "list": ([1] * 24, "attention_mask must be a tensor (got list)"),
+    "sparse": (torch.ones(24).to_sparse(), "attention_mask must be dense (got layout torch.sparse_coo)"),
+    "device": (
+        torch.ones(24, device="meta"),
+        "the mask must be on the device of the router logits (got meta and cpu)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("op", "argument"), [("load_balancing_loss", "routings"), ("router_z_loss", "router_logits")])
+def test_losses_refuse_what_are_no_router_logits_alike(op, argument):
+    logits = random_routing().logits.detach()
+    for form, sentence in REFUSED_LAYERS.values():
+        with pytest.raises(ValueError) as error:
+            given(op, form(logits))
+        assert str(error.value) == f"edl::{op}: {argument} {sentence}"
+    for form, sentence in REFUSED_LOGITS.values():
+        with pytest.raises(ValueError) as error:
+            given(op, form(logits))
+        assert str(error.value) == f"edl::{op}: {sentence}"
+    for mask, sentence in REFUSED_MASKS.values():
+        with pytest.raises(ValueError) as error:
+            given(op, logits, attention_mask=mask)
+        assert str(error.value) == f"edl::{op}: {sentence}"
+
+
+def test_a_layer_without_a_router_is_refused_by_every_loss():
+    logits = random_routing().logits.detach()
+    for loss in (
+        lambda layers: edl.load_balancing_loss(layers, top_k=2),
+        edl.router_z_loss,
+        lambda layers: edl.expert_divergence_loss(layers, torch.zeros(1, dtype=torch.int64), 2),
+    ):
+        with pytest.raises(ValueError, match="and nothing for a layer without a router .got a list with NoneType"):
+            loss([logits, None])
 
 
 REFUSALS = {
+    "text-top_k": (
+        lambda r: edl.load_balancing_loss(r.logits, top_k="2"),
+        "edl::load_balancing_loss: top_k must be an integer (got '2')",
+    ),
+    "experts-shape": (
+        lambda r: edl.load_balancing_loss(r._replace(experts=r.experts[:, 0])),
+        "edl::load_balancing_loss: experts must have the shape [24, K] (got [24])",
+    ),
+    "experts-device": (
+        lambda r: edl.load_balancing_loss(r._replace(experts=r.experts.to("meta"))),
+        "edl::load_balancing_loss: experts must be on the device of logits (got meta and cpu)",
+    ),
+    "experts-none": (
+        lambda r: edl.load_balancing_loss(r._replace(experts=None)),
+        "edl::load_balancing_loss: experts must be a tensor (got NoneType)",
+    ),
+    "list-of-counts": (
+        lambda r: counted([1, 2, 3, 4]),
+        "edl::update_expert_bias: tokens_per_expert must have one entry per layer (got 4 for 1)",
+    ),
+    "list-of-lists-of-counts": (
+        lambda r: counted([[1, 2, 3, 4]]),
+        "edl::update_expert_bias: tokens_per_expert must be a tensor (got list)",
+    ),
+    "no-counts": (
+        lambda r: counted(None),
+        "edl::update_expert_bias: tokens_per_expert must be that of one layer or a list (got NoneType)",
+    ),
+    "sparse-counts": (
+        lambda r: counted(torch.ones(4).to_sparse()),
+        "edl::update_expert_bias: tokens_per_expert must be dense (got layout torch.sparse_coo)",
+    ),
+    "meta-counts": (
+        lambda r: counted(torch.ones(4, device="meta")),
+        "edl::update_expert_bias: tokens_per_expert must hold real numbers (got a meta tensor)",
+    ),
+    "rate": (
+        lambda r: counted(torch.ones(4), rate="0.1"),
+        "edl::update_expert_bias: rate must be a number (got '0.1')",
+    ),
+    "infinite-rate": (
+        lambda r: counted(torch.ones(4), rate=float("inf")),
+        "edl::update_expert_bias: rate must be finite (got inf)",
+    ),
+    "open-type": (
+        lambda r: counted(torch.ones(4), open_experts=torch.zeros(4)),
+        "edl::update_expert_bias: open_experts must be bool (got torch.float32)",
+    ),
+    "open-number": (
+        lambda r: counted(torch.ones(4), open_experts=[torch.ones(4, dtype=torch.bool)] * 2),
+        "edl::update_expert_bias: open_experts must have one entry per layer (got 2 for 1)",
+    ),
+    "group": (
+        lambda r: counted(torch.ones(4), group=3),
+        "edl::update_expert_bias: group must be a process group that holds this process (got int)",
+    ),
+    "no-MoELayer": (
+        lambda r: edl.update_expert_bias([torch.nn.Linear(4, 4)], [torch.zeros(4)]),
+        "edl::update_expert_bias: layers must be of MoELayer (got Linear)",
+    ),
     "no-layer": (
         lambda r: edl.load_balancing_loss([]),
         "edl::load_balancing_loss: routings must hold at least one layer (got an empty list)",
@@ -231,15 +405,15 @@ REFUSALS = {
         "edl::segments: give attention_mask (1 = keep) or padding_mask (True = padding), not both (got both)",
     ),
     "no-bias": (
-        lambda r: edl.update_expert_bias(edl.MoELayer(8, 8, 4, 1), torch.zeros(4)),
+        lambda r: edl.update_expert_bias(edl.MoELayer(8, 8, 4, 2), torch.zeros(4)),
         "edl::update_expert_bias: layers must be made with expert_bias=True (got one without)",
     ),
     "counts": (
-        lambda r: edl.update_expert_bias(edl.MoELayer(8, 8, 4, 1, expert_bias=True), torch.zeros(5)),
+        lambda r: edl.update_expert_bias(edl.MoELayer(8, 8, 4, 2, expert_bias=True), torch.zeros(5)),
         "edl::update_expert_bias: tokens_per_expert must have the shape [4] (got [5])",
     ),
     "layers": (
-        lambda r: edl.update_expert_bias([edl.MoELayer(8, 8, 4, 1, expert_bias=True)], [torch.zeros(4)] * 2),
+        lambda r: edl.update_expert_bias([edl.MoELayer(8, 8, 4, 2, expert_bias=True)], [torch.zeros(4)] * 2),
         "edl::update_expert_bias: tokens_per_expert must have one entry per layer (got 2 for 1)",
     ),
 }
@@ -261,7 +435,7 @@ def test_a_mask_value_other_than_0_and_1_is_refused(loss):
 
 def test_dtensors_are_refused(as_dtensor):
     routing, mask = random_routing(), as_dtensor(torch.ones(24))
-    layer = edl.MoELayer(8, 8, routing.logits.shape[1], 1, expert_bias=True)
+    layer = edl.MoELayer(8, 8, routing.logits.shape[1], 2, expert_bias=True)
     calls = {
         "load_balancing_loss": [
             lambda: edl.load_balancing_loss(as_dtensor(routing.logits), top_k=2),

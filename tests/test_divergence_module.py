@@ -414,7 +414,10 @@ INPUT_ERRORS = [
         *((LOGITS[None], LABELS), {}, {}),
     ),
     (
-        "expert_divergence_loss: router_logits must be a tensor, or a list of tensors (got a list with NoneType)",
+        (
+            "expert_divergence_loss: router_logits must hold tensors, and nothing for a layer without a router "
+            "(got a list with NoneType)"
+        ),
         *(([LOGITS, None], LABELS), {}, {}),
     ),
     (
@@ -430,16 +433,23 @@ INPUT_ERRORS = [
     (
         (
             "expert_divergence_loss: all layers must have one shape, dtype and device "
-            "(got [8, 12, 20] torch.float32 and [8, 12, 19] torch.float32)"
+            "(got [8, 12, 20] torch.float32 on cpu and [8, 12, 19] torch.float32 on cpu)"
         ),
         *(([LOGITS, LOGITS[..., :19]], LABELS), {}, {}),
     ),
     (
         (
             "expert_divergence_loss: all layers must have one shape, dtype and device "
-            "(got [8, 12, 20] torch.float32 and [8, 12, 20] torch.bfloat16)"
+            "(got [8, 12, 20] torch.float32 on cpu and [8, 12, 20] torch.bfloat16 on cpu)"
         ),
         *(([LOGITS, LOGITS.bfloat16()], LABELS), {}, {}),
+    ),
+    (
+        (
+            "expert_divergence_loss: all layers must have one shape, dtype and device "
+            "(got [8, 12, 20] torch.float32 on cpu and [8, 12, 20] torch.float32 on meta)"
+        ),
+        *(([LOGITS, LOGITS.to("meta")], LABELS), {}, {}),
     ),
     (
         "expert_divergence_loss: domain_ids must be on the device of router_logits (got meta and cpu)",

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -147,6 +148,48 @@ def test_the_expert_bias_stays_float32_in_a_16_bit_layer():
     assert layer.double().expert_bias.dtype == torch.float64
 
 
+START = torch.tensor([6.817, 6.901, 7.002, 7.063])
+NARROW = {
+    "assigned-state": lambda layer, dtype: layer.load_state_dict(
+        {name: tensor.to(dtype) for name, tensor in layer.state_dict().items()}, assign=True
+    ),
+    "assignment": lambda layer, dtype: setattr(layer, "expert_bias", layer.expert_bias.to(dtype)),
+    "data": lambda layer, dtype: setattr(layer.expert_bias, "data", layer.expert_bias.to(dtype)),
+    "buffers": lambda layer, dtype: layer._buffers.update(expert_bias=layer.expert_bias.to(dtype)),
+    "data-then-cast": lambda layer, dtype: (NARROW["data"](layer, dtype), layer.to(dtype)),
+    "scripted": lambda layer, dtype: setattr(torch.jit.script(layer), "expert_bias", layer.expert_bias.to(dtype)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("how", NARROW)
+def test_updates_move_an_expert_bias_that_was_narrowed(how, dtype):
+    layer = edl.MoELayer(8, 8, 4, 2, expert_bias=True)
+    layer.expert_bias.copy_(START)
+    NARROW[how](layer, dtype)
+    for _ in range(100):
+        edl.update_expert_bias(layer, torch.tensor([100, 10, 5, 1]))
+    expected = START.to(dtype).double() + 0.1 * torch.tensor([-1, 1, 1, 1])
+    if how == "scripted":  # which has a buffer of its own
+        expected = START.double() + 0.1 * torch.tensor([-1, 1, 1, 1])
+    assert layer.expert_bias.dtype == torch.float32 and "expert_bias" in layer._buffers
+    torch.testing.assert_close(layer.expert_bias.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_a_loaded_expert_bias_is_float32_and_not_rounded():
+    layer, state = make_layer("deepseek"), make_layer("deepseek").state_dict()
+    layer.expert_bias.data = layer.expert_bias.bfloat16()
+    layer.load_state_dict(state)
+    assert layer.expert_bias.dtype == torch.float32 and layer.expert_bias.equal(state["expert_bias"])
+    with torch.device("meta"):
+        layer = make_layer("softmax", expert_bias=True)
+    layer.load_state_dict({name: tensor.bfloat16() for name, tensor in layer.state_dict().items()}, assign=True)
+    assert layer.expert_bias.dtype == torch.float32 and layer.gate_up_proj.dtype == torch.bfloat16
+    layer = make_layer("deepseek", dtype=torch.float64)
+    layer.load_state_dict(layer.state_dict(), assign=True)
+    assert layer.expert_bias.dtype == torch.float64
+
+
 def test_the_expert_bias_shifts_the_choice_and_no_weight():
     layer = make_layer("deepseek")
     hidden = torch.randn(50, 16)
@@ -241,7 +284,141 @@ def test_reset_parameters():
         assert parameter.abs().max() <= bound and parameter.std() > bound / 3
 
 
+@pytest.mark.parametrize("lacking", ["none", "expert_bias", "gate_up_proj", "router.weight"])
+def test_reset_parameters_spares_what_transformers_has_loaded(lacking, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    import safetensors.torch
+
+    class Config(transformers.PreTrainedConfig):
+        model_type = "of-layers"
+
+    class Model(transformers.PreTrainedModel):
+        config_class = Config
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.layer = make_layer("deepseek")
+            self.post_init()
+
+        def _init_weights(self, module):
+            if isinstance(module, edl.MoELayer):
+                module.reset_parameters()
+
+    model = Model(Config())
+    model.layer.expert_bias.copy_(torch.arange(6.0))
+    model.save_pretrained(tmp_path)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(lacking)}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = Model.from_pretrained(tmp_path)
+    for name, tensor in loaded.layer.state_dict().items():
+        same = tensor.equal(model.layer.state_dict()[name])
+        assert same == (name != lacking), name
+    if lacking == "expert_bias":
+        assert (loaded.layer.expert_bias == 0).all()
+    else:
+        bound = 16**-0.5
+        assert loaded.layer.gate_up_proj.abs().max() <= bound and loaded.layer.gate_up_proj.std() > bound / 3
+    loaded.layer.reset_parameters()  # by the user: of everything
+    assert not any(tensor.equal(model.layer.state_dict()[name]) for name, tensor in loaded.layer.state_dict().items())
+
+
+def warned_by(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(warning.message) for warning in caught if "edl::" in str(warning.message)]
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_one_expert_per_token_with_normalised_weights_is_warned_about(scores):
+    (sentence,) = warned_by(lambda: edl.MoELayer(16, 8, 4, top_k=1, scores=scores))
+    assert sentence == (
+        "edl::MoELayer: with top_k=1 and normalised weights every weight is 1 and the router gets no gradient from the "
+        "model's loss, set normalize_top_k=False (in a configuration of transformers norm_topk_prob=False), or top_k "
+        "to at least 2"
+    )
+    for layer in (
+        lambda: edl.MoELayer(16, 8, 4, top_k=1, scores=scores, normalize_top_k=False),
+        lambda: edl.MoELayer(16, 8, 4, top_k=2, scores=scores),
+        lambda: edl.MoELayer(16, 8, 1, top_k=1, scores=scores),  # nothing to route
+    ):
+        assert warned_by(layer) == []
+    # What is warned about, and what the advice gives.
+    router_gradients = []
+    for options in ({}, {"normalize_top_k": False}, {"top_k": 2}):
+        layer = edl.MoELayer(16, 8, 4, **{"top_k": 1, "scores": scores, **options})
+        output, routing = layer(torch.randn(30, 16))
+        output.square().sum().backward()
+        router_gradients.append(layer.router.weight.grad.abs().max().item())
+        assert options or (routing.weights - 1).abs().max() < 1e-6
+    assert router_gradients[0] < 1e-6
+    assert min(router_gradients[1:]) > 1e-4
+
+
+def test_a_block_of_one_expert_per_token_is_warned_about_when_taken_over():
+    pytest.importorskip("transformers")
+    from transformers.models.mixtral import MixtralConfig, modeling_mixtral
+
+    config = MixtralConfig(hidden_size=16, intermediate_size=8, num_local_experts=4, num_experts_per_tok=1)
+    block = modeling_mixtral.MixtralSparseMoeBlock(config)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    taken = []
+    assert len(warned_by(lambda: taken.append(edl.MoELayer.from_transformers(block, return_routing=False)))) == 1
+    hidden = torch.randn(1, 9, 16)
+    expected = block(hidden)
+    torch.testing.assert_close(taken[0](hidden), expected[0] if isinstance(expected, tuple) else expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_traced_layer_takes_any_leading_shape(name):
+    layer = make_layer(name)
+    traced = torch.jit.trace(layer, torch.randn(2, 6, 16), check_trace=False)
+    for shape in ((3, 4, 16), (2, 6, 16), (5, 7, 16), (12, 16), (16,), (0, 3, 16), (2, 3, 2, 16)):
+        hidden = torch.randn(shape)
+        torch.testing.assert_close(output_of(traced(hidden)), output_of(layer(hidden)), rtol=0, atol=0)
+
+
 REFUSALS = {
+    "float-top_k": ((16, 24, 6, 2.0), {}, "edl::MoELayer: top_k must be an integer (got 2.0)"),
+    "float-hidden_size": ((16.0, 24, 6, 2), {}, "edl::MoELayer: hidden_size must be an integer (got 16.0)"),
+    "float-intermediate_size": ((16, 24.0, 6, 2), {}, "edl::MoELayer: intermediate_size must be an integer (got 24.0)"),
+    "text-num_experts": ((16, 24, "6", 2), {}, "edl::MoELayer: num_experts must be an integer (got '6')"),
+    "none-top_k": ((16, 24, 6, None), {}, "edl::MoELayer: top_k must be an integer (got None)"),
+    "true-top_k": ((16, 24, 6, True), {}, "edl::MoELayer: top_k must be an integer (got True)"),
+    "float-num_shared_experts": (
+        (16, 24, 6, 2),
+        {"num_shared_experts": 1.0},
+        "edl::MoELayer: num_shared_experts must be an integer (got 1.0)",
+    ),
+    "text-shared_intermediate_size": (
+        (16, 24, 6, 2),
+        {"num_shared_experts": 1, "shared_intermediate_size": "8"},
+        "edl::MoELayer: shared_intermediate_size must be an integer (got '8')",
+    ),
+    "text-routed_scaling_factor": (
+        (16, 24, 6, 2),
+        {"routed_scaling_factor": "2.5"},
+        "edl::MoELayer: routed_scaling_factor must be a number (got '2.5')",
+    ),
+    "nan-routed_scaling_factor": (
+        (16, 24, 6, 2),
+        {"routed_scaling_factor": float("nan")},
+        "edl::MoELayer: routed_scaling_factor must be finite (got nan)",
+    ),
+    "text-normalize_top_k": (
+        (16, 24, 6, 2),
+        {"normalize_top_k": "False"},
+        "edl::MoELayer: normalize_top_k must be True or False (got 'False')",
+    ),
+    "dtype": (
+        (16, 24, 6, 2),
+        {"dtype": torch.int32},
+        (
+            "edl::MoELayer: dtype must be one of [torch.float32, torch.float64, torch.bfloat16, torch.float16] (got "
+            "torch.int32)"
+        ),
+    ),
     "top_k": ((16, 24, 6, 7), {}, "edl::MoELayer: top_k must not exceed num_experts (got 7 of 6)"),
     "size": ((16, 0, 6, 2), {}, "edl::MoELayer: intermediate_size must be at least 1 (got 0)"),
     "scores": ((16, 24, 6, 2), {"scores": "none"}, "edl::MoELayer: scores must be 'softmax' or 'sigmoid' (got 'none')"),
@@ -268,6 +445,41 @@ def test_wrong_options_are_one_sentence(name):
     arguments, options, sentence = REFUSALS[name]
     with pytest.raises(ValueError) as error:
         edl.MoELayer(*arguments, **options)
+    assert str(error.value) == sentence
+
+
+def nested(layout):
+    return torch.nested.nested_tensor([torch.zeros(2, 16), torch.zeros(3, 16)], layout=layout)
+
+
+WRONG_HIDDEN = {
+    "list": (lambda: [[0.0] * 16], "edl::MoELayer: hidden must be a tensor (got list)"),
+    "none": (lambda: None, "edl::MoELayer: hidden must be a tensor (got NoneType)"),
+    "numpy": (lambda: torch.zeros(3, 16).numpy(), "edl::MoELayer: hidden must be a tensor (got ndarray)"),
+    "sparse": (
+        lambda: torch.zeros(3, 16).to_sparse(),
+        "edl::MoELayer: hidden must be dense (got layout torch.sparse_coo)",
+    ),
+    "csr": (
+        lambda: torch.zeros(3, 16).to_sparse_csr(),
+        "edl::MoELayer: hidden must be dense (got layout torch.sparse_csr)",
+    ),
+    "nested": (lambda: nested(torch.strided), "edl::MoELayer: hidden must be dense (got a nested tensor)"),
+    "jagged": (lambda: nested(torch.jagged), "edl::MoELayer: hidden must be dense (got a nested tensor)"),
+    "scalar": (lambda: torch.zeros(()), "edl::MoELayer: hidden must have the shape [..., H] (got a scalar)"),
+    "device": (
+        lambda: torch.zeros(3, 16, device="meta"),
+        "edl::MoELayer: hidden must be on the device of the layer (got meta and cpu)",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(sparse|Sparse|nested|Nested).*")
+@pytest.mark.parametrize("name", WRONG_HIDDEN)
+def test_what_is_no_dense_tensor_is_refused_in_one_sentence(name):
+    hidden, sentence = WRONG_HIDDEN[name]
+    with pytest.raises(ValueError) as error:
+        make_layer("deepseek")(hidden())
     assert str(error.value) == sentence
 
 

@@ -1,0 +1,50 @@
+"""What `torch.utils.flop_counter.FlopCounterMode` counts for the operators of edl that multiply matrices.
+
+A multiplication and the addition after it count as two operations, as in torch's own formulas. Every slot of every
+token counts, N = T·K, also one without an expert: formulas see shapes only. The router's product is an operator of
+torch, which counts it itself.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+
+def _product(row_order: Sequence[int], down: Sequence[int]) -> int:
+    """One product of N rows with a matrix [H, I] each."""
+    _, hidden_size, intermediate_size = down
+    return 2 * row_order[0] * hidden_size * intermediate_size
+
+
+@register_flop_formula([torch.ops.edl.expert_mlp, torch.ops.edl._expert_mlp_forward])
+def expert_mlp_flops(
+    tokens: Sequence[int],
+    weights: Sequence[int],
+    row_order: Sequence[int],
+    offsets: Sequence[int],
+    gate_up: Sequence[int],
+    down: Sequence[int],
+    **_: Any,
+) -> int:
+    """The products with the gate, up and down matrices, from the shapes of the arguments."""
+    return 3 * _product(row_order, down)
+
+
+@register_flop_formula(torch.ops.edl._expert_mlp_backward)
+def expert_mlp_backward_flops(
+    grad_output: Sequence[int],
+    tokens: Sequence[int],
+    weights: Sequence[int],
+    row_order: Sequence[int],
+    offsets: Sequence[int],
+    gate_up: Sequence[int],
+    down: Sequence[int],
+    pre_activation: Sequence[int],
+    needed: Sequence[bool],
+    **_: Any,
+) -> int:
+    """The gradient of the activation, and those of tokens (two products), gate_up (two) and down where needed."""
+    of_tokens, _of_weights, of_gate_up, of_down = needed
+    return (1 + 2 * of_tokens + 2 * of_gate_up + of_down) * _product(row_order, down)

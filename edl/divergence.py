@@ -207,7 +207,8 @@ class ExpertDivergenceLoss(nn.Module):
             ranks;
                 Megatron:
             data ranks, as its loss scale carries the context ranks.
-        memory (DomainMemory, optional): carries the moments over the micro-batches of a step.
+        memory (DomainMemory, optional): carries the moments over the micro-batches of a step; of this loss alone. It
+            may be assigned later, and None frees it for another loss.
 
     With groups: **after the framework's own averaging, the gradients of the parameters equal those of one process that
     saw the whole batch.** There is one all-reduce per seam forward, for all layers together, and none backward. All
@@ -251,14 +252,27 @@ class ExpertDivergenceLoss(nn.Module):
         self.pair_reduction = pair_reduction
         self.layer_reduction = layer_reduction
         self.bias_correction = bias_correction
-        if memory is not None and not isinstance(memory, DomainMemory):
-            raise ValueError(
-                f"edl::expert_divergence_loss: memory must be a DomainMemory (got {type(memory).__name__})"
-            )
-        self.memory = memory
         self._ranks = Ranks(sequence_group, group, averaging_ranks)
-        self._is_local = memory is None and sequence_group is None and group is None and averaging_ranks is None
+        self._is_alone = sequence_group is None and group is None and averaging_ranks is None
         self._values_checked = False
+        self.memory = memory
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("sequence_group", "group", "averaging_ranks"):
+            raise ValueError(
+                f"edl::expert_divergence_loss: {name} must be given when the loss is made (got an assignment)"
+            )
+        if name == "memory":
+            if value is not None:
+                if not isinstance(value, DomainMemory):
+                    raise ValueError(
+                        f"edl::expert_divergence_loss: memory must be a DomainMemory (got {type(value).__name__})"
+                    )
+                value.serve(self)
+            former = getattr(self, "memory", None)
+            if former is not None and former is not value:
+                former.release(self)
+        super().__setattr__(name, value)
 
     def forward(
         self,
@@ -290,10 +304,10 @@ class ExpertDivergenceLoss(nn.Module):
                 NaN).
         """
         if not torch.jit.is_scripting():
-            if not self._is_local:
+            if not self._is_alone or self.memory is not None:
                 return self.begin(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)()
             self._check_values_once(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
-        elif not self._is_local:
+        elif not self._is_alone or self.memory is not None:
             raise ValueError("edl::expert_divergence_loss: groups and memory are not for TorchScript")
         return self._local_loss(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
 
@@ -405,6 +419,8 @@ class ExpertDivergenceLoss(nn.Module):
     ) -> Callable[[], Tensor]:
         """Begins the loss over all ranks and micro-batches; `segments_of` makes the segments of a layer."""
         memory = self.memory if self.memory is not None and self.memory.in_use else None
+        if memory is not None:
+            memory.serve(self)  # a copy's memory, or a loss's copy, comes here without an assignment
         before = None if memory is None else memory.before_pass()
         with torch.no_grad():  # every rank differentiates its own part of the moments: backward needs no other rank
             sum_moments = memory is None or not memory.has_collected

@@ -206,8 +206,9 @@ class DivergenceHandle:
         return self.beta * value
 
     def remove(self) -> None:
-        """Takes the hooks off the model and releases what they captured."""
+        """Takes the hooks off the model, releases what they captured, and frees the memory for another loss."""
         self._capture.remove()
+        self.divergence.memory = None
 
 
 def attach(model: nn.Module, num_domains: int, beta: float, **options: Any) -> DivergenceHandle:

@@ -1,5 +1,6 @@
 """Expert Divergence Learning (arXiv 2603.00054): the loss that pushes the routing of different domains apart."""
 
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,34 @@ def _check_choice(name: str, value: str, choices: list[str]) -> None:
         raise ValueError(f"edl::expert_divergence_loss: {name} must be one of {choices} (got '{value}')")
 
 
+@torch.jit.unused
+def _as_count(name: str, value: Any) -> int:
+    """The integer that a number of Python, NumPy or torch is."""
+    try:
+        return value if isinstance(value, int) else operator.index(value)
+    except TypeError:
+        raise ValueError(f"edl::expert_divergence_loss: {name} must be an integer (got {value!r})") from None
+
+
+@torch.jit.unused
+def _check_types(eps: Any, bias_correction: Any) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat)):
+        raise ValueError(f"edl::expert_divergence_loss: eps must be a number (got {eps!r})")
+    if not isinstance(bias_correction, bool):
+        raise ValueError(
+            f"edl::expert_divergence_loss: bias_correction must be True or False (got {bias_correction!r})"
+        )
+
+
+@torch.jit.unused
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"edl::expert_divergence_loss: {name} must be a tensor (got {type(value).__name__})")
+    if value.layout != torch.strided or value.is_nested:
+        got = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise ValueError(f"edl::expert_divergence_loss: {name} must be dense (got {got})")
+
+
 def _check_options(
     num_domains: int,
     eps: float,
@@ -32,8 +61,11 @@ def _check_options(
     layer_reduction: str,
     bias_correction: bool,
 ) -> None:
-    if num_domains < 1:
-        raise ValueError(f"edl::expert_divergence_loss: num_domains must be at least 1 (got {num_domains})")
+    if num_domains < 2:
+        raise ValueError(
+            "edl::expert_divergence_loss: num_domains must be at least 2, or there is no pair to push apart (got "
+            f"{num_domains})"
+        )
     if not (eps >= 0.0 and eps < float("inf")):
         raise ValueError(f"edl::expert_divergence_loss: eps must be finite and not negative (got {eps})")
     _check_choice("input", input, ["logits", "probs"])
@@ -65,24 +97,20 @@ def _check_layers(layers: list[Tensor]) -> None:
             )
 
 
+@torch.jit.unused
+def _refuse_layers(got: str) -> None:
+    raise ValueError(f"edl::expert_divergence_loss: router_logits must be a tensor, or a list of tensors (got {got})")
+
+
 def _as_layers(router_logits: _RouterLogits) -> list[Tensor]:
     if not torch.jit.is_scripting() and not isinstance(router_logits, (Tensor, list, tuple)):
-        raise ValueError(
-            "edl::expert_divergence_loss: router_logits must be a tensor, or a list of tensors "
-            f"(got {type(router_logits).__name__})"
-        )
+        _refuse_layers(type(router_logits).__name__)
     layers = [router_logits] if isinstance(router_logits, Tensor) else list(router_logits)
     if not torch.jit.is_scripting():
-        for layer in layers:
+        for number, layer in enumerate(layers):
             if not isinstance(layer, Tensor):
-                raise ValueError(
-                    "edl::expert_divergence_loss: router_logits must be a tensor, or a list of tensors "
-                    f"(got a list with {type(layer).__name__})"
-                )
-            if layer.layout != torch.strided:
-                raise ValueError(
-                    f"edl::expert_divergence_loss: router_logits must be dense (got layout {layer.layout})"
-                )
+                _refuse_layers(f"{None if layer is None else type(layer).__name__} at layer {number}")
+            _check_tensor("router_logits", layer)
         ops._refuse_dtensor("expert_divergence_loss", *layers)
     _check_layers(layers)
     return layers
@@ -100,10 +128,14 @@ def _segments_of(
 ) -> Segments:
     """What each token of a layer [T, E] or [B, S_len, E] counts for."""
     if not torch.jit.is_scripting():
-        if not isinstance(domain_ids, Tensor):
-            raise ValueError(
-                f"edl::expert_divergence_loss: domain_ids must be a tensor (got {type(domain_ids).__name__})"
-            )
+        _check_tensor("domain_ids", domain_ids)
+        for name, mask in (
+            ("attention_mask", attention_mask),
+            ("padding_mask", padding_mask),
+            ("cu_seqlens", cu_seqlens),
+        ):
+            if mask is not None:
+                _check_tensor(name, mask)
         ops._refuse_dtensor("expert_divergence_loss", domain_ids, attention_mask, padding_mask, cu_seqlens)
     if bias_correction and domain_ids.is_floating_point():
         raise ValueError("edl::expert_divergence_loss: bias_correction needs one label per segment (got soft labels)")
@@ -145,6 +177,9 @@ def expert_divergence_loss(
 
     What needs a state between calls, process groups and a memory, only the module takes.
     """
+    if not torch.jit.is_scripting():
+        num_domains = _as_count("num_domains", num_domains)
+        _check_types(eps, bias_correction)
     _check_options(
         num_domains, eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction
     )
@@ -184,7 +219,7 @@ class ExpertDivergenceLoss(nn.Module):
     2 + eps) and -log(eps); with fewer than two domains in the batch it is 0 with zero gradient.
 
     Args:
-        num_domains (int): D, at least 1.
+        num_domains (int): D, at least 2.
         eps (float): at least 0, default 1e-6. Domains whose divergence is far below eps are no longer pushed apart.
         input (str): "logits" (default) or "probs": what is passed to forward; checked.
         scores (str): how logits become a distribution: "softmax" (default) or "sigmoid" (normalised over experts).
@@ -241,6 +276,8 @@ class ExpertDivergenceLoss(nn.Module):
         memory: DomainMemory | None = None,
     ) -> None:
         super().__init__()
+        num_domains = _as_count("num_domains", num_domains)
+        _check_types(eps, bias_correction)
         _check_options(
             num_domains, eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction
         )

@@ -75,8 +75,8 @@ class DomainMemory(nn.Module):
 
     def __init__(self, decay: float = 0.0) -> None:
         super().__init__()
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"edl::DomainMemory: decay must be at least 0 and below 1 (got {decay})")
+        if not isinstance(decay, (int, float)) or not 0.0 <= decay < 1.0:
+            raise ValueError(f"edl::DomainMemory: decay must be at least 0 and below 1 (got {decay!r})")
         self.decay = decay
         self._carried: Moments | None = None
         self._layout: tuple[int, int, int, bool] | None = None  # L, D, E and bias_correction, once known

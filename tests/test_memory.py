@@ -573,6 +573,10 @@ def test_wrong_use_is_refused():
         refused(lambda: edl.DomainMemory(decay=1.0))
         == "edl::DomainMemory: decay must be at least 0 and below 1 (got 1.0)"
     )
+    assert (
+        refused(lambda: edl.DomainMemory(decay="0.9"))
+        == "edl::DomainMemory: decay must be at least 0 and below 1 (got '0.9')"
+    )
     assert refused(lambda: edl.ExpertDivergenceLoss(D, memory={})) == (
         "edl::expert_divergence_loss: memory must be a DomainMemory (got dict)"
     )

@@ -221,7 +221,7 @@ def attach(model: nn.Module, num_domains: int, beta: float, **options: Any) -> D
 
     Args:
         model (nn.Module): a model of transformers, or something around one.
-        num_domains (int): D, at least 1.
+        num_domains (int): D, at least 2.
         beta (float): weight of the loss, finite.
         options: as for `edl.ExpertDivergenceLoss`: `scores="sigmoid"` for DeepSeek-V3 and other routers with sigmoid
             scores, `input="probs"` for routers that give probabilities (Gemma 4).

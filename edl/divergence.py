@@ -1,5 +1,6 @@
 """Expert Divergence Learning (arXiv 2603.00054): the loss that pushes the routing of different domains apart."""
 
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,26 @@ def _check_choice(name: str, value: str, choices: list[str]) -> None:
         raise ValueError(f"edl::expert_divergence_loss: {name} must be one of {choices} (got '{value}')")
 
 
+@torch.jit.unused
+def _as_count(name: str, value: Any) -> int:
+    """The integer that a number of Python, NumPy or torch is."""
+    try:
+        return value if isinstance(value, int) else operator.index(value)
+    except TypeError:
+        raise ValueError(f"edl::expert_divergence_loss: {name} must be an integer (got {value!r})") from None
+
+
+@torch.jit.unused
+def _check_types(eps: Any, bias_correction: Any) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat)):
+        raise ValueError(f"edl::expert_divergence_loss: eps must be a number (got {eps!r})")
+    if not isinstance(bias_correction, bool):
+        raise ValueError(
+            f"edl::expert_divergence_loss: bias_correction must be True or False (got {bias_correction!r})"
+        )
+
+
+@torch.jit.unused
 def _check_options(
     num_domains: int,
     eps: float,
@@ -32,8 +53,11 @@ def _check_options(
     layer_reduction: str,
     bias_correction: bool,
 ) -> None:
-    if num_domains < 1:
-        raise ValueError(f"edl::expert_divergence_loss: num_domains must be at least 1 (got {num_domains})")
+    if num_domains < 2:
+        raise ValueError(
+            "edl::expert_divergence_loss: num_domains must be at least 2, or there is no pair to push apart (got "
+            f"{num_domains})"
+        )
     if not (eps >= 0.0 and eps < float("inf")):
         raise ValueError(f"edl::expert_divergence_loss: eps must be finite and not negative (got {eps})")
     _check_choice("input", input, ["logits", "probs"])
@@ -80,10 +104,7 @@ def _as_layers(router_logits: _RouterLogits) -> list[Tensor]:
                     "edl::expert_divergence_loss: router_logits must hold tensors, and nothing for a layer without a "
                     f"router (got a list with {type(layer).__name__})"
                 )
-            if layer.layout != torch.strided:
-                raise ValueError(
-                    f"edl::expert_divergence_loss: router_logits must be dense (got layout {layer.layout})"
-                )
+            ops._check_tensor("expert_divergence_loss", "router_logits", layer)
         ops._refuse_dtensor("expert_divergence_loss", *layers)
     _check_layers(layers)
     return layers
@@ -101,10 +122,14 @@ def _segments_of(
 ) -> Segments:
     """What each token of a layer [T, E] or [B, S_len, E] counts for."""
     if not torch.jit.is_scripting():
-        if not isinstance(domain_ids, Tensor):
-            raise ValueError(
-                f"edl::expert_divergence_loss: domain_ids must be a tensor (got {type(domain_ids).__name__})"
-            )
+        ops._check_tensor("expert_divergence_loss", "domain_ids", domain_ids)
+        for name, mask in (
+            ("attention_mask", attention_mask),
+            ("padding_mask", padding_mask),
+            ("cu_seqlens", cu_seqlens),
+        ):
+            if mask is not None:
+                ops._check_tensor("expert_divergence_loss", name, mask)
         ops._refuse_dtensor("expert_divergence_loss", domain_ids, attention_mask, padding_mask, cu_seqlens)
     if bias_correction and domain_ids.is_floating_point():
         raise ValueError("edl::expert_divergence_loss: bias_correction needs one label per segment (got soft labels)")
@@ -146,6 +171,9 @@ def expert_divergence_loss(
 
     What needs a state between calls, process groups and a memory, only the module takes.
     """
+    if not torch.jit.is_scripting():
+        num_domains = _as_count("num_domains", num_domains)
+        _check_types(eps, bias_correction)
     _check_options(
         num_domains, eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction
     )
@@ -185,7 +213,7 @@ class ExpertDivergenceLoss(nn.Module):
     2 + eps) and -log(eps); with fewer than two domains in the batch it is 0 with zero gradient.
 
     Args:
-        num_domains (int): D, at least 1.
+        num_domains (int): D, at least 2.
         eps (float): at least 0, default 1e-6. Domains whose divergence is far below eps are no longer pushed apart.
         input (str): "logits" (default) or "probs": what is passed to forward; checked.
         scores (str): how logits become a distribution: "softmax" (default) or "sigmoid" (normalised over experts).
@@ -208,7 +236,8 @@ class ExpertDivergenceLoss(nn.Module):
             ranks;
                 Megatron:
             data ranks, as its loss scale carries the context ranks.
-        memory (DomainMemory, optional): carries the moments over the micro-batches of a step.
+        memory (DomainMemory, optional): carries the moments over the micro-batches of a step; of this loss alone. It
+            may be assigned later, and None frees it for another loss.
 
     With groups: **after the framework's own averaging, the gradients of the parameters equal those of one process that
     saw the whole batch.** There is one all-reduce per seam forward, for all layers together, and none backward. All
@@ -241,6 +270,8 @@ class ExpertDivergenceLoss(nn.Module):
         memory: DomainMemory | None = None,
     ) -> None:
         super().__init__()
+        num_domains = _as_count("num_domains", num_domains)
+        _check_types(eps, bias_correction)
         _check_options(
             num_domains, eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction
         )
@@ -252,14 +283,27 @@ class ExpertDivergenceLoss(nn.Module):
         self.pair_reduction = pair_reduction
         self.layer_reduction = layer_reduction
         self.bias_correction = bias_correction
-        if memory is not None and not isinstance(memory, DomainMemory):
-            raise ValueError(
-                f"edl::expert_divergence_loss: memory must be a DomainMemory (got {type(memory).__name__})"
-            )
-        self.memory = memory
         self._ranks = Ranks(sequence_group, group, averaging_ranks)
-        self._is_local = memory is None and sequence_group is None and group is None and averaging_ranks is None
+        self._is_alone = sequence_group is None and group is None and averaging_ranks is None
         self._values_checked = False
+        self.memory = memory
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("sequence_group", "group", "averaging_ranks"):
+            raise ValueError(
+                f"edl::expert_divergence_loss: {name} must be given when the loss is made (got an assignment)"
+            )
+        if name == "memory":
+            if value is not None:
+                if not isinstance(value, DomainMemory):
+                    raise ValueError(
+                        f"edl::expert_divergence_loss: memory must be a DomainMemory (got {type(value).__name__})"
+                    )
+                value.serve(self)
+            former = getattr(self, "memory", None)
+            if former is not None and former is not value:
+                former.release(self)
+        super().__setattr__(name, value)
 
     def forward(
         self,
@@ -291,10 +335,10 @@ class ExpertDivergenceLoss(nn.Module):
                 NaN).
         """
         if not torch.jit.is_scripting():
-            if not self._is_local:
+            if not self._is_alone or self.memory is not None:
                 return self.begin(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)()
             self._check_values_once(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
-        elif not self._is_local:
+        elif not self._is_alone or self.memory is not None:
             raise ValueError("edl::expert_divergence_loss: groups and memory are not for TorchScript")
         return self._local_loss(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
 
@@ -406,6 +450,8 @@ class ExpertDivergenceLoss(nn.Module):
     ) -> Callable[[], Tensor]:
         """Begins the loss over all ranks and micro-batches; `segments_of` makes the segments of a layer."""
         memory = self.memory if self.memory is not None and self.memory.in_use else None
+        if memory is not None:
+            memory.serve(self)  # a copy's memory, or a loss's copy, comes here without an assignment
         before = None if memory is None else memory.before_pass()
         with torch.no_grad():  # every rank differentiates its own part of the moments: backward needs no other rank
             sum_moments = memory is None or not memory.has_collected

@@ -2,7 +2,9 @@
 others."""
 
 import contextlib
+import gc
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +15,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from edl.scope import Scope, current_scope
 
 
+def _num_moments(num_layers: int, num_domains: int, num_experts: int, bias_correction: bool) -> int:
+    return num_layers * num_domains * (num_experts * (2 if bias_correction else 1) + 1) + 1
+
+
 class Moments(NamedTuple):
     """Domain moments of a loss over L layers, as one row of numbers whose last says how many micro-batches they are
     worth."""
@@ -20,6 +26,10 @@ class Moments(NamedTuple):
     packed: Tensor  # [N] float64
     shape: tuple[int, int, int]  # L, D, E
     bias_correction: bool
+
+    @property
+    def layout(self) -> tuple[int, int, int, bool]:
+        return (*self.shape, self.bias_correction)
 
     def plus(self, other: "Moments") -> "Moments":
         return self._replace(packed=self.packed + other.packed)
@@ -47,8 +57,10 @@ class DomainMemory(nn.Module):
     train on each as usual. The mean of their gradients is the gradient of the batch, and the value of every loss is the
     batch's.
 
-    The state travels in `state_dict` (between steps; collected moments do not). Not for code under `torch.compile`.
-    With activation checkpointing labels must come from an `edl.domain_scope` around what is checkpointed.
+    The state travels in `state_dict` as one tensor (between steps; collected moments do not). Its size is known from
+    the first micro-batch or from `allocate()` on: what loads into tensors that are there, torch.distributed.checkpoint,
+    needs one of them first. Not for code under `torch.compile`. With activation checkpointing labels must come from an
+    `edl.domain_scope` around what is checkpointed.
 
     Args:
         decay (float): factor of what is carried at each `step()`, in [0, 1): 0 (default) forgets, d > 0 keeps an
@@ -63,10 +75,12 @@ class DomainMemory(nn.Module):
 
     def __init__(self, decay: float = 0.0) -> None:
         super().__init__()
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"edl::DomainMemory: decay must be at least 0 and below 1 (got {decay})")
+        if not isinstance(decay, (int, float)) or not 0.0 <= decay < 1.0:
+            raise ValueError(f"edl::DomainMemory: decay must be at least 0 and below 1 (got {decay!r})")
         self.decay = decay
         self._carried: Moments | None = None
+        self._layout: tuple[int, int, int, bool] | None = None  # L, D, E and bias_correction, once known
+        self._loss: weakref.ref[nn.Module] | None = None  # whose memory it is
         self._collecting = False
         self._collected = 0  # micro-batches of the first of two passes
         self._trained_on = 0  # micro-batches since the last step
@@ -74,6 +88,59 @@ class DomainMemory(nn.Module):
         self._optimizer_steps_seen = _optimizer_steps
         self._warned = False
         _watch_optimizers()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy belongs to no loss yet, and no backward pass will ask it for a replay.
+        return {**self.__dict__, "_loss": None, "_before_pass": {}}
+
+    def serve(self, loss: nn.Module) -> None:
+        """Makes this the memory of a loss.
+
+        Raises:
+            ValueError: it is that of another loss, which is still there.
+        """
+        if self._loss is not None and self._loss() not in (None, loss):
+            gc.collect()  # a model that was dropped may hang in a cycle
+        owner = None if self._loss is None else self._loss()
+        if owner is not None and owner is not loss:
+            raise ValueError(
+                "edl::DomainMemory: a memory must belong to one loss, whose moments others would mix with theirs; set "
+                "the other's memory to None first (got one that another loss has)"
+            )
+        if owner is None:
+            self._loss = weakref.ref(loss)
+
+    def release(self, loss: nn.Module) -> None:
+        """Frees it for another loss, if it is that of this one."""
+        if self._loss is not None and self._loss() is loss:
+            self._loss = None
+
+    def allocate(self, num_layers: int, num_domains: int, num_experts: int, bias_correction: bool = False) -> None:
+        """Fixes the size of the state before the first micro-batch does, for what loads a state into the tensors of a
+        new model, as torch.distributed.checkpoint.
+
+        Args:
+            num_layers (int): L, the MoE layers of the loss.
+            num_domains (int): D.
+            num_experts (int): E.
+            bias_correction (bool): of the loss. Default: False.
+
+        Raises:
+            ValueError: a number below 1; other numbers than are known already.
+        """
+        sizes = (num_layers, num_domains, num_experts)
+        if not all(_is_count(size) for size in sizes) or not isinstance(bias_correction, bool):
+            raise ValueError(
+                "edl::DomainMemory: num_layers, num_domains and num_experts must be integers of at least 1, and "
+                f"bias_correction True or False (got {', '.join(map(repr, (*sizes, bias_correction)))})"
+            )
+        layout = (*sizes, bias_correction)
+        if self._layout not in (None, layout):
+            raise ValueError(
+                "edl::DomainMemory: layers, domains, experts and bias_correction are known already, "
+                f"{list(self._layout or ())} (got {list(layout)})"
+            )
+        self._layout = layout
 
     @contextlib.contextmanager
     def collect(self) -> Iterator[None]:
@@ -158,6 +225,7 @@ class DomainMemory(nn.Module):
             RuntimeError: a second loss in one `domain_scope`.
         """
         self._check(before, live)
+        self._layout = live.layout
         if before is not None:
             # A restored state may lie elsewhere.
             before = before._replace(packed=before.packed.to(live.packed.device))
@@ -230,22 +298,28 @@ class DomainMemory(nn.Module):
         if not counted:
             self._optimizer_steps_seen = _optimizer_steps
 
-    def get_extra_state(self) -> tuple[()] | tuple[Tensor, tuple[int, int, int], bool]:
-        """What `state_dict` saves: the moments, their shape and bias correction, or nothing.
+    def get_extra_state(self) -> Tensor:
+        """What `state_dict` saves, float64 on the CPU: layers, domains, experts and bias correction, then the moments.
+        Without element while these sizes are not known."""
+        if self._layout is None:
+            return torch.empty(0, dtype=torch.float64)
+        moments = (
+            torch.zeros(_num_moments(*self._layout), dtype=torch.float64)
+            if self._carried is None
+            else self._carried.packed.cpu()
+        )
+        return torch.cat([torch.tensor(self._layout, dtype=torch.float64), moments])
 
-        A tuple, which torch.distributed.checkpoint takes as a whole: into the empty dict of a new memory it would load
-        nothing.
-        """
-        carried = self._carried
-        return () if carried is None else (carried.packed.cpu(), carried.shape, carried.bias_correction)
-
-    def set_extra_state(self, state: tuple[Any, ...]) -> None:
-        """What `load_state_dict` restores.
+    def set_extra_state(self, state: Any) -> None:
+        """What `load_state_dict` restores; also the tuples of earlier versions.
 
         Raises:
-            ValueError: a state that `get_extra_state` did not give.
+            ValueError: a state that `get_extra_state` did not give, or with numbers that are no moments.
         """
-        self._carried = _restored(state) if state else None
+        restored = _restored(state)
+        if restored is not None:
+            self._layout = restored.layout
+        self._carried = restored if restored is not None and restored.packed[-1] > 0 else None
         # A state is that between steps, also where a step that failed is left for it.
         self._collected = self._trained_on = 0
         self._before_pass.clear()
@@ -254,16 +328,47 @@ class DomainMemory(nn.Module):
         return f"decay={self.decay:g}"
 
 
-def _restored(state: tuple[Any, ...]) -> Moments:
+def _is_count(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+
+
+def _restored(state: Any) -> Moments | None:
+    """The moments in a state; None in that of a memory that was never used."""
+    if (isinstance(state, Tensor) and state.numel() == 0) or (isinstance(state, tuple) and not state):
+        return None
     try:
-        packed, (num_layers, num_domains, num_experts), bias_correction = state
-        size = num_layers * num_domains * (num_experts * (2 if bias_correction else 1) + 1) + 1
-        return Moments(packed.view(size), (num_layers, num_domains, num_experts), bias_correction)
-    except (TypeError, ValueError, AttributeError, RuntimeError):
-        got = [list(part.shape) if isinstance(part, Tensor) else part for part in state]
+        if isinstance(state, Tensor):
+            sizes, packed = state[:4].tolist(), state[4:]
+            is_state = all(size.is_integer() for size in sizes) and sizes[3] in (0, 1)
+        else:  # of earlier versions
+            packed, sizes = state[0], [*state[1], state[2]]
+            is_state = len(state) == 3
+        num_layers, num_domains, num_experts = map(int, sizes[:3])
+        moments = Moments(packed.detach().clone(), (num_layers, num_domains, num_experts), bool(sizes[3]))
+        size = _num_moments(*moments.layout)
+        is_state = is_state and min(moments.shape) >= 1 and packed.dtype == torch.float64 and packed.shape == (size,)
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RuntimeError):
+        is_state = False
+    if not is_state:
         raise ValueError(
-            f"edl::DomainMemory: a state must hold moments, their shape [L, D, E] and bias_correction (got {got})"
-        ) from None
+            "edl::DomainMemory: a state must hold float64 moments, their layers, domains and experts [L, D, E], and "
+            f"bias_correction (got {_described(state)})"
+        )
+    wrong = (~(packed.isfinite() & (packed >= 0))).nonzero()
+    if len(wrong):
+        raise ValueError(
+            "edl::DomainMemory: the moments in a state, sums and counts, must be finite and not negative (got "
+            f"{packed[wrong[0, 0]].item()})"
+        )
+    return moments
+
+
+def _described(state: Any) -> str:
+    if isinstance(state, Tensor):
+        return f"{list(state.shape)} {state.dtype}"
+    if not isinstance(state, (tuple, list)):
+        return type(state).__name__
+    return str([list(part.shape) if isinstance(part, Tensor) else part for part in state])
 
 
 _watching = False

@@ -4,21 +4,28 @@ A router asks `current_labels()`. In a forward pass the answer is the open `doma
 replays a forward pass in the backward pass, it is the scope in which that pass first ran. autograd numbers its nodes in
 the order of their creation, so the number of the node that asks for the replay tells the scope: exactly, for reentrant
 and other checkpointing, whatever order the backward passes come in, and with any number of micro-batches in flight.
+
+Labels are kept as long as a replay may ask for them. Who asks in a replay asked in the forward pass, from inside what
+will replay it: the hooks or the autograd function of the checkpointing, and these live as long as their part of the
+graph.
 """
 
 import collections
 import contextlib
 import contextvars
+import sys
 import threading
+import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from edl import ops
 
-# Forward passes whose backward pass may still come: far above the micro-batches in flight of any pipeline schedule.
+# Forward passes that a replay can be told from: far above the micro-batches in flight of any pipeline schedule.
 REMEMBERED_SCOPES = 512
 
 
@@ -37,18 +44,61 @@ def _current_replay() -> tuple[int, int] | None:
     return None if node is None else (torch._C._current_graph_task_id(), node._sequence_nr())
 
 
+def _replayer() -> object | None:
+    """What will run the calling code again in the backward pass, and lives until then; None where nothing does."""
+    if torch.is_grad_enabled():
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return None if hooks is None else hooks[1]  # saved tensors hold it
+    frame = sys._getframe(1).f_back
+    while frame is not None:  # reentrant checkpointing: the autograd function whose forward pass is running
+        if frame.f_code.co_varnames[:1] == ("ctx",) and isinstance(frame.f_locals["ctx"], torch._C._FunctionBase):
+            return frame.f_locals["ctx"]
+        frame = frame.f_back
+    return None
+
+
 class Scope:
     """One forward pass: its labels, and the numbers of the autograd nodes made in it, from `first` up to `last`."""
 
     def __init__(self, labels: Labels) -> None:
-        self.labels = labels
+        self._labels: Labels | None = labels
+        self._is_known = False  # who will ask again
+        self._replayers: dict[int, weakref.ref[Any]] = {}
         self.opened_in = _current_replay()
         self.thread = threading.get_ident()
         self.first = torch._C._autograd._get_sequence_nr()
         self.last: int | None = None  # open
 
+    @property
+    def labels(self) -> Labels:
+        if self._labels is None:
+            raise RuntimeError(
+                "edl::domain_scope: who asks for labels in a replay must ask in its forward pass too, also where that "
+                "records no gradient (got a replay whose labels were released with the graph of those that asked)"
+            )
+        return self._labels
+
+    def ask(self) -> None:
+        """Notes that the forward pass asks, and what will repeat the question."""
+        replayer = _replayer()
+        if replayer is not None:
+            key = id(replayer)
+            self._replayers[key] = weakref.ref(replayer, lambda _: self._forget(key))
+        self._is_known = self._is_known or replayer is not None or torch.is_grad_enabled()
+
+    def _forget(self, key: int) -> None:
+        self._replayers.pop(key, None)
+        self.release_unless_needed()
+
+    def release_unless_needed(self) -> None:
+        if self.last is not None and not self._replayers:
+            self._labels = None
+
     def close(self) -> None:
         self.last = torch._C._autograd._get_sequence_nr()
+        # Where nobody asked, one may ask in replays alone: the labels stay until an optimizer step.
+        if self._is_known or self.last == self.first:
+            self.release_unless_needed()
 
     def made(self, number: int) -> bool:
         return self.first <= number and (self.last is None or number < self.last)
@@ -89,8 +139,15 @@ class _Scopes:
             )
         return found[0]
 
+    def end_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """After an optimizer step no backward pass of an earlier forward pass is to come."""
+        with self._lock:
+            for scope in self._scopes:
+                scope.release_unless_needed()
+
 
 _SCOPES = _Scopes()
+register_optimizer_step_post_hook(_SCOPES.end_step)
 _OPEN: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("edl_domain_scope", default=None)
 
 
@@ -119,12 +176,15 @@ def domain_scope(
         A context manager that yields the `Labels`.
 
     Raises:
-        ValueError: `domain_ids` is no tensor, or a DTensor.
+        ValueError: labels, masks or boundaries that are no tensors, or DTensors.
     """
-    if not isinstance(domain_ids, Tensor):
-        raise ValueError(f"edl::domain_scope: domain_ids must be a tensor (got {type(domain_ids).__name__})")
-    ops._refuse_dtensor("domain_scope", domain_ids, attention_mask, padding_mask, cu_seqlens)
-    scope = Scope(Labels(domain_ids, attention_mask, padding_mask, cu_seqlens))
+    labels = Labels(domain_ids, attention_mask, padding_mask, cu_seqlens)
+    for name, tensor in labels._asdict().items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "domain_ids"):
+            raise ValueError(f"edl::domain_scope: {name} must be a tensor (got {type(tensor).__name__})")
+    ops._refuse_dtensor("domain_scope", *labels)
+    scope = Scope(labels)
+    del labels
     _SCOPES.add(scope)
     before = _OPEN.set(scope)
     try:
@@ -138,6 +198,8 @@ def current_scope() -> Scope | None:
     """The scope of the forward pass that the caller belongs to; see `current_labels`."""
     replay, scope = _current_replay(), _OPEN.get()
     if replay is None:
+        if scope is not None:
+            scope.ask()
         return scope
     if scope is None or scope.opened_in != replay:  # else what is replayed opens its scope itself
         scope = _SCOPES.find(replay[1])
@@ -154,14 +216,15 @@ def current_labels() -> Labels | None:
     """The labels of the forward pass that the calling code belongs to, replayed or not; None outside any scope.
 
     A router asks in every forward pass while it trains, and computes its loss where the answer is not None and
-    gradients are recorded (the first pass of reentrant checkpointing records none, its replay does).
+    gradients are recorded (the first pass of reentrant checkpointing records none, its replay does). Who asks only
+    where gradients are recorded finds no labels any more once others' part of the graph is gone.
 
     Returns:
         `Labels` (domain_ids, attention_mask, padding_mask, cu_seqlens), or None.
 
     Raises:
         RuntimeError: a replay whose scope cannot be told: nested reentrant checkpointing, forward passes of several
-            threads, or more passes in flight than are remembered.
+            threads, or more passes in flight than are remembered; one that asks where its forward pass did not.
     """
     scope = current_scope()
     return None if scope is None else scope.labels

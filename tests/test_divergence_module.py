@@ -6,6 +6,7 @@ import itertools
 import math
 import pickle
 
+import numpy
 import pytest
 import torch
 from oracle import normalised_sigmoid, paper_loss, softmax
@@ -369,7 +370,16 @@ def test_arguments_are_left_as_they_were():
 # ---- what it refuses ----
 
 OPTION_ERRORS = {
-    "num_domains must be at least 1 (got 0)": {"num_domains": 0},
+    "num_domains must be at least 2, or there is no pair to push apart (got 0)": {"num_domains": 0},
+    "num_domains must be at least 2, or there is no pair to push apart (got 1)": {"num_domains": 1},
+    "num_domains must be an integer (got 3.0)": {"num_domains": 3.0},
+    "num_domains must be an integer (got '3')": {"num_domains": "3"},
+    "num_domains must be an integer (got None)": {"num_domains": None},
+    "num_domains must be an integer (got [3])": {"num_domains": [3]},
+    "eps must be a number (got '1e-6')": {"eps": "1e-6"},
+    "eps must be a number (got None)": {"eps": None},
+    "bias_correction must be True or False (got 'yes')": {"bias_correction": "yes"},
+    "scores must be one of ['softmax', 'sigmoid'] (got '5')": {"scores": 5},
     "eps must be finite and not negative (got -1e-06)": {"eps": -1e-6},
     "eps must be finite and not negative (got nan)": {"eps": NAN},
     "eps must be finite and not negative (got inf)": {"eps": math.inf},
@@ -389,6 +399,13 @@ OPTION_ERRORS = {
         "pair_reduction": "log_of_mean",
     },
 }
+
+
+@pytest.mark.parametrize("three", [numpy.int64(3), torch.tensor(3)], ids=["numpy", "torch"])
+def test_integers_of_other_libraries_are_numbers_of_domains(three):
+    labels = LABELS.clamp(max=2)
+    for loss in (ExpertDivergenceLoss(three)(LOGITS, labels), expert_divergence_loss(LOGITS, labels, three)):
+        assert loss == ExpertDivergenceLoss(3)(LOGITS, labels)
 
 
 @pytest.mark.parametrize("sentence", OPTION_ERRORS)
@@ -427,6 +444,34 @@ INPUT_ERRORS = [
     (
         "expert_divergence_loss: router_logits must be a tensor, or a list of tensors (got generator)",
         *(((layer for layer in [LOGITS]), LABELS), {}, {}),
+    ),
+    (
+        "expert_divergence_loss: router_logits must be a tensor, or a list of tensors (got str at layer 0)",
+        *((["logits"], LABELS), {}, {}),
+    ),
+    (
+        "expert_divergence_loss: router_logits must be dense (got a nested tensor)",
+        *((torch.nested.nested_tensor([LOGITS[0], LOGITS[1]], layout=torch.jagged), LABELS), {}, {}),
+    ),
+    (
+        "expert_divergence_loss: router_logits must be dense (got a nested tensor)",
+        *((torch.nested.nested_tensor([LOGITS[0], LOGITS[1]]), LABELS), {}, {}),
+    ),
+    (
+        "expert_divergence_loss: domain_ids must be dense (got layout torch.sparse_coo)",
+        *((LOGITS, LABELS.to_sparse()), {}, {}),
+    ),
+    (
+        "expert_divergence_loss: attention_mask must be a tensor (got list)",
+        (LOGITS, LABELS),
+        {"attention_mask": [1]},
+        {},
+    ),
+    ("expert_divergence_loss: padding_mask must be a tensor (got list)", (LOGITS, LABELS), {"padding_mask": [0]}, {}),
+    ("expert_divergence_loss: cu_seqlens must be a tensor (got tuple)", (LOGITS, LABELS), {"cu_seqlens": (0, 8)}, {}),
+    (
+        "expert_divergence_loss: attention_mask must be dense (got layout torch.sparse_coo)",
+        *((LOGITS, LABELS), {"attention_mask": torch.ones(8, 12).to_sparse()}, {}),
     ),
     ("expert_divergence_loss: domain_ids must be a tensor (got NoneType)", (LOGITS, None), {}, {}),
     ("expert_divergence_loss: domain_ids must be a tensor (got list)", (LOGITS, [0] * 8), {}, {}),

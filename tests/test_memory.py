@@ -6,6 +6,7 @@ import io
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from ranks import Collectives, on_ranks
@@ -161,7 +162,7 @@ def test_a_replay_finds_what_its_forward_pass_found(use_reentrant):
     expected = in_flight(divergence, None)
     memory.step()
     actual = in_flight(divergence, use_reentrant)
-    assert memory.get_extra_state()[0][-1] == 3
+    assert memory.get_extra_state()[-1] == 3
     memory.step()
     assert expected.ne(0).any()
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
@@ -214,6 +215,11 @@ def saved_and_loaded(state, into, folder):
     return torch.load(saved)
 
 
+def saved_and_loaded_by_safetensors(state, into, folder):
+    safetensors.torch.save_file(state, folder / "state.safetensors")
+    return safetensors.torch.load_file(folder / "state.safetensors")
+
+
 def saved_and_loaded_by_distributed_checkpoint(state, into, folder):
     checkpoint.save({"divergence": state}, checkpoint_id=folder, no_dist=True)
     loaded = {"divergence": into}
@@ -221,17 +227,106 @@ def saved_and_loaded_by_distributed_checkpoint(state, into, folder):
     return loaded["divergence"]
 
 
+WAYS = [saved_and_loaded, saved_and_loaded_by_safetensors, saved_and_loaded_by_distributed_checkpoint]
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("resume", [saved_and_loaded, saved_and_loaded_by_distributed_checkpoint])
-def test_a_state_dict_resumes_the_average(resume, tmp_path):
-    divergence = with_average()
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("resume", WAYS)
+def test_a_state_dict_resumes_the_average(resume, bias_correction, tmp_path):
+    divergence = with_average(bias_correction=bias_correction)
     losses_and_gradient(divergence, 1, torch.arange(0, 8))
     divergence.memory.step()
-    resumed = with_average()
+    resumed = with_average(bias_correction=bias_correction)
+    resumed.memory.allocate(L, D, E, bias_correction)
     resumed.load_state_dict(resume(divergence.state_dict(), resumed.state_dict(), tmp_path))
     expected, actual = (losses_and_gradient(module, 1, torch.arange(8, 12)) for module in (divergence, resumed))
-    assert expected[0].ne(0).all()
+    assert expected[0].ne(0).all() or bias_correction  # which counts no domain of one segment
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_state_is_one_tensor_whose_size_stays():
+    divergence = with_average()
+    assert divergence.state_dict()["memory._extra_state"].numel() == 0
+    size = 4 + L * D * (E + 1) + 1
+    divergence.memory.allocate(L, D, E)
+    sizes = [divergence.state_dict()["memory._extra_state"].shape]
+    for _ in range(2):
+        losses_and_gradient(divergence, 3)
+        sizes.append(divergence.state_dict()["memory._extra_state"].shape)
+        divergence.memory.step()
+        sizes.append(divergence.state_dict()["memory._extra_state"].shape)
+    assert sizes == [torch.Size([size])] * 5
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_memory_of_unknown_size_is_no_silent_empty_start(tmp_path):
+    divergence, fresh = with_average(), with_average()
+    losses_and_gradient(divergence, 1)
+    with pytest.raises(checkpoint.CheckpointException) as error:
+        saved_and_loaded_by_distributed_checkpoint(divergence.state_dict(), fresh.state_dict(), tmp_path)
+    assert "Size mismatch between saved" in str(error.value) and "memory._extra_state" in str(error.value)
+    fresh.load_state_dict(divergence.state_dict())  # a state that is passed brings its sizes
+    assert fresh.memory.get_extra_state().equal(divergence.memory.get_extra_state())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("resume", [saved_and_loaded, saved_and_loaded_by_distributed_checkpoint])
+@pytest.mark.parametrize("is_allocated", [False, True])
+def test_states_that_were_saved_as_tuples_are_read(is_allocated, resume, tmp_path):
+    divergence, resumed = with_average(), with_average()
+    losses_and_gradient(divergence, 1, torch.arange(0, 8))
+    moments = divergence.memory.get_extra_state()[4:]
+    if is_allocated:
+        resumed.memory.allocate(L, D, E)
+    old = {"memory._extra_state": (moments, (L, D, E), False)}
+    resumed.load_state_dict(resume(old, resumed.state_dict(), tmp_path))
+    assert resumed.memory.get_extra_state().equal(divergence.memory.get_extra_state())
+    resumed.load_state_dict({"memory._extra_state": ()})
+    assert resumed.memory.get_extra_state()[4:].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_save_pretrained_of_a_model_that_holds_the_loss(dtype, tmp_path):
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    class Model(PreTrainedModel):
+        config_class = PreTrainedConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.router = torch.nn.Linear(H, E)
+            self.divergence = with_average()
+            self.post_init()
+
+        def forward(self, hidden):
+            return self.divergence([self.router(hidden)] * L, LABELS)
+
+    model = Model(PreTrainedConfig())
+    model.save_pretrained(tmp_path / "unused")
+    Model.from_pretrained(tmp_path / "unused")
+    model(HIDDEN[0].float())
+    model.divergence.memory.step()
+    model.save_pretrained(tmp_path / "used")
+    loaded = Model.from_pretrained(tmp_path / "used", dtype=dtype)
+    assert loaded.divergence.memory.get_extra_state().equal(model.divergence.memory.get_extra_state())
+    assert loaded.divergence.memory.get_extra_state()[-1] == 0.9
+
+
+def test_sizes_that_are_none_are_refused():
+    memory = edl.DomainMemory()
+    for sizes, got in [((0, 3, 8), "0, 3, 8, False"), ((2, 3.0, 8), "2, 3.0, 8, False"), ((2, 3, 8, 1), "2, 3, 8, 1")]:
+        assert refused(lambda sizes=sizes: memory.allocate(*sizes)) == (
+            "edl::DomainMemory: num_layers, num_domains and num_experts must be integers of at least 1, and "
+            f"bias_correction True or False (got {got})"
+        )
+    memory.allocate(L, D, E)
+    memory.allocate(L, D, E)
+    assert refused(lambda: memory.allocate(L, D, E, True)) == (
+        "edl::DomainMemory: layers, domains, experts and bias_correction are known already, [2, 3, 8, False] "
+        "(got [2, 3, 8, True])"
+    )
 
 
 def test_a_state_that_is_restored_ends_a_step_that_failed():
@@ -299,7 +394,7 @@ def test_what_has_no_values_is_refused_and_leaves_no_trace(call):
     logits = (HIDDEN[0] @ ROUTER[0].T).requires_grad_(True)
     sentence = refused(lambda: call(divergence, logits))
     assert sentence.startswith("edl::DomainMemory: takes losses of tensors with values, not under torch.func")
-    assert memory.get_extra_state() == ()
+    assert memory.get_extra_state().numel() == 0
     memory.step()
 
 
@@ -320,20 +415,120 @@ def test_a_memory_that_only_one_rank_restored_is_an_error_on_all():
     assert second.startswith(f"edl::parallel: the memories of all ranks must hold the same (got {held}")
 
 
+def state_of(*moments: float, sizes=(1, 1, 2, 0)) -> torch.Tensor:
+    return torch.tensor([*sizes, *moments], dtype=torch.float64)
+
+
 @pytest.mark.parametrize(
-    "state",
+    "state, got",
     [
-        (torch.zeros(1, 3, 5), torch.zeros(0), torch.zeros(1, 3), 2.0),
-        (torch.zeros(7), (1, 3, 5), False),
-        (torch.zeros(19), [1, 3], False),
-        (None, (1, 3, 5), False),
+        (5, "int"),
+        (None, "NoneType"),
+        ("moments", "str"),
+        ([1], "[1]"),
+        ((torch.zeros(1, 3, 5), torch.zeros(0), torch.zeros(1, 3), 2.0), "[[1, 3, 5], [0], [1, 3], 2.0]"),
+        ((torch.zeros(7), (1, 3, 5), False), "[[7], (1, 3, 5), False]"),
+        ((torch.zeros(19), [1, 3], False), "[[19], [1, 3], False]"),
+        ((None, (1, 3, 5), False), "[None, (1, 3, 5), False]"),
+        (state_of(1, 1, 2, 1).float(), "[8] torch.float32"),
+        (state_of(1, 1, 2, 1)[None], "[1, 8] torch.float64"),
+        (state_of(1, 1, 2), "[7] torch.float64"),
+        (state_of(1, 1, 2, 1, sizes=(1, 1, 2.5, 0)), "[8] torch.float64"),
+        (state_of(1, 1, 2, 1, sizes=(1, -1, 2, 0)), "[8] torch.float64"),
+        (state_of(1, 1, 2, 1, sizes=(1, float("nan"), 2, 0)), "[8] torch.float64"),
+        (state_of(1, 1, 2, 1, sizes=(1, 1, 2, 2)), "[8] torch.float64"),
+        (state_of(1, 1, 2, 1).to("meta"), "[8] torch.float64"),
     ],
-    ids=["four parts", "another size", "another shape", "nothing"],
 )
-def test_a_state_of_another_kind_is_refused(state):
+def test_a_state_of_another_kind_is_refused(state, got):
     memory = edl.DomainMemory()
-    sentence = refused(lambda: memory.load_state_dict({"_extra_state": state}))
-    assert "edl::DomainMemory: a state must hold moments, their shape [L, D, E] and bias_correction (got [" in sentence
+    assert refused(lambda: memory.load_state_dict({"_extra_state": state})).endswith(
+        "edl::DomainMemory: a state must hold float64 moments, their layers, domains and experts [L, D, E], and "
+        f"bias_correction (got {got})"
+    )
+    assert memory.get_extra_state().numel() == 0
+
+
+@pytest.mark.parametrize("moments", [(float("nan"), 1, 2, 1), (1, float("inf"), 2, 1), (1, 1, -2, 1), (1, 1, 2, -1)])
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_state_of_numbers_that_are_no_moments_is_refused(moments, is_old):
+    state = state_of(*moments)
+    wrong = [number for number in moments if not 0 <= number < float("inf")]
+    sentence = refused(lambda: edl.DomainMemory().set_extra_state((state[4:], (1, 1, 2), False) if is_old else state))
+    assert sentence == (
+        "edl::DomainMemory: the moments in a state, sums and counts, must be finite and not negative "
+        f"(got {float(wrong[0])})"
+    )
+
+
+# ---- one memory, one loss ----
+
+
+def test_a_memory_that_is_assigned_is_used():
+    divergence = edl.ExpertDivergenceLoss(D)
+    divergence.memory = edl.DomainMemory()
+    losses, _ = losses_and_gradient(divergence, 12)
+    assert losses[:4].eq(0).all() and losses[4:].ne(0).all()
+    divergence.memory = None
+    losses, _ = losses_and_gradient(divergence, 12)
+    assert losses.eq(0).all()
+
+
+def test_what_cannot_be_assigned_is_refused():
+    divergence = edl.ExpertDivergenceLoss(D)
+    assert refused(lambda: setattr(divergence, "memory", {})) == (
+        "edl::expert_divergence_loss: memory must be a DomainMemory (got dict)"
+    )
+    for name in ("group", "sequence_group", "averaging_ranks"):
+        assert refused(lambda name=name: setattr(divergence, name, 2)) == (
+            f"edl::expert_divergence_loss: {name} must be given when the loss is made (got an assignment)"
+        )
+
+
+TWO_OWNERS = (
+    "edl::DomainMemory: a memory must belong to one loss, whose moments others would mix with theirs; set the other's "
+    "memory to None first (got one that another loss has)"
+)
+
+
+def test_a_memory_in_two_losses_is_refused():
+    first, second = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory()), edl.ExpertDivergenceLoss(D)
+    assert refused(lambda: edl.ExpertDivergenceLoss(D, memory=first.memory)) == TWO_OWNERS
+    assert refused(lambda: setattr(second, "memory", first.memory)) == TWO_OWNERS
+    assert second.memory is None
+    assert refused(lambda: losses_and_gradient(copy.copy(first), 1)) == TWO_OWNERS
+    losses_and_gradient(first, 1)
+    memory, first.memory = first.memory, None
+    second.memory = memory
+    losses_and_gradient(second, 1)
+    assert memory.get_extra_state()[-1] == 2
+
+
+def test_a_loss_that_is_gone_frees_its_memory():
+    memory = edl.DomainMemory()
+    model = torch.nn.Sequential(edl.ExpertDivergenceLoss(D, memory=memory))
+    model.around = [model]  # a cycle, which only the collector ends
+    del model
+    losses_and_gradient(edl.ExpertDivergenceLoss(D, memory=memory), 1)
+
+
+def through_a_file(module):
+    saved = io.BytesIO()
+    torch.save(module, saved)
+    saved.seek(0)
+    return torch.load(saved, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_a_file])
+def test_a_copy_has_a_memory_of_its_own(copied):
+    divergence = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory())
+    with edl.domain_scope(LABELS):
+        losses_and_gradient(divergence, 1)
+    other = copied(divergence)
+    for module in (divergence, other):
+        losses_and_gradient(module, 1)
+        assert module.memory.get_extra_state()[-1] == 2
+    assert refused(lambda: edl.ExpertDivergenceLoss(D, memory=other.memory)) == TWO_OWNERS
 
 
 def test_forgetting_step_warns_once():
@@ -367,7 +562,8 @@ def test_a_wrong_label_is_an_error_and_changes_nothing():
     with pytest.raises(IndexError) as error:
         divergence(HIDDEN[0] @ router.T, LABELS + 1)
     assert "labels must be at least -1 and below num_domains = 3 (got 3 for segment 8)" in str(error.value)
-    assert divergence.state_dict() == edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory()).state_dict()
+    fresh = edl.ExpertDivergenceLoss(D, memory=edl.DomainMemory())
+    torch.testing.assert_close(divergence.state_dict(), fresh.state_dict(), rtol=0, atol=0)
 
 
 def test_wrong_use_is_refused():
@@ -376,6 +572,10 @@ def test_wrong_use_is_refused():
     assert (
         refused(lambda: edl.DomainMemory(decay=1.0))
         == "edl::DomainMemory: decay must be at least 0 and below 1 (got 1.0)"
+    )
+    assert (
+        refused(lambda: edl.DomainMemory(decay="0.9"))
+        == "edl::DomainMemory: decay must be at least 0 and below 1 (got '0.9')"
     )
     assert refused(lambda: edl.ExpertDivergenceLoss(D, memory={})) == (
         "edl::expert_divergence_loss: memory must be a DomainMemory (got dict)"
@@ -416,9 +616,9 @@ def test_losses_that_are_begun_before_the_first_is_finished_are_carried_in_their
         states.append(memory.get_extra_state())
         losses.append([divergence(*batch) for batch in batches])
         memory.step()
-    assert states[0][0].equal(states[1][0])
-    assert states[0][1:] == states[1][1:] == ((1, D, E), False)
-    assert states[0][0][-1] == 2  # micro-batches
+    assert states[0].equal(states[1])
+    assert states[0][:4].tolist() == [1, D, E, 0]
+    assert states[0][-1] == 2  # micro-batches
     assert losses[0] == losses[1]
 
 

@@ -1,7 +1,9 @@
 """domain_scope: labels belong to a forward pass, whenever it is replayed."""
 
 import threading
+import weakref
 
+import numpy
 import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -199,9 +201,106 @@ def test_what_cannot_be_told_is_refused(monkeypatch):
             plain(block, hidden_states(1))
     with pytest.raises(RuntimeError, match="^edl::domain_scope: at most 512 forward passes may wait"):
         output.sum().backward()
-    for wrong in (None, [0, 1], 3):
-        with (
-            pytest.raises(ValueError, match="^edl::domain_scope: domain_ids must be a tensor"),
-            edl.domain_scope(wrong),
-        ):
-            pass
+
+
+@pytest.mark.parametrize("name", ["domain_ids", "attention_mask", "padding_mask", "cu_seqlens"])
+@pytest.mark.parametrize("wrong", [[0, 1], 3, "mask", numpy.zeros(6)], ids=str)
+def test_what_is_no_tensor_is_refused(name, wrong):
+    with pytest.raises(ValueError) as error, edl.domain_scope(**{"domain_ids": BOTH, name: wrong}):
+        pass
+    assert str(error.value) == f"edl::domain_scope: {name} must be a tensor (got {type(wrong).__name__})"
+
+
+def test_labels_that_are_none_are_refused():
+    with pytest.raises(ValueError, match=r"^edl::domain_scope: domain_ids must be a tensor \(got NoneType\)"):
+        edl.domain_scope(None).__enter__()
+
+
+# ---- how long labels are kept ----
+
+
+def scoped(run, block, seed: int = 0) -> tuple[torch.Tensor, list]:
+    """Output of a pass inside a scope, and weak references to the scope's tensors."""
+    tensors = [BOTH.clone(), torch.ones(6, 4)]
+    with edl.domain_scope(tensors[0], attention_mask=tensors[1]):
+        output = run(block, hidden_states(seed)).sum()
+    return output, [weakref.ref(tensor) for tensor in tensors]
+
+
+def alive(references: list) -> bool:
+    found = {reference() is not None for reference in references}
+    assert len(found) == 1
+    return found.pop()
+
+
+def saved_on_cpu(block, hidden):
+    with torch.autograd.graph.save_on_cpu():
+        return block(hidden)
+
+
+def reentrant_and_plain(block, hidden):
+    return block(reentrant(block, hidden))
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=list(ORDERS))
+@pytest.mark.parametrize("run", [plain, *CHECKPOINTS, saved_on_cpu, reentrant_and_plain])
+def test_labels_are_kept_until_no_backward_pass_can_ask_for_them(run, order):
+    block = Block()
+    outputs, references = zip(*[scoped(run, block, seed) for seed in range(3)])
+    assert all(map(alive, references)) == (run is not plain)
+    order(outputs)
+    del outputs
+    assert not any(map(alive, references))
+
+
+@pytest.mark.parametrize("run", [reentrant, not_reentrant, nested_inside_not_reentrant])
+def test_labels_of_a_graph_that_is_kept_stay(run):
+    block = Block()
+    output, references = scoped(run, block)
+    output.backward(retain_graph=True)
+    first = block.router.weight.grad.clone()
+    assert alive(references)
+    output.backward()
+    torch.testing.assert_close(block.router.weight.grad, 2 * first)
+    del output
+    assert not alive(references)
+
+
+@pytest.mark.parametrize("run", CHECKPOINTS)
+def test_a_graph_that_is_dropped_releases_its_labels(run):
+    output, references = scoped(run, Block())
+    assert alive(references)
+    del output
+    assert not alive(references)
+
+
+def evaluated(block, hidden):
+    with torch.no_grad():
+        return block(hidden)
+
+
+@pytest.mark.parametrize("run", [lambda block, hidden: hidden.detach(), evaluated], ids=["nothing", "no gradients"])
+def test_labels_of_a_pass_without_graph_are_released_at_once(run):
+    _, references = scoped(run, Block())
+    assert not alive(references)
+
+
+class AsksLate(Block):
+    """Asks only where gradients are recorded: under reentrant checkpointing in the replay alone."""
+
+    def forward(self, hidden):
+        return super().forward(hidden) if torch.is_grad_enabled() else hidden + 1.0
+
+
+def test_a_router_that_asks_in_the_replay_alone_finds_its_labels_until_the_optimizer_steps():
+    block = AsksLate()
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.0)
+    outputs, references = zip(*[scoped(reentrant, block, seed) for seed in range(2)])
+    outputs[0].backward()
+    assert block.seen == [BOTH.tolist()] and all(map(alive, references))
+    optimizer.step()
+    assert not any(map(alive, references))
+    with pytest.raises(
+        RuntimeError, match="^edl::domain_scope: who asks for labels in a replay must ask in its forwar"
+    ):
+        outputs[1].backward()

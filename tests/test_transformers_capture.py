@@ -618,7 +618,7 @@ def test_what_attach_refuses(name):
 
 
 def test_options_of_the_loss_are_checked(mixtral):
-    with pytest.raises(ValueError, match="num_domains must be at least 1"):
+    with pytest.raises(ValueError, match="num_domains must be at least 2"):
         attach(mixtral, 0, 1.0)
     with pytest.raises(TypeError, match="scale"):
         attach(mixtral, D, 1.0, scale=2)

@@ -84,8 +84,8 @@ class EDTopKRouter(TopKRouter):
         Raises:
             ValueError: logits of other dimensions, or [T, E] where B cannot be told or does not divide T.
         """
-        labels = edl.current_labels() if self.training and torch.is_grad_enabled() else None
-        if labels is not None:
+        labels = edl.current_labels() if self.training else None  # asked also where only a replay needs them
+        if labels is not None and torch.is_grad_enabled():
             # Data-parallel ranks add up their moments while Megatron routes.
             divergence = self._begin_divergence(logits, padding_mask, labels)
             probs, routing_map = super().routing(logits, padding_mask=padding_mask)

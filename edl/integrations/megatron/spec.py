@@ -83,7 +83,7 @@ def patch_spec(
     Args:
         spec (ModuleSpec, TransformerBlockSubmodules or what holds them; or a function that returns one): of a decoder
             layer, a block, a hybrid stack or multi-token prediction.
-        num_domains (int): D, at least 1.
+        num_domains (int): D, at least 2.
         coeff (float): weight of the loss of each layer, as of Megatron's other auxiliary losses; at least 0. With 0 the
             spec is returned unchanged and num_domains may be None.
         eps (float): see `edl.ExpertDivergenceLoss`. Default: 1e-6.

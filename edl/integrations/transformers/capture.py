@@ -261,8 +261,9 @@ class DivergenceHandle:
         return self.beta * value
 
     def remove(self) -> None:
-        """Takes the hooks off the model and releases what they captured."""
+        """Takes the hooks off the model, releases what they captured, and frees the memory for another loss."""
         self._capture.remove()
+        self.divergence.memory = None
 
 
 def attach(model: nn.Module, num_domains: int, beta: float, **options: Any) -> DivergenceHandle:
@@ -275,7 +276,7 @@ def attach(model: nn.Module, num_domains: int, beta: float, **options: Any) -> D
 
     Args:
         model (nn.Module): a model of transformers, or something around one.
-        num_domains (int): D, at least 1.
+        num_domains (int): D, at least 2.
         beta (float): weight of the loss, finite.
         options: as for `edl.ExpertDivergenceLoss`: `scores="sigmoid"` for DeepSeek-V3 and other routers with sigmoid
             scores, `input="probs"` for routers that give probabilities (Gemma 4).

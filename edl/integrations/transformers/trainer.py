@@ -125,7 +125,7 @@ class EDTrainerMixin(_Trainer):
 
     Args:
         args: of the Trainer.
-        num_domains (int): D, at least 1.
+        num_domains (int): D, at least 2.
         beta (float): weight of the loss; `trainer.expert_divergence.beta` changes it, from a callback for instance.
         divergence_options (dict, optional): further options of `edl.ExpertDivergenceLoss`. Default of `memory` under
             gradient accumulation: `edl.DomainMemory(decay=0.9)`; None: each micro-batch on its own.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def _label(op: str, domain_ids: Any) -> Tensor:
+def label_of(op: str, domain_ids: Any) -> Tensor:
     """The label, or labels, of one example, in whatever form a dataset gives them."""
     try:
         return torch.as_tensor(domain_ids)
@@ -64,7 +64,7 @@ class DomainCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator([{k: v for k, v in example.items() if k != "domain_ids"} for example in examples])
-        labels = [_label("DomainCollator", example["domain_ids"]) for example in examples if "domain_ids" in example]
+        labels = [label_of("DomainCollator", example["domain_ids"]) for example in examples if "domain_ids" in example]
         if not labels:
             return batch
         if len(labels) != len(examples):
@@ -108,7 +108,7 @@ def pack_documents(examples: dict[str, list[Any]], length: int) -> dict[str, lis
         raise ValueError(f"edl::pack_documents: length must be at least 1 (got {length})")
     documents = examples["input_ids"]
     lengths = torch.tensor([len(tokens) for tokens in documents], dtype=torch.int64)
-    labels = [_label("pack_documents", domain) for domain in examples["domain_ids"]]
+    labels = [label_of("pack_documents", domain) for domain in examples["domain_ids"]]
     domain_ids = [
         (label.expand(len(tokens)) if label.dim() == 0 else label).tolist() for label, tokens in zip(labels, documents)
     ]

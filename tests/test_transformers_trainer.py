@@ -25,13 +25,16 @@ pytest.importorskip("transformers")
 
 from tokenizers import Tokenizer, models  # noqa: E402
 from transformers import (  # noqa: E402
+    DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
+    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 from transformers_models import CONFIGS, VOCABULARY, make_model  # noqa: E402
 
@@ -834,6 +837,60 @@ def test_batches_without_labels_are_an_error(tmp_path):
         "edl::EDTrainerMixin: every training batch must have domain_ids, from a column of the dataset and a collator "
         "that keeps it, such as DomainCollator (got ['input_ids', 'labels'])"
     )
+
+
+LABELS_OF_OTHER_KINDS = {"text": "web", "text per token": ["web"] * 8, "nothing": None}
+
+
+@pytest.mark.parametrize("collator", ["default", "padding", "language modelling", "DomainCollator"])
+@pytest.mark.parametrize("name", LABELS_OF_OTHER_KINDS)
+def test_labels_that_are_no_numbers_are_refused_as_such(tmp_path, name, collator):
+    label, tokenizer = LABELS_OF_OTHER_KINDS[name], make_tokenizer()
+    collators = {
+        "default": lambda: None,
+        "padding": lambda: DataCollatorWithPadding(tokenizer),
+        "language modelling": lambda: DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        "DomainCollator": lambda: DomainCollator(default_data_collator),
+    }
+    dataset = make_dataset(4, labels=False).add_column("domain_ids", [label] * 4)
+    with pytest.raises(ValueError) as error:
+        train(EDTrainer, arguments(tmp_path), dataset, data_collator=collators[collator]())
+    assert str(error.value) == (
+        f"edl::EDTrainerMixin: domain_ids must be a number, -1 = unknown, or a list of numbers (got {label!r})"
+    )
+
+
+def test_text_labels_become_numbers(tmp_path):
+    """As the documentation has it."""
+    texts = make_dataset(4, labels=False).add_column("domain_ids", ["web", "code", "web", "papers"])
+    numbers = make_dataset(4, labels=False).add_column("domain_ids", [2, 0, 2, 1])
+    values = [
+        train(EDTrainer, arguments(tmp_path), dataset).state.log_history[0]["expert_divergence_loss"]
+        for dataset in (texts.class_encode_column("domain_ids"), numbers)
+    ]
+    assert values[0] == values[1] != 0
+
+
+def test_collators_that_pad_keep_one_label_per_example(tmp_path):
+    documents = make_documents("document").remove_columns("labels")
+    results = []
+    for collator in (
+        DataCollatorForLanguageModeling(make_tokenizer(), mlm=False),
+        DomainCollator(DataCollatorForLanguageModeling(make_tokenizer(), mlm=False)),
+    ):
+        trainer = train(
+            EDTrainer, arguments(tmp_path, per_device_train_batch_size=6), documents, data_collator=collator
+        )
+        results.append(trainer.gradients)
+    assert_steps(*results)
+    with pytest.raises(ValueError):  # lists of several lengths
+        per_token = make_documents("token").remove_columns("labels")
+        train(
+            EDTrainer,
+            arguments(tmp_path, per_device_train_batch_size=6),
+            per_token,
+            data_collator=DataCollatorForLanguageModeling(make_tokenizer(), mlm=False),
+        )
 
 
 def test_reentrant_checkpointing_is_an_error(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def _label(op: str, domain_ids: Any) -> Tensor:
+def label_of(op: str, domain_ids: Any) -> Tensor:
     """The label, or labels, of one example, in whatever form a dataset gives them."""
     try:
         return torch.as_tensor(domain_ids)
@@ -81,7 +81,7 @@ class DomainCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator([{k: v for k, v in example.items() if k != "domain_ids"} for example in examples])
-        labels = [_label("DomainCollator", example["domain_ids"]) for example in examples if "domain_ids" in example]
+        labels = [label_of("DomainCollator", example["domain_ids"]) for example in examples if "domain_ids" in example]
         if not labels:
             return batch
         if len(labels) != len(examples):

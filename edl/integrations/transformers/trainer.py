@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from edl.integrations.transformers.blocks import names_in_blocks
 from edl.integrations.transformers.capture import attach
+from edl.integrations.transformers.data import label_of
 from edl.memory import DomainMemory
 
 if TYPE_CHECKING:
@@ -136,8 +137,8 @@ class EDTrainerMixin(_Trainer):
     Raises:
         ValueError: what `attach` raises; several devices in one process (DataParallel); tensor, context or sequence
             parallelism; two passes with a `memory` of one's own; layers of edl that `save_pretrained` refuses, where
-            checkpoints are saved; while training, a batch without `domain_ids`; a checkpoint to resume from that lacks
-            parameters.
+            checkpoints are saved; while training, a batch without `domain_ids`, or labels that are no numbers; a
+            checkpoint to resume from that lacks parameters.
     """
 
     def __init__(
@@ -195,7 +196,11 @@ class EDTrainerMixin(_Trainer):
         return super()._inner_training_loop(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
-        batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        try:
+            batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        except (TypeError, ValueError, RuntimeError):
+            self._refuse_labels_that_are_no_numbers()  # which other collators cannot make tensors of
+            raise
         if self.expert_divergence.model is not self.model:  # model_init made a new one, or FSDP wrapped it
             self.expert_divergence.remove()
             self.expert_divergence = attach(
@@ -245,6 +250,7 @@ class EDTrainerMixin(_Trainer):
     def _divergence_loss(self, inputs: dict[str, Any]) -> Tensor:
         domain_ids = inputs.get("domain_ids")
         if domain_ids is None:
+            self._refuse_labels_that_are_no_numbers()  # which the default collator drops
             raise ValueError(
                 "edl::EDTrainerMixin: every training batch must have domain_ids, from a column of the dataset and a "
                 f"collator that keeps it, such as DomainCollator (got {sorted(inputs)})"
@@ -265,6 +271,11 @@ class EDTrainerMixin(_Trainer):
             if domain_ids.device.type == "cpu":  # on other devices once a log waits for them anyway
                 self._warn_of_mixed_documents()
         return loss
+
+    def _refuse_labels_that_are_no_numbers(self) -> None:
+        example = None if self.train_dataset is None else next(iter(self.train_dataset), None)
+        if isinstance(example, Mapping) and "domain_ids" in example:
+            label_of("EDTrainerMixin", example["domain_ids"])
 
     def _warn_of_mixed_documents(self) -> None:
         if not self._warned_of_mixed_documents and self._has_mixed_documents:

@@ -58,7 +58,7 @@ def check_build(built_torch: str, built_cuda: str, torch_version: str, torch_cud
 
 
 def warn_of_namesakes() -> None:
-    """Warns where a distribution called `edl`, another project's or ours of old, has its files in the same folder."""
+    """Warns where a distribution called `edl`, another project's or ours of old, is installed beside ours."""
 
     def installed(name: str) -> importlib.metadata.Distribution | None:
         found = importlib.metadata.distributions(name=name)
@@ -68,7 +68,11 @@ def warn_of_namesakes() -> None:
     if namesake is None or installed(DISTRIBUTION) is None:
         return
     is_ours = "Expert Divergence" in (namesake.metadata["Summary"] or "")
-    whose = f"the former name of {DISTRIBUTION}, and should go" if is_ours else "another project, with the same folder"
+    whose = (
+        f"the former name of {DISTRIBUTION}, and should go"
+        if is_ours
+        else "another project, whose package is called edl too"
+    )
     warnings.warn(
         f"edl: beside {DISTRIBUTION} the distribution edl {namesake.version} is installed, which is {whose}: run "
         f"`pip uninstall edl {DISTRIBUTION}`, then install {DISTRIBUTION} again",

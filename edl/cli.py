@@ -1,4 +1,4 @@
-"""The command `edl`: `edl info` says what is installed and what runs."""
+"""The command `edl`: `edl info` says what is installed and what runs, `edl --version` the version alone."""
 
 import argparse
 
@@ -42,6 +42,7 @@ def _print_info(_: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; `arguments` default to those of the process."""
     parser = argparse.ArgumentParser(prog="edl", description=edl.__doc__)
+    parser.add_argument("--version", action="version", version=f"edl {edl.__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
     info = commands.add_parser("info", help="versions, build facts, instruction set in use, CUDA")
     info.set_defaults(run=_print_info)

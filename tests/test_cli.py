@@ -1,6 +1,7 @@
-"""`edl info` and `python -m edl`."""
+"""`edl info`, `edl --version` and `python -m edl`."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -28,6 +29,16 @@ def test_module_and_function_print_the_same(capsys):
     assert facts["torch"] == f"{torch.__version__} (edl was built for {_build.torch_version})"
     assert facts["library"] == str(_extension.LIBRARY)
     assert facts["CMake"] == edl.cmake_prefix_path
+
+
+def test_version():
+    result = run(sys.executable, "-m", "edl", "--version")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"edl {edl.__version__}\n", "")
+
+
+def test_info_names_the_compiler():
+    described = re.fullmatch(rf"{re.escape(edl.__version__)} \(built with (.*)\)", cli.build_facts()["edl"])[1]
+    assert re.match(r"(GCC|.*[Cc]lang) \d+\.\d+", described)
 
 
 @pytest.mark.parametrize("capability", _build.instruction_sets)

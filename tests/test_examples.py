@@ -75,6 +75,15 @@ def test_expert_parallel(folder):
     assert difference < change / 1000 and "each of 2 ranks holds 4 of 8 experts" in output
 
 
+def test_torchtitan(folder):
+    pytest.importorskip("torchtitan")
+    output = run_example("torchtitan/train.py", folder)
+    without, with_loss = map(float, re.search(f"{NUMBER} without, {NUMBER} with", output).groups())
+    assert with_loss < without - 0.5
+    language = numbers(f"language {NUMBER}", output)
+    assert language[-1] < language[0] / 2
+
+
 @pytest.fixture(scope="session")
 def scripted_model(folder):
     run_example("torchscript.py", folder, "--output", "scripted.pt")
@@ -135,7 +144,8 @@ def test_every_example_is_run_here():
     this = (ROOT / "tests" / "test_examples.py").read_text()
     names = [
         path.name
-        for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("distributed/*.py")]
+        for folder in (".", "distributed", "torchtitan")  # megatron's and the demo have tests of their own
+        for path in EXAMPLES.glob(f"{folder}/*.py")
         if path.name != "small_model.py"
     ]
     assert [name for name in names if f'"{name}"' not in this] == []

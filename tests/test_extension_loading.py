@@ -149,7 +149,7 @@ def test_sources_that_hide_an_installation_are_told_apart_from_ones_that_were_ne
 
 
 NAMESAKES = {
-    "another project": ("0.1.11", "Parses edit decision lists", "is another project, with the same folder"),
+    "another project": ("0.1.11", "Parses edit decision lists", "is another project, whose package is called edl too"),
     "our former name": (
         "0.1.0",
         "Expert Divergence Learning for Mixture-of-Experts: loss, routing and expert operators for PyTorch",

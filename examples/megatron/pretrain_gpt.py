@@ -2,11 +2,15 @@
 `# +`.
 
 torchrun --nproc-per-node=1 pretrain_gpt.py --expert-divergence-coeff 0.01 --expert-divergence-num-domains 3
+
+Without CUDA add --cpu.
 """
 
 import argparse
+import sys
 
 import numpy
+import on_cpu
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -137,6 +141,7 @@ def pretrain(args: argparse.Namespace, forward_step) -> None:
 
 def parse_args(extra_args_provider=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU, with gloo")
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--num-microbatches", type=int, default=2)
     parser.add_argument("--train-iters", type=int, default=30)
@@ -145,7 +150,11 @@ def parse_args(extra_args_provider=None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    torch.distributed.init_process_group()
+    if "--cpu" in sys.argv:
+        on_cpu.enable()
+    elif not torch.cuda.is_available():
+        sys.exit("pretrain_gpt.py: Megatron expects CUDA, and torch finds none; with --cpu it runs on the CPU")
+    torch.distributed.init_process_group("gloo" if "--cpu" in sys.argv else None)
     parallel_state.initialize_model_parallel()
     torch.manual_seed(1)
     tensor_parallel.model_parallel_cuda_manual_seed(1)

@@ -1,25 +1,13 @@
-"""Lets megatron-core, which expects CUDA, run on the CPU with gloo: nothing of edl, and nothing that changes a
-number."""
+"""Lets megatron-core run on the CPU, as the example does, and as if it were newer."""
 
 import contextlib
-import functools
-import warnings
+import sys
+from pathlib import Path
 
-import torch
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "megatron"))
+import on_cpu
 
-warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|full scope|core_attn)", category=UserWarning)
-
-
-def _on_cpu(factory):
-    """A function that makes tensors, with device="cuda" taken as the CPU."""
-
-    @functools.wraps(factory)
-    def made(*args, **kwargs):
-        if str(kwargs.get("device")).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        return factory(*args, **kwargs)
-
-    return made
+enable = on_cpu.enable
 
 
 @contextlib.contextmanager
@@ -43,19 +31,3 @@ def attach_of_0_19():
     yield
     TopKRouter.attach_and_log_load_balancing_loss = attach
     router._attach_multiplies_by_group.cache_clear()
-
-
-def enable() -> None:
-    """Call it once in a process, before a model is built."""
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils
-
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.current_stream = lambda device=None: torch.cpu.current_stream()
-    for name in ("empty", "tensor", "zeros"):
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-    moe_utils.te_general_gemm = None
-    random.CudaRNGStatesTracker.fork = lambda self, name=None: contextlib.nullcontext()
-    random.CudaRNGStatesTracker.add = lambda self, name, seed: None
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda *args, **kwargs: None

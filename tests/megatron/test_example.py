@@ -3,34 +3,27 @@
 import importlib.util
 import os
 import re
+import subprocess
 import sys
 
 import pytest
-from commands import ROOT, run
+import torch
+from commands import ENVIRONMENT, ROOT, run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron.core") is None, reason="needs megatron-core")
 EXAMPLE = ROOT / "examples" / "megatron" / "pretrain_gpt.py"
 DIFF = re.search(r"```diff\n(.*?)```", (ROOT / "docs" / "megatron.md").read_text(), re.DOTALL)[1].splitlines()
 ADDED = [line[1:] for line in DIFF if line.startswith("+")]
 REMOVED = [line[1:] for line in DIFF if line.startswith("-")]
-ON_CPU = (
-    "import sys, runpy, megatron_on_cpu; megatron_on_cpu.enable(); runpy.run_path(sys.argv.pop(1), run_name='__main__')"
-)
+TORCHRUN = (sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
-def train(script, folder, *arguments) -> str:
-    environment = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    assignments = [f"{name}={value}" for name, value in environment.items()]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "megatron")])
+def train(script, folder, *arguments, ranks=1) -> str:
+    """What the script prints, started as its first lines say."""
+    paths = os.pathsep.join([str(ROOT), str(EXAMPLE.parent)])
     return run(
-        *("env", *assignments, f"PYTHONPATH={paths}", sys.executable, "-W", "ignore", "-c", ON_CPU, script),
-        *("--train-iters", 15, *arguments),
+        *("env", "OMP_NUM_THREADS=1", f"PYTHONPATH={paths}", *TORCHRUN, ranks, script),
+        *("--cpu", "--train-iters", 15, *arguments),
         cwd=folder,
     )
 
@@ -60,3 +53,15 @@ def test_script_with_the_diff_drives_the_domains_apart(tmp_path):
         for coeff in ("1e-12", "0.05")
     ]
     assert last[1] < last[0] - 0.2
+
+
+def test_script_on_two_ranks(tmp_path):
+    arguments = ["--expert-divergence-num-domains", 3, "--expert-divergence-coeff", 0.05]
+    assert train(EXAMPLE, tmp_path, *arguments, ranks=2).count("expert_divergence_loss") >= 15
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_without_a_device_the_script_names_the_option(tmp_path):
+    result = subprocess.run([*TORCHRUN, "1", EXAMPLE], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode != 0
+    assert "torch finds none; with --cpu it runs on the CPU\n" in result.stderr

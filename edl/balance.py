@@ -129,7 +129,8 @@ def load_balancing_loss(
 
     f_e is the fraction of all choices that went to expert e, P_e the mean of its score over tokens; both sum to 1 over
     experts, so the loss is 1 at perfect balance and E when one expert gets everything. (transformers' value is K times
-    this one.) Without any token that counts it is 0.
+    this one.) Without any token that counts it is 0. A token whose logits are all -inf has no distribution: where it
+    counts, the loss is NaN.
 
     Args:
         routings (Routing, or a list or tuple of them): one per layer, as `MoELayer` returns them. Also router logits, a
@@ -189,6 +190,8 @@ def router_z_loss(
 ) -> Tensor:
     """The router z-loss of ST-MoE: the mean over tokens of logsumexp(logits)², mean over layers. It keeps logits small.
 
+    A token whose logits are all -inf has no distribution: where it counts, the loss is NaN.
+
     Args:
         router_logits (Tensor[T, E] or Tensor[B, S_len, E] or Routing, or a list or tuple of them): one per layer.
             Scripted: a list of tensors only.
@@ -218,7 +221,9 @@ def router_z_loss(
         wide = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
         if attention_mask is not None or padding_mask is not None:
             wide = torch.where((counted == 0).unsqueeze(1), wide, torch.zeros_like(wide))  # padding may hold NaN
-        terms = torch.where(counted == 0, torch.logsumexp(wide, dim=-1).square(), torch.zeros_like(wide[:, 0]))
+        sums = torch.logsumexp(wide, dim=-1)
+        sums = torch.where(torch.isneginf(sums), torch.full_like(sums, float("nan")), sums)
+        terms = torch.where(counted == 0, sums.square(), torch.zeros_like(sums))
         # A sum of ones per token that counts, by the operator that refuses mask values which are not allowed.
         tokens, _ = ops.aggregate_routing(torch.ones_like(wide[:, :1]), counted, 1, "none")
         losses.append(terms.sum() / tokens[0, 0].clamp(min=1))

@@ -110,7 +110,8 @@ def aggregate_routing(
 
     Returns:
         sums (Tensor[S, E]) and counts (Tensor[S], tokens per segment), float32, or float64 for float64 input.
-        Differentiable in `routing`; rows that are not counted get a zero gradient.
+        Differentiable in `routing`; rows that are not counted get a zero gradient. A row whose logits are all -inf has
+        no distribution: where it is counted, its segment is NaN.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices; on the CPU also logits passed as probabilities, or the reverse.
@@ -243,6 +244,10 @@ def route_tokens(
     it reaches the weights. Differentiable in `logits` through the chosen weights; with `top_k` 1 and `normalize` the
     weight is 1 and its gradient 0.
 
+    An expert that is masked, by a logit of -inf, is never chosen while an open one is left, whatever the bias. Where
+    fewer than `top_k` are open, the slots that are left go to masked experts, lowest first, and weigh 0. A token
+    without any open expert has no distribution: its weights, and the gradient of its logits, are NaN.
+
     Args:
         logits (Tensor[T, E]): the router's output; float32, float64, bfloat16 or float16.
         top_k (int): K, experts per token, in [1, E].
@@ -321,8 +326,9 @@ def dispatch_tokens(tokens: Tensor, row_order: Tensor, top_k: int) -> Tensor:
 def combine_tokens(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_k: int) -> Tensor:
     """Brings rows back to their tokens: the sum, weighted if weights are given, of each token's rows.
 
-    A row whose weight is exactly 0 is not read; without weights, rows of sentinels must be zeros. Differentiable in
-    `rows` and `weights`; without weights the gradient is `dispatch_tokens`, to any order.
+    A row whose weight is exactly 0 takes no part, even if it holds NaN: only the gradient of its weight reads it.
+    Without weights, rows of sentinels must be zeros. Differentiable in `rows` and `weights`; without weights the
+    gradient is `dispatch_tokens`, to any order.
 
     Args:
         rows (Tensor[N, H]): float32, float64, bfloat16 or float16.
@@ -352,6 +358,8 @@ def expert_mlp(
 
     output[t] = sum over k of weights[t, k] · down[e] (silu(g) * u), with [g; u] = gate_up[e] tokens[t] and e the k-th
     choice of token t. Differentiable in tokens, weights, gate_up and down; an expert without tokens gets exact zeros.
+    A choice whose weight is exactly 0 takes no part, even if its token or expert holds NaN, neither in the output nor
+    in the gradients of tokens, gate_up and down: only the gradient of its weight reads it.
     Under autocast, tokens, gate_up and down are cast as `torch.nn.functional.linear` casts its arguments.
 
     Args:

@@ -1,6 +1,6 @@
 """Every operator again in plain torch: the definition that the kernels are held to.
 
-Written to be read, not to be fast: no custom gradient, no clever order of sums. Feed float64 for a reference. Arguments
+Written to be read, not to be fast: no clever order of sums. Feed float64 for a reference. Arguments
 and results are those of the functions of the same name in `edl.ops`.
 """
 
@@ -31,8 +31,14 @@ def routing_scores(routing: Tensor, scores: str) -> Tensor:
         return routing.softmax(dim=-1)
     if scores == "sigmoid":
         gates = routing.sigmoid()
-        return gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)
+        return gates / (gates.sum(dim=-1, keepdim=True) + 1e-20) * _one_or_nan(routing)
     return routing
+
+
+def _one_or_nan(logits: Tensor) -> Tensor:
+    """1 per row [T, 1]; NaN where all logits are -inf: such a row has no distribution."""
+    masked = (logits == -math.inf).all(dim=-1, keepdim=True)
+    return torch.where(masked, math.nan, 1.0).to(logits.dtype)
 
 
 def aggregate_routing(
@@ -192,11 +198,15 @@ def route_tokens(
     score = logits.softmax(dim=-1) if scores == "softmax" else logits.sigmoid()
     # Scores rise with the logits, and logits keep apart what rounding would make equal.
     order = logits if bias is None else score + bias
-    experts = order.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    ranks = order.argsort(dim=-1, descending=True, stable=True)
+    # Open experts first, whatever the bias, then the masked ones.
+    masked = logits == -math.inf
+    by_number = torch.where(masked, torch.arange(logits.shape[1], device=logits.device), -1).gather(1, ranks)
+    experts = ranks.gather(1, by_number.argsort(dim=-1, stable=True))[:, :top_k]
     weights = score.gather(1, experts)
     if normalize:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + (1e-20 if scores == "sigmoid" else 0.0))
-    return weights * scale, experts
+    return weights * _one_or_nan(logits) * scale, experts
 
 
 def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -215,23 +225,42 @@ def combine_tokens(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_
     """The sum [T, H], weighted or plain, of each token's rows [N, H]; rows of weight 0 are left out."""
     slots = torch.zeros_like(rows).index_copy(0, row_order.long(), rows)
     slots = slots.view(rows.shape[0] // top_k, top_k, rows.shape[1])
-    if weights is not None:
-        used = (weights != 0).unsqueeze(-1)
-        slots = weights.unsqueeze(-1) * torch.where(used, slots, slots.detach().nan_to_num())
-    return slots.sum(dim=1)
+    return (slots if weights is None else _weighted(slots, weights)).sum(dim=1)
+
+
+class _Weighted(torch.autograd.Function):
+    """Rows [*, H] times their weights [*]: one of weight 0 takes no part, but its weight's gradient reads it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        weights = weights.unsqueeze(-1)
+        return torch.where(weights == 0, 0.0, weights * rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        rows, weights = ctx.saved_tensors
+        return weights.unsqueeze(-1) * grad, (rows * grad).sum(dim=-1)
+
+
+_weighted: Callable[[Tensor, Tensor], Tensor] = _Weighted.apply  # untyped in torch
 
 
 def expert_mlp(
     tokens: Tensor, weights: Tensor, row_order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
     """Tokens [T, H] through their experts' SwiGLU networks, weighted and summed [T, H]."""
-    top_k = weights.shape[1]
+    top_k, factors = weights.shape[1], weights.flatten()
     output = torch.zeros_like(tokens)
     for expert in range(gate_up.shape[0]):
         slots = row_order[offsets[expert] : offsets[expert + 1]].long()
-        gate, up = F.linear(tokens[slots // top_k], gate_up[expert]).chunk(2, dim=-1)
-        rows = F.linear(F.silu(gate) * up, down[expert])
-        output = output.index_add(0, slots // top_k, rows * weights.flatten()[slots].unsqueeze(-1))
+        for used in (True, False):  # a slot of weight 0 takes no part; its weight's gradient alone reads its row
+            own = slots[(factors[slots] != 0) == used]
+            inputs = tokens[own // top_k], gate_up[expert], down[expert]
+            x, first, second = inputs if used else [tensor.detach() for tensor in inputs]
+            gate, up = F.linear(x, first).chunk(2, dim=-1)
+            rows = F.linear(F.silu(gate) * up, second)
+            output = output.index_add(0, own // top_k, _weighted(rows, factors[own]))
     return output
 
 

@@ -302,10 +302,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
   const at::Tensor token_sums = needed[0] ? zero_sums(tokens) : at::empty({0}, arguments.factors.options());
   const at::Tensor factors = at::zeros(arguments.factors.sizes(), arguments.factors.options()); // zero for sentinels
   at::Tensor grad_gate_up = empty_if(needed[2], gate_up), grad_down = empty_if(needed[3], down);
+  const at::Tensor zeros = at::zeros({tokens.size(1)}, tokens.options());
 
   ExpertMlp experts(arguments, token_sums, hidden, /*backward=*/true);
   experts.task.grad_output = grad.const_data_ptr();
   experts.task.grad_output_stride = grad.stride(0);
+  experts.task.zeros = zeros.const_data_ptr();
   experts.task.grad_factors = factors.mutable_data_ptr();
   experts.task.grad_gate_up = grad_gate_up.mutable_data_ptr();
   experts.task.grad_down = grad_down.mutable_data_ptr();

@@ -197,12 +197,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
     grad_down = products.by_expert(grad_rows, own.activation);
   }
   if (needed[2]) {
-    const at::Tensor inputs = gather_rows(tokens, rows.order, rows.top_k(), rows.num_used());
+    const at::Tensor inputs = gather_rows(tokens, rows.order, rows.top_k(), rows.num_used(), rows.weights);
     grad_gate_up = products.by_expert(own.grad_pre_activation, inputs);
   }
   if (needed[0]) {
     const at::Tensor grad_inputs = products.by_row(own.grad_pre_activation, first);
-    grad_tokens = combine_rows(grad_inputs, rows_of_slots(rows.order, rows.num_used()), at::Tensor(), rows.top_k());
+    const at::Tensor row_of_slot = rows_of_slots(rows.order, rows.num_used());
+    grad_tokens = combine_rows(grad_inputs, row_of_slot, rows.weights, rows.top_k(), /*already_weighted=*/true);
   }
   check_launch(kOp);
   return {

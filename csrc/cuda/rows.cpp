@@ -9,7 +9,12 @@
 
 namespace edl::cuda {
 
-at::Tensor gather_rows(const at::Tensor& tokens, const at::Tensor& row_order, int64_t top_k, const int32_t* num_used) {
+at::Tensor gather_rows(
+    const at::Tensor& tokens,
+    const at::Tensor& row_order,
+    int64_t top_k,
+    const int32_t* num_used,
+    const at::Tensor& weights) {
   const at::Tensor source = with_dense_rows(tokens);
   at::Tensor rows = at::empty({row_order.size(0), tokens.size(1)}, tokens.options());
   if (rows.numel() == 0) {
@@ -24,7 +29,8 @@ at::Tensor gather_rows(const at::Tensor& tokens, const at::Tensor& row_order, in
        .num_used = num_used,
        .top_k = top_k,
        .width = rows.size(1),
-       .rows = rows.mutable_data_ptr()},
+       .rows = rows.mutable_data_ptr(),
+       .weights = weights.defined() ? weights.const_data_ptr() : nullptr},
       stream_of(rows));
   return rows;
 }
@@ -40,7 +46,11 @@ at::Tensor rows_of_slots(const at::Tensor& row_order, const int32_t* num_used) {
 }
 
 at::Tensor combine_rows(
-    const at::Tensor& rows, const at::Tensor& row_of_slot, const at::Tensor& weights, int64_t top_k) {
+    const at::Tensor& rows,
+    const at::Tensor& row_of_slot,
+    const at::Tensor& weights,
+    int64_t top_k,
+    bool already_weighted) {
   const at::Tensor source = with_dense_rows(rows);
   at::Tensor output = at::empty({rows.size(0) / top_k, rows.size(1)}, rows.options());
   if (output.numel() == 0) {
@@ -55,7 +65,8 @@ at::Tensor combine_rows(
        .num_tokens = output.size(0),
        .top_k = top_k,
        .width = output.size(1),
-       .output = output.mutable_data_ptr()},
+       .output = output.mutable_data_ptr(),
+       .already_weighted = already_weighted},
       stream_of(output));
   return output;
 }

@@ -66,7 +66,8 @@ CATCH_TEST_CASE("swiglu_backward: gradients of both halves and of the weights; n
       for (const int64_t used : {0, 13, 18}) {
         const Element element = element_of(storage), wide = accumulation_of(storage);
         const int64_t num_rows = 18, width = shape.width;
-        const Values pre_values = with_unused_rows(random_values(num_rows * 2 * width, 2, 1), 2 * width, used);
+        Values pre_values = with_unused_rows(random_values(num_rows * 2 * width, 2, 1), 2 * width, used);
+        std::fill_n(pre_values.begin() + 7 * 2 * width, 2 * width, kNan); // of weight 0
         const Values grad_values = with_unused_rows(random_values(num_rows * width, 1, 2), width, used);
         Values slots(num_rows);
         for (int64_t i = 0; i < num_rows; ++i) {
@@ -77,7 +78,9 @@ CATCH_TEST_CASE("swiglu_backward: gradients of both halves and of the weights; n
         const Buffer pre = Buffer::input("pre_activation", element, pre_values, shape.offset);
         const Buffer grad = Buffer::input("grad_activation", element, grad_values, shape.offset);
         const Buffer row_order = Buffer::input("row_order", Element::int32, slots);
-        const Buffer weights = Buffer::input("weights", wide, random_values(num_rows, 1, 3));
+        Values weight_values = random_values(num_rows, 1, 3);
+        weight_values[static_cast<size_t>(slots[7])] = 0;
+        const Buffer weights = Buffer::input("weights", wide, weight_values);
         const Buffer num_used = Buffer::input("num_used", Element::int32, {static_cast<double>(used)});
         Buffer activation = Buffer::output("activation", element, num_rows * width);
         Buffer grad_pre = Buffer::output("grad_pre_activation", element, num_rows * 2 * width);
@@ -107,10 +110,13 @@ CATCH_TEST_CASE("swiglu_backward: gradients of both halves and of the weights; n
           for (int64_t c = 0; c < width; ++c) {
             const double gate = x[i * 2 * width + c], up = x[i * 2 * width + width + c], slope = d[i * width + c];
             const double s = sigmoid(gate), silu = gate * s;
+            expected_weights[slot] += slope * silu * up;
+            if (w[slot] == 0) {
+              continue;
+            }
             expected[i * width + c] = w[slot] * silu * up;
             expected_pre[i * 2 * width + c] = w[slot] * slope * up * (s + silu * (1 - s));
             expected_pre[i * 2 * width + width + c] = w[slot] * slope * silu;
-            expected_weights[slot] += slope * silu * up;
           }
         }
         check_close(activation.values(), expected, tolerance(element, wide, 1), 1);

@@ -191,6 +191,26 @@ CATCH_TEST_CASE(
   }
 }
 
+CATCH_TEST_CASE("route_tokens: masked experts come last whatever the bias, and a row without an open one is NaN") {
+  const double masked = -std::numeric_limits<double>::infinity();
+  const Values rows = {0,      0.5,    masked, masked, //
+                       masked, masked, -3,     masked, //
+                       masked, masked, masked, masked};
+  const Values bias = {0, masked, 9, 8};
+  for (const StorageType storage : kStorages) {
+    for (const Rule& rule : kRules) {
+      const Routed routed = route({3, 4, 3}, storage, rule, rows, &bias);
+      CATCH_CHECK(routed.experts == Values{0, 1, 2, 2, 0, 1, 0, 1, 2});
+      for (const int64_t extra : {2, 4, 5}) {
+        CATCH_CHECK(routed.weights[extra] == 0);
+      }
+      for (int64_t slot = 0; slot < 9; ++slot) {
+        CATCH_CHECK(std::isnan(routed.weights[slot]) == (slot >= 6));
+      }
+    }
+  }
+}
+
 CATCH_TEST_CASE("route_tokens: as many experts as shared memory holds") {
   for (const StorageType storage : {StorageType::float32, StorageType::float64}) {
     const Case size = {3, edl::cuda::most_experts_to_route(storage), 3};

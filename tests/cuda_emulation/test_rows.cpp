@@ -80,6 +80,10 @@ CATCH_TEST_CASE("gather: the tokens of every row, zeros without an expert, NaN w
         const Buffer tokens = Buffer::input("tokens", element_of(storage), padded(num_tokens, shape, 1), shape.offset);
         const Buffer row_order = Buffer::input("row_order", Element::int32, order.slots);
         const Buffer num_used = Buffer::input("num_used", Element::int32, {static_cast<double>(used)});
+        Values weight(order.size(), 1);
+        weight[5] = weight[9] = 0;
+        const Buffer weights = Buffer::input("weights", accumulation_of(storage), weight);
+        const bool weighted = used == 19;
         Buffer rows = Buffer::output("rows", element_of(storage), order.size() * shape.width);
         run({&rows}, {}, [&] {
           edl::cuda::launch_gather(
@@ -91,14 +95,16 @@ CATCH_TEST_CASE("gather: the tokens of every row, zeros without an expert, NaN w
                .num_used = used < 0 ? nullptr : num_used.as<int32_t>(),
                .top_k = order.top_k,
                .width = shape.width,
-               .rows = rows.data()},
+               .rows = rows.data(),
+               .weights = weighted ? weights.data() : nullptr},
               nullptr);
         });
         const Values from = tokens.values();
         Values expected(order.size() * shape.width);
         for (int64_t i = 0; i < order.size(); ++i) {
           for (int64_t c = 0; c < shape.width; ++c) {
-            const bool is_used = used < 0 || i < used;
+            const bool weighs = !weighted || !order.is_known(i) || weight[order.slot(i)] != 0;
+            const bool is_used = (used < 0 || i < used) && weighs;
             expected[i * shape.width + c] = !is_used ? 0 : order.is_known(i) ? from[order.token(i) * stride + c] : kNan;
           }
         }
@@ -113,7 +119,7 @@ CATCH_TEST_CASE(
   for (const StorageType storage : kStorages) {
     for (const Shape& shape : kShapes) {
       for (const int64_t top_k : {1, 2, 5, 8}) {
-        const bool weighted = top_k != 2;
+        const bool weighted = top_k != 2, already_weighted = top_k == 5;
         const int64_t num_tokens = 9, stride = shape.width + shape.padding, num_rows = num_tokens * top_k;
         const RowOrder order(num_tokens, top_k, false);
         Values row_of_slot(num_rows), weight = random_values(num_rows, 1, 2), values = padded(num_rows, shape, 1);
@@ -141,14 +147,18 @@ CATCH_TEST_CASE(
                .num_tokens = num_tokens,
                .top_k = top_k,
                .width = shape.width,
-               .output = output.data()},
+               .output = output.data(),
+               .already_weighted = already_weighted},
               nullptr);
         });
         const Values x = rows.values(), w = weights.values();
         Values expected(num_tokens * shape.width);
         for (int64_t slot = 0; slot < num_rows; ++slot) {
-          const double factor = weighted ? w[slot] : 1;
-          for (int64_t c = 0; c < shape.width && row_of_slot[slot] != edl::cuda::kNoExpert && factor != 0; ++c) {
+          if (row_of_slot[slot] == edl::cuda::kNoExpert || (weighted && w[slot] == 0)) {
+            continue;
+          }
+          const double factor = weighted && !already_weighted ? w[slot] : 1;
+          for (int64_t c = 0; c < shape.width; ++c) {
             const auto row = static_cast<int64_t>(row_of_slot[slot]);
             expected[slot / top_k * shape.width + c] +=
                 row == edl::cuda::kUnknown ? kNan : factor * x[row * stride + c];

@@ -273,6 +273,25 @@ EDL_INLINE Acc normaliser(Acc sum) {
   return 1 / (score == Score::sigmoid ? sum + sigmoid_sum_epsilon<Acc>() : sum);
 }
 
+template <typename Storage>
+__attribute__((noinline)) bool is_masked(const Storage* logits, int64_t num_experts) {
+  using Acc = Accumulation<Storage>;
+  int64_t e = 0;
+  while (e < num_experts && widen(logits[e]) == -std::numeric_limits<Acc>::infinity()) {
+    ++e;
+  }
+  return e == num_experts;
+}
+
+// What normalises the scores of a row; NaN for one that is masked wholly, which has no distribution.
+template <Score score, typename Storage, typename Acc>
+EDL_INLINE Acc scale_of(const Storage* logits, int64_t num_experts, Acc sum) {
+  if (score == Score::sigmoid && sum == 0 && is_masked(logits, num_experts)) {
+    return std::numeric_limits<Acc>::quiet_NaN();
+  }
+  return normaliser<score>(sum);
+}
+
 // A row is added up once the next one is scored: else all would wait for the sum of its scores.
 template <typename Storage, Score score, int64_t fixed>
 EDL_FLATTEN void sum_scored(const RoutingRows& rows, const RowPiece& piece, double tolerance) {
@@ -303,7 +322,7 @@ EDL_FLATTEN void sum_scored(const RoutingRows& rows, const RowPiece& piece, doub
     if (i > piece.begin) {
       add(scored[(i - 1) & 1], scale_before);
     }
-    scale_before = normaliser<score>(sum);
+    scale_before = scale_of<score>(entries, num_experts, sum);
   }
   if (piece.begin < piece.end) {
     add(scored[(piece.end - 1) & 1], scale_before);
@@ -404,7 +423,7 @@ EDL_FLATTEN void spread_through_scores(const RoutingGradient& gradient, int64_t 
       dots += row[v] * load_vector<fixed>(grad, v, num_experts, Acc(0));
     });
     write_gradient<past_caches, score>(before, num_experts);
-    const Acc scale = normaliser<score>(sum);
+    const Acc scale = scale_of<score>(row_of(t), num_experts, sum);
     before = {&row, grad, out + t * num_experts, scale, sum_of<Acc>(dots) * scale * scale};
   }
   write_gradient<past_caches, score>(before, num_experts);

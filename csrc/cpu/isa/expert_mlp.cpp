@@ -9,6 +9,9 @@
 //
 // X and dO are the tokens' rows of tokens and of grad_output, gathered while they are packed. Parameters are packed
 // once per task; A and dP lie in the scratch of the window.
+//
+// A row whose factor is 0 takes no part, whatever it holds: nothing is added of it, its factor · A and dP are zeros, and
+// X is replaced by zeros beside dP. Only the gradient of the factor reads it.
 #include "cpu/isa/expert_mlp.h"
 
 #include "cpu/isa/gemm.h"
@@ -42,6 +45,12 @@ struct GatheredRows {
     return data + slots[row] / top_k * stride;
   }
 };
+
+// Zero for a factor of 0, whatever x is.
+template <typename Acc>
+EDL_INLINE Vector<Acc> scaled(Vector<Acc> x, Acc factor) {
+  return factor == 0 ? Vector<Acc>{} : x * factor;
+}
 
 template <typename Storage>
 GatheredRows<Storage> tokens_of(const ExpertMlpTask& task) {
@@ -133,13 +142,18 @@ void multiply_scratch(const Acc* rows, int64_t stride, int64_t count, int64_t de
   });
 }
 
-// sums[token] += factor · row, or += row, for the columns of a task. Each task owns its columns: no other adds to them.
+// sums[token] += factor · row, or += row where the factor is in it, for the columns of a task. Each task owns its
+// columns: no other adds to them.
 template <typename Storage, bool weighted, typename Acc>
 void add_to_tokens(
     const ExpertMlpTask& task, int64_t begin, int64_t count, Columns columns, const Acc* rows, int64_t stride) {
   const int64_t width = columns.end - columns.begin;
   for (int64_t i = 0; i < count; ++i, rows += stride) {
-    const Acc factor = weighted ? factor_of<Storage>(task, begin + i) : Acc(1);
+    const Acc own = factor_of<Storage>(task, begin + i);
+    if (own == 0) {
+      continue;
+    }
+    const Acc factor = weighted ? own : Acc(1);
     Acc* sum = static_cast<Acc*>(task.sums) + task.slots[begin + i] / task.top_k * task.hidden + columns.begin;
     int64_t c = 0;
     for (; c + kLanes<Acc> <= width; c += kLanes<Acc>) {
@@ -237,9 +251,9 @@ void activate_backward(
       const Vector<Acc> silu = g * s;
       const Vector<Acc> slope = s * (1 + g * (1 - s));
       dot += d * silu * u;
-      store_some<Acc>(silu * u * factor, left, activation + j);
-      store_some<Acc>(d * u * slope * factor, left, grad_gate + j);
-      store_some<Acc>(d * silu * factor, left, grad_gate + intermediate + j);
+      store_some<Acc>(scaled<Acc>(silu * u, factor), left, activation + j);
+      store_some<Acc>(scaled<Acc>(d * u * slope, factor), left, grad_gate + j);
+      store_some<Acc>(scaled<Acc>(d * silu, factor), left, grad_gate + intermediate + j);
     }
     dots[row - task.window_begin] = sum_of<Acc>(dot);
   }
@@ -357,10 +371,11 @@ template <typename Storage>
 void grad_gate_up(const ExpertMlpTask& task, const GradBlock& block, void* memory) {
   using Acc = Accumulation<Storage>;
   const auto tokens = tokens_of<Storage>(task);
+  const auto* zeros = static_cast<const Storage*>(task.zeros);
   const int64_t m = 2 * task.intermediate, n = task.hidden;
   grad_block<Storage>(
       block, [&](int64_t row) { return grad_pre_activation_of<Storage>(task, row) + block.row; }, m,
-      [&](int64_t row) { return tokens(row) + block.column; }, n,
+      [&](int64_t row) { return (factor_of<Storage>(task, row) == 0 ? zeros : tokens(row)) + block.column; }, n,
       static_cast<Storage*>(task.grad_gate_up) + block.rows.expert * m * n, static_cast<Acc*>(task.carried_gate_up),
       memory);
 }

@@ -38,6 +38,7 @@ struct ExpertMlpTask {
   // Backward only.
   const void* grad_output; //     [T, H] storage
   int64_t grad_output_stride;
+  const void* zeros; //           [H] storage, all 0
   void* grad_factors; //          [T, K] accumulation type
   void* grad_gate_up; //          [E, 2I, H] storage
   void* grad_down; //             [E, H, I] storage

@@ -48,6 +48,10 @@ EDL_INLINE Vector<Key<Acc>> key_of(Vector<Acc> x) {
   return x != x ? broadcast<Integer>(highest) : bits;
 }
 
+// Of an expert that is masked with -inf: below every value, above "already taken".
+template <typename Integer>
+inline constexpr Integer kClosed = kLowest<Integer> + 1;
+
 // Takes the first of the highest keys, `top_k` times. `keys` is padded with kLowest.
 template <typename Integer>
 EDL_INLINE void take_highest(Integer* keys, int64_t padded, int64_t top_k, int64_t* chosen) {
@@ -99,7 +103,9 @@ template <typename Acc>
 EDL_INLINE void fill_keys_with_bias(Acc factor, RouteScratch<Acc>* scratch) {
   for (int64_t e = 0; e < scratch->row.padded; e += kLanes<Acc>) {
     const Vector<Acc> score = load(scratch->scores.values + e) * factor;
-    store_keys<Key<Acc>>(key_of<Acc>(score + load(scratch->bias.values + e)), scratch->keys.values + e);
+    const Vector<Key<Acc>> key = key_of<Acc>(score + load(scratch->bias.values + e));
+    const auto closed = load(scratch->row.values + e) == -std::numeric_limits<Acc>::infinity();
+    store_keys<Key<Acc>>(closed ? broadcast<Key<Acc>>(kClosed<Key<Acc>>) : key, scratch->keys.values + e);
   }
 }
 
@@ -151,6 +157,9 @@ EDL_INLINE void weigh(
     factor *= task.normalize ? normaliser<score>(sum) : Acc(1);
     factor = row_sum != row_sum ? row_sum : factor; // a NaN that a bias kept out of the choice
   }
+  if (scratch->row.values[chosen[0]] == -std::numeric_limits<Acc>::infinity()) { // no expert is open
+    factor = std::numeric_limits<Acc>::quiet_NaN();
+  }
   for (int64_t k = 0; k < task.top_k; ++k) {
     weights[k] = few.values[k] * factor;
   }
@@ -174,20 +183,28 @@ void route_rows(const RouteTask& task, int64_t begin, int64_t end) {
 
 // ---- backward ----
 
+// A slot of weight 0 hands nothing on, even where its expert's output, and so the gradient of its weight, is NaN.
+template <typename Acc>
+EDL_INLINE Acc times(Acc score, Acc grad) {
+  return score == 0 ? Acc(0) : score * grad;
+}
+
 // few: chosen logits in, their gradient out, where no other logit enters the weights: all cases but the plain softmax.
 // Normalised softmax: w_k (g_k - <g, w>); sigmoid: s_k (1 - s_k) (g_k - <g, s> / sum) / sum, or s_k (1 - s_k) g_k.
 template <Score score, typename Acc>
 EDL_INLINE void backward_of_chosen(const RouteGradient& task, const Acc* grad, RowBuffer<Acc>* few) {
+  const bool none_open = few->values[0] == -std::numeric_limits<Acc>::infinity();
+  const Acc scale = none_open ? std::numeric_limits<Acc>::quiet_NaN() : static_cast<Acc>(task.scale);
   const Acc sum = score_row<score>(few->values, few->padded);
   const Acc inverse = task.normalize ? normaliser<score>(sum) : Acc(1);
   Acc dot = 0;
   for (int64_t k = 0; task.normalize && k < task.top_k; ++k) {
-    dot += grad[k] * few->values[k] * inverse;
+    dot += times<Acc>(few->values[k], grad[k]) * inverse;
   }
   for (int64_t k = 0; k < task.top_k; ++k) {
     const Acc s = few->values[k];
     const Acc slope = score == Score::sigmoid ? s * (1 - s) : s;
-    few->values[k] = slope * inverse * (grad[k] - dot) * static_cast<Acc>(task.scale);
+    few->values[k] = times<Acc>(slope * inverse, grad[k] - dot) * scale;
   }
 }
 
@@ -198,7 +215,7 @@ EDL_INLINE void backward_of_row(
   const Acc inverse = static_cast<Acc>(1) / score_row<Score::softmax>(row->values, row->padded);
   Acc dot = 0;
   for (int64_t k = 0; k < task.top_k; ++k) {
-    few->values[k] = row->values[chosen[k]] * inverse * grad[k] * static_cast<Acc>(task.scale);
+    few->values[k] = times<Acc>(row->values[chosen[k]] * inverse, grad[k]) * static_cast<Acc>(task.scale);
     dot += few->values[k];
   }
   const Acc factor = -dot * inverse;

@@ -98,9 +98,10 @@ __global__ void __launch_bounds__(kThreads, 4) swiglu_backward(Backward<Storage>
       const Acc s = sigmoid(x);
       const Acc silu = x * s;
       dot += slope * silu * up;
-      a.values[j] = narrow<Storage>(weight * silu * up);
-      dg.values[j] = narrow<Storage>(weight * slope * up * (s * (1 + x * (1 - s))));
-      du.values[j] = narrow<Storage>(weight * slope * silu);
+      // A row of weight 0 takes no part, whatever it holds; only the gradient of its weight reads it.
+      a.values[j] = narrow<Storage>(weight == 0 ? Acc(0) : weight * silu * up);
+      dg.values[j] = narrow<Storage>(weight == 0 ? Acc(0) : weight * slope * up * (s * (1 + x * (1 - s))));
+      du.values[j] = narrow<Storage>(weight == 0 ? Acc(0) : weight * slope * silu);
     }
     store_pack<width>(a, activation + c);
     store_pack<width>(dg, grad_gate + c);

@@ -34,6 +34,8 @@ using Key = typename KeyOf<Acc>::type;
 
 template <typename Acc>
 inline constexpr Key<Acc> kTaken = std::numeric_limits<Key<Acc>>::min(); // below every value
+template <typename Acc>
+inline constexpr Key<Acc> kClosed = kTaken<Acc> + 1; // of an expert that is masked with -inf; below every value too
 
 template <typename Acc>
 __device__ inline Key<Acc> key_of(Acc x) {
@@ -98,12 +100,18 @@ __device__ void fill_keys(
     const Problem<Storage>& problem, const Storage* row, const RowStatistics<Acc>& of_row, int lane, Key<Acc>* keys) {
   for (int e = lane; e < problem.num_experts; e += kWarp) {
     Acc value = widen(row[e]);
+    const bool closed = value == -kInfinity<Acc>;
     if (problem.bias != nullptr) {
       value = unnormalised(value, problem.scores, of_row.highest);
       value = (problem.scores == Scores::softmax ? value * of_row.factor : value) + problem.bias[e];
     }
-    keys[e] = key_of(value);
+    keys[e] = closed ? kClosed<Acc> : key_of(value);
   }
+}
+
+template <typename Storage>
+__device__ inline bool is_closed(const Storage* row, int64_t expert) {
+  return widen(row[expert]) == -kInfinity<Accumulation<Storage>>;
 }
 
 // Unnormalised scores of the chosen experts of one token, against their own highest logit.
@@ -155,6 +163,9 @@ __device__ void write_weights(
   Acc factor = problem.normalize ? problem.scale * factor_of(chosen.sum, problem.scores) : problem.scale;
   if (of_row.factor != of_row.factor) { // a NaN that a bias kept out of the choice
     factor = of_row.factor;
+  }
+  if (is_closed(row, experts[0])) { // none is open
+    factor = kNan<Acc>;
   }
   for (int64_t k = lane; k < problem.top_k; k += kWarp) {
     weights[k] = chosen.score(k) * factor;
@@ -209,6 +220,12 @@ struct GradientProblem {
   Storage* grad_logits;
 };
 
+// A slot of weight 0 hands nothing on, even where its expert's output, and so the gradient of its weight, is NaN.
+template <typename Acc>
+__device__ inline Acc times(Acc score, Acc grad) {
+  return score == 0 ? Acc(0) : score * grad;
+}
+
 // Plain softmax: p_e (g_e - <g, p>), g_e = 0 for an expert that was not chosen.
 template <typename Storage, typename Acc = Accumulation<Storage>>
 __device__ void spread_over_row(
@@ -224,7 +241,7 @@ __device__ void spread_over_row(
   };
   Acc dot = 0;
   for (int64_t k = lane; k < problem.top_k; k += kWarp) {
-    dot += probability(experts[k]) * (grad[k] * problem.scale);
+    dot += times(probability(experts[k]), grad[k] * problem.scale);
   }
   dot = team_sum(dot, kWarp);
   for (int64_t e = lane; e < problem.num_experts; e += kWarp) {
@@ -232,7 +249,7 @@ __device__ void spread_over_row(
   }
   __syncwarp(); // the chosen are written over
   for (int64_t k = lane; k < problem.top_k; k += kWarp) {
-    out[experts[k]] = narrow<Storage>(probability(experts[k]) * (grad[k] * problem.scale - dot));
+    out[experts[k]] = narrow<Storage>(times(probability(experts[k]), grad[k] * problem.scale - dot));
   }
 }
 
@@ -248,10 +265,11 @@ __device__ void spread_over_chosen(
     Storage* out) {
   const Chosen<Storage> chosen(row, experts, problem.top_k, problem.scores, lane);
   const Acc inverse = problem.normalize ? factor_of(chosen.sum, problem.scores) : Acc(1);
+  const Acc scale = is_closed(row, experts[0]) ? kNan<Acc> : problem.scale; // none is open
   Acc dot = 0;
   if (problem.normalize) {
     for (int64_t k = lane; k < problem.top_k; k += kWarp) {
-      dot += grad[k] * chosen.score(k) * inverse;
+      dot += times(chosen.score(k), grad[k]) * inverse;
     }
     dot = team_sum(dot, kWarp);
   }
@@ -262,7 +280,7 @@ __device__ void spread_over_chosen(
   for (int64_t k = lane; k < problem.top_k; k += kWarp) {
     const Acc s = chosen.score(k);
     const Acc slope = problem.scores == Scores::sigmoid ? s * (1 - s) : s;
-    out[experts[k]] = narrow<Storage>(slope * inverse * (grad[k] - dot) * problem.scale);
+    out[experts[k]] = narrow<Storage>(times(slope * inverse, grad[k] - dot) * scale);
   }
 }
 

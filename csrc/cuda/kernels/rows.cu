@@ -40,6 +40,7 @@ struct Gather {
   const int32_t* row_order;
   int64_t num_rows;
   const int32_t* num_used;
+  const Accumulation<Storage>* weights;
   int64_t top_k;
   int64_t width;
   Storage* rows;
@@ -55,8 +56,9 @@ __global__ void __launch_bounds__(kThreads, 4) gather(Gather<Storage> task) {
   const int64_t slot = task.row_order[i];
   const bool used = task.num_used == nullptr || i < *task.num_used;
   const bool known = slot >= 0 && slot < task.num_rows;
+  const bool weighs = known && (task.weights == nullptr || task.weights[slot] != 0);
   Storage* out = task.rows + i * task.width;
-  if (used && known) {
+  if (used && weighs) {
     const Storage* token = task.tokens + slot / task.top_k * task.tokens_stride;
 #pragma unroll 4
     for (int64_t c = lane * width; c < task.width; c += kWarp * width) {
@@ -64,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 4) gather(Gather<Storage> task) {
     }
     return;
   }
-  const Storage fill = narrow<Storage>(used ? kNan<Accumulation<Storage>> : Accumulation<Storage>(0));
+  const Storage fill = narrow<Storage>(used && !known ? kNan<Accumulation<Storage>> : Accumulation<Storage>(0));
   for (int64_t c = lane; c < task.width; c += kWarp) {
     out[c] = fill;
   }
@@ -76,6 +78,7 @@ struct Combine {
   int64_t rows_stride;
   const int32_t* row_of_slot;
   const Accumulation<Storage>* weights;
+  bool already_weighted;
   int64_t num_tokens;
   int64_t top_k;
   int64_t width;
@@ -106,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 3) combine(Combine<Storage> task) {
           const Acc weight = task.weights != nullptr ? task.weights[slot] : Acc(1);
           if (row >= 0 && weight != 0) {
             packs[k] = load_pack<width>(task.rows + row * task.rows_stride + c);
-            factors[k] = weight;
+            factors[k] = task.already_weighted ? Acc(1) : weight;
           } else if (row == kUnknown) {
             factors[k] = kNan<Acc>;
           }
@@ -214,6 +217,7 @@ void launch_gather(const GatherTask& task, cudaStream_t stream) {
         task.row_order,
         task.num_rows,
         task.num_used,
+        static_cast<const Accumulation<Storage>*>(task.weights),
         task.top_k,
         task.width,
         static_cast<Storage*>(task.rows)};
@@ -232,6 +236,7 @@ void launch_combine(const CombineTask& task, cudaStream_t stream) {
         task.rows_stride,
         task.row_of_slot,
         static_cast<const Accumulation<Storage>*>(task.weights),
+        task.already_weighted,
         task.num_tokens,
         task.top_k,
         task.width,

@@ -33,6 +33,7 @@ struct GatherTask {
   int64_t top_k; //            K
   int64_t width; //            H, at least 1
   void* rows; //               [N, H] contiguous
+  const void* weights = nullptr; // [T, K] accumulation type: rows of weight 0 become zeros; null: none does
 };
 
 // rows[i] = tokens[row_order[i] / K]; NaN where row_order names no slot.
@@ -48,6 +49,7 @@ struct CombineTask {
   int64_t top_k; //              K
   int64_t width; //              H, at least 1
   void* output; //               [T, H] contiguous
+  bool already_weighted = false; // the weights are in the rows, and only tell which of them to leave out
 };
 
 // output[t] = Σ_k weights[t, k] · rows[row_of_slot[t K + k]], in the order of k; a row of weight 0 is not read.

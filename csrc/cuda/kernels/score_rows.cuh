@@ -74,7 +74,7 @@ __device__ inline void widen_tile(
 // score(z) = unnormalised(z) * factor.
 template <typename Acc>
 struct RowStatistics {
-  Acc highest; // softmax: the largest logit
+  Acc highest; // the largest logit
   Acc factor; //  one over the sum of the unnormalised scores
 };
 
@@ -114,14 +114,15 @@ __device__ inline Acc highest_of(const Acc (&x)[count]) {
 // A row that the team holds whole: x becomes the unnormalised scores; returns their factor. The warp's 32 lanes call.
 template <typename Acc, int count>
 __device__ inline Acc score_tile(Scores scores, int lanes, Acc (&x)[count]) {
-  const Acc highest = scores == Scores::softmax ? team_max(highest_of(x), lanes) : Acc(0);
+  const Acc highest = team_max(highest_of(x), lanes);
   Acc sum = 0;
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     x[i] = unnormalised(x[i], scores, highest);
     sum += x[i];
   }
-  return factor_of(team_sum(sum, lanes), scores);
+  const Acc factor = factor_of(team_sum(sum, lanes), scores);
+  return highest == -kInfinity<Acc> ? kNan<Acc> : factor; // a row that is masked wholly has no distribution
 }
 
 // The same for a row of any length, by a whole warp, from memory: two passes over it.
@@ -129,18 +130,17 @@ template <typename Storage, typename Acc = Accumulation<Storage>>
 __device__ inline RowStatistics<Acc> statistics_of_row(const Storage* row, int64_t num_experts, Scores scores) {
   const int lane = threadIdx.x % kWarp;
   Acc highest = -kInfinity<Acc>;
-  if (scores == Scores::softmax) {
-    for (int64_t e = lane; e < num_experts; e += kWarp) {
-      const Acc z = widen(row[e]);
-      highest = z > highest ? z : highest;
-    }
-    highest = team_max(highest, kWarp);
+  for (int64_t e = lane; e < num_experts; e += kWarp) {
+    const Acc z = widen(row[e]);
+    highest = z > highest ? z : highest;
   }
+  highest = team_max(highest, kWarp);
   Acc sum = 0;
   for (int64_t e = lane; e < num_experts; e += kWarp) {
     sum += unnormalised(static_cast<Acc>(widen(row[e])), scores, highest);
   }
-  return {highest, factor_of(team_sum(sum, kWarp), scores)};
+  const Acc factor = factor_of(team_sum(sum, kWarp), scores);
+  return {highest, highest == -kInfinity<Acc> ? kNan<Acc> : factor};
 }
 
 } // namespace edl::cuda

@@ -1,5 +1,6 @@
 """Expert Divergence Learning (arXiv 2603.00054): the loss that pushes the routing of different domains apart."""
 
+import math
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -286,6 +287,8 @@ class ExpertDivergenceLoss(nn.Module):
         self._ranks = Ranks(sequence_group, group, averaging_ranks)
         self._is_alone = sequence_group is None and group is None and averaging_ranks is None
         self._values_checked = False
+        self._keeps_moments = False  # for `pairs_and_nats`
+        self._moments: Moments | None = None
         self.memory = memory
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -335,7 +338,7 @@ class ExpertDivergenceLoss(nn.Module):
                 NaN).
         """
         if not torch.jit.is_scripting():
-            if not self._is_alone or self.memory is not None:
+            if not self._is_alone or self.memory is not None or self._keeps_moments:
                 return self.begin(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)()
             self._check_values_once(router_logits, domain_ids, attention_mask, padding_mask, cu_seqlens)
         elif not self._is_alone or self.memory is not None:
@@ -445,6 +448,37 @@ class ExpertDivergenceLoss(nn.Module):
         return self._begin_jointly(router_logits, lambda layer: segments() if callable(segments) else segments)
 
     @torch.jit.unused
+    def keep_moments(self) -> None:
+        """Lets `pairs_and_nats` tell of every loss from now on."""
+        self._keeps_moments = True
+
+    @torch.jit.unused
+    def pairs_and_nats(self) -> tuple[Tensor, Tensor]:
+        """What the last loss compared, for logs; needs `keep_moments` before.
+
+        Returns:
+            The number of pairs of domains, without which the loss is 0; and their Jensen-Shannon divergence in nats,
+            the mean over pairs and layers, NaN without a pair. Scalars on the device of the loss, of all ranks and
+            micro-batches that it spans.
+
+        Raises:
+            ValueError: no loss since.
+        """
+        if self._moments is None:
+            raise ValueError(
+                "edl::expert_divergence_loss: pairs_and_nats() tells of a loss after keep_moments() (got no such loss)"
+            )
+        packed, shape, bias_correction = self._moments
+        num_sums, num_counts = math.prod(shape), shape[0] * shape[1]
+        counts = packed[-1 - num_counts : -1].view(shape[:2])
+        no_squares = packed.new_empty(0)
+        divergences = ops.pairwise_divergence(packed[:num_sums].view(shape), no_squares, counts, False)
+        is_present = counts >= 2 if bias_correction else counts > 0  # what the loss compares
+        is_pair = (is_present.unsqueeze(-1) & is_present.unsqueeze(-2)).triu(diagonal=1)
+        pairs = is_pair[0].sum()
+        return pairs, divergences.where(is_pair, 0.0).sum() / is_pair.sum()
+
+    @torch.jit.unused
     def _begin_jointly(
         self, router_logits: _RouterLogits, segments_of: Callable[[Tensor], Segments]
     ) -> Callable[[], Tensor]:
@@ -476,6 +510,9 @@ class ExpertDivergenceLoss(nn.Module):
                 moments, problem = wait()
             if problem is not None:
                 raise problem
+            if self._keeps_moments:
+                shape = (len(layers), self.num_domains, sums.shape[-1])
+                self._moments = Moments(moments, shape, self.bias_correction)
             if _versions(read) != versions:
                 raise RuntimeError(
                     "edl::expert_divergence_loss: router_logits and labels must stay as they are until a loss that "

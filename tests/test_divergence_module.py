@@ -769,3 +769,39 @@ def test_vmap_gives_the_loss_of_every_sample():
     assert together.equal(alone)
     grads = [torch.autograd.grad(losses.sum(), logits)[0] for losses in (together, alone)]
     torch.testing.assert_close(*grads)
+
+
+# ---- what logs say ----
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_pairs_and_nats(bias_correction):
+    """Against the definition, in float64: the mean over pairs of the entropy of the mean less the mean entropy."""
+    labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, -1])  # the bias correction leaves out domain 3, of one sequence
+    loss = ExpertDivergenceLoss(5, bias_correction=bias_correction)
+    loss.keep_moments()
+    layers = [LOGITS, LOGITS.square()]
+    value = loss(layers, labels)
+    assert value == ExpertDivergenceLoss(5, bias_correction=bias_correction)(layers, labels)
+    divergences = []
+    for layer in layers:
+        sequences = layer.double().softmax(-1).mean(1)
+        domains = [sequences[labels == d].mean(0) for d in range(3 if bias_correction else 4)]
+        for j, p in enumerate(domains):
+            for q in domains[:j]:
+                m = (p + q) / 2
+                divergences.append(((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2)
+    pairs, nats = loss.pairs_and_nats()
+    assert pairs == len(divergences) / 2
+    torch.testing.assert_close(nats, torch.stack(divergences).mean(), rtol=1e-5, atol=1e-7)
+
+
+def test_pairs_and_nats_without_a_pair():
+    loss = ExpertDivergenceLoss(D)
+    with pytest.raises(ValueError, match="^edl::expert_divergence_loss: pairs_and_nats\\(\\) tells of a loss after"):
+        loss.pairs_and_nats()
+    loss.keep_moments()
+    for label in (0, -1):
+        assert loss(LOGITS, torch.full((8,), label)) == 0
+        pairs, nats = loss.pairs_and_nats()
+        assert pairs == 0 and nats.isnan()

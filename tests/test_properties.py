@@ -27,7 +27,7 @@ OPTIONS = st.sampled_from(
 def batches(draw):
     """Logits [B, S_len, E] of realistic size, labels [B] of which some are -1, and a mask [B, S_len]."""
     num_sequences, length = draw(st.integers(1, 9)), draw(st.integers(1, 12))
-    num_experts, num_domains = draw(st.sampled_from([1, 2, 5, 8, 16, 33, 64])), draw(st.integers(1, 5))
+    num_experts, num_domains = draw(st.sampled_from([1, 2, 5, 8, 16, 33, 64])), draw(st.integers(2, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     logits = torch.randn(num_sequences, length, num_experts, generator=generator) * draw(
         st.sampled_from([0.1, 1.0, 5.0])

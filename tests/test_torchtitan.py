@@ -214,6 +214,14 @@ def test_layers_that_share_a_configuration_get_one_loss_each():
         titan.add_expert_divergence(config, num_domains=3, coeff=1.0)
 
 
+def test_options_outside_their_range_are_refused_before_the_model_is_built():
+    config = interface.Model.Config(layers=[interface.TokenChoiceTopKRouter.Config(num_experts=8)])
+    for options, got in (({"num_domains": 1}, "num_domains must be at least 2"), ({"eps": -1.0}, "eps must be finite")):
+        with pytest.raises(ValueError, match=f"^edl::expert_divergence_loss: {got}"):
+            interface.integration().add_expert_divergence(config, **{"num_domains": 3, "coeff": 1.0, **options})
+    assert config.layers[0].aux_loss is None
+
+
 def test_auxiliary_loss_without_labels_is_none():
     model, hidden = interface.model_with_divergence(), interface.inputs()
     (model(hidden, torch.tensor(24.0)) * 0.0).sum().backward()

@@ -954,3 +954,52 @@ def test_the_diff_of_the_documentation_runs(tmp_path, marker, monkeypatch):
     log = runpy.run_path("script.py")["trainer"].state.log_history
     assert len([entry for entry in log if "loss" in entry]) == 9  # 20 rows, 3 epochs of 3 steps
     assert all(("expert_divergence_loss" in entry) == (marker == "+") for entry in log if "loss" in entry)
+
+
+# ---- what is logged ----
+
+
+def labelled(labels: list[int]):
+    return make_dataset(num_rows=len(labels)).remove_columns("domain_ids").add_column("domain_ids", labels)
+
+
+def test_batches_without_a_pair_of_domains_stay_out_of_logged_means(tmp_path):
+    dataset = labelled([0, 0, 1, -1, 0, 1, 2, 1])  # two of four batches hold a pair
+    args = arguments(tmp_path, per_device_train_batch_size=2, logging_steps=4)
+    (entry,) = [entry for entry in train(EDTrainer, args, dataset).state.log_history if "loss" in entry]
+    model, losses = seeded_model(), []
+    for rows in ([4, 5], [6, 7]):
+        logits = model(torch.tensor(dataset[rows]["input_ids"]), output_router_logits=True).router_logits
+        labels = torch.tensor(dataset[rows]["domain_ids"])
+        losses.append(edl.ExpertDivergenceLoss(D, layer_reduction="none")([*logits], labels))
+    losses = torch.stack(losses).double()
+    assert entry["expert_divergence_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    # Of a single pair the loss is -log(nats + eps).
+    assert entry["expert_divergence/nats"] == pytest.approx(((-losses).exp() - 1e-6).mean().item(), rel=1e-4)
+    assert entry["expert_divergence/pairs"] == 0.5
+
+
+@pytest.mark.parametrize("accumulation, pairs", [(1, 1.0), (2, 2.0)])
+def test_pairs_and_nats_are_those_of_the_loss(tmp_path, accumulation, pairs):
+    """A memory compares with the micro-batches before: one pair in the first, three in the second."""
+    dataset = labelled([0, 1, 0, 2] if accumulation == 2 else [0, 1, 2, 2])
+    size = 2 if accumulation == 2 else 3
+    args = arguments(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, max_steps=1)
+    (entry,) = [entry for entry in train(EDTrainer, args, dataset).state.log_history if "loss" in entry]
+    assert entry["expert_divergence/pairs"] == (pairs if accumulation == 2 else 3.0)
+    assert 0 < entry["expert_divergence/nats"] < numpy.log(2)
+
+
+@pytest.mark.parametrize("labels", [[0] * 12, [-1] * 12], ids=["one domain", "no label"])
+def test_steps_without_a_pair_log_no_loss_and_warn_once(tmp_path, labels, monkeypatch):
+    assert edl.integrations.transformers.trainer._STEPS_WITHOUT_PAIR == 100
+    monkeypatch.setattr(edl.integrations.transformers.trainer, "_STEPS_WITHOUT_PAIR", 4)
+    args = arguments(tmp_path, per_device_train_batch_size=1, logging_steps=2)
+    with pytest.warns(UserWarning, match="^edl::EDTrainerMixin: a batch must hold two domains") as caught:
+        trainer = train(EDTrainer, args, labelled(labels))
+    assert sum("must hold two domains" in str(warning.message) for warning in caught) == 1
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 6
+    for entry in entries:
+        assert entry["expert_divergence/pairs"] == 0
+        assert "expert_divergence_loss" not in entry and "expert_divergence/nats" not in entry

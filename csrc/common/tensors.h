@@ -1,7 +1,11 @@
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
+#include "common/errors.h"
 #include "common/storage_type.h"
 
 namespace edl {
@@ -17,6 +21,33 @@ inline StorageType storage_of(const at::Tensor& tensor) {
     default:
       return StorageType::float32;
   }
+}
+
+// Memory can be taken from a tensor that keeps its shape, as FSDP does with parameters that are not in use.
+inline void check_memory(const char* op, const at::Tensor& tensor) {
+  if (!tensor.defined() || tensor.numel() == 0) {
+    return;
+  }
+  const size_t needed = at::detail::computeStorageNbytes(
+      tensor.sizes(), tensor.strides(), tensor.element_size(), tensor.storage_offset());
+  const size_t held = tensor.storage().nbytes();
+  EDL_CHECK(
+      needed <= held, op, ": a tensor must have the memory of its shape, which FSDP frees outside its module's passes ",
+      "(got ", held, " of ", needed, " bytes for ", tensor.sizes(), ")");
+}
+
+inline void check_memory(const char* op, const std::optional<at::Tensor>& tensor) {
+  if (tensor.has_value()) {
+    check_memory(op, *tensor);
+  }
+}
+
+// Of every tensor whose data pointer an operator takes, before it does.
+template <typename First, typename Second, typename... Others>
+void check_memory(const char* op, const First& first, const Second& second, const Others&... others) {
+  check_memory(op, first);
+  check_memory(op, second);
+  (check_memory(op, others), ...);
 }
 
 // Rows may have any stride, entries of a row stand side by side.

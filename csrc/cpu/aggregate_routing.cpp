@@ -24,6 +24,7 @@
 namespace edl::cpu {
 namespace {
 
+constexpr const char* kOp = "edl::aggregate_routing";
 constexpr int64_t kPieceRows = 256;
 constexpr int64_t kGrainElements = 1 << 16; // work below this is not worth waking a thread
 // Gradients above this size are streamed past the caches, unless they lie on fresh pages: the system's clearing has just
@@ -87,8 +88,8 @@ int64_t count_segments(const Indices& ids, int64_t num_tokens, int64_t num_segme
   int64_t runs = 0;
   for_runs(ids, num_tokens, [&](IdRun run) {
     EDL_CHECK_INDEX(
-        run.id >= -1 && run.id < num_segments, "edl::aggregate_routing: segment_ids must be at least -1 and below ",
-        num_segments, ", the number of segments (got ", run.id, " at row ", run.begin,
+        run.id >= -1 && run.id < num_segments, kOp, ": segment_ids must be at least -1 and below ", num_segments,
+        ", the number of segments (got ", run.id, " at row ", run.begin,
         "; edl.segments gives this id to a token whose label or mask value is not allowed, and to all where cu_seqlens "
         "does not rise from 0)");
     ++runs;
@@ -230,6 +231,7 @@ void sum_pieces(
 std::tuple<at::Tensor, at::Tensor> aggregate_routing_cpu(
     const at::Tensor& routing, const at::Tensor& segment_ids, int64_t num_segments, std::string_view scores_name) {
   const Scores scores = check_aggregate_routing(routing, segment_ids, num_segments, scores_name);
+  check_memory(kOp, routing, segment_ids);
   const at::Tensor rows = with_dense_rows(routing);
   const at::Tensor dense_ids = segment_ids.contiguous();
   const Indices ids(dense_ids);
@@ -254,18 +256,34 @@ std::tuple<at::Tensor, at::Tensor> aggregate_routing_cpu(
   return {sums, counts};
 }
 
+// Ids may have changed since they were checked: where NumPy shares their memory, autograd does not notice.
+template <typename Id>
+void check_unchanged_ids(const Id* ids, int64_t begin, int64_t end, int64_t num_segments) {
+  bool all_valid = true;
+  for (int64_t t = begin; t < end; ++t) {
+    all_valid &= ids[t] >= -1 && ids[t] < num_segments;
+  }
+  EDL_CHECK_INDEX(
+      all_valid, kOp,
+      ": segment_ids must stay as they are until the backward pass (got one that is now below -1 or not "
+      "below ",
+      num_segments, ", the number of segments)");
+}
+
 at::Tensor aggregate_routing_backward_cpu(
     const at::Tensor& grad_sums,
     const at::Tensor& routing,
     const at::Tensor& segment_ids,
     std::string_view scores_name) {
   const Scores scores = check_aggregate_routing_backward(grad_sums, routing, segment_ids, scores_name);
+  check_memory(kOp, grad_sums, routing, segment_ids);
   const at::Tensor rows = with_dense_rows(routing);
   const at::Tensor dense_grad = grad_sums.contiguous();
   const at::Tensor dense_ids = segment_ids.contiguous();
   const Indices ids(dense_ids);
   at::Tensor grad_routing = at::empty(routing.sizes(), routing.options().memory_format(at::MemoryFormat::Contiguous));
   const int64_t num_experts = rows.size(1);
+  const int64_t num_segments = dense_grad.size(0);
   const auto bytes = static_cast<int64_t>(grad_routing.nbytes());
   const RoutingGradient gradient{
       dense_grad.const_data_ptr(),
@@ -279,8 +297,14 @@ at::Tensor aggregate_routing_backward_cpu(
   const auto spread_rows =
       aggregate_routing_loops().spread_rows[static_cast<int>(storage_of(rows))][score_index(scores)];
   at::parallel_for(
-      0, rows.size(0), std::max<int64_t>(1, kGrainElements / num_experts),
-      [&](int64_t begin, int64_t end) { spread_rows(gradient, begin, end); });
+      0, rows.size(0), std::max<int64_t>(1, kGrainElements / num_experts), [&](int64_t begin, int64_t end) {
+        if (ids.are_64_bit()) {
+          check_unchanged_ids(static_cast<const int64_t*>(ids.data()), begin, end, num_segments);
+        } else {
+          check_unchanged_ids(static_cast<const int32_t*>(ids.data()), begin, end, num_segments);
+        }
+        spread_rows(gradient, begin, end);
+      });
   return grad_routing;
 }
 

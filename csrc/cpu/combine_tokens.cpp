@@ -36,6 +36,7 @@ at::Tensor factors_of(const std::optional<at::Tensor>& weights, const at::Tensor
 at::Tensor combine_tokens_cpu(
     const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& row_order, int64_t top_k) {
   check_combine_tokens(rows, weights, row_order, top_k);
+  check_memory(kOp, rows, weights, row_order);
   const at::Tensor source = with_dense_rows(rows);
   const at::Tensor order = row_order.contiguous();
   const at::Tensor factors = factors_of(weights, rows, top_k);
@@ -59,6 +60,7 @@ std::tuple<at::Tensor, at::Tensor> combine_tokens_backward_cpu(
     int64_t top_k,
     std::array<bool, 2> needed) {
   check_combine_tokens_backward(grad_output, rows, weights, row_order, top_k);
+  check_memory(kOp, grad_output, rows, weights, row_order);
   const at::Tensor grad = with_dense_rows(grad_output);
   const at::Tensor source = with_dense_rows(rows);
   const at::Tensor order = row_order.contiguous();

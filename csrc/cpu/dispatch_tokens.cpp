@@ -14,15 +14,17 @@
 namespace edl::cpu {
 namespace {
 
+constexpr const char* kOp = "edl::dispatch_tokens";
 constexpr int64_t kGrainBytes = 1 << 16; // copies below this are not worth a thread
 
 at::Tensor dispatch_tokens_cpu(const at::Tensor& tokens, const at::Tensor& row_order, int64_t top_k) {
   check_dispatch_tokens(tokens, row_order, top_k);
+  check_memory(kOp, tokens, row_order);
   const at::Tensor source = with_dense_rows(tokens);
   const at::Tensor order = row_order.contiguous();
   const auto* slots = order.const_data_ptr<int32_t>();
   const int64_t num_rows = order.size(0);
-  rows_of_slots("edl::dispatch_tokens", slots, num_rows);
+  rows_of_slots(kOp, slots, num_rows);
   at::Tensor rows = at::empty({num_rows, tokens.size(1)}, tokens.options());
   const auto* from = static_cast<const char*>(source.const_data_ptr());
   auto* to = static_cast<char*>(rows.mutable_data_ptr());

@@ -13,11 +13,13 @@
 #include <vector>
 
 #include "common/errors.h"
+#include "common/tensors.h"
 #include "cpu/indices.h"
 
 namespace edl::cpu {
 namespace {
 
+constexpr const char* kOp = "edl::domain_moments";
 constexpr int64_t kColumns = 64;
 constexpr int64_t kGrainElements = 1 << 14; // work below this is not worth waking a thread
 
@@ -192,6 +194,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments_cpu(
     int64_t num_domains,
     bool squares) {
   check_domain_moments(segment_sums, segment_counts, labels, num_domains);
+  check_memory(kOp, segment_sums, segment_counts, labels);
   const at::Tensor rows = segment_sums.contiguous();
   const at::Tensor row_counts = segment_counts.contiguous();
   const Extent extent(rows);
@@ -281,6 +284,7 @@ at::Tensor domain_moments_backward_cpu(
     const at::Tensor& segment_counts,
     const at::Tensor& labels) {
   check_domain_moments_backward(grad_sums, grad_squares, segment_sums, segment_counts, labels);
+  check_memory(kOp, grad_sums, grad_squares, segment_sums, segment_counts, labels);
   const at::Tensor rows = segment_sums.contiguous();
   const at::Tensor row_counts = segment_counts.contiguous();
   const at::Tensor dense_grad = grad_sums.contiguous();

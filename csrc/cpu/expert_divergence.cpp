@@ -15,6 +15,7 @@
 #include <cmath>
 #include <vector>
 
+#include "common/tensors.h"
 #include "cpu/domain_means.h"
 #include "cpu/isa/expert_divergence.h"
 
@@ -176,6 +177,7 @@ double layer_loss(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_and_gradient(
     const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, const Rule& rule) {
+  check_memory("edl::expert_divergence", sums, squares, counts);
   const at::Tensor dense_sums = sums.contiguous();
   const at::Tensor dense_squares = rule.bias_correction ? squares.contiguous() : squares;
   const at::Tensor dense_counts = counts.contiguous();

@@ -263,6 +263,7 @@ at::Tensor expert_mlp_cpu(
     const at::Tensor& gate_up,
     const at::Tensor& down) {
   check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
+  check_memory(kOp, tokens, weights, row_order, offsets, gate_up, down);
   return run_forward(dense(tokens, weights, row_order, offsets, gate_up, down), at::Tensor());
 }
 
@@ -274,6 +275,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cpu(
     const at::Tensor& gate_up,
     const at::Tensor& down) {
   check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
+  check_memory(kOp, tokens, weights, row_order, offsets, gate_up, down);
   const Arguments arguments = dense(tokens, weights, row_order, offsets, gate_up, down);
   at::Tensor pre_activation = on_huge_pages(at::empty({row_order.size(0), gate_up.size(1)}, tokens.options()));
   const int64_t used = arguments.bounds.const_data_ptr<int32_t>()[gate_up.size(0)];
@@ -293,6 +295,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
     const at::Tensor& pre_activation,
     std::array<bool, 4> needed) {
   check_expert_mlp_backward(grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation);
+  check_memory(kOp, grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation);
   const Arguments arguments = dense(tokens, weights, row_order, offsets, gate_up, down);
   const at::Tensor grad = with_dense_rows(grad_output);
   const at::Tensor hidden = pre_activation.contiguous();

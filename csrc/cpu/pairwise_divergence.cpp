@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "common/tensors.h"
 #include "cpu/domain_means.h"
 #include "cpu/isa/expert_divergence.h"
 
@@ -38,6 +39,7 @@ void fill_row(const DomainMeans& layer, int64_t j, bool bias_correction, int64_t
 at::Tensor pairwise_divergence_cpu(
     const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction) {
   check_pairwise_divergence(sums, squares, counts, bias_correction);
+  check_memory("edl::pairwise_divergence", sums, squares, counts);
   const at::Tensor dense_sums = sums.contiguous();
   const at::Tensor dense_squares = bias_correction ? squares.contiguous() : squares;
   const at::Tensor dense_counts = counts.contiguous();

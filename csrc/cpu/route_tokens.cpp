@@ -35,6 +35,7 @@ std::tuple<at::Tensor, at::Tensor> route_tokens_cpu(
     bool normalize,
     double scale) {
   const Scores scores = check_route_tokens(logits, top_k, scores_name, bias);
+  check_memory("edl::route_tokens", logits, bias);
   const at::Tensor rows = with_dense_rows(logits);
   const auto type = accumulation_type(logits.scalar_type());
   const at::Tensor dense_bias = bias.has_value() ? bias->to(type).contiguous() : at::Tensor();
@@ -64,6 +65,7 @@ at::Tensor route_tokens_backward_cpu(
     bool normalize,
     double scale) {
   const Scores scores = check_route_tokens_backward(grad_weights, logits, experts, scores_name);
+  check_memory("edl::route_tokens", grad_weights, logits, experts);
   const at::Tensor rows = with_dense_rows(logits);
   const at::Tensor dense_grad = grad_weights.contiguous();
   const at::Tensor dense_experts = experts.contiguous();

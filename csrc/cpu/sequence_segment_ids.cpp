@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "common/tensors.h"
 #include "cpu/indices.h"
 
 namespace edl::cpu {
@@ -13,6 +14,7 @@ namespace {
 
 at::Tensor sequence_segment_ids_cpu(const at::Tensor& labels, int64_t num_tokens) {
   check_sequence_segment_ids(labels, num_tokens);
+  check_memory("edl::sequence_segment_ids", labels);
   const at::Tensor dense = labels.contiguous();
   const Indices label(dense);
   const int64_t batch = labels.size(0);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/errors.h"
+#include "common/tensors.h"
 #include "cpu/indices.h"
 
 namespace edl::cpu {
@@ -79,6 +80,7 @@ void places_from_counts(const Chunks& chunks, int64_t num_experts, int32_t* coun
 
 std::tuple<at::Tensor, at::Tensor> sort_by_expert_cpu(const at::Tensor& experts, int64_t num_experts) {
   check_sort_by_expert(experts, num_experts);
+  check_memory("edl::sort_by_expert", experts);
   const at::Tensor dense = experts.contiguous();
   const Indices ids(dense);
   const int64_t num_slots = dense.numel();

@@ -97,6 +97,7 @@ at::Tensor aggregate_routing_backward_meta(
   return at::empty_symint(routing.sym_sizes(), routing.options());
 }
 
+// Compiled autograd takes no outputs that are marked as without gradient: the counts go around it.
 struct AggregateRoutingFunction : torch::autograd::Function<AggregateRoutingFunction> {
   static constexpr bool is_traceable = true;
 
@@ -105,13 +106,14 @@ struct AggregateRoutingFunction : torch::autograd::Function<AggregateRoutingFunc
       const at::Tensor& routing,
       const at::Tensor& segment_ids,
       c10::SymInt num_segments,
-      std::string_view scores) {
+      std::string_view scores,
+      at::Tensor* counts) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [sums, counts] = aggregate_routing(routing, segment_ids, std::move(num_segments), scores);
+    auto outputs = aggregate_routing(routing, segment_ids, std::move(num_segments), scores);
     context->save_for_backward({routing, segment_ids});
     context->saved_data["scores"] = std::string(scores);
-    context->mark_non_differentiable({counts});
-    return {sums, counts};
+    *counts = std::get<1>(outputs);
+    return {std::get<0>(outputs)};
   }
 
   static torch::autograd::variable_list backward(
@@ -122,14 +124,15 @@ struct AggregateRoutingFunction : torch::autograd::Function<AggregateRoutingFunc
       grad_routing =
           aggregate_routing_backward(grads[0], saved[0], saved[1], context->saved_data["scores"].toStringRef());
     }
-    return {grad_routing, {}, {}, {}};
+    return {grad_routing, {}, {}, {}, {}};
   }
 };
 
 std::tuple<at::Tensor, at::Tensor> aggregate_routing_autograd(
     const at::Tensor& routing, const at::Tensor& segment_ids, c10::SymInt num_segments, std::string_view scores) {
-  auto outputs = AggregateRoutingFunction::apply(routing, segment_ids, std::move(num_segments), scores);
-  return {outputs[0], outputs[1]};
+  at::Tensor counts;
+  auto sums = AggregateRoutingFunction::apply(routing, segment_ids, std::move(num_segments), scores, &counts);
+  return {sums[0], counts};
 }
 
 } // namespace

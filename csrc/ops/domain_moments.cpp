@@ -155,6 +155,7 @@ at::Tensor domain_moments_backward_meta(
   return at::empty_symint(segment_sums.sym_sizes(), segment_sums.options());
 }
 
+// Compiled autograd takes no outputs that are marked as without gradient: they go around it.
 struct DomainMomentsFunction : torch::autograd::Function<DomainMomentsFunction> {
   static constexpr bool is_traceable = true;
 
@@ -164,15 +165,20 @@ struct DomainMomentsFunction : torch::autograd::Function<DomainMomentsFunction> 
       const at::Tensor& segment_counts,
       const at::Tensor& labels,
       c10::SymInt num_domains,
-      bool squares) {
+      bool squares,
+      at::Tensor* no_squares,
+      at::Tensor* counts) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [sums, squared, counts] =
+    at::Tensor sums, squared;
+    std::tie(sums, squared, *counts) =
         domain_moments(segment_sums, segment_counts, labels, std::move(num_domains), squares);
     context->save_for_backward({segment_sums, segment_counts, labels});
     context->saved_data["squares"] = squares;
-    context->mark_non_differentiable(
-        squares ? torch::autograd::variable_list{counts} : torch::autograd::variable_list{squared, counts});
-    return {sums, squared, counts};
+    if (squares) {
+      return {sums, squared};
+    }
+    *no_squares = squared;
+    return {sums};
   }
 
   static torch::autograd::variable_list backward(
@@ -184,7 +190,7 @@ struct DomainMomentsFunction : torch::autograd::Function<DomainMomentsFunction> 
       const at::Tensor grad_squares = squares ? grads[1] : at::empty({0}, grads[0].options());
       grad_segment_sums = domain_moments_backward(grads[0], grad_squares, saved[0], saved[1], saved[2]);
     }
-    return {grad_segment_sums, {}, {}, {}, {}};
+    return {grad_segment_sums, {}, {}, {}, {}, {}, {}};
   }
 };
 
@@ -195,8 +201,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments_autograd(
     c10::SymInt num_domains,
     bool squares) {
   check_domain_moments_inputs_without_gradient(segment_counts, labels);
-  auto outputs = DomainMomentsFunction::apply(segment_sums, segment_counts, labels, std::move(num_domains), squares);
-  return {outputs[0], outputs[1], outputs[2]};
+  at::Tensor no_squares, counts;
+  auto outputs = DomainMomentsFunction::apply(
+      segment_sums, segment_counts, labels, std::move(num_domains), squares, &no_squares, &counts);
+  return {outputs[0], squares ? outputs[1] : no_squares, counts};
 }
 
 } // namespace

@@ -145,7 +145,6 @@ struct RouteTokensFunction : torch::autograd::Function<RouteTokensFunction> {
     context->saved_data["scores"] = std::string(scores);
     context->saved_data["normalize"] = normalize;
     context->saved_data["scale"] = scale;
-    context->mark_non_differentiable({experts});
     return {weights, experts};
   }
 

@@ -295,7 +295,7 @@ def add_expert_divergence(
 
     Args:
         model_config (Configurable.Config): of a torchtitan model; changed in place.
-        num_domains (int): D.
+        num_domains (int): D, at least 2.
         coeff (float): factor of the loss (beta of the paper).
         micro_batches (int): forward passes of a step on one rank: gradient accumulation steps times micro-batches of
             the pipeline. Up to torchtitan 0.3.0; later versions count tokens and it is not looked at. Default: 1.
@@ -304,9 +304,11 @@ def add_expert_divergence(
         **options: eps, sequence_reduction, pair_reduction, bias_correction of `edl.ExpertDivergenceLoss`.
 
     Raises:
-        ValueError: no router, a router of another class (up to 0.3.0), or one that has the loss already.
+        ValueError: options outside their range; no router, a router of another class (up to 0.3.0), or one that has
+            the loss already.
     """
     divergence = DivergenceOptions(num_domains=num_domains, memory=memory, **options)
+    ExpertDivergenceLoss(num_domains, **options)  # refuses them here already
     found = list(model_config.traverse(TokenChoiceTopKRouter.Config))
     if not found:
         raise ValueError(f"edl::torchtitan: a model must have routers (got {type(model_config).__qualname__})")

@@ -134,7 +134,7 @@ def pack_documents(examples: dict[str, list[Any]], length: int) -> dict[str, lis
             raise ValueError(f"edl::pack_documents: documents must have a column {name} (got {sorted(examples)})")
     documents = list(map(_plain, examples["input_ids"]))
     targets = list(map(_plain, examples["labels"])) if "labels" in examples else documents
-    labels = [_label("pack_documents", domain) for domain in examples["domain_ids"]]
+    labels = [label_of("pack_documents", domain) for domain in examples["domain_ids"]]
     if soft := [label for label in labels if _is_soft(label)]:
         raise ValueError(f"edl::pack_documents: domain_ids must be whole numbers (got {soft[0].tolist()})")
     if not len(documents) == len(labels) == len(targets):

@@ -19,6 +19,7 @@ else:
     _Trainer = object
 
 _MEMORY_NAME = "domain_memory.pt"  # beside optimizer.pt
+_STEPS_WITHOUT_PAIR = 100  # before a warning
 
 
 def _document_boundaries(inputs: dict[str, Any], shape: torch.Size, has_cache: bool) -> Tensor | None:
@@ -121,8 +122,10 @@ class EDTrainerMixin(_Trainer):
     `two_passes` gives that gradient exactly. Every training begins with an empty memory, or with that of the checkpoint
     it resumes from (saved where all processes share one).
 
-    What is logged as `loss` includes it; `expert_divergence_loss` is logged beside it, without beta, as the mean over
-    the micro-batches since the last log.
+    What is logged as `loss` includes it. Beside it stand, as means over the micro-batches since the last log,
+    `expert_divergence_loss`, without beta (lower is better), and `expert_divergence/nats`, the Jensen-Shannon
+    divergence of the domains (higher is better, at most log 2), both of micro-batches that had two domains to compare;
+    and `expert_divergence/pairs`, the number of pairs of domains. 100 steps without a pair are a warning.
 
     Args:
         args: of the Trainer.
@@ -163,13 +166,18 @@ class EDTrainerMixin(_Trainer):
         self._two_passes = two_passes and accumulates
         if accumulates:
             self._divergence_options.setdefault("memory", DomainMemory(decay=0.0 if two_passes else 0.9))
-        self.expert_divergence = attach(self.model, **self._divergence_options)
+        self._attach(beta)
         if self.args.save_strategy != "no":
             names_in_blocks(self.model)  # so that what cannot be saved is refused before it was trained
-        self._value_sum: Any = 0.0  # a tensor from the first value on
-        self._num_values = 0
+        self._log_sums: Tensor | None = None  # since the last log: losses, nats, pairs, how many had one, how many
+        self._step_with_pair: int | None = None  # the last known
+        self._warned_of_no_pair = False
         self._has_mixed_documents: Any = False  # a tensor from the first labels per token on
         self._warned_of_mixed_documents = False
+
+    def _attach(self, beta: float) -> None:
+        self.expert_divergence = attach(self.model, **{**self._divergence_options, "beta": beta})
+        self.expert_divergence.divergence.keep_moments()
 
     def _check_parallelism(self) -> None:
         if self.args.n_gpu > 1:
@@ -203,9 +211,7 @@ class EDTrainerMixin(_Trainer):
             raise
         if self.expert_divergence.model is not self.model:  # model_init made a new one, or FSDP wrapped it
             self.expert_divergence.remove()
-            self.expert_divergence = attach(
-                self.model, **{**self._divergence_options, "beta": self.expert_divergence.beta}
-            )
+            self._attach(self.expert_divergence.beta)
         if self._two_passes:
             self._collect(batch_samples)
         return batch_samples, num_items_in_batch
@@ -244,7 +250,7 @@ class EDTrainerMixin(_Trainer):
         if not model.training:
             return result
         loss = self._divergence_loss(inputs) / self._num_shares(num_items_in_batch)
-        self._value_sum, self._num_values = self._value_sum + self.expert_divergence.value, self._num_values + 1
+        self._note_for_log()
         return (result[0] + loss, result[1]) if return_outputs else result + loss
 
     def _divergence_loss(self, inputs: dict[str, Any]) -> Tensor:
@@ -336,9 +342,40 @@ class EDTrainerMixin(_Trainer):
         inputs = {name: value for name, value in inputs.items() if name != "domain_ids"}
         return super().prediction_step(model, inputs, *args, **kwargs)
 
+    def _note_for_log(self) -> None:
+        """Adds up what the log says of the last loss, without waiting for the device; a loss without a pair is 0, which
+        would look perfect, and does not count."""
+        pairs, nats = self.expert_divergence.divergence.pairs_and_nats()
+        value, has_pair = self.expert_divergence.value, pairs > 0
+        assert value is not None
+        numbers = torch.stack([value.where(has_pair, 0.0).float(), nats.where(has_pair, 0.0).float(), pairs.float()])
+        counts = torch.stack([has_pair.float(), torch.ones_like(has_pair, dtype=torch.float32)])
+        sums = torch.cat([numbers, counts])
+        self._log_sums = sums if self._log_sums is None else self._log_sums + sums
+        if self._step_with_pair is None:
+            self._step_with_pair = self.state.global_step
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._num_values > 0:
-            logs["expert_divergence_loss"] = (self._value_sum / self._num_values).item()
-            self._value_sum, self._num_values = 0.0, 0
         self._warn_of_mixed_documents()
+        if self._log_sums is not None:
+            loss, nats, pairs, num_with_pair, num = self._log_sums.tolist()
+            self._warn_of_no_pair(num_with_pair > 0)
+            if "loss" in logs:
+                logs["expert_divergence/pairs"] = pairs / num
+                if num_with_pair > 0:
+                    logs["expert_divergence_loss"] = loss / num_with_pair
+                    logs["expert_divergence/nats"] = nats / num_with_pair
+                self._log_sums = None
         super().log(logs, *args, **kwargs)
+
+    def _warn_of_no_pair(self, has_pair: bool) -> None:
+        step = self.state.global_step
+        if has_pair or self._step_with_pair is None:
+            self._step_with_pair = step
+        elif step - self._step_with_pair >= _STEPS_WITHOUT_PAIR and not self._warned_of_no_pair:
+            self._warned_of_no_pair = True
+            warnings.warn(
+                "edl::EDTrainerMixin: a batch must hold two domains for a divergence loss, mix domains in batches or "
+                f"check the labels (got none with two for {step - self._step_with_pair} steps)",
+                stacklevel=3,
+            )

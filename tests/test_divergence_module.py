@@ -446,7 +446,10 @@ INPUT_ERRORS = [
         *(((layer for layer in [LOGITS]), LABELS), {}, {}),
     ),
     (
-        "expert_divergence_loss: router_logits must be a tensor, or a list of tensors (got str at layer 0)",
+        (
+            "expert_divergence_loss: router_logits must hold tensors, and nothing for a layer without a router "
+            "(got a list with str)"
+        ),
         *((["logits"], LABELS), {}, {}),
     ),
     (

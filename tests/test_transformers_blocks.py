@@ -247,7 +247,8 @@ def test_saved_models_have_the_names_of_their_family(tmp_path, family, options):
         assert torch.equal(state, torch.get_rng_state())
         assert set(model.state_dict()) == names and "model.layers.1.mlp.router.weight" in names
         assert not any(report.values())
-        assert loaded.eval()(TOKENS).logits.equal(plain.eval()(TOKENS).logits)
+        assert all(value.equal(loaded.state_dict()[name]) for name, value in plain.state_dict().items())
+        torch.testing.assert_close(loaded.eval()(TOKENS).logits, plain.eval()(TOKENS).logits)
         # and into a model with replaced blocks, there and with the state of its own
         again = replace_blocks(loaded, layers)
         again.load_state_dict(model.state_dict())

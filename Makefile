@@ -61,7 +61,7 @@ gpu:
 	$(PYTHON) tools/gpu.py $(if $(STAGES),--stages $(STAGES)) $(if $(BUDGET),--budget $(BUDGET))
 
 clean:
-	rm -rf $(VENV) build dist demo demo-text edl/include edl/lib edl/_build*.so *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage*
+	rm -rf $(VENV) build dist demo demo-text edl/include edl/lib edl/_build*.so *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 preconditions:
 	@PYTHON="$(PYTHON)" sh .ci/preconditions

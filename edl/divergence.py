@@ -43,7 +43,6 @@ def _check_types(eps: Any, bias_correction: Any) -> None:
         )
 
 
-@torch.jit.unused
 def _check_options(
     num_domains: int,
     eps: float,

@@ -40,6 +40,7 @@ CORRECTNESS = [
     "tests/test_reference.py",
     "tests/test_cuda.py",
     "tests/ops",
+    "tests/test_masked_experts.py",
     "tests/test_edge_cases.py",
     "tests/test_near_equal_domains.py",
     "tests/test_gradcheck.py",

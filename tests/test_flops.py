@@ -28,11 +28,11 @@ def test_forward_counts_router_and_experts_once(grad):
         assert counted(lambda: layer(tokens)) == ROUTER + 3 * PRODUCT == 5120 + 245760
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_shared_expert_and_devices_without_values(device):
-    layer, tokens = make_layer(num_shared_experts=1, device=device)
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_shared_expert_and_devices_without_values(place):
+    layer, tokens = make_layer(num_shared_experts=1, device=place)
     shared = 3 * 2 * TOKENS * HIDDEN * INTERMEDIATE
-    assert counted(lambda: layer(tokens.to(device))) == ROUTER + 3 * PRODUCT + shared
+    assert counted(lambda: layer(tokens.to(place))) == ROUTER + 3 * PRODUCT + shared
 
 
 @pytest.mark.parametrize("frozen", [[], ["gate_up_proj"], ["down_proj"], ["gate_up_proj", "down_proj"]], ids=str)

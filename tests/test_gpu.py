@@ -81,7 +81,8 @@ def test_an_unknown_stage_and_a_missing_device_are_one_sentence(tmp_path):
 
 
 def test_make_hands_stages_and_budget_on():
-    printed = run("make", "--dry-run", "gpu", "STAGES=build,speed", "BUDGET=400", "PYTHON=python3", cwd=ROOT)
+    target = ["gpu", "STAGES=build,speed", "BUDGET=400", "PYTHON=python3"]
+    printed = run("make", "--no-print-directory", "--dry-run", *target, cwd=ROOT)
     assert printed == "python3 tools/gpu.py --stages build,speed --budget 400\n"
 
 

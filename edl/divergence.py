@@ -1,6 +1,5 @@
 """Expert Divergence Learning (arXiv 2603.00054): the loss that pushes the routing of different domains apart."""
 
-import math
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from edl import ops
+from edl.divergence_log import pairs_and_nats
 from edl.memory import DomainMemory, Moments
 from edl.parallel import Group, Layout, Ranks
 from edl.segments import Segments, make_segments
@@ -452,6 +452,19 @@ class ExpertDivergenceLoss(nn.Module):
         self._keeps_moments = True
 
     @torch.jit.unused
+    def last_moments(self) -> Moments:
+        """What `pairs_and_nats` is of, for logs that look later; needs `keep_moments` before.
+
+        Raises:
+            ValueError: no loss since.
+        """
+        if self._moments is None:
+            raise ValueError(
+                "edl::expert_divergence_loss: pairs_and_nats() tells of a loss after keep_moments() (got no such loss)"
+            )
+        return self._moments
+
+    @torch.jit.unused
     def pairs_and_nats(self) -> tuple[Tensor, Tensor]:
         """What the last loss compared, for logs; needs `keep_moments` before.
 
@@ -463,19 +476,8 @@ class ExpertDivergenceLoss(nn.Module):
         Raises:
             ValueError: no loss since.
         """
-        if self._moments is None:
-            raise ValueError(
-                "edl::expert_divergence_loss: pairs_and_nats() tells of a loss after keep_moments() (got no such loss)"
-            )
-        packed, shape, bias_correction = self._moments
-        num_sums, num_counts = math.prod(shape), shape[0] * shape[1]
-        counts = packed[-1 - num_counts : -1].view(shape[:2])
-        no_squares = packed.new_empty(0)
-        divergences = ops.pairwise_divergence(packed[:num_sums].view(shape), no_squares, counts, False)
-        is_present = counts >= 2 if bias_correction else counts > 0  # what the loss compares
-        is_pair = (is_present.unsqueeze(-1) & is_present.unsqueeze(-2)).triu(diagonal=1)
-        pairs = is_pair[0].sum()
-        return pairs, divergences.where(is_pair, 0.0).sum() / is_pair.sum()
+        pairs, nats = pairs_and_nats([self.last_moments()])
+        return pairs[0], nats[0]
 
     @torch.jit.unused
     def _begin_jointly(

@@ -5,6 +5,7 @@ development, on a stand-in for that interface (`torchtitan_interface.py`).
 """
 
 import importlib.metadata
+import warnings
 
 import pytest
 import torch
@@ -81,6 +82,15 @@ def test_the_rest_of_the_model_stays(single):
 
 
 @needs_torchtitan
+def test_a_pass_without_a_pair_is_left_out_of_metrics_and_warned_about(single):
+    metrics, losses, warned = single["without_a_pair"]
+    expected_loss = torch.stack(losses).mean()
+    assert metrics["expert_divergence/pairs"] == 1.5  # three and none
+    assert_close(metrics["expert_divergence_loss"].float(), expected_loss, TOLERANCE)
+    assert len(warned) == 1 and warned[0].endswith("(got none with two for 100 steps)")
+
+
+@needs_torchtitan
 @pytest.mark.parametrize("policy", ["FullAC", "SelectiveAC"])
 def test_activation_checkpointing_changes_nothing(single, policy):
     for plain, checkpointed in zip(single["checkpointed"]["none"], single["checkpointed"][policy], strict=True):
@@ -152,7 +162,9 @@ def test_auxiliary_loss_weighs_micro_batches_by_tokens():
     padding = torch.arange(6) >= 4
     batches = [(hidden[:18], ids[:3], {}), (hidden[18:], ids[3:], {"padding_mask": padding})]
     found = step(interface.model_with_divergence(), batches, 22)
-    assert_equals(found, interface.expected(batches, [18 / 22, 4 / 22]))
+    gradients, _ = interface.expected(batches, [18 / 22, 4 / 22])
+    _, value = interface.expected(batches[:1], [1.0])  # one sequence has no pair, and leaves the metric
+    assert_equals(found, (gradients, value))
 
 
 def test_auxiliary_loss_takes_packed_documents():
@@ -227,6 +239,54 @@ def test_auxiliary_loss_without_labels_is_none():
     (model(hidden, torch.tensor(24.0)) * 0.0).sum().backward()
     assert all(gradient.eq(0).all() for gradient in interface.gate_gradients(model))
     assert interface.collect_aux_loss_metrics(model)["expert_divergence_loss/mean"] == 0
+
+
+def test_passes_without_a_pair_leave_the_logged_means():
+    """Of two domains: the loss is -log(nats + eps)."""
+    titan = interface.integration()
+    model, hidden = interface.model_with_divergence(), interface.inputs()
+    pair, no_pair, unlabelled = torch.tensor([0, 1, 1, 0]), torch.ones(4, dtype=torch.long), torch.full((4,), -1)
+    _, value = interface.expected([(hidden, pair, {})], [1.0])
+    assert titan.divergence_metrics(model) == {} == titan.layer_losses(model)
+
+    def metrics(*labels):
+        for ids in labels:
+            interface.train(model, ids, hidden, 24 * len(labels))
+        return titan.divergence_metrics(model), interface.collect_aux_loss_metrics(model)["expert_divergence_loss/mean"]
+
+    own, torchtitans = metrics(unlabelled, no_pair)
+    assert own["expert_divergence/pairs"] == 0
+    assert all(own[name].isnan() for name in ("expert_divergence_loss", "expert_divergence/nats"))
+    assert torchtitans == 0 and all(loss.isnan() for loss in titan.layer_losses(model).values())
+    own, torchtitans = metrics(pair, no_pair)
+    layers = torch.stack(list(titan.layer_losses(model).values()))
+    assert own["expert_divergence/pairs"] == 0.5
+    for found in (own["expert_divergence_loss"], torchtitans, layers.mean()):
+        assert_close(found, value, EXACT)
+    assert_close(own["expert_divergence/nats"], ((-layers).exp() - 1e-6).mean(), EXACT)
+    own, torchtitans = metrics(unlabelled)  # the last pass with a pair stands for it
+    assert_close(torchtitans, value, EXACT)
+    assert own["expert_divergence_loss"].isnan()
+
+
+def test_a_hundred_steps_without_a_pair_are_one_warning(monkeypatch):
+    monkeypatch.setattr(edl.divergence_log, "STEPS_WITHOUT_PAIR", 4)
+    titan = interface.integration()
+    titan._warn_of_no_pair.cache_clear()
+    model, hidden = interface.model_with_divergence(), interface.inputs()
+
+    def steps(count, label):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(count):
+                interface.train(model, torch.tensor([0, 0, 0, label]), hidden, 24)
+                interface.collect_aux_loss_metrics(model)
+        return [str(warning.message) for warning in caught if "two domains" in str(warning.message)]
+
+    assert steps(3, 0) == [] == steps(1, 1) == steps(3, 0)  # the fourth had a pair
+    (sentence,) = steps(1, 0)
+    assert sentence.startswith("edl::torchtitan: a batch must hold two domains for a divergence loss")
+    assert steps(8, 0) == []
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

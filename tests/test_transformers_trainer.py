@@ -992,8 +992,8 @@ def test_pairs_and_nats_are_those_of_the_loss(tmp_path, accumulation, pairs):
 
 @pytest.mark.parametrize("labels", [[0] * 12, [-1] * 12], ids=["one domain", "no label"])
 def test_steps_without_a_pair_log_no_loss_and_warn_once(tmp_path, labels, monkeypatch):
-    assert edl.integrations.transformers.trainer._STEPS_WITHOUT_PAIR == 100
-    monkeypatch.setattr(edl.integrations.transformers.trainer, "_STEPS_WITHOUT_PAIR", 4)
+    assert edl.integrations.transformers.trainer.STEPS_WITHOUT_PAIR == 100
+    monkeypatch.setattr(edl.integrations.transformers.trainer, "STEPS_WITHOUT_PAIR", 4)
     args = arguments(tmp_path, per_device_train_batch_size=1, logging_steps=2)
     with pytest.warns(UserWarning, match="^edl::EDTrainerMixin: a batch must hold two domains") as caught:
         trainer = train(EDTrainer, args, labelled(labels))

@@ -7,6 +7,7 @@ scores, and the mesh of the training context. Tokens are folded to [T, D_model].
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import sys
 import types
@@ -174,6 +175,7 @@ class Model(nn.Module):
         return hidden
 
 
+@functools.cache
 def integration():
     """`edl.integrations.torchtitan` with the stand-in for torchtitan, beside what is installed."""
     names = ("torchtitan", "distributed", "distributed.spmd_types", "models", "models.common")

@@ -5,6 +5,8 @@ import dataclasses
 import importlib.util
 import sys
 import types
+import unittest.mock
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -151,6 +153,25 @@ def accumulation_with_memory():
     return steps, expected(domain_ids, micro_batches=2, memory=True)
 
 
+def without_a_pair():
+    """Metrics of a pass with two domains and of one with none; the losses of the first; warnings of steps without."""
+    from edl.integrations.torchtitan import divergence_metrics, layer_losses
+
+    model = with_divergence()
+    train(model, DOMAINS)
+    losses = list(layer_losses(model).values())
+    train(model, torch.full_like(DOMAINS, -1))
+    metrics = divergence_metrics(model)
+    with (
+        unittest.mock.patch("edl.divergence_log.STEPS_WITHOUT_PAIR", 4),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        for _ in range(8):
+            train(model, torch.zeros_like(DOMAINS))
+    return metrics, losses, [str(warning.message) for warning in caught if "two domains" in str(warning.message)]
+
+
 def wrong_number_of_micro_batches():
     from edl.integrations.torchtitan import register_step_hook
 
@@ -253,6 +274,7 @@ def refused():
 SINGLE = (
     scores_of_every_kind,
     accumulation_with_memory,
+    without_a_pair,
     wrong_number_of_micro_batches,
     beside_a_language_model_loss,
     checkpointed,

@@ -14,6 +14,7 @@ it (`edl.ExpertDivergenceLoss`), and these add up to ∇L_m.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torchtitan.distributed.spmd_types import current_spmd_mesh
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
 from edl.divergence import ExpertDivergenceLoss
+from edl.divergence_log import DivergenceLog, PairWatch, has_pair, warn_of_no_pair
 from edl.memory import DomainMemory
 from edl.ops import inject
 from edl.scope import current_labels
@@ -91,7 +93,10 @@ class _RouterDivergence:
         self._shares_tokens = shares_tokens
         self._module: ExpertDivergenceLoss | None = None
         self.ranks: _Ranks  # from the first pass on
-        self.value: Tensor | None = None
+        self.has_pair: Tensor  # in the latest pass
+        self.value: Tensor | None = None  # of the latest pass with a pair of domains, NaN before
+        self.log = DivergenceLog()
+        self.watch = PairWatch()
         self.passes = 0
 
     def _prepare(self) -> ExpertDivergenceLoss:
@@ -105,6 +110,7 @@ class _RouterDivergence:
             averaging_ranks=self.ranks.data_size if self._shares_tokens else 1,
             memory=self.memory,
         )
+        self._module.keep_moments()
         return self._module
 
     def __call__(self, scores: Tensor, padding_mask: Tensor | None = None) -> Tensor | None:
@@ -132,14 +138,58 @@ class _RouterDivergence:
             labels = labels._replace(padding_mask=padding_mask)
         # Every score function becomes a distribution over experts, as in torchtitan's own balancing losses.
         loss = module(F.normalize(scores, p=1, dim=-1), **labels._asdict())
-        self.value = loss.detach()
-        self.passes += torch._C._current_autograd_node() is None  # a replay is no new pass
+        if not _is_replay():
+            self.passes += 1
+            moments = module.last_moments()
+            self.has_pair = has_pair(moments)
+            self.value = loss.detach().where(self.has_pair, torch.nan if self.value is None else self.value)
+            self.log.add(loss, moments)
+            self.watch.see(self.has_pair)
         return loss
 
+    def watch_for_pairs(self) -> None:
+        """Once for each step of the optimizer; more often changes nothing."""
+        if self.watch.end_step():
+            _warn_of_no_pair()
+
     def end_step(self) -> None:
+        self.watch_for_pairs()
         self.passes = 0
         if self.memory is not None:
             self.memory.step()
+
+
+def _is_replay() -> bool:
+    """Whether a forward pass runs within a backward pass, as checkpointing has it."""
+    return torch._C._current_autograd_node() is not None
+
+
+class _LoggedMean:
+    """Makes torchtitan, which adds up the losses of a step's passes, log the mean of those with a pair of domains.
+
+    A pass without a pair has the loss 0, which would look perfect: it counts as the mean of the others of the step, or
+    of the latest step that had one; 0 before there was any.
+    """
+
+    _loss: Tensor | float
+    _logged: Tensor | float
+    _share: Tensor | float
+    _share_with_pair: Tensor | float
+
+    def __init__(self) -> None:
+        self._mean: Tensor | float = 0.0
+        self.end_step()
+
+    def add(self, loss: Tensor, share: Tensor | int, has_pair: Tensor) -> Tensor:
+        """What is to be added for a pass, whose loss is multiplied by its share already."""
+        self._loss, self._share = self._loss + loss, self._share + share
+        self._share_with_pair = self._share_with_pair + has_pair.to(loss.dtype) * share
+        self._mean = torch.where(self._share_with_pair > 0, self._loss / self._share_with_pair, self._mean)
+        before, self._logged = self._logged, self._mean * self._share
+        return self._logged - before
+
+    def end_step(self) -> None:
+        self._loss = self._logged = self._share = self._share_with_pair = 0.0
 
 
 if AuxLoss is not None:
@@ -149,8 +199,8 @@ if AuxLoss is not None:
 
         On each of R data ranks the value is L_m · T_m / R. Divided by the tokens of the step and added over ranks and
         micro-batches, as torchtitan does, it is logged as `expert_divergence_loss/mean`: the mean of the L_m, over
-        layers too. The gradient is multiplied by R, once. Tokens are those that `padding_mask_T` leaves. A forward pass
-        outside any `edl.domain_scope` has no loss.
+        layers too, of the passes with a pair of domains. The gradient is multiplied by R, once. Tokens are those that
+        `padding_mask_T` leaves. A forward pass outside any `edl.domain_scope` has no loss.
 
         Args:
             config (Config): coeff, the factor of this router's loss; divergence, its `DivergenceOptions`; also, the
@@ -167,6 +217,7 @@ if AuxLoss is not None:
         def __init__(self, config: Config) -> None:
             super().__init__(config)
             self.divergence = _RouterDivergence(config.divergence, shares_tokens=True)
+            self._logged_mean = _LoggedMean()
             self.also = None if config.also is None else config.also.build()
 
         def _share_of_tokens(self, scores: Tensor, padding_mask: Tensor | None) -> Tensor | int:
@@ -209,12 +260,17 @@ if AuxLoss is not None:
                 loss = self.divergence(scores_TE, padding_mask_T)
                 if loss is None:
                     return carrier
-                loss = loss * self._share_of_tokens(scores_TE, padding_mask_T)
+                share = self._share_of_tokens(scores_TE, padding_mask_T)
+                loss = loss * share
+                if not _is_replay():
+                    logged = self._logged_mean.add(loss.detach(), share, self.divergence.has_pair)
+                    loss = loss + (logged - loss.detach())  # the gradient stays
             return self.inject(loss, carrier=carrier, denominator=denominator)
 
         def _reset_accumulators(self) -> None:
             super()._reset_accumulators()
             self.divergence.end_step()
+            self._logged_mean.end_step()
 
 else:
 
@@ -251,6 +307,8 @@ else:
             if self.training:
                 with no_typecheck():
                     loss = self.divergence(scores)
+                    if self.divergence.passes % self.micro_batches == 0:
+                        self.divergence.watch_for_pairs()
                     if loss is not None:
                         topk_scores = inject(topk_scores, loss * (self.coeff / self.micro_batches))
             return topk_scores, topk_expert_ids, scores
@@ -347,10 +405,40 @@ def layer_losses(model: nn.Module) -> dict[str, Tensor]:
         model (Module): a model, or a part of one.
 
     Returns:
-        Name of the router or auxiliary loss → a scalar, the loss of all ranks' tokens in its latest labelled pass.
+        Name of the router or auxiliary loss → a scalar, the loss of all ranks' tokens in its latest labelled pass that
+        held a pair of domains; NaN where none did.
     """
-    return {
-        name: module.divergence.value
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "divergence", None), _RouterDivergence) and module.divergence.value is not None
-    }
+    return {name: each.value for name, each in _divergences(model).items() if each.value is not None}
+
+
+def divergence_metrics(model: nn.Module) -> dict[str, Tensor]:
+    """What to log of the losses of all layers since the last call; nothing waits for the device.
+
+    Args:
+        model (Module): a model, or a part of one.
+
+    Returns:
+        Three float64 scalars, means over layers and labelled passes, or nothing where there were none.
+        `expert_divergence_loss` without `coeff` (lower is better) and `expert_divergence/nats`, the Jensen-Shannon
+        divergence itself (higher is better): of passes with a pair of domains, NaN where none had one; without a pair
+        the loss is 0, which is not counted. `expert_divergence/pairs`: the number of pairs of domains.
+    """
+    logs = [each.log for each in _divergences(model).values()]
+    sums = [each for each in (log.sums() for log in logs) if each is not None]
+    for log in logs:
+        log.clear()
+    if not sums:
+        return {}
+    losses, nats, pairs, with_pair, count = torch.stack(sums).sum(0).unbind()
+    means = (losses / with_pair, nats / with_pair, pairs / count)
+    return dict(zip(("expert_divergence_loss", "expert_divergence/nats", "expert_divergence/pairs"), means))
+
+
+def _divergences(model: nn.Module) -> dict[str, _RouterDivergence]:
+    found = {name: getattr(module, "divergence", None) for name, module in model.named_modules()}
+    return {name: each for name, each in found.items() if isinstance(each, _RouterDivergence)}
+
+
+@functools.cache
+def _warn_of_no_pair() -> None:
+    warn_of_no_pair("torchtitan")

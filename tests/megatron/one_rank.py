@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import unittest.mock
 import warnings
 
 import megatron_on_cpu
@@ -66,34 +67,52 @@ class _Writer:
         self.scalars[name] = float(value)
 
 
-def logged(pp: int, moe_layers: list[int]):
-    """What Megatron's log shows of a step, and the divergence losses of its micro-batches and layers in one process."""
+def logged(pp: int, moe_layers: list[int], domain_ids: torch.Tensor | None = None):
+    """What Megatron's log shows of steps with these labels [N, M, B], or of the one of `make_step`: its new names."""
     import small_gpt
     from megatron.core.transformer.moe import moe_utils
 
     import edl
 
     model = _model({"pipeline_model_parallel_size": pp}, pipeline_model_parallel_size=pp, moe_layer_freq=moe_layers)
-    batches = small_gpt.rank_batches(small_gpt.make_step())
     forward_step = lambda it, model: small_gpt.forward_step(
         next(it), model, lambda batch: edl.domain_scope(batch["domain_ids"])
     )
-    small_gpt.train_step(model, batches, forward_step, iter(batches))
-    writer, total = _Writer(), {}
-    moe_utils.track_moe_metrics(
-        1 / len(batches), 0, writer, total_loss_dict=total, num_layers=2, moe_layer_freq=moe_layers, track_names=[]
-    )
-    return writer.scalars.get("expert_divergence_loss")
+    step = small_gpt.make_step()
+    shown = []
+    for ids in [step.domain_ids] if domain_ids is None else domain_ids:
+        batches = small_gpt.rank_batches(small_gpt.Step(step.tokens, ids))
+        small_gpt.train_step(model, batches, forward_step, iter(batches))
+        writer, total = _Writer(), {}
+        moe_utils.track_moe_metrics(
+            1 / len(batches), 0, writer, total_loss_dict=total, num_layers=2, moe_layer_freq=moe_layers, track_names=[]
+        )
+        shown.append({name: value for name, value in writer.scalars.items() if "divergence" in name})
+    return shown
 
 
-def divergences():
-    """Of `logged`'s step in one process: by micro-batch and layer, without edl."""
+def warnings_of_steps_without_a_pair(num_steps: int):
+    """What Megatron's log warns of in so many steps, where four are enough."""
+    with (
+        unittest.mock.patch("edl.divergence_log.STEPS_WITHOUT_PAIR", 4),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        logged(1, [1, 1], torch.zeros(num_steps, 2, 4, dtype=torch.long))
+    return [str(warning.message) for warning in caught if "two domains" in str(warning.message)]
+
+
+def divergences(domain_ids: torch.Tensor | None = None):
+    """Of the step of `make_step`, with its labels [M, B] or these, in one process: by micro-batch and layer, without
+    edl."""
     import small_gpt
     from megatron.core import parallel_state
 
     megatron_on_cpu.enable()
     parallel_state.initialize_model_parallel()
-    return small_gpt.reference_gradients(small_gpt.make_step())[1]
+    step = small_gpt.make_step()
+    ids = step.domain_ids if domain_ids is None else domain_ids
+    return small_gpt.reference_gradients(small_gpt.Step(step.tokens, ids))[1]
 
 
 def _moe_of(layer):

@@ -22,10 +22,36 @@ def test_two_micro_batches_in_flight_keep_their_own_labels(newest_first):
 @pytest.mark.parametrize("pp, moe_layers", [(1, [1, 1]), (2, [1, 1]), (2, [1, 0])])
 def test_log_shows_the_mean_over_layers_and_micro_batches(pp, moe_layers):
     shown = on_ranks(pp, one_rank.logged, pp, moe_layers)
-    assert len(set(shown)) == 1
+    assert all(rank == shown[0] for rank in shown)
+    (names,) = shown[0]
+    assert set(names) == {"expert_divergence_loss", "expert_divergence/nats", "expert_divergence/pairs"}
+    assert names["expert_divergence/pairs"] == 3
     if moe_layers == [1, 1]:
         values = torch.tensor(on_ranks(1, one_rank.divergences)[0])
-        assert shown[0] == pytest.approx(values.mean().item(), rel=tolerance(torch.float32, 4))
+        assert names["expert_divergence_loss"] == pytest.approx(values.mean().item(), rel=tolerance(torch.float32, 4))
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_micro_batches_without_a_pair_leave_the_logged_mean(pp):
+    """Weights stay, so that each step's numbers are those of its labels alone: of one pair, -log(nats + eps)."""
+    no_pair, unlabelled, pair = [1, 1, 1, 1], [-1, -1, 2, -1], [0, 1, 1, 0]
+    steps = torch.tensor([[no_pair, unlabelled], [unlabelled, pair], [no_pair, no_pair], [pair, pair], [pair, no_pair]])
+    shown = on_ranks(pp, one_rank.logged, pp, [1, 1], steps)[0]
+    by_layer = torch.tensor(on_ranks(1, one_rank.divergences, torch.tensor([pair, pair]))[0], dtype=torch.float64)
+    first, second = by_layer
+    losses = [None, second, second, by_layer.mean(0), first]  # of a step without pair: the last that had one
+    assert [names["expert_divergence/pairs"] for names in shown] == [0, 0.5, 0, 1, 0.5]
+    assert all(shown[0][name] != shown[0][name] for name in ("expert_divergence_loss", "expert_divergence/nats"))
+    for names, loss, is_mean in list(zip(shown, losses, [False, False, False, True, False]))[1:]:
+        assert names["expert_divergence_loss"] == pytest.approx(loss.mean().item(), rel=tolerance(torch.float32, 4))
+        nats = ((-(by_layer if is_mean else loss)).exp() - 1e-6).mean().item()
+        assert names["expert_divergence/nats"] == pytest.approx(nats, rel=tolerance(torch.float32, 16))
+
+
+def test_a_hundred_steps_without_a_pair_are_one_warning():
+    assert on_ranks(1, one_rank.warnings_of_steps_without_a_pair, 3)[0] == []
+    (sentence,) = on_ranks(1, one_rank.warnings_of_steps_without_a_pair, 8)[0]
+    assert sentence.startswith("edl::EDTopKRouter: a batch must hold two domains for a divergence loss")
 
 
 def test_specs():

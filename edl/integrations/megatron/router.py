@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 import edl
-from edl.integrations.megatron.metrics import NAME
+from edl.integrations.megatron.metrics import NAME, RouterLog
 from edl.segments import Segments, make_segments
 
 
@@ -72,7 +72,9 @@ class EDTopKRouter(TopKRouter):
             memory=edl.DomainMemory() if accumulate else None,
         )
         # No child module: checkpoints keep the keys of TopKRouter, and load with and without the loss.
+        divergence.keep_moments()
         object.__setattr__(self, "divergence", divergence)
+        self.divergence_log: RouterLog | None = None  # from the first loss on, when the layer has its number
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Megatron's routing of logits [S_len, B, E], with the loss attached to the weights.
@@ -116,6 +118,9 @@ class EDTopKRouter(TopKRouter):
             num_tokens = self._tokens_per_data_rank(logits, padding_mask, labels)
             if _attach_multiplies_by_group():
                 num_tokens = num_tokens / self.tp_cp_group.size()
+        if self.divergence_log is None:
+            self.divergence_log = RouterLog(self)
+        self.divergence_log.add(loss, self.divergence.last_moments())
         # The value is the same on all ranks: no group to reduce it over.
         return self.attach_and_log_load_balancing_loss(
             probs, self.divergence_coeff, self.divergence_coeff * loss, NAME, None, valid_token_count=num_tokens

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from edl.divergence_log import STEPS_WITHOUT_PAIR, DivergenceLog, warn_of_no_pair
 from edl.integrations.transformers.blocks import names_in_blocks
 from edl.integrations.transformers.capture import attach
 from edl.integrations.transformers.data import label_of
@@ -19,7 +20,6 @@ else:
     _Trainer = object
 
 _MEMORY_NAME = "domain_memory.pt"  # beside optimizer.pt
-_STEPS_WITHOUT_PAIR = 100  # before a warning
 
 
 def _document_boundaries(inputs: dict[str, Any], shape: torch.Size, has_cache: bool) -> Tensor | None:
@@ -169,7 +169,7 @@ class EDTrainerMixin(_Trainer):
         self._attach(beta)
         if self.args.save_strategy != "no":
             names_in_blocks(self.model)  # so that what cannot be saved is refused before it was trained
-        self._log_sums: Tensor | None = None  # since the last log: losses, nats, pairs, how many had one, how many
+        self._log = DivergenceLog()
         self._step_with_pair: int | None = None  # the last known
         self._warned_of_no_pair = False
         self._has_mixed_documents: Any = False  # a tensor from the first labels per token on
@@ -343,39 +343,30 @@ class EDTrainerMixin(_Trainer):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _note_for_log(self) -> None:
-        """Adds up what the log says of the last loss, without waiting for the device; a loss without a pair is 0, which
-        would look perfect, and does not count."""
-        pairs, nats = self.expert_divergence.divergence.pairs_and_nats()
-        value, has_pair = self.expert_divergence.value, pairs > 0
+        value = self.expert_divergence.value
         assert value is not None
-        numbers = torch.stack([value.where(has_pair, 0.0).float(), nats.where(has_pair, 0.0).float(), pairs.float()])
-        counts = torch.stack([has_pair.float(), torch.ones_like(has_pair, dtype=torch.float32)])
-        sums = torch.cat([numbers, counts])
-        self._log_sums = sums if self._log_sums is None else self._log_sums + sums
+        self._log.add(value, self.expert_divergence.divergence.last_moments())
         if self._step_with_pair is None:
             self._step_with_pair = self.state.global_step
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         self._warn_of_mixed_documents()
-        if self._log_sums is not None:
-            loss, nats, pairs, num_with_pair, num = self._log_sums.tolist()
+        sums = self._log.sums()
+        if sums is not None:
+            loss, nats, pairs, num_with_pair, num = sums.tolist()
             self._warn_of_no_pair(num_with_pair > 0)
             if "loss" in logs:
                 logs["expert_divergence/pairs"] = pairs / num
                 if num_with_pair > 0:
                     logs["expert_divergence_loss"] = loss / num_with_pair
                     logs["expert_divergence/nats"] = nats / num_with_pair
-                self._log_sums = None
+                self._log.clear()
         super().log(logs, *args, **kwargs)
 
     def _warn_of_no_pair(self, has_pair: bool) -> None:
         step = self.state.global_step
         if has_pair or self._step_with_pair is None:
             self._step_with_pair = step
-        elif step - self._step_with_pair >= _STEPS_WITHOUT_PAIR and not self._warned_of_no_pair:
+        elif step - self._step_with_pair >= STEPS_WITHOUT_PAIR and not self._warned_of_no_pair:
             self._warned_of_no_pair = True
-            warnings.warn(
-                "edl::EDTrainerMixin: a batch must hold two domains for a divergence loss, mix domains in batches or "
-                f"check the labels (got none with two for {step - self._step_with_pair} steps)",
-                stacklevel=3,
-            )
+            warn_of_no_pair("EDTrainerMixin", step - self._step_with_pair)

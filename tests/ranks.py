@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SECONDS = 120
+PRELOADED = ("megatron.core.models.gpt.gpt_layer_specs", "megatron.core.distributed")  # slow; ignored where missing
 
-# One process imports torch once; ranks are forked from it.
+# One process imports them once; ranks are forked from it.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor", "edl"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor", "edl", *PRELOADED])
 
 
 def _rank(rank: int, world_size: int, folder: Path, function: Callable, arguments: tuple) -> None:

@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
+from commands import run
 
 import edl
 
@@ -280,6 +282,53 @@ def test_models_of_layers_keep_their_own_names(tmp_path):
     assert not any(report.values())
     for name, value in loaded.state_dict().items():
         assert value.equal(model.state_dict()[name]), name
+
+
+IN_A_PROCESS_OF_ITS_OWN = {
+    "unpickled": """
+import torch
+torch.load("model.pt", weights_only=False).save_pretrained("saved")
+""",
+    "made before transformers has imported its models": """
+import torch
+import transformers
+import edl
+torch.manual_seed(0)
+layer = edl.MoELayer(32, 24, 8, 2, return_routing=False)
+model = transformers.MixtralForCausalLM.from_pretrained("plain")
+model.model.layers[1].mlp = layer
+model.save_pretrained("saved")
+""",
+}
+
+
+@pytest.mark.parametrize("name", IN_A_PROCESS_OF_ITS_OWN)
+def test_layers_that_transformers_meets_late_are_saved_under_the_names_of_their_family(tmp_path, name):
+    model = replace_blocks(seeded_model("mixtral"))
+    torch.save(model, tmp_path / "model.pt")
+    model.save_pretrained(tmp_path / "plain")
+    run(sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN[name], cwd=tmp_path)
+    _, report = type(model).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(report.values())
+
+
+class ModelOfMore(modeling_mixtral.MixtralForCausalLM):
+    """A model that is made from more than its configuration."""
+
+    def __init__(self, config, scores):
+        super().__init__(config)
+        self.model.layers[0].mlp = edl.MoELayer(32, 24, 8, 2, scores=scores, return_routing=False)
+
+
+def test_models_of_more_than_their_configuration(tmp_path):
+    model = ModelOfMore(seeded_model("mixtral").config, "sigmoid")
+    model.save_pretrained(tmp_path)
+    loaded, report = ModelOfMore.from_pretrained(tmp_path, "sigmoid", output_loading_info=True)
+    assert not any(report.values())
+    assert all(value.equal(model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    replace_blocks(model, [1])
+    with pytest.raises(ValueError, match="made from its configuration alone.*got ModelOfMore, whose constructor needs"):
+        model.save_pretrained(tmp_path)
 
 
 def with_layer(**options):

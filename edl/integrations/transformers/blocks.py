@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib
+import inspect
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -203,6 +204,14 @@ def _difference(layer: MoELayer, expected: MoELayer) -> str | None:
     return None
 
 
+def _takes_configuration_alone(kind: type) -> bool:
+    try:
+        inspect.signature(kind).bind(None)
+    except TypeError:
+        return False
+    return True
+
+
 def names_in_blocks(model: nn.Module) -> dict[str, str]:
     """The names in a model's state_dict that a model without edl, made from the same configuration, has otherwise.
 
@@ -214,18 +223,28 @@ def names_in_blocks(model: nn.Module) -> dict[str, str]:
         other kinds, and for models with adapters, of which the adapters alone are saved.
 
     Raises:
-        ValueError: a layer that the block in its place cannot express, or with no block in its place.
+        ValueError: a layer that the block in its place cannot express, or with no block in its place; one made from a
+            block in a model that needs more than its configuration.
     """
     from transformers import PreTrainedModel
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     if not layers or not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         return {}
-    with torch.device("meta"):  # as from_pretrained makes it
-        plain = type(model)(copy.deepcopy(model.config))
-    plain_modules = dict(plain.named_modules())
+    plain_modules: dict[str, nn.Module] | None = None
+    if _takes_configuration_alone(type(model)):
+        with torch.device("meta"):  # as from_pretrained makes it
+            plain_modules = dict(type(model)(copy.deepcopy(model.config)).named_modules())
     names: dict[str, str] = {}
     for name, layer in layers.items():
+        if plain_modules is None:
+            if layer.transformers_family is None:
+                continue  # taken for one of its own
+            raise ValueError(
+                "edl::save_pretrained: a model with layers in the place of blocks must be made from its configuration "
+                "alone, which tells the names of the blocks; make them blocks again with to_transformers first (got "
+                f"{type(model).__name__}, whose constructor needs more)"
+            )
         block = plain_modules.get(name)
         if isinstance(block, MoELayer):
             continue

@@ -419,7 +419,8 @@ class MoELayer(nn.Module):
             The layer.
 
         Raises:
-            ValueError: another kind of module, an activation other than SiLU, or router jitter noise.
+            ValueError: another kind of module, further parameters (adapters of PEFT), an activation other than SiLU, or
+                router jitter noise.
         """
         from edl.integrations.transformers import layer_from_block
 
@@ -436,7 +437,7 @@ class MoELayer(nn.Module):
             The block, an nn.Module of transformers.
 
         Raises:
-            ValueError: an unknown family, or one that cannot express the layer.
+            ValueError: an unknown family, one that cannot express the layer, or further parameters (adapters of PEFT).
         """
         from edl.integrations.transformers import block_from_layer
 

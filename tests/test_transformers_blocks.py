@@ -422,6 +422,22 @@ def test_adapters_of_models_with_layers(tmp_path):
     assert again.eval()(TOKENS).logits.equal(layered.eval()(TOKENS).logits)
 
 
+def test_adapters_on_blocks_are_merged_first():
+    peft = pytest.importorskip("peft")
+    for family, options in [
+        ("qwen2_moe", {"target_modules": ["up_proj"]}),
+        ("mixtral", {"target_modules": ["q_proj"], "modules_to_save": ["gate"]}),
+        ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}),
+        ("olmoe", {"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]}),
+    ]:
+        adapted = peft.get_peft_model(seeded_model(family), peft.LoraConfig(init_lora_weights=False, **options))
+        wanted = adapted.eval()(TOKENS).logits
+        with pytest.raises(ValueError, match="merge adapters of PEFT first"):
+            replace_blocks(adapted.base_model.model)
+        merged = replace_blocks(adapted.merge_and_unload())
+        torch.testing.assert_close(merged(TOKENS).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
 def mixtral_with(**options):
     block = make_block("mixtral")
     for name, value in options.items():
@@ -429,7 +445,46 @@ def mixtral_with(**options):
     return block
 
 
+class Adapted(torch.nn.Module):
+    """As PEFT puts it around a linear layer, whose weight it shows."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = torch.nn.Linear(base_layer.in_features, 2)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+
+def qwen2_with_an_adapter():
+    block = make_block("qwen2_moe")
+    block.shared_expert.up_proj = Adapted(block.shared_expert.up_proj)
+    return block
+
+
+def mixtral_with_wrapped_experts():
+    block = make_block("mixtral")
+    block.experts = torch.nn.Sequential(block.experts)
+    return block
+
+
 BAD_BLOCKS = {
+    "adapter": (
+        qwen2_with_an_adapter,
+        (
+            "edl::MoELayer.from_transformers: only the parameters of the family can be taken over, merge adapters of "
+            "PEFT first or add them afterwards (got shared_expert.up_proj.base_layer.weight)"
+        ),
+    ),
+    "wrapped": (
+        mixtral_with_wrapped_experts,
+        (
+            "edl::MoELayer.from_transformers: only the parameters of the family can be taken over, merge adapters of "
+            "PEFT first or add them afterwards (got experts.0.down_proj)"
+        ),
+    ),
     "other": (
         lambda: torch.nn.Linear(2, 2),
         (
@@ -493,3 +548,10 @@ def test_layers_that_a_block_cannot_express_are_refused(name):
     with pytest.raises(ValueError) as error:
         edl.MoELayer(16, 24, 6, 2, **options).to_transformers(family)
     assert str(error.value) == f"edl::MoELayer.to_transformers: {sentence}"
+
+
+def test_adapters_on_layers_are_merged_first():
+    layer = edl.MoELayer.from_transformers(make_block("qwen2_moe"))
+    layer.shared_expert.up_proj = Adapted(layer.shared_expert.up_proj)
+    with pytest.raises(ValueError, match=r"to_transformers: only the .* \(got shared_expert.up_proj.base_layer"):
+        layer.to_transformers()

@@ -71,6 +71,17 @@ def _check_activation(module: nn.Module) -> None:
         raise ValueError(f"edl::MoELayer.from_transformers: the activation must be SiLU (got {name})")
 
 
+def _check_parameters(op: str, module: nn.Module, names: list[str]) -> None:
+    """Refuses a block or layer with parameters that would not be taken over, as those of adapters."""
+    found = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    different = sorted(set(found) ^ set(names))
+    if different:
+        raise ValueError(
+            f"edl::MoELayer.{op}: only the parameters of the family can be taken over, merge adapters of PEFT first or "
+            f"add them afterwards (got {'' if different[0] in found else 'no '}{different[0]})"
+        )
+
+
 def _share(source: nn.Module, target: nn.Module, names: list[tuple[str, str]]) -> None:
     """Gives the parameters `names` (in source, in target) of source to target."""
     for from_name, to_name in names:
@@ -100,6 +111,8 @@ def layer_from_block(
             f"Qwen3-MoE or OLMoE model (got {type(block).__name__})"
         )
     family = _FAMILIES[name]
+    names = _ROUTED + (_SHARED if family.has_shared_expert else [])
+    _check_parameters("from_transformers", block, [theirs for theirs, _ in names])
     parts: Any = block  # whose types nn.Module does not know
     _check_activation(parts.experts)
     if getattr(block, "jitter_noise", 0.0):
@@ -126,7 +139,7 @@ def layer_from_block(
         device="meta",
         **shared,
     )
-    _share(block, layer, _ROUTED + (_SHARED if family.has_shared_expert else []))
+    _share(block, layer, names)
     layer.transformers_family = name
     layer.router.__class__ = _router_class(name)  # type: ignore[assignment]  # one of Router's
     _keep_recorded(parts.gate, layer.router)
@@ -157,6 +170,8 @@ def block_from_layer(layer: MoELayer, family: str | None = None) -> nn.Module:
         raise ValueError(f"edl::MoELayer.to_transformers: family must be one of {list(_FAMILIES)} (got '{name}')")
     _check_expressible(layer, name)
     kind = _FAMILIES[name]
+    names = _ROUTED + (_SHARED if kind.has_shared_expert else [])
+    _check_parameters("to_transformers", layer, [ours for _, ours in names])
     options = {
         "hidden_size": layer.hidden_size,
         kind.intermediate_size: layer.intermediate_size,
@@ -171,7 +186,6 @@ def block_from_layer(layer: MoELayer, family: str | None = None) -> nn.Module:
     config = getattr(_modeling(kind), f"{kind.prefix}Config")(**options)
     with torch.device("meta"):
         block = getattr(_modeling(kind), f"{kind.prefix}SparseMoeBlock")(config)
-    names = _ROUTED + (_SHARED if kind.has_shared_expert else [])
     _share(layer, block, [(to_name, from_name) for from_name, to_name in names])
     _keep_recorded(layer.router, block.gate)
     return block.train(layer.training)

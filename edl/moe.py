@@ -132,6 +132,12 @@ def _as_size(name: str, size: int, lowest: int = 1) -> int:
     return whole
 
 
+def _tell_transformers() -> None:
+    """Lets the save_pretrained of models, if there are any in this process, know of layers."""
+    if "transformers" in sys.modules:  # which imports its models when they are asked for
+        importlib.import_module("edl.integrations.transformers.blocks").write_names_of_families()
+
+
 class MoELayer(nn.Module):
     """A Mixture-of-Experts layer: each token passes `top_k` of `num_experts` SwiGLU networks, which its router chooses.
 
@@ -268,8 +274,7 @@ class MoELayer(nn.Module):
             if shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
         self._reset_experts()
-        if "transformers.modeling_utils" in sys.modules:  # a model's save_pretrained must know its layers
-            importlib.import_module("edl.integrations.transformers.blocks").write_names_of_families()
+        _tell_transformers()
         if top_k == 1 and normalize_top_k and num_experts > 1:
             warnings.warn(
                 "edl::MoELayer: with top_k=1 and normalised weights every weight is 1 and the router gets no gradient "
@@ -277,6 +282,10 @@ class MoELayer(nn.Module):
                 "norm_topk_prob=False), or top_k to at least 2",
                 stacklevel=2,
             )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
+        _tell_transformers()
 
     def _empty_experts(
         self, rows: int, columns: int, device: torch.types.Device, dtype: torch.dtype | None
@@ -410,7 +419,8 @@ class MoELayer(nn.Module):
             The layer.
 
         Raises:
-            ValueError: another kind of module, an activation other than SiLU, or router jitter noise.
+            ValueError: another kind of module, further parameters (adapters of PEFT), an activation other than SiLU, or
+                router jitter noise.
         """
         from edl.integrations.transformers import layer_from_block
 
@@ -427,7 +437,7 @@ class MoELayer(nn.Module):
             The block, an nn.Module of transformers.
 
         Raises:
-            ValueError: an unknown family, or one that cannot express the layer.
+            ValueError: an unknown family, one that cannot express the layer, or further parameters (adapters of PEFT).
         """
         from edl.integrations.transformers import block_from_layer
 

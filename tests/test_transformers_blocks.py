@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
+from commands import run
 
 import edl
 
@@ -282,6 +284,53 @@ def test_models_of_layers_keep_their_own_names(tmp_path):
         assert value.equal(model.state_dict()[name]), name
 
 
+IN_A_PROCESS_OF_ITS_OWN = {
+    "unpickled": """
+import torch
+torch.load("model.pt", weights_only=False).save_pretrained("saved")
+""",
+    "made before transformers has imported its models": """
+import torch
+import transformers
+import edl
+torch.manual_seed(0)
+layer = edl.MoELayer(32, 24, 8, 2, return_routing=False)
+model = transformers.MixtralForCausalLM.from_pretrained("plain")
+model.model.layers[1].mlp = layer
+model.save_pretrained("saved")
+""",
+}
+
+
+@pytest.mark.parametrize("name", IN_A_PROCESS_OF_ITS_OWN)
+def test_layers_that_transformers_meets_late_are_saved_under_the_names_of_their_family(tmp_path, name):
+    model = replace_blocks(seeded_model("mixtral"))
+    torch.save(model, tmp_path / "model.pt")
+    model.save_pretrained(tmp_path / "plain")
+    run(sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN[name], cwd=tmp_path)
+    _, report = type(model).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(report.values())
+
+
+class ModelOfMore(modeling_mixtral.MixtralForCausalLM):
+    """A model that is made from more than its configuration."""
+
+    def __init__(self, config, scores):
+        super().__init__(config)
+        self.model.layers[0].mlp = edl.MoELayer(32, 24, 8, 2, scores=scores, return_routing=False)
+
+
+def test_models_of_more_than_their_configuration(tmp_path):
+    model = ModelOfMore(seeded_model("mixtral").config, "sigmoid")
+    model.save_pretrained(tmp_path)
+    loaded, report = ModelOfMore.from_pretrained(tmp_path, "sigmoid", output_loading_info=True)
+    assert not any(report.values())
+    assert all(value.equal(model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    replace_blocks(model, [1])
+    with pytest.raises(ValueError, match="made from its configuration alone.*got ModelOfMore, whose constructor needs"):
+        model.save_pretrained(tmp_path)
+
+
 def with_layer(**options):
     model = seeded_model("mixtral")
     model.model.layers[1].mlp = edl.MoELayer(
@@ -373,6 +422,22 @@ def test_adapters_of_models_with_layers(tmp_path):
     assert again.eval()(TOKENS).logits.equal(layered.eval()(TOKENS).logits)
 
 
+def test_adapters_on_blocks_are_merged_first():
+    peft = pytest.importorskip("peft")
+    for family, options in [
+        ("qwen2_moe", {"target_modules": ["up_proj"]}),
+        ("mixtral", {"target_modules": ["q_proj"], "modules_to_save": ["gate"]}),
+        ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}),
+        ("olmoe", {"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]}),
+    ]:
+        adapted = peft.get_peft_model(seeded_model(family), peft.LoraConfig(init_lora_weights=False, **options))
+        wanted = adapted.eval()(TOKENS).logits
+        with pytest.raises(ValueError, match="merge adapters of PEFT first"):
+            replace_blocks(adapted.base_model.model)
+        merged = replace_blocks(adapted.merge_and_unload())
+        torch.testing.assert_close(merged(TOKENS).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
 def mixtral_with(**options):
     block = make_block("mixtral")
     for name, value in options.items():
@@ -380,7 +445,46 @@ def mixtral_with(**options):
     return block
 
 
+class Adapted(torch.nn.Module):
+    """As PEFT puts it around a linear layer, whose weight it shows."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = torch.nn.Linear(base_layer.in_features, 2)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+
+def qwen2_with_an_adapter():
+    block = make_block("qwen2_moe")
+    block.shared_expert.up_proj = Adapted(block.shared_expert.up_proj)
+    return block
+
+
+def mixtral_with_wrapped_experts():
+    block = make_block("mixtral")
+    block.experts = torch.nn.Sequential(block.experts)
+    return block
+
+
 BAD_BLOCKS = {
+    "adapter": (
+        qwen2_with_an_adapter,
+        (
+            "edl::MoELayer.from_transformers: only the parameters of the family can be taken over, merge adapters of "
+            "PEFT first or add them afterwards (got shared_expert.up_proj.base_layer.weight)"
+        ),
+    ),
+    "wrapped": (
+        mixtral_with_wrapped_experts,
+        (
+            "edl::MoELayer.from_transformers: only the parameters of the family can be taken over, merge adapters of "
+            "PEFT first or add them afterwards (got experts.0.down_proj)"
+        ),
+    ),
     "other": (
         lambda: torch.nn.Linear(2, 2),
         (
@@ -444,3 +548,10 @@ def test_layers_that_a_block_cannot_express_are_refused(name):
     with pytest.raises(ValueError) as error:
         edl.MoELayer(16, 24, 6, 2, **options).to_transformers(family)
     assert str(error.value) == f"edl::MoELayer.to_transformers: {sentence}"
+
+
+def test_adapters_on_layers_are_merged_first():
+    layer = edl.MoELayer.from_transformers(make_block("qwen2_moe"))
+    layer.shared_expert.up_proj = Adapted(layer.shared_expert.up_proj)
+    with pytest.raises(ValueError, match=r"to_transformers: only the .* \(got shared_expert.up_proj.base_layer"):
+        layer.to_transformers()

@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib
+import inspect
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,6 +71,17 @@ def _check_activation(module: nn.Module) -> None:
         raise ValueError(f"edl::MoELayer.from_transformers: the activation must be SiLU (got {name})")
 
 
+def _check_parameters(op: str, module: nn.Module, names: list[str]) -> None:
+    """Refuses a block or layer with parameters that would not be taken over, as those of adapters."""
+    found = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    different = sorted(set(found) ^ set(names))
+    if different:
+        raise ValueError(
+            f"edl::MoELayer.{op}: only the parameters of the family can be taken over, merge adapters of PEFT first or "
+            f"add them afterwards (got {'' if different[0] in found else 'no '}{different[0]})"
+        )
+
+
 def _share(source: nn.Module, target: nn.Module, names: list[tuple[str, str]]) -> None:
     """Gives the parameters `names` (in source, in target) of source to target."""
     for from_name, to_name in names:
@@ -99,6 +111,8 @@ def layer_from_block(
             f"Qwen3-MoE or OLMoE model (got {type(block).__name__})"
         )
     family = _FAMILIES[name]
+    names = _ROUTED + (_SHARED if family.has_shared_expert else [])
+    _check_parameters("from_transformers", block, [theirs for theirs, _ in names])
     parts: Any = block  # whose types nn.Module does not know
     _check_activation(parts.experts)
     if getattr(block, "jitter_noise", 0.0):
@@ -125,7 +139,7 @@ def layer_from_block(
         device="meta",
         **shared,
     )
-    _share(block, layer, _ROUTED + (_SHARED if family.has_shared_expert else []))
+    _share(block, layer, names)
     layer.transformers_family = name
     layer.router.__class__ = _router_class(name)  # type: ignore[assignment]  # one of Router's
     _keep_recorded(parts.gate, layer.router)
@@ -156,6 +170,8 @@ def block_from_layer(layer: MoELayer, family: str | None = None) -> nn.Module:
         raise ValueError(f"edl::MoELayer.to_transformers: family must be one of {list(_FAMILIES)} (got '{name}')")
     _check_expressible(layer, name)
     kind = _FAMILIES[name]
+    names = _ROUTED + (_SHARED if kind.has_shared_expert else [])
+    _check_parameters("to_transformers", layer, [ours for _, ours in names])
     options = {
         "hidden_size": layer.hidden_size,
         kind.intermediate_size: layer.intermediate_size,
@@ -170,7 +186,6 @@ def block_from_layer(layer: MoELayer, family: str | None = None) -> nn.Module:
     config = getattr(_modeling(kind), f"{kind.prefix}Config")(**options)
     with torch.device("meta"):
         block = getattr(_modeling(kind), f"{kind.prefix}SparseMoeBlock")(config)
-    names = _ROUTED + (_SHARED if kind.has_shared_expert else [])
     _share(layer, block, [(to_name, from_name) for from_name, to_name in names])
     _keep_recorded(layer.router, block.gate)
     return block.train(layer.training)
@@ -203,6 +218,14 @@ def _difference(layer: MoELayer, expected: MoELayer) -> str | None:
     return None
 
 
+def _takes_configuration_alone(kind: type) -> bool:
+    try:
+        inspect.signature(kind).bind(None)
+    except TypeError:
+        return False
+    return True
+
+
 def names_in_blocks(model: nn.Module) -> dict[str, str]:
     """The names in a model's state_dict that a model without edl, made from the same configuration, has otherwise.
 
@@ -214,18 +237,28 @@ def names_in_blocks(model: nn.Module) -> dict[str, str]:
         other kinds, and for models with adapters, of which the adapters alone are saved.
 
     Raises:
-        ValueError: a layer that the block in its place cannot express, or with no block in its place.
+        ValueError: a layer that the block in its place cannot express, or with no block in its place; one made from a
+            block in a model that needs more than its configuration.
     """
     from transformers import PreTrainedModel
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     if not layers or not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         return {}
-    with torch.device("meta"):  # as from_pretrained makes it
-        plain = type(model)(copy.deepcopy(model.config))
-    plain_modules = dict(plain.named_modules())
+    plain_modules: dict[str, nn.Module] | None = None
+    if _takes_configuration_alone(type(model)):
+        with torch.device("meta"):  # as from_pretrained makes it
+            plain_modules = dict(type(model)(copy.deepcopy(model.config)).named_modules())
     names: dict[str, str] = {}
     for name, layer in layers.items():
+        if plain_modules is None:
+            if layer.transformers_family is None:
+                continue  # taken for one of its own
+            raise ValueError(
+                "edl::save_pretrained: a model with layers in the place of blocks must be made from its configuration "
+                "alone, which tells the names of the blocks; make them blocks again with to_transformers first (got "
+                f"{type(model).__name__}, whose constructor needs more)"
+            )
         block = plain_modules.get(name)
         if isinstance(block, MoELayer):
             continue

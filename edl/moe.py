@@ -6,7 +6,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -184,7 +184,8 @@ class MoELayer(nn.Module):
             `expert_group` that does not fit.
     """
 
-    expert_bias: Tensor | None
+    if TYPE_CHECKING:  # TorchScript would make an attribute of it, which no state_dict holds and `to` does not move
+        expert_bias: Tensor | None
     return_routing: Final[bool]  # decides the type that a scripted layer returns
     transformers_family: str | None = None  # the model type of the block that the layer was made from
 
@@ -316,8 +317,9 @@ class MoELayer(nn.Module):
     def _widen_expert_bias(self) -> Tensor | None:
         """The expert bias, after a 16-bit one was replaced: its type does not resolve the steps of an update."""
         bias = self.expert_bias
-        if bias is not None and bias.dtype not in [torch.float32, torch.float64]:
-            self.expert_bias = bias.float()
+        if bias is not None:  # noqa: SIM102  (behind an `and` TorchScript looks for the type of None)
+            if bias.dtype not in [torch.float32, torch.float64]:
+                self.expert_bias = bias.float()
         return self.expert_bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoELayer":

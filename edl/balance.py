@@ -302,6 +302,7 @@ def update_expert_bias(
     Source: arXiv 2408.15664, Algorithm 1; arXiv 2412.19437, section 2.1.2.
     """
     ops._check_numbers("update_expert_bias", rate=rate)
+    rate = float(rate)
     if not math.isfinite(rate):
         raise ValueError(f"edl::update_expert_bias: rate must be finite (got {rate})")
     if group is not None and not isinstance(group, torch.distributed.ProcessGroup):

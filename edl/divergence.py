@@ -557,7 +557,12 @@ class ExpertDivergenceLoss(nn.Module):
         try:
             layers = _as_layers(router_logits)
             segments = segments_of(layers[0])
-            ops._refuse_dtensor("expert_divergence_loss", segments.segment_ids, segments.labels)
+            if not isinstance(segments, Segments):
+                raise ValueError(
+                    "edl::expert_divergence_loss: segments must be edl.segments.Segments, or a function that makes "
+                    f"them (got {type(segments).__name__})"
+                )
+            ops._check_tensors("expert_divergence_loss", segment_ids=segments.segment_ids, labels=segments.labels)
             sums, counts = torch.ops.edl._segment_sums(
                 layers,
                 segments.segment_ids,

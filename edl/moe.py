@@ -79,6 +79,11 @@ class Router(nn.Module):
                 f"edl::MoELayer: hidden must be on the device of the layer (got {tokens.device} and "
                 f"{self.weight.device})"
             )
+        if self.weight.dim() != 2 or self.weight.shape[1] != tokens.shape[1]:
+            raise ValueError(
+                f"edl::MoELayer: router.weight must have the shape [E, {tokens.shape[1]}] (got "
+                f"{list(self.weight.shape)})"
+            )
         logits: Tensor = torch.ops.edl._router_logits(tokens, self.weight, self.router_dtype)
         return logits
 
@@ -348,6 +353,10 @@ class MoELayer(nn.Module):
             )
         tokens = hidden.reshape(-1, self.hidden_size)
         logits = self.router(tokens)
+        if logits.shape[1] != self.num_experts:
+            raise ValueError(
+                f"edl::MoELayer: the router must give {self.num_experts} logits, one per expert (got {logits.shape[1]})"
+            )
         weights, experts = ops.route_tokens(
             logits, self.top_k, self.scores, self.expert_bias, self.normalize_top_k, self.routed_scaling_factor
         )

@@ -35,6 +35,7 @@ def _counted(
 
 def _check_masks(op: str, attention_mask: Tensor | None, padding_mask: Tensor | None) -> None:
     ops._check_given(op, attention_mask=attention_mask, padding_mask=padding_mask)
+    ops._check_memory(op, attention_mask=attention_mask, padding_mask=padding_mask)
 
 
 def _layers_of(op: str, name: str, given: "_Routings") -> Sequence[Routing | Tensor]:
@@ -52,8 +53,10 @@ def _layers_of(op: str, name: str, given: "_Routings") -> Sequence[Routing | Ten
             )
         if isinstance(layer, Routing):
             ops._check_tensors(op, logits=layer.logits, experts=layer.experts)
+            ops._check_memory(op, logits=layer.logits, experts=layer.experts)
         else:
             ops._check_tensor(op, name, layer)
+            ops._check_memory(op, **{name: layer})
     return layers
 
 
@@ -260,6 +263,7 @@ def _one_per_layer(name: str, given: Sequence[object], biases: list[Tensor]) -> 
     for bias, tensor in zip(biases, given):
         ops._check_tensor("update_expert_bias", name, tensor)
         assert isinstance(tensor, Tensor)
+        ops._check_memory("update_expert_bias", **{name: tensor})
         if tensor.shape != bias.shape:
             raise ValueError(
                 f"edl::update_expert_bias: {name} must have the shape [{bias.shape[0]}] (got {list(tensor.shape)})"

@@ -54,6 +54,19 @@ def _check_given(op: str, **tensors: object) -> None:
             _check_tensor(op, name, tensor)
 
 
+def _check_memory(op: str, **tensors: Tensor | None) -> None:
+    """Raises where the memory of a tensor was freed, for operators of torch, which crash; ours look themselves."""
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if type(tensor) is not Tensor or tensor.numel() == 0:  # subclasses may keep their values elsewhere
+            continue
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            continue
+        if tensor.untyped_storage().nbytes() == 0:
+            raise ValueError(f"edl::{op}: {name} must have memory (got a tensor whose storage was freed)")
+
+
 def _is_scalar(tensor: Tensor) -> bool:
     """Whether a tensor is a number, such as a size that torch.jit.trace follows."""
     is_dense = not tensor.is_nested and tensor.layout == torch.strided and not tensor.is_quantized

@@ -105,6 +105,7 @@ def mask_segments(
     if not torch.jit.is_scripting():
         ops._check_tensors("segments", segment_ids=segment_ids)
         ops._check_given("segments", attention_mask=attention_mask, padding_mask=padding_mask)
+        ops._check_memory("segments", attention_mask=attention_mask, padding_mask=padding_mask)
         ops._check_integers("segments", num_segments=num_segments, batch_size=batch_size)
     if segment_ids.dim() != 1 or segment_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
@@ -331,6 +332,7 @@ def make_segments(
         ops._check_tensors("segments", domain_ids=domain_ids)
         ops._check_given("segments", attention_mask=attention_mask, padding_mask=padding_mask, cu_seqlens=cu_seqlens)
         ops._check_texts("segments", sequence_reduction=sequence_reduction)
+        ops._check_memory("segments", domain_ids=domain_ids, cu_seqlens=cu_seqlens)
         _check_integers(num_tokens, num_domains, batch_size)
     if sequence_reduction not in ["sequence", "token"]:
         raise ValueError(

@@ -6,6 +6,7 @@ from torch import nn
 
 import edl
 from edl import ops, segments
+from edl.integrations.transformers import DomainCollator
 
 T, E, K, H, S = 6, 4, 2, 8, 2
 LOGITS, TOKENS, LABELS = torch.randn(T, E), torch.randn(T, H), torch.tensor([0, 1])
@@ -168,3 +169,26 @@ def test_a_router_that_does_not_fit_its_layer(shape, message):
     with pytest.raises(ValueError) as error:
         layer(TOKENS)
     assert str(error.value) == f"edl::MoELayer: {message}"
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [
+        ({"input_ids": [[1, 2]]}, "['input_ids']"),
+        ({"inputs_embeds": torch.zeros(1, 2, 4)}, "['inputs_embeds']"),
+        ([torch.zeros(1, 2)], "list"),
+        (None, "NoneType"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("label", [0, [0, 1]], ids=str)
+def test_batches_without_tokens_are_refused(batch, got, label):
+    with pytest.raises(ValueError) as error:
+        DomainCollator(lambda rows: batch)([{"input_ids": [1, 2], "domain_ids": label}])
+    assert str(error.value) == f"edl::DomainCollator: collator must make a batch with a tensor input_ids (got {got})"
+
+
+def test_labels_of_tokens_need_examples_with_tokens():
+    collator = DomainCollator(lambda rows: {"input_ids": torch.zeros(1, 2, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="^edl::DomainCollator: examples with labels of tokens must have input_ids"):
+        collator([{"text": "two words", "domain_ids": [0, 1]}])

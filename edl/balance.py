@@ -10,6 +10,7 @@ from torch import Tensor
 
 from edl import ops
 from edl.moe import MoELayer, Routing
+from edl.parallel import reads_values
 from edl.segments import mask_segments
 
 if typing.TYPE_CHECKING:
@@ -35,6 +36,7 @@ def _counted(
 
 def _check_masks(op: str, attention_mask: Tensor | None, padding_mask: Tensor | None) -> None:
     ops._check_given(op, attention_mask=attention_mask, padding_mask=padding_mask)
+    ops._check_memory(op, attention_mask=attention_mask, padding_mask=padding_mask)
 
 
 def _layers_of(op: str, name: str, given: "_Routings") -> Sequence[Routing | Tensor]:
@@ -52,8 +54,10 @@ def _layers_of(op: str, name: str, given: "_Routings") -> Sequence[Routing | Ten
             )
         if isinstance(layer, Routing):
             ops._check_tensors(op, logits=layer.logits, experts=layer.experts)
+            ops._check_memory(op, logits=layer.logits, experts=layer.experts)
         else:
             ops._check_tensor(op, name, layer)
+            ops._check_memory(op, **{name: layer})
     return layers
 
 
@@ -260,6 +264,7 @@ def _one_per_layer(name: str, given: Sequence[object], biases: list[Tensor]) -> 
     for bias, tensor in zip(biases, given):
         ops._check_tensor("update_expert_bias", name, tensor)
         assert isinstance(tensor, Tensor)
+        ops._check_memory("update_expert_bias", **{name: tensor})
         if tensor.shape != bias.shape:
             raise ValueError(
                 f"edl::update_expert_bias: {name} must have the shape [{bias.shape[0]}] (got {list(tensor.shape)})"
@@ -297,11 +302,12 @@ def update_expert_bias(
 
     Raises:
         ValueError: no MoELayer or one without expert bias, another number of entries than layers, a wrong shape or
-            type, a DTensor.
+            type, a DTensor; loads that are not finite (on CUDA with EDL_CHECK=1 only), on all ranks of `group`.
 
     Source: arXiv 2408.15664, Algorithm 1; arXiv 2412.19437, section 2.1.2.
     """
     ops._check_numbers("update_expert_bias", rate=rate)
+    rate = float(rate)
     if not math.isfinite(rate):
         raise ValueError(f"edl::update_expert_bias: rate must be finite (got {rate})")
     if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
@@ -331,6 +337,8 @@ def update_expert_bias(
         together = torch.cat(wide)
         torch.distributed.all_reduce(together, group=group)
         wide = list(together.split([bias.shape[0] for bias in biases + biases]))
+    if reads_values(wide[0]) and not all(load.isfinite().all() for load in wide[: len(biases)]):
+        raise ValueError("edl::update_expert_bias: tokens_per_expert must be finite (got NaN or infinity)")
     for bias, load, mask in zip(biases, wide, wide[len(biases) :]):
         is_open = mask > 0
         own = torch.where(is_open, load, torch.zeros_like(load))

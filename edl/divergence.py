@@ -1,6 +1,5 @@
 """Expert Divergence Learning (arXiv 2603.00054): the loss that pushes the routing of different domains apart."""
 
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,22 +24,22 @@ def _check_choice(name: str, value: str, choices: list[str]) -> None:
 
 
 @torch.jit.unused
-def _as_count(name: str, value: Any) -> int:
-    """The integer that a number of Python, NumPy or torch is."""
-    try:
-        return value if isinstance(value, int) else operator.index(value)
-    except TypeError:
-        raise ValueError(f"edl::expert_divergence_loss: {name} must be an integer (got {value!r})") from None
-
-
-@torch.jit.unused
-def _check_types(eps: Any, bias_correction: Any) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat)):
-        raise ValueError(f"edl::expert_divergence_loss: eps must be a number (got {eps!r})")
-    if not isinstance(bias_correction, bool):
-        raise ValueError(
-            f"edl::expert_divergence_loss: bias_correction must be True or False (got {bias_correction!r})"
-        )
+def _check_types(
+    num_domains: Any,
+    eps: Any,
+    input: Any,
+    scores: Any,
+    sequence_reduction: Any,
+    pair_reduction: Any,
+    layer_reduction: Any,
+    bias_correction: Any,
+) -> None:
+    op = "expert_divergence_loss"
+    ops._check_integers(op, num_domains=num_domains)
+    ops._check_numbers(op, eps=eps)
+    ops._check_texts(op, input=input, scores=scores, sequence_reduction=sequence_reduction)
+    ops._check_texts(op, pair_reduction=pair_reduction, layer_reduction=layer_reduction)
+    ops._check_flags(op, bias_correction=bias_correction)
 
 
 def _check_options(
@@ -172,8 +171,10 @@ def expert_divergence_loss(
     What needs a state between calls, process groups and a memory, only the module takes.
     """
     if not torch.jit.is_scripting():
-        num_domains = _as_count("num_domains", num_domains)
-        _check_types(eps, bias_correction)
+        _check_types(
+            num_domains, eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction
+        )
+        num_domains = ops._as_integer("expert_divergence_loss", "num_domains", num_domains)
     _check_options(
         num_domains, eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction
     )
@@ -270,8 +271,10 @@ class ExpertDivergenceLoss(nn.Module):
         memory: DomainMemory | None = None,
     ) -> None:
         super().__init__()
-        num_domains = _as_count("num_domains", num_domains)
-        _check_types(eps, bias_correction)
+        _check_types(
+            num_domains, eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction
+        )
+        num_domains = ops._as_integer("expert_divergence_loss", "num_domains", num_domains)
         _check_options(
             num_domains, eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction
         )
@@ -559,7 +562,12 @@ class ExpertDivergenceLoss(nn.Module):
         try:
             layers = _as_layers(router_logits)
             segments = segments_of(layers[0])
-            ops._refuse_dtensor("expert_divergence_loss", segments.segment_ids, segments.labels)
+            if not isinstance(segments, Segments):
+                raise ValueError(
+                    "edl::expert_divergence_loss: segments must be edl.segments.Segments, or a function that makes "
+                    f"them (got {type(segments).__name__})"
+                )
+            ops._check_tensors("expert_divergence_loss", segment_ids=segments.segment_ids, labels=segments.labels)
             sums, counts = torch.ops.edl._segment_sums(
                 layers,
                 segments.segment_ids,

@@ -283,7 +283,12 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Returns:
         The parameters, DTensors, by name in the model.
+
+    Raises:
+        ValueError: no module, as from every function here that takes a model.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"edl::expert_parallel: model must be an nn.Module (got {type(model).__name__})")
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if getattr(module, "expert_mesh", None) is not None:
@@ -312,8 +317,12 @@ def fully_shard_layer(
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
 
-    if layer.expert_mesh is None:
+    if getattr(layer, "expert_mesh", None) is None:
         raise ValueError("edl::fully_shard_layer: layer must be made with expert_group (got one without)")
+    for name, given in (("mesh", mesh), ("replica_mesh", replica_mesh)):
+        if not isinstance(given, dist.DeviceMesh):
+            raise ValueError(f"edl::fully_shard_layer: {name} must be a DeviceMesh (got {type(given).__name__})")
+    assert layer.expert_mesh is not None
     expert_ranks, replicas = layer.expert_mesh.size(), replica_mesh.size()
     if mesh.size() != expert_ranks * replicas:
         raise ValueError(
@@ -359,6 +368,11 @@ def average_expert_gradients(model: nn.Module, replica_group: Optional["dist.Pro
         model (nn.Module): the model, or the DistributedDataParallel around it, after `exclude_from_ddp`.
         replica_group (ProcessGroup, optional): the ranks that hold the same experts. Default: this rank alone.
     """
+    if replica_group is not None and not isinstance(replica_group, dist.ProcessGroup):
+        raise ValueError(
+            "edl::average_expert_gradients: replica_group must be a process group that holds this process (got "
+            f"{type(replica_group).__name__})"
+        )
     replicas = 1 if replica_group is None else replica_group.size()
     for parameter in expert_parameters(model).values():
         if parameter.grad is None:
@@ -379,7 +393,11 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
     Returns:
         The norm before clipping, a scalar, the same on every rank.
+
+    Raises:
+        ValueError: no module, or `max_norm` is no number.
     """
+    ops._check_numbers("clip_grad_norm_", max_norm=max_norm)
     experts = list(expert_parameters(model).values())
     own = {id(parameter) for parameter in experts}
     others = [parameter for parameter in model.parameters() if id(parameter) not in own]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from edl import ops
 from edl.scope import Scope, current_scope
 
 
@@ -75,9 +76,10 @@ class DomainMemory(nn.Module):
 
     def __init__(self, decay: float = 0.0) -> None:
         super().__init__()
-        if not isinstance(decay, (int, float)) or not 0.0 <= decay < 1.0:
+        ops._check_numbers("DomainMemory", decay=decay)
+        if not 0.0 <= decay < 1.0:
             raise ValueError(f"edl::DomainMemory: decay must be at least 0 and below 1 (got {decay!r})")
-        self.decay = decay
+        self.decay = float(decay)
         self._carried: Moments | None = None
         self._layout: tuple[int, int, int, bool] | None = None  # L, D, E and bias_correction, once known
         self._loss: weakref.ref[nn.Module] | None = None  # whose memory it is
@@ -128,13 +130,13 @@ class DomainMemory(nn.Module):
         Raises:
             ValueError: a number below 1; other numbers than are known already.
         """
-        sizes = (num_layers, num_domains, num_experts)
-        if not all(_is_count(size) for size in sizes) or not isinstance(bias_correction, bool):
-            raise ValueError(
-                "edl::DomainMemory: num_layers, num_domains and num_experts must be integers of at least 1, and "
-                f"bias_correction True or False (got {', '.join(map(repr, (*sizes, bias_correction)))})"
-            )
-        layout = (*sizes, bias_correction)
+        ops._check_flags("DomainMemory", bias_correction=bias_correction)
+        layout = (
+            ops._as_integer("DomainMemory", "num_layers", num_layers, lowest=1),
+            ops._as_integer("DomainMemory", "num_domains", num_domains, lowest=1),
+            ops._as_integer("DomainMemory", "num_experts", num_experts, lowest=1),
+            bias_correction,
+        )
         if self._layout not in (None, layout):
             raise ValueError(
                 "edl::DomainMemory: layers, domains, experts and bias_correction are known already, "
@@ -328,15 +330,11 @@ class DomainMemory(nn.Module):
         return f"decay={self.decay:g}"
 
 
-def _is_count(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
-
-
 def _restored(state: Any) -> Moments | None:
     """The moments in a state; None in that of a memory that was never used."""
-    if (isinstance(state, Tensor) and state.numel() == 0) or (isinstance(state, tuple) and not state):
-        return None
     try:
+        if (isinstance(state, Tensor) and state.numel() == 0) or (isinstance(state, tuple) and not state):
+            return None
         if isinstance(state, Tensor):
             sizes, packed = state[:4].tolist(), state[4:]
             is_state = all(size.is_integer() for size in sizes) and sizes[3] in (0, 1)
@@ -364,7 +362,7 @@ def _restored(state: Any) -> Moments | None:
 
 
 def _described(state: Any) -> str:
-    if isinstance(state, Tensor):
+    if isinstance(state, Tensor) and not state.is_nested:
         return f"{list(state.shape)} {state.dtype}"
     if not isinstance(state, (tuple, list)):
         return type(state).__name__

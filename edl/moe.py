@@ -2,11 +2,10 @@
 
 import importlib
 import math
-import operator
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +78,11 @@ class Router(nn.Module):
                 f"edl::MoELayer: hidden must be on the device of the layer (got {tokens.device} and "
                 f"{self.weight.device})"
             )
+        if self.weight.dim() != 2 or self.weight.shape[1] != tokens.shape[1]:
+            raise ValueError(
+                f"edl::MoELayer: router.weight must have the shape [E, {tokens.shape[1]}] (got "
+                f"{list(self.weight.shape)})"
+            )
         logits: Tensor = torch.ops.edl._router_logits(tokens, self.weight, self.router_dtype)
         return logits
 
@@ -116,20 +120,6 @@ class SharedExpert(nn.Module):
 
 
 _WEIGHT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _as_size(name: str, size: int, lowest: int = 1) -> int:
-    """An argument as an int of at least `lowest`."""
-    try:
-        whole = operator.index(size)
-    except TypeError:
-        whole = None
-    if whole is None or isinstance(size, bool):
-        raise ValueError(f"edl::MoELayer: {name} must be an integer (got {size!r})")
-    if whole < lowest:
-        rule = "not be negative" if lowest == 0 else f"be at least {lowest}"
-        raise ValueError(f"edl::MoELayer: {name} must {rule} (got {size})")
-    return whole
 
 
 def _tell_transformers() -> None:
@@ -190,7 +180,8 @@ class MoELayer(nn.Module):
             `expert_group` that does not fit.
     """
 
-    expert_bias: Tensor | None
+    if TYPE_CHECKING:  # TorchScript would make an attribute of it, which no state_dict holds and `to` does not move
+        expert_bias: Tensor | None
     return_routing: Final[bool]  # decides the type that a scripted layer returns
     transformers_family: str | None = None  # the model type of the block that the layer was made from
 
@@ -215,11 +206,11 @@ class MoELayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden_size = _as_size("hidden_size", hidden_size)
-        intermediate_size = _as_size("intermediate_size", intermediate_size)
-        num_experts = _as_size("num_experts", num_experts)
-        top_k = _as_size("top_k", top_k)
-        num_shared_experts = _as_size("num_shared_experts", num_shared_experts, lowest=0)
+        hidden_size = ops._as_integer("MoELayer", "hidden_size", hidden_size, lowest=1)
+        intermediate_size = ops._as_integer("MoELayer", "intermediate_size", intermediate_size, lowest=1)
+        num_experts = ops._as_integer("MoELayer", "num_experts", num_experts, lowest=1)
+        top_k = ops._as_integer("MoELayer", "top_k", top_k, lowest=1)
+        num_shared_experts = ops._as_integer("MoELayer", "num_shared_experts", num_shared_experts)
         ops._check_flags(
             "MoELayer",
             normalize_top_k=normalize_top_k,
@@ -230,13 +221,15 @@ class MoELayer(nn.Module):
         ops._check_numbers("MoELayer", routed_scaling_factor=routed_scaling_factor)
         if not math.isfinite(routed_scaling_factor):
             raise ValueError(f"edl::MoELayer: routed_scaling_factor must be finite (got {routed_scaling_factor})")
-        if dtype is not None and dtype not in _WEIGHT_TYPES:
+        ops._check_texts("MoELayer", scores=scores)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in _WEIGHT_TYPES):
             raise ValueError(f"edl::MoELayer: dtype must be one of {list(_WEIGHT_TYPES)} (got {dtype!r})")
         if top_k > num_experts:
             raise ValueError(f"edl::MoELayer: top_k must not exceed num_experts (got {top_k} of {num_experts})")
         if scores not in ("softmax", "sigmoid"):
             raise ValueError(f"edl::MoELayer: scores must be 'softmax' or 'sigmoid' (got {scores!r})")
-        if router_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        router_types = (torch.float32, torch.bfloat16, torch.float16)
+        if not isinstance(router_dtype, torch.dtype) or router_dtype not in router_types:
             raise ValueError(
                 "edl::MoELayer: router_dtype must be torch.float32, torch.bfloat16 or torch.float16 (got "
                 f"{router_dtype})"
@@ -269,7 +262,7 @@ class MoELayer(nn.Module):
         if num_shared_experts > 0:
             width = intermediate_size
             if shared_intermediate_size is not None:
-                width = _as_size("shared_intermediate_size", shared_intermediate_size)
+                width = ops._as_integer("MoELayer", "shared_intermediate_size", shared_intermediate_size, lowest=1)
             self.shared_expert = SharedExpert(hidden_size, num_shared_experts * width, device, dtype)
             if shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
@@ -325,8 +318,9 @@ class MoELayer(nn.Module):
     def _widen_expert_bias(self) -> Tensor | None:
         """The expert bias, after a 16-bit one was replaced: its type does not resolve the steps of an update."""
         bias = self.expert_bias
-        if bias is not None and bias.dtype not in [torch.float32, torch.float64]:
-            self.expert_bias = bias.float()
+        if bias is not None:  # noqa: SIM102  (behind an `and` TorchScript looks for the type of None)
+            if bias.dtype not in [torch.float32, torch.float64]:
+                self.expert_bias = bias.float()
         return self.expert_bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoELayer":
@@ -355,6 +349,10 @@ class MoELayer(nn.Module):
             )
         tokens = hidden.reshape(-1, self.hidden_size)
         logits = self.router(tokens)
+        if logits.shape[1] != self.num_experts:
+            raise ValueError(
+                f"edl::MoELayer: the router must give {self.num_experts} logits, one per expert (got {logits.shape[1]})"
+            )
         weights, experts = ops.route_tokens(
             logits, self.top_k, self.scores, self.expert_bias, self.normalize_top_k, self.routed_scaling_factor
         )

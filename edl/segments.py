@@ -27,6 +27,15 @@ class Segments(NamedTuple):
     labels: Tensor
 
 
+@torch.jit.unused
+def _check_integers(num_tokens: int, num_domains: int, batch_size: int) -> None:
+    ops._check_integers("segments", num_tokens=num_tokens, num_domains=num_domains, batch_size=batch_size)
+    if num_tokens < 0:
+        raise ValueError(f"edl::segments: num_tokens must not be negative (got {num_tokens})")
+    if num_domains < 1:
+        raise ValueError(f"edl::segments: num_domains must be at least 1 (got {num_domains})")
+
+
 def _is_soft(domain_ids: Tensor) -> bool:
     return domain_ids.is_floating_point()
 
@@ -93,6 +102,16 @@ def mask_segments(
     Raises:
         ValueError: a wrong shape, both masks.
     """
+    if not torch.jit.is_scripting():
+        ops._check_tensors("segments", segment_ids=segment_ids)
+        ops._check_given("segments", attention_mask=attention_mask, padding_mask=padding_mask)
+        ops._check_memory("segments", attention_mask=attention_mask, padding_mask=padding_mask)
+        ops._check_integers("segments", num_segments=num_segments, batch_size=batch_size)
+    if segment_ids.dim() != 1 or segment_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            "edl::segments: segment_ids must be int32 or int64 of the shape [T] "
+            f"(got {segment_ids.dtype} {list(segment_ids.shape)})"
+        )
     if attention_mask is not None and padding_mask is not None:
         raise ValueError(
             "edl::segments: give attention_mask (1 = keep) or padding_mask (True = padding), not both (got both)"
@@ -167,6 +186,10 @@ def document_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, cu_
     Raises:
         ValueError: wrong shapes or dtypes.
     """
+    if not torch.jit.is_scripting():
+        ops._check_tensors("segments", domain_ids=domain_ids, cu_seqlens=cu_seqlens)
+        _check_integers(num_tokens, num_domains, -1)
+    _check_labels(domain_ids, num_domains)
     rows = _rows_of_documents(cu_seqlens, num_tokens)
     num_documents = cu_seqlens.shape[0] - 1
     if domain_ids.shape[0] == num_documents and (domain_ids.dim() == 1 or _is_soft(domain_ids)):
@@ -200,6 +223,10 @@ def sequence_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, bat
     Raises:
         ValueError: wrong shapes or dtypes.
     """
+    if not torch.jit.is_scripting():
+        ops._check_tensors("segments", domain_ids=domain_ids)
+        _check_integers(num_tokens, num_domains, batch_size)
+    _check_labels(domain_ids, num_domains)
     rows = domain_ids.shape[0]
     per_token = domain_ids.dim() == 2 and not _is_soft(domain_ids)
     _check_rows(domain_ids, batch_size)
@@ -244,6 +271,11 @@ def domain_segments(
     Raises:
         ValueError: wrong shapes or dtypes, soft labels.
     """
+    if not torch.jit.is_scripting():
+        ops._check_tensors("segments", domain_ids=domain_ids)
+        ops._check_given("segments", cu_seqlens=cu_seqlens)
+        _check_integers(num_tokens, num_domains, batch_size)
+    _check_labels(domain_ids, num_domains)
     if _is_soft(domain_ids):
         raise ValueError(
             "edl::segments: soft labels need sequence_reduction='sequence' (got sequence_reduction='token')"
@@ -296,7 +328,16 @@ def make_segments(
     Raises:
         ValueError: wrong shapes or dtypes, both masks.
     """
-    _check_labels(domain_ids, num_domains)
+    if not torch.jit.is_scripting():
+        ops._check_tensors("segments", domain_ids=domain_ids)
+        ops._check_given("segments", attention_mask=attention_mask, padding_mask=padding_mask, cu_seqlens=cu_seqlens)
+        ops._check_texts("segments", sequence_reduction=sequence_reduction)
+        ops._check_memory("segments", domain_ids=domain_ids, cu_seqlens=cu_seqlens)
+        _check_integers(num_tokens, num_domains, batch_size)
+    if sequence_reduction not in ["sequence", "token"]:
+        raise ValueError(
+            f"edl::segments: sequence_reduction must be 'sequence' or 'token' (got '{sequence_reduction}')"
+        )
     _check_device("attention_mask", attention_mask, domain_ids)
     _check_device("padding_mask", padding_mask, domain_ids)
     _check_device("cu_seqlens", cu_seqlens, domain_ids)

@@ -348,6 +348,10 @@ REFUSALS = {
         lambda r: counted([[1, 2, 3, 4]]),
         "edl::update_expert_bias: tokens_per_expert must be a tensor (got list)",
     ),
+    "counts-that-are-not-finite": (
+        lambda r: counted(torch.tensor([1.0, float("nan"), 2.0, 3.0])),
+        "edl::update_expert_bias: tokens_per_expert must be finite (got NaN or infinity)",
+    ),
     "no-counts": (
         lambda r: counted(None),
         "edl::update_expert_bias: tokens_per_expert must be that of one layer or a list (got NoneType)",

@@ -379,7 +379,7 @@ OPTION_ERRORS = {
     "eps must be a number (got '1e-6')": {"eps": "1e-6"},
     "eps must be a number (got None)": {"eps": None},
     "bias_correction must be True or False (got 'yes')": {"bias_correction": "yes"},
-    "scores must be one of ['softmax', 'sigmoid'] (got '5')": {"scores": 5},
+    "scores must be a string (got 5)": {"scores": 5},
     "eps must be finite and not negative (got -1e-06)": {"eps": -1e-6},
     "eps must be finite and not negative (got nan)": {"eps": NAN},
     "eps must be finite and not negative (got inf)": {"eps": math.inf},

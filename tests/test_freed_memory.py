@@ -42,7 +42,7 @@ def test_memory_that_shrank_is_a_sentence():
     edl.ops.route_tokens(logits[:5], 2, "softmax")
 
 
-@pytest.mark.parametrize("sample", [s for s in first_samples() if s.differentiable and s.op != "inject"], ids=str)
+@pytest.mark.parametrize("sample", [s for s in first_samples() if s.differentiable], ids=str)
 def test_memory_that_was_freed_before_the_backward_pass_is_a_sentence(sample):
     leaves = with_gradients(sample, sample.arguments())
     outputs = [y for y in as_tuple(operator(sample.op)(*leaves)) if y.requires_grad]
@@ -73,6 +73,50 @@ def test_the_layer_and_the_loss_without_memory():
             value.backward()
         with pytest.raises(ValueError, match="^edl::aggregate_routing: a tensor must have the memory of its shape"):
             loss(logits, labels)
+
+
+LOGITS, LABELS = torch.randn(2, 3, 4), torch.tensor([0, 1])
+READ_BY_TORCH = {
+    "router_z_loss: router_logits": (LOGITS, edl.router_z_loss),
+    "router_z_loss: padding_mask": (
+        torch.zeros(2, 3, dtype=torch.bool),
+        lambda mask: edl.router_z_loss(LOGITS, padding_mask=mask),
+    ),
+    "load_balancing_loss: experts": (
+        torch.zeros(6, 2, dtype=torch.int64),
+        lambda experts: edl.load_balancing_loss(edl.Routing(LOGITS, LOGITS, experts, experts)),
+    ),
+    "load_balancing_loss: attention_mask": (
+        torch.ones(2, 3),
+        lambda mask: edl.load_balancing_loss(LOGITS, mask, top_k=2),
+    ),
+    "update_expert_bias: tokens_per_expert": (
+        torch.ones(4),
+        lambda loads: edl.update_expert_bias(edl.MoELayer(8, 4, 4, 2, expert_bias=True), loads),
+    ),
+    "segments: domain_ids": (
+        torch.zeros(2, 3, dtype=torch.int64),
+        lambda labels: edl.expert_divergence_loss(LOGITS, labels, 2),
+    ),
+    "segments: attention_mask": (
+        torch.ones(2, 3),
+        lambda mask: edl.expert_divergence_loss(LOGITS, LABELS, 2, attention_mask=mask),
+    ),
+    "segments: cu_seqlens": (
+        torch.tensor([0, 3, 6]),
+        lambda boundaries: edl.expert_divergence_loss(LOGITS.flatten(0, 1), LABELS, 2, cu_seqlens=boundaries),
+    ),
+}
+
+
+@pytest.mark.parametrize("argument", READ_BY_TORCH)
+def test_what_operators_of_torch_would_read_without_memory(argument):
+    tensor, call = READ_BY_TORCH[argument]
+    call(tensor := tensor.clone())
+    free(tensor)
+    with pytest.raises(ValueError) as error:
+        call(tensor)
+    assert str(error.value) == f"edl::{argument} must have memory (got a tensor whose storage was freed)"
 
 
 # ---- ids that NumPy changed ----

@@ -82,10 +82,19 @@ def test_script_save_and_load(name):
     saved = io.BytesIO()
     torch.jit.save(torch.jit.script(layer), saved)
     saved.seek(0)
-    hidden = torch.randn(4, 16)
-    torch.testing.assert_close(
-        torch.jit.load(saved)(hidden), tuple(layer(hidden)) if layer.return_routing else layer(hidden)
-    )
+    loaded, hidden = torch.jit.load(saved), torch.randn(4, 16)
+    torch.testing.assert_close(loaded(hidden), tuple(layer(hidden)) if layer.return_routing else layer(hidden))
+    assert loaded.state_dict().keys() == layer.state_dict().keys()
+
+
+def test_updates_move_the_expert_bias_of_a_scripted_layer_in_16_bits():
+    layer = edl.MoELayer(8, 8, 4, 2, expert_bias=True)
+    layer.expert_bias.copy_(START)
+    scripted = torch.jit.script(layer).to(torch.bfloat16)
+    for _ in range(100):
+        edl.update_expert_bias(scripted, torch.tensor([100, 10, 5, 1]))
+    expected = START.bfloat16().double() + 0.1 * torch.tensor([-1, 1, 1, 1])
+    torch.testing.assert_close(scripted.state_dict()["expert_bias"].double(), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", LAYERS)

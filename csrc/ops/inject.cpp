@@ -8,6 +8,7 @@
 
 #include "common/dtypes.h"
 #include "common/errors.h"
+#include "common/tensors.h"
 
 namespace edl {
 namespace {
@@ -61,8 +62,12 @@ struct InjectFunction : torch::autograd::Function<InjectFunction> {
 
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    if (saved[0].is_cpu()) {
+      check_memory(kOp, saved[0]);
+    }
     // A copy: autograd may add to a gradient in place.
-    return {grads[0], at::clone(context->get_saved_variables()[0]), {}};
+    return {grads[0], at::clone(saved[0]), {}};
   }
 };
 

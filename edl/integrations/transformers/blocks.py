@@ -165,8 +165,10 @@ def _check_expressible(layer: MoELayer, name: str) -> None:
 
 def block_from_layer(layer: MoELayer, family: str | None = None) -> nn.Module:
     """See `edl.MoELayer.to_transformers`."""
-    name = family or layer.transformers_family or ("qwen3_moe" if layer.shared_expert is None else "qwen2_moe")
-    if name not in _FAMILIES:
+    name = family
+    if name is None:
+        name = layer.transformers_family or ("qwen3_moe" if layer.shared_expert is None else "qwen2_moe")
+    if name not in list(_FAMILIES):  # a list also takes what has no hash
         raise ValueError(f"edl::MoELayer.to_transformers: family must be one of {list(_FAMILIES)} (got '{name}')")
     _check_expressible(layer, name)
     kind = _FAMILIES[name]

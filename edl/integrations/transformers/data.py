@@ -4,7 +4,7 @@ This runs in processes that are forked after torch has used its threads (`datase
 that wants threads never returns. Tensors are therefore read and made here, and everything between is plain Python.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
 from itertools import chain
 from typing import Any
@@ -72,8 +72,8 @@ class DomainCollator:
         collator (Callable): makes a batch of tensors of a list of examples, without their `domain_ids`.
 
     Raises:
-        ValueError: only some examples have `domain_ids`, or have what is no number; soft labels of several lengths; or
-            the tokens of the batch are not those of the examples.
+        ValueError: only some examples have `domain_ids`, or have what is no number; soft labels of several lengths; the
+            tokens of the batch are not those of the examples; or the batch has no tensor `input_ids`.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
@@ -89,6 +89,11 @@ class DomainCollator:
                 "edl::DomainCollator: every example must have domain_ids "
                 f"(got {len(labels)} in {len(examples)} examples)"
             )
+        if not (isinstance(batch, Mapping) and hasattr(batch.get("input_ids"), "shape")):
+            raise ValueError(
+                "edl::DomainCollator: collator must make a batch with a tensor input_ids (got "
+                f"{sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__})"
+            )
         is_soft = any(map(_is_soft, labels))
         if len(batch["input_ids"]) == len(examples) and (is_soft or all(label.dim() == 0 for label in labels)):
             if len({label.shape for label in labels}) > 1:
@@ -101,6 +106,10 @@ class DomainCollator:
         elif is_soft:
             raise ValueError(
                 "edl::DomainCollator: soft labels need one row per example (got examples flattened into one row)"
+            )
+        elif not all("input_ids" in example for example in examples):
+            raise ValueError(
+                "edl::DomainCollator: examples with labels of tokens must have input_ids (got one without)"
             )
         else:
             batch["domain_ids"] = _token_labels(labels, [len(example["input_ids"]) for example in examples], batch)

@@ -23,10 +23,10 @@ std::tuple<at::Tensor, at::Tensor> aggregate_routing_cuda(
   EDL_CHECK(
       num_segments < std::numeric_limits<int32_t>::max(), kOp, ": on CUDA num_segments must be below 2^31 - 1 (got ",
       num_segments, ")");
+  const c10::cuda::CUDAGuard guard(routing.device());
   if (values_are_checked(kOp)) {
     aggregate_routing(routing.cpu(), segment_ids.cpu(), num_segments, scores_name);
   }
-  const c10::cuda::CUDAGuard guard(routing.device());
   const auto options = routing.options().dtype(accumulation_type(routing.scalar_type()));
   const int64_t num_tokens = routing.size(0);
   const int64_t num_experts = routing.size(1);

@@ -104,3 +104,14 @@ def test_the_gradients_of_the_router_of_cuda_are_counted():
         with FlopCounterMode(display=False) as counter:
             torch.ops.edl._router_product_backward(torch.randn(10, 4), tokens, weight, needed)
         assert counter.get_total_flops() == sum(needed) * 2 * 10 * 64 * 4
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("num_layers", [1, 2, 48])
+def test_all_layers_of_a_loss_are_one_operator(pretended, device, num_layers):
+    layers = [torch.randn(40, 8, device=device) for _ in range(num_layers)]
+    ids = torch.zeros(40, dtype=torch.int64, device=device)
+    with Calls() as calls:
+        torch.ops.edl._segment_sums(layers, ids, 5, "softmax")
+    name = "edl.aggregate_routing.default" if num_layers == 1 else "edl._aggregate_layers.default"
+    assert [str(operator) for operator in calls.named("edl")] == [name]

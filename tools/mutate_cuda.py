@@ -34,6 +34,8 @@ WRITTEN = [
     Mutation("aggregate_routing.cu", "sort_chunk", "off by one", "i + kLongGroup <= valid", "i + kLongGroup < valid"),
     Mutation("aggregate_routing.cu", "sort_chunk", "bound", "if (i < rows) {\n    const int64_t id", "if (true) {\n    const int64_t id"),
     Mutation("aggregate_routing.cu", "write_index", "bound", "const bool counted = i < valid;", "const bool counted = i <= valid;"),
+    Mutation("aggregate_routing.cu", "of_layer", "index", "problem->scratch.partial += layer * chunks", "problem->scratch.partial += layer"),
+    Mutation("aggregate_routing.cu", "of_layer", "index", "problem->sums += layer * problem->num_segments", "problem->sums += layer"),
     Mutation("aggregate_routing.cu", "sum_chunks", "index", "chunk_index * slots + slot", "chunk_index * slots + slot + 1"),
     Mutation("aggregate_routing.cu", "add_rows", "bound", "rows[r] = at < end ?", "rows[r] = at <= end ?"),
     Mutation("aggregate_routing.cu", "add_teams", "bound", " && first_column + c < num_experts;", ";"),
@@ -113,7 +115,6 @@ WRITTEN = [
 # Barriers that nothing needs: the code before each, and why.
 REDUNDANT = {
     "x = team_sum(x, kWarp);\n": "no kernel calls block_sum twice",
-    "chunk->long_begin[i / kLongGroup] = i;\n  }\n": "write_index has two barriers before the first reader",
     "first_column, team, wide, total);\n": "the next list is written after __syncthreads_or",
     "square += list.weight[i] * (x * x);\n    }\n": "the next list is written after the barriers of block_exclusive_sum",
 }

@@ -105,6 +105,18 @@ def build_cuda():
     return True
 
 
+def default_architectures():
+    """As TORCH_CUDA_ARCH_LIST takes them; later devices compile what is there for the newest."""
+    nvcc = cuda_toolkit.find().nvcc
+    found = cuda_toolkit.architectures(nvcc)
+    if not found:
+        sys.exit(
+            f"edl: nvcc must compile for one of compute capability {', '.join(cuda_toolkit.ARCHITECTURES)}, or "
+            f"TORCH_CUDA_ARCH_LIST name others (got {nvcc}, which lists none of them)"
+        )
+    return ";".join(found) + "+PTX"
+
+
 def check_torch_version():
     version = torch_minor(torch.__version__)
     if version < OLDEST_TORCH:
@@ -253,7 +265,8 @@ def extensions():
     flags = {"cxx": host_flags}
     make_extension = cpp_extension.CppExtension
     if with_cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+        if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures()
         sources += glob("csrc/cuda/*.cpp") + glob("csrc/cuda/kernels/*.cu")
         flags["nvcc"] = ["-std=c++20", "-O3", "-lineinfo"]
         make_extension = cpp_extension.CUDAExtension

@@ -7,6 +7,9 @@ all are timed in turn: median (minimum). GF are GFLOP/s of the experts' products
 N = T·K rows. The peak is that of float32, which 16-bit instructions may exceed. "Saved" is what the forward pass keeps
 for the backward pass, parameters excluded; "peak MB" the most memory that both take beside the inputs, gradients
 included. The floor of what is saved: the tokens and the pre-activation, T·H + 2·N·I elements.
+
+On CUDA the six products alone come first, `torch._grouped_mm` on rows that stand in order already, with either of torch's
+libraries behind it: what edl takes beside their sum is its own kernels.
 """
 
 import contextlib
@@ -17,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from measure import Probe, Timing, error, interleaved, probe
@@ -28,6 +32,7 @@ from torch import Tensor
 ALLOWED_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 WARM_UP = Shape(64, 64, 32, 4, 2)
 LONGEST_STEP = 2.0  # seconds; a peer that would take longer is left out
+HALVES = ("output", "gradient of activation", "gradient of down")  # products with down, half of those with gate_up
 LONGEST_STEP_OF_REFERENCE = 30.0  # the same of the peer that ratios name
 
 
@@ -233,6 +238,59 @@ def routing_table(cases: list[Case]) -> str:
     return with_notes(markdown_table(header, rows), notes)
 
 
+def bare_products(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+    """The experts' products by the name of what they give, on equally many rows for each expert."""
+    rows_of_expert = shape.rows_per_expert
+    num_rows = rows_of_expert * shape.experts
+    offsets = rows_of_expert * torch.arange(1, shape.experts + 1, device=device, dtype=torch.int32)
+
+    def matrix(*sizes: int) -> Tensor:
+        return torch.randn(sizes, device=device, dtype=dtype)
+
+    tokens, grad_rows = matrix(num_rows, shape.hidden), matrix(num_rows, shape.hidden)
+    pre_activation, activation = matrix(num_rows, 2 * shape.intermediate), matrix(num_rows, shape.intermediate)
+    gate_up = matrix(shape.experts, 2 * shape.intermediate, shape.hidden)
+    down = matrix(shape.experts, shape.hidden, shape.intermediate)
+    products = {
+        "pre-activation": (tokens, gate_up.transpose(1, 2)),
+        "output": (activation, down.transpose(1, 2)),
+        "gradient of activation": (grad_rows, down),
+        "gradient of down": (grad_rows.t(), activation),
+        "gradient of gate_up": (pre_activation.t(), tokens),
+        "gradient of tokens": (pre_activation, gate_up),
+    }
+    return {name: partial(torch._grouped_mm, *factors, offs=offsets) for name, factors in products.items()}
+
+
+def table_of_products(shape: Shape, run: Run, dtype: torch.dtype) -> str:
+    """Time of each product, by each library that torch can be asked to prefer."""
+    products = bare_products(shape, run.device, dtype)
+    switch = "prefer_cublaslt_grouped_gemm"
+    matmul = torch.backends.cuda.matmul
+    has_switch = hasattr(matmul, switch)
+    times: dict[str, dict[str, Timing]] = {}
+    choices = {"as torch chooses": False} | ({"cuBLASLt preferred": True} if has_switch else {})
+    for name, preferred in choices.items():
+        before = getattr(matmul, switch, False)
+        try:
+            if has_switch:
+                setattr(matmul, switch, preferred)
+            for product in products.values():
+                product()
+            times[name] = interleaved(products, run.device, run.seconds)
+        finally:
+            if has_switch:
+                setattr(matmul, switch, before)
+    rows = []
+    for product in products:
+        operations = shape.forward_operations / 3 * (1 if product in HALVES else 2)
+        cells = {name: f"{of[product]}, {operations / of[product].median * 1e-9:.0f} TF" for name, of in times.items()}
+        rows.append({"product": product} | {f"{name}, ms": cell for name, cell in cells.items()})
+    sums = {f"{name}, ms": f"{sum(time.median for time in of.values()):.3g}" for name, of in times.items()}
+    rows.append({"product": "all, forward and backward"} | sums)
+    return with_notes(table_of(rows), [] if has_switch else [f"this torch has no `{switch}`"])
+
+
 def measure_shapes(measurer: Measurer, shapes: list[Shape], dtypes: list[torch.dtype]) -> Iterator[Case]:
     for shape in shapes:
         inputs = make_inputs(shape, device=measurer.run.device)
@@ -266,6 +324,11 @@ def sections(run: Run) -> Iterator[Section]:
     shapes = CUDA if on_cuda else CPU[:2] + FEW_ROWS + CPU[2:]
     if run.quick:
         shapes = shapes[:2]
+    if on_cuda:
+        for shape in CUDA[1:3]:
+            yield Section(
+                f"Products alone, {shape}, bfloat16", table_of_products(shape, run, torch.bfloat16), summary=True
+            )
     measurer = Measurer(run)
     cases = []
     for case in measure_shapes(measurer, shapes, dtypes):

@@ -2,7 +2,7 @@
 
 A multiplication and the addition after it count as two operations, as in torch's own formulas. Every slot of every
 token counts, N = T·K, also one without an expert: formulas see shapes only. The router's product is an operator of
-torch, which counts it itself.
+torch, which counts it itself, but for the one in float32 on CUDA.
 """
 
 from collections.abc import Sequence
@@ -48,3 +48,17 @@ def expert_mlp_backward_flops(
     """The gradient of the activation, and those of tokens (two products), gate_up (two) and down where needed."""
     of_tokens, _of_weights, of_gate_up, of_down = needed
     return (1 + 2 * of_tokens + 2 * of_gate_up + of_down) * _product(row_order, down)
+
+
+@register_flop_formula(torch.ops.edl._router_product)
+def router_product_flops(tokens: Sequence[int], weight: Sequence[int], **_: Any) -> int:
+    """Tokens [T, H] times the router's weight [E, H]."""
+    return 2 * tokens[0] * tokens[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.edl._router_product_backward)
+def router_product_backward_flops(
+    grad: Sequence[int], tokens: Sequence[int], weight: Sequence[int], needed: Sequence[bool], **_: Any
+) -> int:
+    """One product for each gradient; that the gradient has two parts in bfloat16 does not count."""
+    return sum(needed) * router_product_flops(tokens, weight)

@@ -166,7 +166,7 @@ class MoELayer(nn.Module):
         shared_expert_gate (bool): multiply the shared output by a learned sigmoid per token (Qwen2-MoE). Default:
             False.
         router_dtype (torch.dtype): type of the router's computation, torch.float32 (default), torch.bfloat16 or
-            torch.float16; float64 tokens are always routed in float64.
+            torch.float16; float64 tokens are always routed in float64. TF32 never takes the place of float32 here.
         expert_group (ProcessGroup or one-dimensional DeviceMesh, optional): the R ranks over which the experts are
             spread; R divides E. FSDP2 needs a dimension of the DeviceMesh that it shards over. Default: None, all
             experts are here.

@@ -2,7 +2,8 @@
 
 Shapes: T tokens, S segments, E experts, D domains, K experts per token, N = T·K, H hidden size, I intermediate size.
     Softmax, sums
-and logarithms are computed in float32 (float64 for float64 input), whatever the storage type.
+and logarithms are computed in float32 (float64 for float64 input), whatever the storage type; only the products of
+`expert_mlp` on CUDA follow torch's switches for TF32 and for reductions in 16 bits.
 """
 
 import operator

@@ -16,6 +16,79 @@ from edl import ops, reference
 pytestmark = pytest.mark.cuda
 
 
+# ---- what the grouped products have met on no device: no rows at all, and rows that are not there ----
+
+
+def experts_with(offsets, num_slots=8, top_k=1, hidden_size=64, intermediate_size=40):
+    """Arguments of expert_mlp in bfloat16 with offsets as they are given."""
+
+    def normal(*shape):
+        return torch.randn(shape, device=CUDA, dtype=torch.bfloat16).requires_grad_()
+
+    num_experts = len(offsets) - 1
+    row_order = torch.arange(num_slots, dtype=torch.int32, device=CUDA)
+    bounds = torch.tensor(offsets, dtype=torch.int32, device=CUDA)
+    tokens = normal(num_slots // top_k, hidden_size)
+    weights = torch.rand(num_slots // top_k, top_k, device=CUDA).requires_grad_()
+    gate_up = normal(num_experts, 2 * intermediate_size, hidden_size)
+    return [tokens, weights, row_order, bounds, gate_up, normal(num_experts, hidden_size, intermediate_size)]
+
+
+@pytest.mark.parametrize("num_experts", [1, 9])
+@pytest.mark.parametrize("num_slots, top_k", [(8, 1), (600, 3)])
+def test_experts_without_any_row_give_zeros(num_slots, top_k, num_experts):
+    arguments = experts_with([0] * (num_experts + 1), num_slots, top_k)
+    found = forward_and_backward(ops.expert_mlp, arguments, [torch.ones_like(arguments[0])])
+    torch.cuda.synchronize()
+    assert [x.shape for x in found[1:]] == [arguments[i].shape for i in (0, 1, 4, 5)]
+    assert not any(x.any() for x in found)
+
+
+def test_one_expert_with_every_row():
+    arguments = experts_with([0, 300], 300)
+    grads = [torch.randn_like(arguments[0])]
+    doubles = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in arguments]
+    expected = forward_and_backward(reference.expert_mlp, doubles, [grads[0].double()])
+    for one, other in zip(forward_and_backward(ops.expert_mlp, arguments, grads), expected, strict=True):
+        assert_close(one, other, 4 * tolerance(torch.bfloat16, 364))
+
+
+BAD_OFFSETS = [[0, 4096], [0, 5, 3, 8], [0, -1, 8], [3, 5], [0, 8, 9], [0, 2**31 - 1], [0, -(2**31)]]
+
+
+@pytest.mark.parametrize("offsets", BAD_OFFSETS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_offsets_that_do_not_rise_to_the_number_of_rows_make_every_token_nan(dtype, offsets):
+    arguments = experts_with(offsets, hidden_size=8, intermediate_size=8)
+    arguments = [x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for x in arguments]
+    output, grad_tokens, grad_weights, *_ = forward_and_backward(
+        ops.expert_mlp, arguments, [torch.ones_like(arguments[0])]
+    )
+    torch.cuda.synchronize()
+    assert output.isnan().all() and grad_tokens.isnan().all() and grad_weights.isnan().all()
+
+
+@needs_grouped_kernel
+def test_weights_off_a_boundary_of_16_bytes_are_copied_and_do_not_wait():
+    arguments = experts_arguments()
+    for position in (4, 5):
+        weight = arguments[position].detach()
+        flat = torch.empty(weight.numel() + 1, dtype=weight.dtype, device=CUDA)
+        flat[1:].copy_(weight.flatten())
+        arguments[position] = flat[1:].view(weight.shape).requires_grad_()
+    assert arguments[4].data_ptr() % 16 != 0
+    grads = [torch.ones_like(arguments[0])]
+    found = forward_and_backward(ops.expert_mlp, arguments, grads)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = forward_and_backward(ops.expert_mlp, arguments, grads)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    aligned = [x.detach().clone().requires_grad_(x.requires_grad) for x in arguments]
+    for one, two, three in zip(found, again, forward_and_backward(ops.expert_mlp, aligned, grads), strict=True):
+        assert one.equal(two) and one.equal(three)
+
+
 # ---- reproducible ----
 
 
@@ -198,6 +271,37 @@ def test_grouped_experts_do_not_wait_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_scale_on_the_cpu_does_not_wait_for_the_device():
+    carrier, loss = torch.ones(3, device=CUDA, requires_grad=True), torch.ones((), device=CUDA, requires_grad=True)
+    scale = torch.tensor(2.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        edl.inject(carrier, loss, scale).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.grad == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tf32_does_not_reach_the_router(dtype):
+    tokens, weight = (torch.randn(n, 512, device=CUDA).to(dtype).requires_grad_() for n in (300, 16))
+    grads = [torch.randn(300, 16, device=CUDA)]
+    router = lambda x, w: torch.ops.edl._router_logits(x, w, torch.float32)
+    expected = forward_and_backward(
+        lambda x, w: x @ w.T, [x.detach().double().requires_grad_() for x in (tokens, weight)], [grads[0].double()]
+    )
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            logits, grad_tokens, grad_weight = forward_and_backward(router, [tokens, weight], grads)
+            assert_close(logits, expected[0], tolerance(torch.float32, 512))
+            assert_close(grad_tokens, expected[1], tolerance(dtype, 16))
+            assert_close(grad_weight, expected[2], tolerance(dtype, 300))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("sample", [s for s in first_samples() if s.op != "expert_mlp"], ids=str)
 def test_no_operator_waits_for_the_device(sample):
     leaves = with_gradients(sample, sample.arguments(CUDA))
@@ -229,3 +333,19 @@ def test_operators_run_on_the_device_of_their_arguments():
         torch.ones(9, 4, device=other), torch.zeros(9, dtype=torch.int32, device=other), 1, "none"
     )
     assert sums.device == other and math.isclose(sums.sum().item(), 36)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_values_are_checked_on_the_stream_of_their_device(monkeypatch):
+    monkeypatch.setenv("EDL_CHECK", "1")
+    other = torch.device("cuda:1")
+    arguments = torch.ones(9, 4, device=other), torch.zeros(9, dtype=torch.int32, device=other), 1
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # of the first device
+        ops.aggregate_routing(*arguments)
+    stream = torch.cuda.Stream(other)
+    with (
+        pytest.raises((ValueError, RuntimeError), match="EDL_CHECK=1 reads values on the host"),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream),
+    ):
+        torch.cuda.set_device(0)
+        ops.aggregate_routing(*arguments)

@@ -63,6 +63,29 @@ def test_experts_without_a_grouped_kernel_refuse_a_graph():
     torch.cuda.synchronize()
 
 
+def test_reduce_overhead_splits_where_the_experts_wait():
+    layer = edl.MoELayer(16, 16, 4, 2, device=CUDA)
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    for _step in range(4):
+        hidden = torch.randn(12, 16, device=CUDA)
+        eager, graphed = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+        torch.compiler.cudagraph_mark_step_begin()
+        actual, expected = compiled(graphed)[0], layer(eager)[0]
+        actual.sum().backward()
+        expected.sum().backward()
+        assert_close(actual, expected.double(), tolerance(torch.float32, 16))
+        assert_close(graphed.grad, eager.grad.double(), tolerance(torch.float32, 64))
+
+
+def test_graph_of_a_loss_whose_scale_is_on_the_cpu():
+    carrier, loss = torch.ones(3, device=CUDA, requires_grad=True), torch.ones((), device=CUDA, requires_grad=True)
+    scale = torch.tensor(2.0)
+    function = lambda x, y: edl.inject(x, y, scale)
+    graph, captured = capture(lambda: forward_and_backward(function, [carrier, loss], [torch.ones_like(carrier)]))
+    graph.replay()
+    assert [x.tolist() for x in captured] == [[1, 1, 1], [1, 1, 1], 2]
+
+
 def test_reduce_overhead_of_the_loss():
     module = edl.ExpertDivergenceLoss(num_domains=3)
     compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)

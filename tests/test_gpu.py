@@ -17,7 +17,7 @@ from commands import ENVIRONMENT, ROOT, run
 from edl import _extension
 
 GPU = ROOT / "tools" / "gpu.py"
-NAMES = ["build", "correctness", "speed", "sanitizer", "graphs"]
+NAMES = ["build", "no-rows", "correctness", "races", "speed", "sanitizer", "graphs"]
 
 
 def rehearse(output, *arguments):
@@ -36,11 +36,11 @@ def test_the_whole_sequence(tmp_path, emulated_kernels):
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr
     assert outcomes(tmp_path) == dict.fromkeys(NAMES, "passed")
     lines = result.stdout.splitlines()
-    assert [line.split()[1] for line in lines if re.match(r"== \w+: about \d+ s, \d+ s at most", line)] == [
+    assert [line.split()[1] for line in lines if re.match(r"== [\w-]+: about \d+ s, \d+ s at most", line)] == [
         f"{name}:" for name in NAMES
     ]
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert len(files) <= 8 and all(re.fullmatch(r"[\w.-]+", name) for name in files)
+    assert len(files) <= 10 and all(re.fullmatch(r"[\w.-]+", name) for name in files)
     page = (tmp_path / "gpu-rehearsal-correctness.md").read_text()
     assert re.search(r"^passed: [1-9]\d* passed, 0 failed", page, re.MULTILINE)
     assert "Loss of probabilities" in (tmp_path / "gpu-rehearsal-loss.md").read_text()
@@ -73,7 +73,9 @@ def test_an_unknown_stage_and_a_missing_device_are_one_sentence(tmp_path):
     command, environment = rehearse(tmp_path, "--stages", "build,compilation")
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 2
-    assert "--stages takes build, correctness, speed, sanitizer, graphs (got compilation)" in result.stderr
+    assert (
+        "--stages takes build, no-rows, correctness, races, speed, sanitizer, graphs (got compilation)" in result.stderr
+    )
     if not torch.cuda.is_available():
         result = subprocess.run([sys.executable, GPU], capture_output=True, text=True)
         assert result.returncode == 1
@@ -151,6 +153,18 @@ def test_cases_that_time_did_not_suffice_for_have_not_failed(tmp_path):
     seconds = 30
     assert gpu.run_cases(target, "correctness", [command], seconds) == f"stopped after {seconds} s"
     assert "1 passed, 0 failed" in (tmp_path / "gpu-rehearsal-correctness.md").read_text()
+
+
+def test_a_stage_that_is_cut_short_before_its_first_case_has_not_failed(tmp_path):
+    (tmp_path / "test_slow.py").write_text("import time\ntime.sleep(1000)\ndef test_one(): pass\n")
+    target = gpu.Target("rehearsal", torch.device("cpu"), tmp_path)
+    command = gpu.pytest_command("--rootdir", str(tmp_path), str(tmp_path / "test_slow.py"), seconds=1000)
+    seconds = 10
+    assert gpu.run_cases(target, "sanitizer", [command], seconds) == f"stopped after {seconds} s"
+    assert f"stopped after {seconds} s: 0 passed" in (tmp_path / "gpu-rehearsal-sanitizer.md").read_text()
+    (tmp_path / "test_none.py").write_text("")
+    command = gpu.pytest_command("--rootdir", str(tmp_path), str(tmp_path / "test_none.py"))
+    assert gpu.run_cases(target, "sanitizer", [command], 100).startswith("failed: 0 of 0 cases")
 
 
 def test_a_report_that_was_cut_off_is_read_up_to_there(tmp_path):

@@ -74,6 +74,35 @@ def test_the_toolkit_is_that_of_cuda_home_of_path_or_where_it_installs(monkeypat
     assert cuda_toolkit.find() == (toolkit, toolkit / "bin" / "nvcc", toolkit / "include")
 
 
+@pytest.mark.parametrize(
+    "known, wanted",
+    [
+        ("50 80 90", "8.0;9.0+PTX"),  # before CUDA 12.8
+        ("75 80 86 90 100 103 120", "8.0;9.0;10.0+PTX"),
+        ("90 100", "9.0;10.0+PTX"),
+    ],
+)
+def test_kernels_are_compiled_for_what_the_compiler_knows(build_cuda, decisions, tmp_path, known, wanted):
+    assert build_cuda("13.0", has_nvcc=True)
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\n[ "$*" = --list-gpu-arch ] && printf "compute_%s\\n" {known}\n')
+    nvcc.chmod(0o755)
+    assert decisions["default_architectures"]() == wanted
+
+
+def test_a_compiler_for_none_of_our_devices_is_one_sentence(build_cuda, decisions, tmp_path):
+    assert build_cuda("13.0", has_nvcc=True)
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho compute_120\n")
+    nvcc.chmod(0o755)
+    with pytest.raises(SystemExit) as error:
+        decisions["default_architectures"]()
+    assert str(error.value) == (
+        "edl: nvcc must compile for one of compute capability 8.0, 9.0, 10.0, or TORCH_CUDA_ARCH_LIST name others "
+        f"(got {nvcc}, which lists none of them)"
+    )
+
+
 @pytest.mark.parametrize("visible", [True, False])
 def test_a_visible_gpu_decides_nothing(build_cuda, monkeypatch, visible):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: visible)

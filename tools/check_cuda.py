@@ -107,17 +107,14 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--arch", nargs="+", default=["80", "90", "100"], help="compute capabilities (default: 80 90 100)"
-    )
+    parser.add_argument("--arch", nargs="+", help="compute capabilities (default: 80 90 100, of these what nvcc knows)")
     arguments = parser.parse_args()
     nvcc = cuda_toolkit.find().nvcc
     if nvcc is None:
         print("edl: nvcc is needed to compile the CUDA sources: install the CUDA toolkit or set CUDA_HOME (none found)")
         return 1
-    jobs = [(source, kernel_flags(arguments.arch)) for source in KERNELS] + [
-        (source, host_flags()) for source in HOST_SOURCES
-    ]
+    numbers = arguments.arch or [name.replace(".", "") for name in cuda_toolkit.architectures(nvcc)]
+    jobs = [(source, kernel_flags(numbers)) for source in KERNELS] + [(source, host_flags()) for source in HOST_SOURCES]
     workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(lambda job: compile_source(str(nvcc), Path(folder), *job), jobs))
@@ -130,7 +127,7 @@ def main() -> int:
     for offence in offences:
         print(offence, file=sys.stderr)
     print(f"\n{count} symbols of {objects} objects, {len(offences)} offences")
-    architectures = ", ".join(f"sm_{arch}" for arch in arguments.arch)
+    architectures = ", ".join(f"sm_{arch}" for arch in numbers)
     print(f"{len(results) - len(failed)} of {len(results)} CUDA sources compile ({architectures}); none was run")
     return 1 if failed or offences else 0
 

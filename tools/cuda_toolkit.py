@@ -1,11 +1,14 @@
 """Where the CUDA toolkit is: for setup.py, the tools and the tests, before anything is built."""
 
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 INSTALLED = Path("/usr/local/cuda")
+ARCHITECTURES = ("8.0", "9.0", "10.0")  # compute capabilities that the kernels are compiled for
 
 
 class Toolkit(NamedTuple):
@@ -41,3 +44,10 @@ def find() -> Toolkit:
             return place
     nvcc = shutil.which("nvcc") or next((str(place.nvcc) for place in with_nvcc), None)
     return Toolkit(None, nvcc and Path(nvcc), next((place.include for place in with_headers), None))
+
+
+def architectures(nvcc: Path) -> list[str]:
+    """Those of ARCHITECTURES that a compiler knows: CUDA 12.8 is the first to know 10.0."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    numbers = re.findall(r"compute_(\d+)", known)
+    return [architecture for architecture in ARCHITECTURES if architecture.replace(".", "") in numbers]

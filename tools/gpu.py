@@ -37,8 +37,8 @@ SECONDS_OF_A_CASE = 45  # a kernel that takes longer hangs
 SECONDS_OF_A_COMPILATION = 120
 # The files with cases marked `cuda`, what matters most first.
 CORRECTNESS = [
-    "tests/test_reference.py",
     "tests/test_cuda.py",
+    "tests/test_reference.py",
     "tests/ops",
     "tests/test_masked_experts.py",
     "tests/test_edge_cases.py",
@@ -208,7 +208,7 @@ def run_cases(
             others += [outcome] if outcome != PASSED else []
         found = cases.read(file)
         failed = sum(case["outcome"] == "failed" for case in found)
-        if failed or not found:
+        if failed or (not found and not any("stopped" in other for other in others)):
             outcome = ", ".join([f"failed: {failed} of {len(found)} cases", *others])
         elif any("failed" in other for other in others):  # a finding of the sanitizer, say
             outcome = f"failed: {', '.join(others)}, no case by itself"
@@ -222,13 +222,19 @@ def side_by_side() -> int:
     return max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
-def correctness(target: Target, seconds: float) -> str:
-    """Every operator against its reference, then every other case marked `cuda`."""
+def no_rows(target: Target, seconds: float) -> str:
+    """Grouped products without any row, the likeliest to hang: before all else, in a process of their own."""
     if target.is_rehearsal:
-        commands = [
-            pytest_command("-m", "not cuda", "--cases-of-each=2", "-k", "values", CORRECTNESS[0]),
-            pytest_command("-k", "races and sort", EMULATION, seconds=SECONDS_OF_A_COMPILATION),
-        ]
+        commands = [pytest_command("-k", "sanitized and check_rows", EMULATION, seconds=SECONDS_OF_A_COMPILATION)]
+    else:
+        commands = [pytest_command("-m", "cuda", "-k", "without_any_row", CORRECTNESS[0], seconds=20)]
+    return run_cases(target, "no-rows", commands, seconds)
+
+
+def correctness(target: Target, seconds: float) -> str:
+    """What only a device can show, then every operator against its reference, then every other case marked `cuda`."""
+    if target.is_rehearsal:
+        commands = [pytest_command("-m", "not cuda", "--cases-of-each=2", "-k", "values", CORRECTNESS[1])]
     else:
         commands = [pytest_command("-m", "cuda", *CORRECTNESS, workers=side_by_side())]
     return run_cases(target, "correctness", commands, seconds)
@@ -243,23 +249,32 @@ def graphs(target: Target, seconds: float) -> str:
     return run_cases(target, "graphs", commands, seconds)
 
 
+def under_sanitizer(target: Target, page: str, seconds: float, tool: str, *arguments: str) -> str:
+    """compute-sanitizer on the first cases of every operator."""
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if program is None:
+        return "left out: compute-sanitizer is not installed"
+    options = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "99"]
+    pytest = ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "case_report", "-m", "cuda"]
+    command = [program, *options, sys.executable, *pytest, "--cases-of-each=2", CORRECTNESS[1], *arguments]
+    # Allocations of their own: torch's cache would hide what lies beyond one.
+    return run_cases(target, page, [command], seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def races(target: Target, seconds: float) -> str:
+    """Races in the shared memory of the kernels that share most."""
+    if target.is_rehearsal:
+        commands = [pytest_command("-k", "races and sort", EMULATION, seconds=SECONDS_OF_A_COMPILATION)]
+        return run_cases(target, "races", commands, seconds)
+    return under_sanitizer(target, "races", seconds, "racecheck", "-k", "sort_by_expert or route_tokens")
+
+
 def sanitizer(target: Target, seconds: float) -> str:
-    """compute-sanitizer on the first cases of every operator: memory, then races of the kernels that share most."""
+    """Accesses beyond an allocation, of every operator."""
     if target.is_rehearsal:
         commands = [pytest_command("-k", "sanitized and sort", EMULATION, seconds=SECONDS_OF_A_COMPILATION)]
         return run_cases(target, "sanitizer", commands, seconds)
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if tool is None:
-        return "left out: compute-sanitizer is not installed"
-
-    def under(name: str, *arguments: str) -> list[str]:
-        options = ["--tool", name, "--report-api-errors", "no", "--error-exitcode", "99"]
-        pytest = ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "case_report", "-m", "cuda"]
-        return [tool, *options, sys.executable, *pytest, "--cases-of-each=2", CORRECTNESS[0], *arguments]
-
-    commands = [under("memcheck"), under("racecheck", "-k", "sort_by_expert or route_tokens")]
-    # Allocations of their own: torch's cache would hide what lies beyond one.
-    return run_cases(target, "sanitizer", commands, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    return under_sanitizer(target, "sanitizer", seconds, "memcheck")
 
 
 # ---- speed ----
@@ -292,9 +307,11 @@ def stages(target: Target) -> list[Stage]:
     fits = target.is_rehearsal or prebuilt.problem(prebuilt.FOLDER, architecture_of(target)) is None
     return [
         Stage("build", 15 if fits else 20 + 600 / (os.cpu_count() or 1), 300, build),
+        Stage("no-rows", 20, 60, no_rows),
         Stage("correctness", 100, 240, correctness),
+        Stage("races", 40, 60, races),
         Stage("speed", 100, 180, speed),
-        Stage("sanitizer", 90, 150, sanitizer),
+        Stage("sanitizer", 60, 90, sanitizer),
         Stage("graphs", 80, 120, graphs),
     ]
 

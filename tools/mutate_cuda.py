@@ -34,6 +34,8 @@ WRITTEN = [
     Mutation("aggregate_routing.cu", "sort_chunk", "off by one", "i + kLongGroup <= valid", "i + kLongGroup < valid"),
     Mutation("aggregate_routing.cu", "sort_chunk", "bound", "if (i < rows) {\n    const int64_t id", "if (true) {\n    const int64_t id"),
     Mutation("aggregate_routing.cu", "write_index", "bound", "const bool counted = i < valid;", "const bool counted = i <= valid;"),
+    Mutation("aggregate_routing.cu", "of_layer", "index", "problem->scratch.partial += layer * chunks", "problem->scratch.partial += layer"),
+    Mutation("aggregate_routing.cu", "of_layer", "index", "problem->sums += layer * problem->num_segments", "problem->sums += layer"),
     Mutation("aggregate_routing.cu", "sum_chunks", "index", "chunk_index * slots + slot", "chunk_index * slots + slot + 1"),
     Mutation("aggregate_routing.cu", "add_rows", "bound", "rows[r] = at < end ?", "rows[r] = at <= end ?"),
     Mutation("aggregate_routing.cu", "add_teams", "bound", " && first_column + c < num_experts;", ";"),
@@ -58,16 +60,21 @@ WRITTEN = [
     # expert_divergence
     Mutation("expert_divergence.cu", "pair_divergences", "index", "(layer_row + k) * num_domains + j", "(layer_row + k) * num_domains + k"),
     Mutation("expert_divergence.cu", "pair_divergences", "bound", "if (k < j || k >= num_domains) {", "if (k < j) {"),
-    Mutation("expert_divergence.cu", "count_pairs", "bound", "d < moments.num_domains && takes_part", "takes_part"),
+    Mutation("expert_divergence.cu", "list_present", "bound", "d < moments.num_domains && takes_part", "takes_part"),
     Mutation("expert_divergence.cu", "write_loss", "index", "loss.divergences + layer * num_domains * num_domains", "loss.divergences + layer * num_domains"),
-    Mutation("expert_divergence.cu", "write_loss", "bound", "j < k && takes_part(counts[j]", "j <= k && takes_part(counts[j]"),
+    Mutation("expert_divergence.cu", "list_present", "index", "before += total;", "before = total;"),
+    Mutation("expert_divergence.cu", "write_loss", "bound", "if (j < k) {", "if (j <= k) {"),
     Mutation("expert_divergence.cu", "divergence_gradients", "off by one", "for (int w = 1; w < kWarps; ++w) {", "for (int w = 1; w < kWarps - 1; ++w) {"),
     Mutation("expert_divergence.cu", "divergence_gradients", "bound", "if (warp > 0 || !inside) {", "if (warp > 0) {"),
     # expert_mlp
+    Mutation("expert_mlp.cu", "are_wrong", "bound", "offsets[e] > (e > 0 ? num_rows : 0)", "false"),
+    Mutation("expert_mlp.cu", "are_wrong", "off by one", "e <= num_experts; e += kThreads", "e < num_experts; e += kThreads"),
+    Mutation("expert_mlp.cu", "check_rows", "bound", "i < first + kSlotsPerBlock && i < task.num_rows", "i < first + kSlotsPerBlock"),
+    Mutation("expert_mlp.cu", "check_rows", "bound", "task.offsets[e] < highest ? task.offsets[e] : highest", "task.offsets[e]"),
     Mutation("expert_mlp.cu", "swiglu", "bound", "if (i >= num_rows) {", "if (i > num_rows) {"),
     Mutation("expert_mlp.cu", "swiglu", "index", "load_pack<width>(gate + columns + c)", "load_pack<width>(gate + c)"),
     Mutation("expert_mlp.cu", "swiglu", "bound", "if (i >= *num_used) {", "if (i > *num_used) {"),
-    Mutation("expert_mlp.cu", "swiglu_backward", "bound", "slot < 0 || slot >= task.num_rows", "slot < 0"),
+    Mutation("expert_mlp.cu", "swiglu_backward", "bound", "slot >= 0 && slot < task.num_rows", "slot >= 0"),
     Mutation("expert_mlp.cu", "swiglu_backward", "index", "store_pack<width>(du, grad_gate + columns + c)", "store_pack<width>(du, grad_gate + columns)"),
     Mutation("expert_mlp.cu", "zero_unused", "index", "offsets[expert] != offsets[expert + 1]", "offsets[expert] == offsets[expert + 1]"),
     Mutation("expert_mlp.cu", "zero_unused", "bound", "i < packs_per_matrix; i += stride", "i <= packs_per_matrix; i += stride"),
@@ -108,7 +115,6 @@ WRITTEN = [
 # Barriers that nothing needs: the code before each, and why.
 REDUNDANT = {
     "x = team_sum(x, kWarp);\n": "no kernel calls block_sum twice",
-    "chunk->long_begin[i / kLongGroup] = i;\n  }\n": "write_index has two barriers before the first reader",
     "first_column, team, wide, total);\n": "the next list is written after __syncthreads_or",
     "square += list.weight[i] * (x * x);\n    }\n": "the next list is written after the barriers of block_exclusive_sum",
 }

@@ -326,5 +326,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
 TORCH_LIBRARY_IMPL(edl, CPU, m) {
   m.impl("expert_mlp", edl::cpu::expert_mlp_cpu);
   m.impl("_expert_mlp_forward", edl::cpu::expert_mlp_forward_cpu);
+  m.impl("_expert_mlp_forward.waiting", edl::cpu::expert_mlp_forward_cpu);
   m.impl("_expert_mlp_backward", edl::cpu::expert_mlp_backward_cpu);
+  m.impl("_expert_mlp_backward.waiting", edl::cpu::expert_mlp_backward_cpu);
 }

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <vector>
 
 #include "common/dtypes.h"
 #include "common/errors.h"
@@ -17,33 +18,52 @@ namespace {
 
 constexpr const char* kOp = "edl::aggregate_routing";
 
-std::tuple<at::Tensor, at::Tensor> aggregate_routing_cuda(
-    const at::Tensor& routing, const at::Tensor& segment_ids, int64_t num_segments, std::string_view scores_name) {
+// The rows of every layer as the kernels read them; kept alive while the kernels are enqueued.
+struct DenseLayers {
+  explicit DenseLayers(at::TensorList layers) {
+    for (const at::Tensor& routing : layers) {
+      rows.push_back(with_dense_rows(routing));
+      views.push_back({.routing = rows.back().const_data_ptr(), .row_stride = rows.back().stride(0)});
+    }
+  }
+
+  std::vector<at::Tensor> rows;
+  std::vector<RoutingLayer> views;
+};
+
+// All of one shape, type and device: sums [L, S, E], counts [S].
+std::tuple<at::Tensor, at::Tensor> aggregate(
+    at::TensorList layers, const at::Tensor& segment_ids, int64_t num_segments, std::string_view scores_name) {
+  const at::Tensor& routing = layers[0];
   const Scores scores = check_aggregate_routing(routing, segment_ids, num_segments, scores_name);
   EDL_CHECK(
       num_segments < std::numeric_limits<int32_t>::max(), kOp, ": on CUDA num_segments must be below 2^31 - 1 (got ",
       num_segments, ")");
-  if (values_are_checked(kOp)) {
-    aggregate_routing(routing.cpu(), segment_ids.cpu(), num_segments, scores_name);
-  }
   const c10::cuda::CUDAGuard guard(routing.device());
+  if (values_are_checked(kOp)) {
+    for (const at::Tensor& layer : layers) {
+      aggregate_routing(layer.cpu(), segment_ids.cpu(), num_segments, scores_name);
+    }
+  }
   const auto options = routing.options().dtype(accumulation_type(routing.scalar_type()));
+  const auto num_layers = static_cast<int64_t>(layers.size());
   const int64_t num_tokens = routing.size(0);
   const int64_t num_experts = routing.size(1);
   if (num_tokens == 0 || num_segments == 0) {
-    return {at::zeros({num_segments, num_experts}, options), at::zeros({num_segments}, options)};
+    return {at::zeros({num_layers, num_segments, num_experts}, options), at::zeros({num_segments}, options)};
   }
-  const at::Tensor rows = with_dense_rows(routing);
+  const DenseLayers dense(layers);
   const at::Tensor ids = segment_ids.contiguous();
-  const StorageType storage = storage_of(rows);
-  at::Tensor sums = at::empty({num_segments, num_experts}, options);
+  const StorageType storage = storage_of(routing);
+  at::Tensor sums = at::empty({num_layers, num_segments, num_experts}, options);
   at::Tensor counts = at::empty({num_segments}, options);
   at::Tensor scratch = at::empty(
-      {aggregate_routing_scratch_bytes(num_tokens, num_experts, storage)}, routing.options().dtype(at::kByte));
+      {aggregate_routing_scratch_bytes(num_tokens, num_experts, num_layers, storage)},
+      routing.options().dtype(at::kByte));
   launch_aggregate_routing(
-      {.routing = rows.const_data_ptr(),
+      {.layers = dense.views.data(),
+       .num_layers = num_layers,
        .storage = storage,
-       .row_stride = rows.stride(0),
        .segment_ids = ids.const_data_ptr(),
        .ids_are_64_bit = ids.scalar_type() == at::kLong,
        .num_tokens = num_tokens,
@@ -53,9 +73,48 @@ std::tuple<at::Tensor, at::Tensor> aggregate_routing_cuda(
        .scratch = scratch.mutable_data_ptr(),
        .sums = sums.mutable_data_ptr(),
        .counts = counts.mutable_data_ptr()},
-      stream_of(rows));
+      stream_of(routing));
   check_launch(kOp);
   return {sums, counts};
+}
+
+// grad_sums [L, S, E] → the gradient of each layer.
+std::vector<at::Tensor> spread(
+    const at::Tensor& grad_sums, at::TensorList layers, const at::Tensor& segment_ids, std::string_view scores_name) {
+  const at::Tensor& routing = layers[0];
+  const Scores scores = check_aggregate_routing_backward(grad_sums.select(0, 0), routing, segment_ids, scores_name);
+  const c10::cuda::CUDAGuard guard(routing.device());
+  DenseLayers dense(layers);
+  std::vector<at::Tensor> gradients;
+  for (RoutingLayer& view : dense.views) {
+    gradients.push_back(at::empty(routing.sizes(), routing.options().memory_format(at::MemoryFormat::Contiguous)));
+    view.grad_routing = gradients.back().mutable_data_ptr();
+  }
+  if (gradients[0].numel() == 0) {
+    return gradients;
+  }
+  const at::Tensor grad = grad_sums.contiguous();
+  const at::Tensor ids = segment_ids.contiguous();
+  launch_aggregate_routing_backward(
+      {.grad_sums = grad.const_data_ptr(),
+       .layers = dense.views.data(),
+       .num_layers = static_cast<int64_t>(layers.size()),
+       .segment_ids = ids.const_data_ptr(),
+       .ids_are_64_bit = ids.scalar_type() == at::kLong,
+       .storage = storage_of(routing),
+       .num_tokens = routing.size(0),
+       .num_experts = routing.size(1),
+       .num_segments = grad.size(1),
+       .scores = scores},
+      stream_of(routing));
+  check_launch(kOp);
+  return gradients;
+}
+
+std::tuple<at::Tensor, at::Tensor> aggregate_routing_cuda(
+    const at::Tensor& routing, const at::Tensor& segment_ids, int64_t num_segments, std::string_view scores_name) {
+  auto [sums, counts] = aggregate(routing, segment_ids, num_segments, scores_name);
+  return {sums.squeeze(0), counts};
 }
 
 at::Tensor aggregate_routing_backward_cuda(
@@ -63,30 +122,23 @@ at::Tensor aggregate_routing_backward_cuda(
     const at::Tensor& routing,
     const at::Tensor& segment_ids,
     std::string_view scores_name) {
-  const Scores scores = check_aggregate_routing_backward(grad_sums, routing, segment_ids, scores_name);
-  const c10::cuda::CUDAGuard guard(routing.device());
-  at::Tensor grad_routing = at::empty(routing.sizes(), routing.options().memory_format(at::MemoryFormat::Contiguous));
-  if (grad_routing.numel() == 0) {
-    return grad_routing;
-  }
-  const at::Tensor grad = grad_sums.contiguous();
-  const at::Tensor rows = with_dense_rows(routing);
-  const at::Tensor ids = segment_ids.contiguous();
-  launch_aggregate_routing_backward(
-      {.grad_sums = grad.const_data_ptr(),
-       .segment_ids = ids.const_data_ptr(),
-       .ids_are_64_bit = ids.scalar_type() == at::kLong,
-       .routing = rows.const_data_ptr(),
-       .storage = storage_of(rows),
-       .row_stride = rows.stride(0),
-       .num_tokens = rows.size(0),
-       .num_experts = rows.size(1),
-       .num_segments = grad.size(0),
-       .scores = scores,
-       .grad_routing = grad_routing.mutable_data_ptr()},
-      stream_of(rows));
-  check_launch(kOp);
-  return grad_routing;
+  return spread(grad_sums.unsqueeze(0), routing, segment_ids, scores_name)[0];
+}
+
+std::tuple<at::Tensor, at::Tensor> aggregate_layers_cuda(
+    at::TensorList layers, const at::Tensor& segment_ids, int64_t num_segments, std::string_view scores) {
+  check_layers_alike(layers);
+  return aggregate(layers, segment_ids, num_segments, scores);
+}
+
+std::vector<at::Tensor> aggregate_layers_backward_cuda(
+    const at::Tensor& grad_sums, at::TensorList layers, const at::Tensor& segment_ids, std::string_view scores) {
+  check_layers_alike(layers);
+  EDL_CHECK(
+      grad_sums.dim() == 3 && grad_sums.size(0) == static_cast<int64_t>(layers.size()), kOp,
+      ": the gradient of sums must have one matrix per layer (got ", grad_sums.sizes(), " for ", layers.size(),
+      " layers)");
+  return spread(grad_sums, layers, segment_ids, scores);
 }
 
 } // namespace
@@ -95,4 +147,6 @@ at::Tensor aggregate_routing_backward_cuda(
 TORCH_LIBRARY_IMPL(edl, CUDA, m) {
   m.impl("aggregate_routing", edl::cuda::aggregate_routing_cuda);
   m.impl("_aggregate_routing_backward", edl::cuda::aggregate_routing_backward_cuda);
+  m.impl("_aggregate_layers", edl::cuda::aggregate_layers_cuda);
+  m.impl("_aggregate_layers_backward", edl::cuda::aggregate_layers_backward_cuda);
 }

@@ -24,10 +24,10 @@ at::Tensor dense_weights(const std::optional<at::Tensor>& weights, const at::Ten
 at::Tensor combine_tokens_cuda(
     const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& row_order, int64_t top_k) {
   check_combine_tokens(rows, weights, row_order, top_k);
+  const c10::cuda::CUDAGuard guard(rows.device());
   if (values_are_checked(kOp)) {
     combine_tokens(at::zeros({rows.size(0), 1}), std::nullopt, row_order.cpu(), top_k);
   }
-  const c10::cuda::CUDAGuard guard(rows.device());
   const at::Tensor row_of_slot = rows_of_slots(row_order.contiguous(), nullptr);
   const at::Tensor output = combine_rows(rows, row_of_slot, dense_weights(weights, rows), top_k);
   check_launch(kOp);

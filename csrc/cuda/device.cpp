@@ -37,7 +37,10 @@ bool values_are_checked(const char* op) {
 
 void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();
-  TORCH_CHECK(error == cudaSuccess, op, ": the kernel could not be launched (got ", cudaGetErrorString(error), ")");
+  TORCH_CHECK(
+      error == cudaSuccess, op,
+      ": its kernels must be launched, and no CUDA error of another library may be waiting to be asked for (got ",
+      cudaGetErrorString(error), ")");
 }
 
 } // namespace edl::cuda

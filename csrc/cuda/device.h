@@ -22,10 +22,11 @@ int64_t layers_of(const at::Tensor& tensor);
 // Whether the current stream is being captured into a CUDA graph, so that the host cannot wait for the device.
 bool is_capturing();
 
-// Whether EDL_CHECK=1 asks for the checks of values that the CPU makes. Refused while a graph is captured.
+// Whether EDL_CHECK=1 asks for the checks of values that the CPU makes. Refused while a graph is captured: on the
+// current stream of the current device, which must be the one of the op's tensors.
 bool values_are_checked(const char* op);
 
-// Raises what went wrong in launching the kernels of an op.
+// Raises what went wrong in launching the kernels of an op, or earlier: CUDA keeps an error until somebody asks.
 void check_launch(const char* op);
 
 } // namespace edl::cuda

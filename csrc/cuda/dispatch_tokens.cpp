@@ -15,10 +15,10 @@ constexpr const char* kOp = "edl::dispatch_tokens";
 
 at::Tensor dispatch_tokens_cuda(const at::Tensor& tokens, const at::Tensor& row_order, int64_t top_k) {
   check_dispatch_tokens(tokens, row_order, top_k);
+  const c10::cuda::CUDAGuard guard(tokens.device());
   if (values_are_checked(kOp)) {
     dispatch_tokens(at::zeros({tokens.size(0), 1}), row_order.cpu(), top_k);
   }
-  const c10::cuda::CUDAGuard guard(tokens.device());
   const at::Tensor rows = gather_rows(tokens, row_order.contiguous(), top_k, nullptr);
   check_launch(kOp);
   return rows;

@@ -47,10 +47,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments_cuda(
     int64_t num_domains,
     bool squares) {
   check_domain_moments(segment_sums, segment_counts, labels, num_domains);
+  const c10::cuda::CUDAGuard guard(segment_sums.device());
   if (values_are_checked(kOp)) {
     domain_moments(segment_sums.cpu(), segment_counts.cpu(), labels.cpu(), num_domains, squares);
   }
-  const c10::cuda::CUDAGuard guard(segment_sums.device());
   const auto options = segment_sums.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous);
   at::DimVector shape(segment_sums.sizes().begin(), segment_sums.sizes().end());
   shape[shape.size() - 2] = num_domains;

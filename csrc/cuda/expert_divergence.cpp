@@ -38,15 +38,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_and_gradient(
   at::Tensor means = at::empty({layers}, options);
   at::Tensor divergences = at::empty({layers, domains, domains}, options);
   at::Tensor biases = at::empty({bias_correction ? layers : 0, domains, domains}, options);
+  at::Tensor present = at::empty({layers, domains + 1}, options.dtype(at::kInt));
   double* biases_data = bias_correction ? biases.mutable_data_ptr<double>() : nullptr;
   const cudaStream_t stream = stream_of(sums);
-  launch_pair_divergences(dense.view(), false, divergences.mutable_data_ptr<double>(), biases_data, stream);
+  launch_pair_divergences(
+      dense.view(), false, divergences.mutable_data_ptr<double>(), biases_data, present.mutable_data_ptr<int32_t>(),
+      stream);
   launch_divergence_loss(
       dense.view(),
       {.eps = eps,
        .log_of_mean = reduction == PairReduction::log_of_mean,
        .divergences = divergences.const_data_ptr<double>(),
        .biases = biases_data,
+       .present = present.const_data_ptr<int32_t>(),
        .means = means.mutable_data_ptr<double>(),
        .loss = loss.mutable_data_ptr<double>(),
        .grad_sums = with_gradient ? grad_sums.mutable_data_ptr<double>() : nullptr,

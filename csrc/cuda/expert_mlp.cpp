@@ -10,9 +10,12 @@
 #include "ops/expert_mlp.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
+
+#include <limits>
 
 #include "common/dtypes.h"
 #include "cuda/device.h"
@@ -25,12 +28,25 @@ namespace {
 
 constexpr const char* kOp = "edl::expert_mlp";
 
-// The index space and the weights, dense.
+// The index space and the weights, dense. Offsets that the CPU refuses leave an order without slots.
 struct Rows {
   Rows(const at::Tensor& row_order, const at::Tensor& all_offsets, const at::Tensor& all_weights)
-      : order(row_order.contiguous()),
-        offsets(all_offsets.contiguous()),
-        weights(all_weights.to(accumulation_type(all_weights.scalar_type())).contiguous()) {}
+      : order(at::empty(row_order.sizes(), row_order.options())),
+        offsets(at::empty(all_offsets.sizes(), all_offsets.options())),
+        weights(all_weights.to(accumulation_type(all_weights.scalar_type())).contiguous()) {
+    const at::Tensor dense_order = row_order.contiguous();
+    const at::Tensor dense_offsets = all_offsets.contiguous();
+    if (count() > 0) {
+      launch_check_rows(
+          {.offsets = dense_offsets.const_data_ptr<int32_t>(),
+           .row_order = dense_order.const_data_ptr<int32_t>(),
+           .num_experts = static_cast<int32_t>(offsets.size(0) - 1),
+           .num_rows = static_cast<int32_t>(count()),
+           .checked_offsets = offsets.mutable_data_ptr<int32_t>(),
+           .checked_order = order.mutable_data_ptr<int32_t>()},
+          stream_of(order));
+    }
+  }
 
   int64_t count() const {
     return order.size(0);
@@ -53,19 +69,6 @@ void check_values(const at::Tensor& weights, const at::Tensor& row_order, const 
   expert_mlp(
       at::zeros({weights.size(0), 1}), at::ones({weights.size(0), weights.size(1)}), row_order.cpu(), offsets.cpu(),
       at::zeros({num_experts, 2, 1}), at::zeros({num_experts, 1, 1}));
-}
-
-void check_call(
-    const at::Tensor& tokens,
-    const at::Tensor& weights,
-    const at::Tensor& row_order,
-    const at::Tensor& offsets,
-    const at::Tensor& gate_up,
-    const at::Tensor& down) {
-  check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
-  if (values_are_checked(kOp)) {
-    check_values(weights, row_order, offsets);
-  }
 }
 
 bool is_empty(const at::Tensor& tokens, const Rows& rows, const at::Tensor& down) {
@@ -94,15 +97,18 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cuda(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down) {
-  check_call(tokens, weights, row_order, offsets, gate_up, down);
+  check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
   const c10::cuda::CUDAGuard guard(tokens.device());
+  if (values_are_checked(kOp)) {
+    check_values(weights, row_order, offsets);
+  }
   const Rows rows(row_order, offsets, weights);
   if (is_empty(tokens, rows, down)) {
     return {at::zeros(tokens.sizes(), tokens.options()), at::zeros({rows.count(), gate_up.size(1)}, tokens.options())};
   }
-  const at::Tensor first = gate_up.contiguous();
-  const at::Tensor second = down.contiguous();
-  const ExpertProducts products(kOp, rows.offsets, first, second);
+  const ExpertProducts products(kOp, rows.offsets, gate_up, down);
+  const at::Tensor first = products.dense(gate_up);
+  const at::Tensor second = products.dense(down);
   const at::Tensor inputs = gather_rows(tokens, rows.order, rows.top_k(), rows.num_used());
   at::Tensor pre_activation = products.by_row(inputs, first.transpose(1, 2));
   const at::Tensor activation = activate(rows, pre_activation);
@@ -137,7 +143,7 @@ ActivationGradients activate_backward(
   ActivationGradients gradients = {
       at::empty(grad_activation.sizes(), grad_activation.options()),
       at::empty(pre_activation.sizes(), grad_activation.options()),
-      at::zeros(rows.weights.sizes(), rows.weights.options())}; // zero for sentinels
+      at::full_like(rows.weights, std::numeric_limits<double>::quiet_NaN())}; // of slots that no row names
   launch_swiglu_backward(
       {.pre_activation = pre_activation.const_data_ptr(),
        .grad_activation = grad_activation.const_data_ptr(),
@@ -184,9 +190,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
   if (is_empty(tokens, rows, down)) {
     return zero_gradients(tokens, weights, gate_up, down, needed);
   }
-  const at::Tensor first = gate_up.contiguous();
-  const at::Tensor second = down.contiguous();
-  const ExpertProducts products(kOp, rows.offsets, first, second);
+  const ExpertProducts products(kOp, rows.offsets, gate_up, down);
+  const at::Tensor first = products.dense(gate_up);
+  const at::Tensor second = products.dense(down);
   const at::Tensor grad_rows = gather_rows(grad_output, rows.order, rows.top_k(), rows.num_used());
   const at::Tensor grad_activation = products.by_row(grad_rows, second);
   const ActivationGradients own = activate_backward(rows, pre_activation.contiguous(), grad_activation);
@@ -217,5 +223,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
 TORCH_LIBRARY_IMPL(edl, CUDA, m) {
   m.impl("expert_mlp", edl::cuda::expert_mlp_cuda);
   m.impl("_expert_mlp_forward", edl::cuda::expert_mlp_forward_cuda);
+  m.impl("_expert_mlp_forward.waiting", edl::cuda::expert_mlp_forward_cuda);
   m.impl("_expert_mlp_backward", edl::cuda::expert_mlp_backward_cuda);
+  m.impl("_expert_mlp_backward.waiting", edl::cuda::expert_mlp_backward_cuda);
 }

@@ -21,7 +21,8 @@ at::Tensor pairwise_divergence_cuda(
   if (out.numel() == 0) {
     return out;
   }
-  launch_pair_divergences(dense.view(), bias_correction, out.mutable_data_ptr<double>(), nullptr, stream_of(sums));
+  launch_pair_divergences(
+      dense.view(), bias_correction, out.mutable_data_ptr<double>(), nullptr, nullptr, stream_of(sums));
   check_launch("edl::pairwise_divergence");
   return out;
 }

@@ -19,10 +19,10 @@ std::tuple<at::Tensor, at::Tensor> sort_by_expert_cuda(const at::Tensor& experts
   EDL_CHECK(
       num_experts <= most_experts_to_sort(), kOp, ": on CUDA num_experts must be at most ", most_experts_to_sort(),
       " (got ", num_experts, ")");
+  const c10::cuda::CUDAGuard guard(experts.device());
   if (values_are_checked(kOp)) {
     sort_by_expert(experts.cpu(), num_experts);
   }
-  const c10::cuda::CUDAGuard guard(experts.device());
   const auto options = experts.options().dtype(at::kInt);
   const int64_t num_slots = experts.numel();
   at::Tensor row_order = at::empty({num_slots}, options);

@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/stack.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -82,7 +83,59 @@ at::Tensor aggregate_routing_backward(
   return op.call(grad_sums, routing, segment_ids, scores);
 }
 
+void check_layers_alike(at::TensorList layers) {
+  EDL_CHECK(!layers.empty(), kOp, ": layers must hold at least one tensor (got an empty list)");
+  for (const at::Tensor& layer : layers) {
+    EDL_CHECK(
+        layer.sizes() == layers[0].sizes() && layer.scalar_type() == layers[0].scalar_type() &&
+            layer.device() == layers[0].device(),
+        kOp, ": all layers must have one shape, type and device (got ", layers[0].sizes(), " ", layers[0].scalar_type(),
+        " on ", layers[0].device(), " and ", layer.sizes(), " ", layer.scalar_type(), " on ", layer.device(), ")");
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> aggregate_layers(
+    at::TensorList layers, const at::Tensor& segment_ids, c10::SymInt num_segments, std::string_view scores) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("edl::_aggregate_layers", "")
+                             .typed<std::tuple<at::Tensor, at::Tensor>(
+                                 at::TensorList, const at::Tensor&, c10::SymInt, std::string_view)>();
+  return op.call(layers, segment_ids, std::move(num_segments), scores);
+}
+
+std::vector<at::Tensor> aggregate_layers_backward(
+    const at::Tensor& grad_sums, at::TensorList layers, const at::Tensor& segment_ids, std::string_view scores) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("edl::_aggregate_layers_backward", "")
+          .typed<std::vector<at::Tensor>(const at::Tensor&, at::TensorList, const at::Tensor&, std::string_view)>();
+  return op.call(grad_sums, layers, segment_ids, scores);
+}
+
 namespace {
+
+// Where no kernel takes all layers at once.
+std::tuple<at::Tensor, at::Tensor> aggregate_one_by_one(
+    at::TensorList layers, const at::Tensor& segment_ids, c10::SymInt num_segments, std::string_view scores) {
+  std::vector<at::Tensor> layer_sums;
+  at::Tensor counts;
+  for (const at::Tensor& routing : layers) {
+    auto [sums, layer_counts] = aggregate_routing(routing, segment_ids, num_segments, scores);
+    layer_sums.push_back(sums);
+    counts = layer_counts;
+  }
+  return {at::stack(layer_sums), counts};
+}
+
+std::vector<at::Tensor> differentiate_one_by_one(
+    const at::Tensor& grad_sums, at::TensorList layers, const at::Tensor& segment_ids, std::string_view scores) {
+  std::vector<at::Tensor> gradients;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const at::Tensor grad = grad_sums.select(0, static_cast<int64_t>(l));
+    gradients.push_back(aggregate_routing_backward(grad, layers[l], segment_ids, scores));
+  }
+  return gradients;
+}
 
 std::tuple<at::Tensor, at::Tensor> aggregate_routing_meta(
     const at::Tensor& routing, const at::Tensor& segment_ids, c10::SymInt num_segments, std::string_view scores) {
@@ -143,6 +196,23 @@ TORCH_LIBRARY_FRAGMENT(edl, m) {
       "aggregate_routing(Tensor routing, Tensor segment_ids, SymInt num_segments, str scores) "
       "-> (Tensor sums, Tensor counts)");
   m.def("_aggregate_routing_backward(Tensor grad_sums, Tensor routing, Tensor segment_ids, str scores) -> Tensor");
+  m.def(
+      "_aggregate_layers(Tensor[] layers, Tensor segment_ids, SymInt num_segments, str scores) "
+      "-> (Tensor sums, Tensor counts)");
+  m.def(
+      "_aggregate_layers_backward(Tensor grad_sums, Tensor[] layers, Tensor segment_ids, str scores) "
+      "-> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(edl, CompositeExplicitAutograd, m) {
+  m.impl("_aggregate_layers", edl::aggregate_one_by_one);
+  m.impl("_aggregate_layers_backward", edl::differentiate_one_by_one);
+}
+
+// torch.vmap takes no lists of tensors.
+TORCH_LIBRARY_IMPL(edl, FuncTorchBatchedDecomposition, m) {
+  m.impl("_aggregate_layers", edl::aggregate_one_by_one);
+  m.impl("_aggregate_layers_backward", edl::differentiate_one_by_one);
 }
 
 TORCH_LIBRARY_IMPL(edl, Meta, m) {
@@ -153,4 +223,6 @@ TORCH_LIBRARY_IMPL(edl, Meta, m) {
 TORCH_LIBRARY_IMPL(edl, Autograd, m) {
   m.impl("aggregate_routing", edl::aggregate_routing_autograd);
   m.impl("_aggregate_routing_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_aggregate_layers", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_aggregate_layers_backward", torch::autograd::autogradNotImplementedFallback());
 }

@@ -4,7 +4,6 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -77,6 +76,14 @@ at::Tensor as_rows(const at::Tensor& routing) {
   return routing.dim() == 3 ? routing.flatten(0, 1) : routing;
 }
 
+std::vector<at::Tensor> all_as_rows(at::TensorList layers) {
+  std::vector<at::Tensor> rows;
+  for (const at::Tensor& routing : layers) {
+    rows.push_back(as_rows(routing));
+  }
+  return rows;
+}
+
 // to() is not called where there is nothing to convert: below autograd no operator may return its input.
 at::Tensor in_type(const at::Tensor& x, at::ScalarType type) {
   return x.scalar_type() == type ? x : x.to(type);
@@ -84,14 +91,10 @@ at::Tensor in_type(const at::Tensor& x, at::ScalarType type) {
 
 SegmentSums sum_segments(
     at::TensorList layers, const at::Tensor& segment_ids, const c10::SymInt& num_segments, std::string_view scores) {
-  std::vector<at::Tensor> layer_sums;
-  at::Tensor counts;
-  for (const at::Tensor& routing : layers) {
-    auto [sums, layer_counts] = aggregate_routing(as_rows(routing), segment_ids, num_segments, scores);
-    layer_sums.push_back(sums);
-    counts = layer_counts;
-  }
-  return {layers.size() == 1 ? layer_sums[0] : at::stack(layer_sums), counts};
+  const std::vector<at::Tensor> rows = all_as_rows(layers);
+  auto [sums, counts] = rows.size() == 1 ? aggregate_routing(rows[0], segment_ids, num_segments, scores)
+                                         : aggregate_layers(rows, segment_ids, num_segments, scores);
+  return {sums, counts};
 }
 
 Moments moments_of(
@@ -178,6 +181,18 @@ struct ExpertDivergenceLossFunction : torch::autograd::Function<ExpertDivergence
     const bool per_layer = grad_loss.dim() == 1 && saved[0].dim() == 3;
     const at::Tensor grad_segments = at::mul(saved[0], per_layer ? grad_loss.unsqueeze(-1).unsqueeze(-1) : grad_loss);
     torch::autograd::variable_list gradients(num_layers + kInputsBehindLayers);
+    bool all_are_needed = true;
+    for (size_t l = 0; l < num_layers; ++l) {
+      all_are_needed = all_are_needed && context->needs_input_grad(l);
+    }
+    if (all_are_needed && grad_segments.dim() == 3) {
+      const at::TensorList layers = at::TensorList(saved).slice(2);
+      const auto of_layers = aggregate_layers_backward(grad_segments, all_as_rows(layers), saved[1], scores);
+      for (size_t l = 0; l < num_layers; ++l) {
+        gradients[l] = of_layers[l].view_symint(layers[l].sym_sizes());
+      }
+      return gradients;
+    }
     for (size_t l = 0; l < num_layers; ++l) {
       if (context->needs_input_grad(l)) {
         const at::Tensor& routing = saved[l + 2];

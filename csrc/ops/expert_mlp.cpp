@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <limits>
+#include <string>
 
 #include "common/autocast.h"
 #include "common/dtypes.h"
@@ -43,7 +44,16 @@ void check_indices(const at::Tensor& indices, const char* name, const at::Tensor
       " and ", tokens.device(), ")");
 }
 
+ProductsWait& products_wait() {
+  static ProductsWait told = nullptr;
+  return told;
+}
+
 } // namespace
+
+void tell_whether_products_wait(ProductsWait told) {
+  products_wait() = told;
+}
 
 void check_expert_mlp(
     const at::Tensor& tokens,
@@ -142,6 +152,16 @@ namespace {
 using Forward = std::tuple<at::Tensor, at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+bool waits(const at::Tensor& gate_up, const at::Tensor& down) {
+  const ProductsWait told = products_wait();
+  return gate_up.is_cuda() && (told == nullptr || told(gate_up, down));
+}
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name, const char* overload) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
+}
+
 Forward expert_mlp_forward(
     const at::Tensor& tokens,
     const at::Tensor& weights,
@@ -149,12 +169,11 @@ Forward expert_mlp_forward(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::_expert_mlp_forward", "")
-                             .typed<Forward(
-                                 const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                 const at::Tensor&, const at::Tensor&)>();
-  return op.call(tokens, weights, row_order, offsets, gate_up, down);
+  using Signature = Forward(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&);
+  static const auto op = find_operator<Signature>("edl::_expert_mlp_forward", "");
+  static const auto waiting = find_operator<Signature>("edl::_expert_mlp_forward", "waiting");
+  return (waits(gate_up, down) ? waiting : op).call(tokens, weights, row_order, offsets, gate_up, down);
 }
 
 Gradients expert_mlp_backward(
@@ -167,13 +186,13 @@ Gradients expert_mlp_backward(
     const at::Tensor& down,
     const at::Tensor& pre_activation,
     std::array<bool, 4> needed) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("edl::_expert_mlp_backward", "")
-          .typed<Gradients(
-              const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-              const at::Tensor&, const at::Tensor&, const at::Tensor&, std::array<bool, 4>)>();
-  return op.call(grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation, needed);
+  using Signature = Gradients(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+      const at::Tensor&, const at::Tensor&, std::array<bool, 4>);
+  static const auto op = find_operator<Signature>("edl::_expert_mlp_backward", "");
+  static const auto waiting = find_operator<Signature>("edl::_expert_mlp_backward", "waiting");
+  return (waits(gate_up, down) ? waiting : op)
+      .call(grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation, needed);
 }
 
 at::Tensor expert_mlp_meta(
@@ -263,6 +282,9 @@ at::Tensor expert_mlp_autograd(
   });
   if (!needs_gradient) { // nothing to save
     at::AutoDispatchBelowADInplaceOrView guard;
+    if (waits(gate_up, down)) {
+      return std::get<0>(expert_mlp_forward(tokens, weights, row_order, offsets, gate_up, down));
+    }
     return expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
   }
   return ExpertMlpFunction::apply(tokens, weights, row_order, offsets, gate_up, down);
@@ -289,25 +311,33 @@ TORCH_LIBRARY_FRAGMENT(edl, m) {
   m.def(
       "expert_mlp(Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, Tensor gate_up, Tensor down) "
       "-> Tensor");
-  m.def(
-      "_expert_mlp_forward(Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, Tensor gate_up, Tensor "
-      "down) "
-      "-> (Tensor output, Tensor pre_activation)");
-  m.def(
-      "_expert_mlp_backward(Tensor grad_output, Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, "
-      "Tensor gate_up, Tensor down, Tensor pre_activation, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)");
+  const std::string forward =
+      "(Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, Tensor gate_up, Tensor down) "
+      "-> (Tensor output, Tensor pre_activation)";
+  const std::string backward =
+      "(Tensor grad_output, Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, Tensor gate_up, "
+      "Tensor down, Tensor pre_activation, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)";
+  m.def(("_expert_mlp_forward" + forward).c_str());
+  m.def(("_expert_mlp_backward" + backward).c_str());
+  // The same, for experts whose products wait for the device: torch.compile splits its CUDA graphs there.
+  m.def(("_expert_mlp_forward.waiting" + forward).c_str(), {at::Tag::cudagraph_unsafe});
+  m.def(("_expert_mlp_backward.waiting" + backward).c_str(), {at::Tag::cudagraph_unsafe});
 }
 
 TORCH_LIBRARY_IMPL(edl, Meta, m) {
   m.impl("expert_mlp", edl::expert_mlp_meta);
   m.impl("_expert_mlp_forward", edl::expert_mlp_forward_meta);
+  m.impl("_expert_mlp_forward.waiting", edl::expert_mlp_forward_meta);
   m.impl("_expert_mlp_backward", edl::expert_mlp_backward_meta);
+  m.impl("_expert_mlp_backward.waiting", edl::expert_mlp_backward_meta);
 }
 
 TORCH_LIBRARY_IMPL(edl, Autograd, m) {
   m.impl("expert_mlp", edl::expert_mlp_autograd);
-  m.impl("_expert_mlp_forward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("_expert_mlp_backward", torch::autograd::autogradNotImplementedFallback());
+  for (const char* name :
+       {"_expert_mlp_forward", "_expert_mlp_forward.waiting", "_expert_mlp_backward", "_expert_mlp_backward.waiting"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 TORCH_LIBRARY_IMPL(edl, AutocastCPU, m) {

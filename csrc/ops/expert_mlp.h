@@ -16,7 +16,7 @@ namespace edl {
 //
 // in the index space of sort_by_expert. Slots behind offsets[E] (sentinels) contribute zeros and get zero gradients; an
 // expert without tokens gets exact zeros. The result is in the type of tokens; 16-bit types are storage, products and
-// sums are float32. Differentiable in tokens, weights, gate_up and down; saves these, the pre-activation [N, 2I] and
+// sums are float32, on CUDA where torch's switches for reduced precision let them be. Differentiable in tokens, weights, gate_up and down; saves these, the pre-activation [N, 2I] and
 // the indices. Under autocast, tokens, gate_up and down are cast as `linear` casts its arguments.
 EDL_API at::Tensor expert_mlp(
     const at::Tensor& tokens, //    [T, H]
@@ -43,5 +43,10 @@ void check_expert_mlp_backward(
     const at::Tensor& gate_up,
     const at::Tensor& down,
     const at::Tensor& pre_activation); // [N, 2I], rows in sorted order
+
+// Whether the products of CUDA tensors wait for the device, by types and sizes alone, which may be symbolic. Without a
+// CUDA build nobody tells, and they count as waiting.
+using ProductsWait = bool (*)(const at::Tensor& gate_up, const at::Tensor& down);
+void tell_whether_products_wait(ProductsWait products_wait);
 
 } // namespace edl

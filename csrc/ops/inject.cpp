@@ -3,6 +3,8 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/clone.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/ones.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -46,6 +48,14 @@ at::Tensor inject_copy(const at::Tensor& carrier, const at::Tensor& loss, const 
   return at::clone(carrier);
 }
 
+// A scalar of the CPU is an argument of the kernel that multiplies by it: a copy would wait for the device.
+at::Tensor on_device_of(const at::Tensor& loss, const at::Tensor& factor) {
+  if (factor.device() == loss.device()) {
+    return factor;
+  }
+  return factor.is_cpu() ? at::mul(at::ones({}, loss.options()), factor) : factor.to(loss.device());
+}
+
 struct InjectFunction : torch::autograd::Function<InjectFunction> {
   static constexpr bool is_traceable = true;
 
@@ -54,8 +64,7 @@ struct InjectFunction : torch::autograd::Function<InjectFunction> {
       const at::Tensor& carrier,
       const at::Tensor& loss,
       const at::Tensor& scale) {
-    const at::Tensor factor = scale.to(loss.scalar_type());
-    context->save_for_backward({factor.device() == loss.device() ? factor : factor.to(loss.device())});
+    context->save_for_backward({on_device_of(loss, scale.to(loss.scalar_type()))});
     at::AutoDispatchBelowADInplaceOrView guard;
     return inject(carrier, loss, scale);
   }

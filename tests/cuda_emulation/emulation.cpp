@@ -259,12 +259,14 @@ void run_block() {
 }
 
 void check_configuration(dim3 grid, dim3 size, size_t shared_bytes) {
-  const bool right = grid.x >= 1 && grid.x < 0x80000000u && grid.y >= 1 && grid.y <= 65535 && grid.z == 1 &&
-      size.x >= 1 && size.x <= kMostThreads && size.y == 1 && size.z == 1 && shared_bytes <= 48 * 1024;
+  const bool right = grid.x >= 1 && grid.x < 0x80000000u && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 &&
+      grid.z <= 65535 && size.x >= 1 && size.x <= kMostThreads && size.y == 1 && size.z == 1 &&
+      shared_bytes <= 48 * 1024;
   if (!right || size.x % kWarp != 0) {
     throw std::runtime_error(
-        "a launch of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " blocks of " +
-        std::to_string(size.x) + " threads with " + std::to_string(shared_bytes) + " bytes of shared memory");
+        "a launch of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) +
+        " blocks of " + std::to_string(size.x) + " threads with " + std::to_string(shared_bytes) +
+        " bytes of shared memory");
   }
 }
 
@@ -315,12 +317,12 @@ void launch(const char* kernel, dim3 grid, dim3 size, size_t shared_bytes, const
   gridDim = grid;
   blockDim = size;
   block.size = size.x;
-  const uint32_t blocks = grid.x * grid.y;
+  const uint32_t blocks = grid.x * grid.y * grid.z;
   const uint32_t begin = first_block_of_launch;
   uint32_t number = begin;
   const Bytes shared_memory = static_shared_memory();
   for (const unsigned index : permutation(blocks)) {
-    blockIdx = {index % grid.x, index / grid.x, 0};
+    blockIdx = {index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y};
     moment.block = number++;
     poison(const_cast<char*>(shared_memory.begin), shared_memory.end - shared_memory.begin, generator());
     poison(dynamic_memory, shared_bytes, generator());

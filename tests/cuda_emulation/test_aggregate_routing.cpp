@@ -89,14 +89,16 @@ Sums aggregate(
   Buffer sums = Buffer::output("sums", wide, size.num_segments * size.num_experts);
   Buffer counts = Buffer::output("counts", wide, size.num_segments);
   Buffer scratch = Buffer::output(
-      "scratch", Element::byte, edl::cuda::aggregate_routing_scratch_bytes(size.num_tokens, size.num_experts, storage));
+      "scratch", Element::byte,
+      edl::cuda::aggregate_routing_scratch_bytes(size.num_tokens, size.num_experts, 1, storage));
+  const edl::cuda::RoutingLayer layer = {routing.data(), size.num_experts + size.padding};
   run(
       {&sums, &counts}, {&scratch},
       [&] {
         edl::cuda::launch_aggregate_routing(
-            {.routing = routing.data(),
+            {.layers = &layer,
+             .num_layers = 1,
              .storage = storage,
-             .row_stride = size.num_experts + size.padding,
              .segment_ids = ids.data(),
              .ids_are_64_bit = size.ids_are_64_bit,
              .num_tokens = size.num_tokens,
@@ -149,19 +151,20 @@ void check_backward(const Case& size, StorageType storage, Scores scores) {
   const Buffer routing = Buffer::input("routing", element, routing_of(size, id_values, scores), size.offset);
   const Buffer grad = Buffer::input("grad_sums", wide, random_values(size.num_segments * size.num_experts, 1, 3));
   Buffer grad_routing = Buffer::output("grad_routing", element, size.num_tokens * size.num_experts);
+  const edl::cuda::RoutingLayer layer = {
+      scores == Scores::none ? nullptr : routing.data(), size.num_experts + size.padding, grad_routing.data()};
   run({&grad_routing}, {}, [&] {
     edl::cuda::launch_aggregate_routing_backward(
         {.grad_sums = grad.data(),
+         .layers = &layer,
+         .num_layers = 1,
          .segment_ids = ids.data(),
          .ids_are_64_bit = size.ids_are_64_bit,
-         .routing = scores == Scores::none ? nullptr : routing.data(),
          .storage = storage,
-         .row_stride = size.num_experts + size.padding,
          .num_tokens = size.num_tokens,
          .num_experts = size.num_experts,
          .num_segments = size.num_segments,
-         .scores = scores,
-         .grad_routing = grad_routing.data()},
+         .scores = scores},
         nullptr);
   });
   const Values rows = routing.values(), slopes = grad.values();
@@ -214,6 +217,86 @@ CATCH_TEST_CASE("aggregate_routing: the larger chunks of many tokens, and more c
   for (const Ids ids : {Ids::runs, Ids::random}) {
     check_sums({16500, 2, 3, ids}, StorageType::float32, Scores::softmax, {Order::random});
     check_sums({65536 + 300, 1, 2, ids}, StorageType::bfloat16, Scores::none, {Order::random});
+  }
+}
+
+CATCH_TEST_CASE("aggregate_routing: layers in one launch have the bits of each alone, sums and gradients") {
+  const Case cases[] = {{70, 24, 5}, {150, 3, 4, Ids::runs}, {130, 16, 9, Ids::alternating}, {66, 520, 2, Ids::runs}};
+  for (const Case& size : cases) {
+    for (const bool alike : {true, false}) { // aligned alike: else all take the way of those that are not
+      const int64_t num_layers = alike && size.num_experts < 20 ? 35 : 3; // more than one launch takes, or few
+      const StorageType storage = size.num_experts == 24 ? StorageType::bfloat16 : StorageType::float32;
+      const Element element = element_of(storage), wide = accumulation_of(storage);
+      const Buffer ids = Buffer::input("segment_ids", Element::int64, ids_of(size));
+      const int64_t of_layer = size.num_segments * size.num_experts, elements = size.num_tokens * size.num_experts;
+      std::vector<std::unique_ptr<Buffer>> routings, gradients;
+      std::vector<edl::cuda::RoutingLayer> layers;
+      std::vector<Buffer*> results;
+      for (int64_t l = 0; l < num_layers; ++l) { // of several strides and alignments
+        const int64_t padding = l % 3 == 1 ? 8 : 0, stride = size.num_experts + padding;
+        const Values values = random_values(size.num_tokens * stride, 2, 20 + l);
+        routings.emplace_back(new Buffer(Buffer::input("routing", element, values, !alike && l == 1 ? 1 : 0)));
+        gradients.emplace_back(new Buffer(Buffer::output("grad_routing", element, elements)));
+        layers.push_back({routings.back()->data(), stride, gradients.back()->data()});
+        results.push_back(gradients.back().get());
+      }
+      Buffer sums = Buffer::output("sums", wide, num_layers * of_layer);
+      Buffer counts = Buffer::output("counts", wide, size.num_segments);
+      Buffer scratch = Buffer::output(
+          "scratch", Element::byte,
+          edl::cuda::aggregate_routing_scratch_bytes(size.num_tokens, size.num_experts, num_layers, storage));
+      const auto aggregate_all = [&](const edl::cuda::RoutingLayer* from, int64_t count) {
+        edl::cuda::launch_aggregate_routing(
+            {.layers = from,
+             .num_layers = count,
+             .storage = storage,
+             .segment_ids = ids.data(),
+             .ids_are_64_bit = true,
+             .num_tokens = size.num_tokens,
+             .num_experts = size.num_experts,
+             .num_segments = size.num_segments,
+             .scores = Scores::softmax,
+             .scratch = scratch.data(),
+             .sums = sums.data(),
+             .counts = counts.data()},
+            nullptr);
+      };
+      run({&sums, &counts}, {&scratch}, [&] { aggregate_all(layers.data(), num_layers); });
+      const Values together = sums.values(), counted = counts.values();
+      const Buffer grad = Buffer::input("grad_sums", wide, random_values(num_layers * of_layer, 1, 3));
+      const auto spread_all = [&](const edl::cuda::RoutingLayer* from, int64_t count, const void* grad_sums) {
+        edl::cuda::launch_aggregate_routing_backward(
+            {.grad_sums = grad_sums,
+             .layers = from,
+             .num_layers = count,
+             .segment_ids = ids.data(),
+             .ids_are_64_bit = true,
+             .storage = storage,
+             .num_tokens = size.num_tokens,
+             .num_experts = size.num_experts,
+             .num_segments = size.num_segments,
+             .scores = Scores::softmax},
+            nullptr);
+      };
+      run(results, {}, [&] { spread_all(layers.data(), num_layers, grad.data()); });
+      for (const int64_t l : {int64_t{0}, int64_t{1}, num_layers - 1}) {
+        CATCH_CAPTURE(size.num_tokens, size.num_experts, num_layers, l);
+        run({&sums, &counts}, {&scratch}, [&] { aggregate_all(&layers[l], 1); }, {Order::random});
+        const Values alone = row_of(sums.values(), 0, of_layer, of_layer);
+        const Values among = row_of(together, l, of_layer, of_layer);
+        CATCH_CHECK(counts.values() == counted);
+        const Values gradient = gradients[l]->values();
+        const char* own = grad.as<char>() + l * of_layer * edl_tests::size_of(wide);
+        run({gradients[l].get()}, {}, [&] { spread_all(&layers[l], 1, own); }, {Order::random});
+        if (alike) {
+          CATCH_CHECK(alone == among);
+          CATCH_CHECK(gradients[l]->values() == gradient);
+        } else {
+          check_close(alone, among, tolerance(wide, wide, size.num_tokens));
+          check_close(gradients[l]->values(), gradient, tolerance(element, wide, size.num_experts), 1);
+        }
+      }
+    }
   }
 }
 

@@ -96,6 +96,7 @@ struct Memory {
         counts(Buffer::input("counts", Element::float64, moments.counts)),
         divergences(Buffer::output("divergences", Element::float64, pairs())),
         biases(Buffer::output("biases", Element::float64, with_bias ? pairs() : 0)),
+        present(Buffer::output("present", Element::int32, size.layers * (size.domains + 1))),
         means(Buffer::output("means", Element::float64, size.layers)),
         loss(Buffer::output("loss", Element::float64, size.layers)),
         grad_sums(Buffer::output("grad_sums", Element::float64, moments.sums.size())),
@@ -116,7 +117,7 @@ struct Memory {
 
   Case size;
   bool with_bias;
-  Buffer sums, squares, counts, divergences, biases, means, loss, grad_sums, grad_squares;
+  Buffer sums, squares, counts, divergences, biases, present, means, loss, grad_sums, grad_squares;
 };
 
 // As expert_divergence calls them.
@@ -131,16 +132,18 @@ void run_loss(
     results.insert(results.end(), {&memory.grad_sums, &memory.grad_squares});
   }
   run(
-      results, {&memory.divergences, &memory.biases, &memory.means},
+      results, {&memory.divergences, &memory.biases, &memory.present, &memory.means},
       [&] {
         double* biases = memory.with_bias ? memory.biases.as<double>() : nullptr;
-        edl::cuda::launch_pair_divergences(memory.view(), false, memory.divergences.as<double>(), biases, nullptr);
+        edl::cuda::launch_pair_divergences(
+            memory.view(), false, memory.divergences.as<double>(), biases, memory.present.as<int32_t>(), nullptr);
         edl::cuda::launch_divergence_loss(
             memory.view(),
             {.eps = eps,
              .log_of_mean = log_of_mean,
              .divergences = memory.divergences.as<double>(),
              .biases = biases,
+             .present = memory.present.as<int32_t>(),
              .means = memory.means.as<double>(),
              .loss = memory.loss.as<double>(),
              .grad_sums = with_gradient ? memory.grad_sums.as<double>() : nullptr,
@@ -215,7 +218,7 @@ CATCH_TEST_CASE("pair_divergences: every pair, its bias, and NaN for domains tha
       run(results, {}, [&] {
         edl::cuda::launch_pair_divergences(
             memory.view(), kind == 2, memory.divergences.as<double>(), kind == 1 ? memory.biases.as<double>() : nullptr,
-            nullptr);
+            nullptr, nullptr);
       });
       Values expected(memory.pairs(), kNan), expected_biases(memory.pairs(), 0);
       for (int64_t row = 0; row < size.layers * size.domains; ++row) {
@@ -276,6 +279,38 @@ CATCH_TEST_CASE("divergence_loss: its value and gradient, both reductions, with 
         check_close(
             memory.grad_squares.values(), numeric_gradient(moments, &Moments::squares, log_of_mean, with_bias),
             of_differences);
+      }
+    }
+  }
+}
+
+CATCH_TEST_CASE("divergence_loss: not a bit depends on which domains are absent, nor on what they hold") {
+  const int64_t present = 19, experts = 33;
+  for (const int kind : {0, 1, 2}) { // mean of logs, log of mean, mean of logs with bias correction
+    const bool log_of_mean = kind == 1, with_bias = kind == 2;
+    Moments moments({1, present, experts, 1});
+    for (double& count : moments.counts) {
+      count = std::max(count, 2.0);
+    }
+    Memory alone(moments, with_bias);
+    run_loss(alone, kEps, log_of_mean, true);
+    for (const int64_t distance : {2, 15}) { // every second domain is there, or every fifteenth
+      Moments among({1, present * distance, experts, 1});
+      among.sums.assign(among.sums.size(), kNan);
+      among.squares.assign(among.squares.size(), kNan);
+      among.counts.assign(among.counts.size(), with_bias ? 1 : 0);
+      for (int64_t d = 0; d < present; ++d) {
+        const int64_t row = d * distance + 1;
+        std::copy_n(moments.sums.begin() + d * experts, experts, among.sums.begin() + row * experts);
+        std::copy_n(moments.squares.begin() + d * experts, experts, among.squares.begin() + row * experts);
+        among.counts[row] = moments.counts[d];
+      }
+      Memory memory(among, with_bias);
+      run_loss(memory, kEps, log_of_mean, true);
+      CATCH_CHECK(memory.loss.bytes() == alone.loss.bytes());
+      const Values gradient = memory.grad_sums.values(), expected = alone.grad_sums.values();
+      for (int64_t d = 0; d < present; ++d) {
+        CATCH_CHECK(row_of(gradient, d * distance + 1, experts, experts) == row_of(expected, d, experts, experts));
       }
     }
   }

@@ -24,6 +24,53 @@ Values with_unused_rows(Values rows, int64_t width, int64_t num_used) {
 
 } // namespace
 
+CATCH_TEST_CASE("check_rows: offsets that do not rise from 0 to at most N are clamped, and then no row has a slot") {
+  struct Offsets {
+    Values given, clamped;
+  };
+  for (const int64_t num_rows : {8, 4095, 4096, 9000}) {
+    const auto n = static_cast<double>(num_rows);
+    const Offsets cases[] = {
+        {{0, 0}, {0, 0}},
+        {{0, n}, {0, n}},
+        {{0, 2, 2, 5}, {0, 2, 2, 5}},
+        {{0, n + 1}, {0, n}},
+        {{0, 2147483647}, {0, n}},
+        {{0, 5, 3, 8}, {0, 5, 5, 8}},
+        {{0, -1, 8}, {0, 0, 8}},
+        {{3, 5}, {0, 5}},
+        {{-1, 5}, {0, 5}},
+        {{0, -2147483648.0}, {0, 0}}};
+    for (const Offsets& offsets : cases) {
+      for (const int64_t leading : {0, 300}) { // experts without rows before, so that a block's threads take several
+        if (leading > 0 && offsets.given[0] > 0) {
+          continue; // which is right behind others
+        }
+        Values given(leading, 0), clamped(leading, 0);
+        given.insert(given.end(), offsets.given.begin(), offsets.given.end());
+        clamped.insert(clamped.end(), offsets.clamped.begin(), offsets.clamped.end());
+        const Values slots = random_ids(num_rows, -1, num_rows, 1);
+        const Buffer begins = Buffer::input("offsets", Element::int32, given);
+        const Buffer row_order = Buffer::input("row_order", Element::int32, slots);
+        Buffer checked_offsets = Buffer::output("checked_offsets", Element::int32, given.size());
+        Buffer checked_order = Buffer::output("checked_order", Element::int32, num_rows);
+        run({&checked_offsets, &checked_order}, {}, [&] {
+          edl::cuda::launch_check_rows(
+              {.offsets = begins.as<int32_t>(),
+               .row_order = row_order.as<int32_t>(),
+               .num_experts = static_cast<int32_t>(given.size()) - 1,
+               .num_rows = static_cast<int32_t>(num_rows),
+               .checked_offsets = checked_offsets.as<int32_t>(),
+               .checked_order = checked_order.as<int32_t>()},
+              nullptr);
+        });
+        CATCH_CHECK(checked_offsets.values() == clamped);
+        CATCH_CHECK(checked_order.values() == (given == clamped ? slots : Values(num_rows, -1)));
+      }
+    }
+  }
+}
+
 CATCH_TEST_CASE("swiglu: silu(gate) * up, and zeros for rows without an expert") {
   for (const StorageType storage : kStorages) {
     for (const Shape& shape : kShapes) {
@@ -84,7 +131,7 @@ CATCH_TEST_CASE("swiglu_backward: gradients of both halves and of the weights; n
         const Buffer num_used = Buffer::input("num_used", Element::int32, {static_cast<double>(used)});
         Buffer activation = Buffer::output("activation", element, num_rows * width);
         Buffer grad_pre = Buffer::output("grad_pre_activation", element, num_rows * 2 * width);
-        Buffer grad_weights = Buffer::changed("grad_weights", wide, Values(num_rows, 0));
+        Buffer grad_weights = Buffer::changed("grad_weights", wide, Values(num_rows, kNan));
         run({&activation, &grad_pre, &grad_weights}, {}, [&] {
           edl::cuda::launch_swiglu_backward(
               {.pre_activation = pre.data(),
@@ -101,12 +148,16 @@ CATCH_TEST_CASE("swiglu_backward: gradients of both halves and of the weights; n
               nullptr);
         });
         const Values x = pre.values(), d = grad.values(), w = weights.values();
-        Values expected(num_rows * width), expected_pre(num_rows * 2 * width), expected_weights(num_rows);
-        for (int64_t i = 0; i < used; ++i) {
+        Values expected(num_rows * width), expected_pre(num_rows * 2 * width), expected_weights(num_rows, kNan);
+        for (int64_t i = 0; i < num_rows; ++i) {
           if (slots[i] < 0 || slots[i] >= static_cast<double>(num_rows)) {
             continue;
           }
           const auto slot = static_cast<int64_t>(slots[i]);
+          expected_weights[slot] = 0;
+          if (i >= used) {
+            continue;
+          }
           for (int64_t c = 0; c < width; ++c) {
             const double gate = x[i * 2 * width + c], up = x[i * 2 * width + width + c], slope = d[i * width + c];
             const double s = sigmoid(gate), silu = gate * s;

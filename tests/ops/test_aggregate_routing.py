@@ -7,6 +7,7 @@ import pytest
 import torch
 from tolerances import assert_close, tolerance
 
+import edl
 from edl import ops, reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -425,3 +426,58 @@ def test_a_batch_of_gradients():
         torch.testing.assert_close(
             row, torch.autograd.grad(sums, leaf, direction, retain_graph=True)[0], rtol=0, atol=0
         )
+
+
+# ---- all layers at once ----
+
+
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_layers", [1, 3, 40])
+def test_layers_at_once_have_the_bits_of_each_alone(num_layers, dtype, scores, device):
+    layers = [make_routing(90, 16, scores, dtype).to(device) for _ in range(num_layers)]
+    ids = make_ids(90, 7, "shuffled").to(device)
+    sums, counts = torch.ops.edl._aggregate_layers(layers, ids, 7, scores)
+    grad_sums = torch.randn(sums.shape, device=device, dtype=sums.dtype)
+    gradients = torch.ops.edl._aggregate_layers_backward(grad_sums, layers, ids, scores)
+    assert sums.shape == (num_layers, 7, 16) and len(gradients) == num_layers
+    for layer, own, slope, gradient in zip(layers, sums, grad_sums, gradients, strict=True):
+        alone, counted = ops.aggregate_routing(layer, ids, 7, scores)
+        assert own.equal(alone) and counts.equal(counted)
+        assert gradient.equal(torch.ops.edl._aggregate_routing_backward(slope, layer, ids, scores))
+
+
+def test_layers_at_once_in_several_layouts_and_without_tokens(device):
+    wide = torch.randn(50, 3, 17, device=device)
+    layers = [wide[:, 0, 1:], wide[:, 1, :16], torch.randn(16, 50, device=device).t()]
+    ids = torch.arange(50, device=device) % 4
+    sums, _ = torch.ops.edl._aggregate_layers(layers, ids, 4, "softmax")
+    for layer, own in zip(layers, sums, strict=True):
+        assert_close(
+            own, reference.aggregate_routing(layer.double(), ids, 4, "softmax")[0], tolerance(torch.float32, 50)
+        )
+    sums, counts = torch.ops.edl._aggregate_layers([layer[:0] for layer in layers], ids[:0], 4, "softmax")
+    assert sums.shape == (3, 4, 16) and not sums.any() and not counts.any()
+
+
+def test_torchs_own_checks_of_layers_at_once(device):
+    layers = [torch.randn(20, 8, device=device) for _ in range(3)]
+    ids = torch.arange(20, device=device) % 4
+    checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    torch.library.opcheck(torch.ops.edl._aggregate_layers, (layers, ids, 4, "softmax"), test_utils=checks)
+    arguments = torch.randn(3, 4, 8, device=device), layers, ids, "softmax"
+    torch.library.opcheck(torch.ops.edl._aggregate_layers_backward, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("frozen", [[], [1], [0, 2]], ids=str)
+def test_a_loss_of_layers_differentiates_those_that_need_it(frozen, device):
+    layers = [torch.randn(24, 8, device=device, requires_grad=layer not in frozen) for layer in range(3)]
+    labels = torch.arange(6, device=device) % 2
+    module = edl.ExpertDivergenceLoss(num_domains=2)
+    module(layers, labels).backward()
+    for number, layer in enumerate(layers):
+        assert (layer.grad is None) == (number in frozen)
+        if number not in frozen:
+            leaf = layer.detach().double().requires_grad_()
+            (module([leaf], labels) / 3).backward()
+            assert_close(layer.grad, leaf.grad, tolerance(torch.float32, 24))

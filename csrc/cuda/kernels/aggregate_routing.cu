@@ -1,18 +1,22 @@
-// aggregate_routing on CUDA: routing [T, E], segment_ids [T] → sums [S, E], counts [S], in two launches.
+// aggregate_routing on CUDA: L times routing [T, E], segment_ids [T] → sums [L, S, E], counts [S], in two launches for
+// up to 32 layers.
 //
-// 1. `sum_chunks`: a block takes a chunk of 64 to 256 rows (by T alone) and sorts it stably by segment. A group of at
-//    least 8 rows of one segment becomes one partial sum, in float32 (float64 for float64); smaller groups are left.
-// 2. `add_up_segments`: a block per segment looks through the chunks in order and adds up, in float64, its partial sums
-//    and the rows that were left.
+// 1. `sum_chunks`: a block takes a chunk of 64 to 256 rows (by T alone) of a layer and sorts it stably by segment. A
+//    group of at least 8 rows of one segment becomes one partial sum, in float32 (float64 for float64); smaller groups
+//    are left.
+// 2. `add_up_segments`: a block per segment and layer looks through the chunks in order and adds up, in float64, its
+//    partial sums and the rows that were left.
 // Chunks, groups and orders depend on T and the ids alone, so the bits do not depend on the device. An id outside [-1,
 // S) makes every sum and count NaN. Cost: one read of routing; runs of equal ids read T/chunk partial sums on top, and
-// ids without any order read the rows in pass 2. Scratch: T (E/8 + 2) numbers at most.
+// ids without any order read the rows in pass 2. Scratch: T (L E/8 + 2) numbers at most, of as many layers at once as
+// keep it below 64 MiB.
 //
 // Considered and left: a table [S, E] in shared memory per block (limits S·E, and its partial tables cost as much
 // traffic as the input); a counting sort of all rows first (two more launches); float atomics (order changes from run
 // to run).
 //
-// Backward: grad_routing[t] = grad_sums[segment_ids[t]] through the score; one launch, one write, one read with scores.
+// Backward: grad_routing[t] = grad_sums[segment_ids[t]] through the score; one launch for up to 32 layers, one write,
+// one read with scores.
 #include "cuda/kernels/aggregate_routing.h"
 
 #include "cuda/kernels/elements.cuh"
@@ -27,6 +31,8 @@ constexpr int kMostRows = 256; //  of a chunk; a thread each
 constexpr int kLongGroup = 8; //   rows from which a group is summed in the first pass
 constexpr int kMostSlots = kMostRows / kLongGroup;
 constexpr int32_t kNoSegment = 0x7fffffff;
+constexpr int kMostLayers = 32; // of a launch
+constexpr int64_t kMostScratchBytes = int64_t{64} << 20; // of more than one layer
 static_assert(kThreads == kMostRows);
 
 // Fewer rows for few tokens, so that there are enough blocks.
@@ -49,7 +55,7 @@ struct Scratch {
   ChunkHeader* headers; // [chunks]
   int32_t* sorted; //      [chunks, chunk_rows] segments, where a chunk has several
   uint8_t* order; //       [chunks, chunk_rows] the row of the chunk at that place, where rows will be read again
-  Acc* partial; //         [chunks, chunk_rows / kLongGroup, E]
+  Acc* partial; //         [layers, chunks, chunk_rows / kLongGroup, E]
 };
 
 int64_t round_up_to_16(int64_t bytes) {
@@ -57,17 +63,29 @@ int64_t round_up_to_16(int64_t bytes) {
 }
 
 struct ScratchLayout {
-  ScratchLayout(int64_t num_tokens, int64_t num_experts, int64_t accumulation_size) {
+  ScratchLayout(int64_t num_tokens, int64_t num_experts, int64_t num_layers, int64_t accumulation_size) {
     const int64_t rows = chunk_rows_for(num_tokens);
     const int64_t chunks = divide_up(num_tokens, rows);
     sorted = chunks * static_cast<int64_t>(sizeof(ChunkHeader));
     order = sorted + round_up_to_16(chunks * rows * static_cast<int64_t>(sizeof(int32_t)));
     partial = order + round_up_to_16(chunks * rows);
-    bytes = partial + chunks * (rows / kLongGroup) * num_experts * accumulation_size;
+    const int64_t bytes_of_layer = chunks * (rows / kLongGroup) * num_experts * accumulation_size;
+    const int64_t fitting = bytes_of_layer == 0 ? num_layers : kMostScratchBytes / bytes_of_layer;
+    layers = fitting < 1 ? 1 : fitting < kMostLayers ? fitting : kMostLayers;
+    layers = layers < num_layers ? layers : num_layers;
+    bytes = partial + layers * bytes_of_layer;
   }
   int64_t sorted, order, partial, bytes; // offsets
+  int64_t layers; //                        at once
 };
 
+template <typename Storage>
+struct Layers {
+  const Storage* routing[kMostLayers];
+  int64_t row_stride[kMostLayers];
+};
+
+// Of a launch; of a layer once `of_layer` has looked it up.
 template <typename Storage>
 struct Problem {
   const Storage* routing;
@@ -83,6 +101,15 @@ struct Problem {
   Accumulation<Storage>* sums;
   Accumulation<Storage>* counts;
 };
+
+template <typename Storage>
+__device__ inline void of_layer(const Layers<Storage>& layers, int layer, Problem<Storage>* problem) {
+  problem->routing = layers.routing[layer];
+  problem->row_stride = layers.row_stride[layer];
+  const int64_t chunks = divide_up(problem->num_tokens, problem->chunk_rows);
+  problem->scratch.partial += layer * chunks * (problem->chunk_rows / kLongGroup) * problem->num_experts;
+  problem->sums += layer * problem->num_segments * problem->num_experts;
+}
 
 // ---- pass 1 ----
 
@@ -277,17 +304,20 @@ __device__ void add_teams(
 }
 
 template <typename Storage, int width, int packs>
-__global__ void __launch_bounds__(kThreads, 2) sum_chunks(Problem<Storage> problem) {
+__global__ void __launch_bounds__(kThreads, 2) sum_chunks(Problem<Storage> problem, Layers<Storage> layers) {
   using Acc = Accumulation<Storage>;
   __shared__ SortedChunk chunk;
   __shared__ Acc sums[kThreads * width * packs];
   __shared__ RowStatistics<Acc> statistics[kMostRows];
+  of_layer(layers, blockIdx.y, &problem);
   const int64_t chunk_index = blockIdx.x;
   const int64_t first_row = chunk_index * problem.chunk_rows;
   const int64_t rows_left = problem.num_tokens - first_row;
   const int rows = rows_left < problem.chunk_rows ? static_cast<int>(rows_left) : problem.chunk_rows;
   sort_chunk(problem, first_row, rows, &chunk);
-  write_index(problem, chunk_index, chunk);
+  if (blockIdx.y == 0) { // all layers have the same
+    write_index(problem, chunk_index, chunk);
+  }
 
   const Team team = team_of_thread(problem.lanes);
   const int64_t tile_columns = static_cast<int64_t>(team.lanes) * width * packs;
@@ -452,10 +482,11 @@ __device__ void add_left_rows(
 }
 
 template <typename Storage, int width, int packs>
-__global__ void __launch_bounds__(kThreads, 2) add_up_segments(Problem<Storage> problem) {
+__global__ void __launch_bounds__(kThreads, 2) add_up_segments(Problem<Storage> problem, Layers<Storage> layers) {
   using Acc = Accumulation<Storage>;
   __shared__ GroupList list;
   __shared__ double sums[kThreads * width * packs];
+  of_layer(layers, blockIdx.z, &problem);
   const auto segment = static_cast<int32_t>(blockIdx.x);
   const Team team = team_of_thread(problem.lanes);
   const int64_t tile_columns = static_cast<int64_t>(team.lanes) * width * packs;
@@ -495,13 +526,21 @@ __global__ void __launch_bounds__(kThreads, 2) add_up_segments(Problem<Storage> 
   });
   __shared__ int64_t token_sums[kThreads / kWarp];
   const int64_t all_tokens = block_sum(tokens, token_sums);
-  if (threadIdx.x == 0 && blockIdx.y == 0) {
+  if (threadIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) {
     problem.counts[segment] = any_wrong ? kNan<Acc> : static_cast<Acc>(all_tokens);
   }
 }
 
 // ---- backward ----
 
+template <typename Storage>
+struct GradientLayers {
+  const Storage* routing[kMostLayers];
+  int64_t row_stride[kMostLayers];
+  Storage* grad_routing[kMostLayers];
+};
+
+// Of a launch; of a layer once `spread_rows` has looked it up.
 template <typename Storage>
 struct GradientProblem {
   const Accumulation<Storage>* grad_sums;
@@ -595,9 +634,15 @@ __device__ void spread_wide_row(const GradientProblem<Storage>& problem, int64_t
 }
 
 template <typename Storage, int width, int packs>
-__global__ void __launch_bounds__(kThreads, 2) spread_rows(GradientProblem<Storage> problem) {
+__global__ void __launch_bounds__(kThreads, 2)
+    spread_rows(GradientProblem<Storage> problem, GradientLayers<Storage> layers) {
   using Acc = Accumulation<Storage>;
   constexpr int count = packs * width;
+  const int layer = blockIdx.y;
+  problem.routing = layers.routing[layer];
+  problem.row_stride = layers.row_stride[layer];
+  problem.grad_routing = layers.grad_routing[layer];
+  problem.grad_sums += layer * problem.num_segments * problem.num_experts;
   const Team team = team_of_thread(problem.lanes);
   const int64_t tile_columns = static_cast<int64_t>(team.lanes) * count;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * team.teams * kRowsPerTeam;
@@ -659,14 +704,30 @@ bool rows_are_aligned(const void* data, int64_t row_stride, StorageType storage)
   return is_aligned_to_16(data) && row_stride * size_of(storage) % 16 == 0;
 }
 
+// Calls `function(first, count)` for all layers, at most `at_once` of them each time.
+template <typename Function>
+void in_groups(int64_t num_layers, int64_t at_once, const Function& function) {
+  for (int64_t first = 0; first < num_layers; first += at_once) {
+    function(first, num_layers - first < at_once ? num_layers - first : at_once);
+  }
+}
+
 template <typename Storage>
-Problem<Storage> problem_of(const AggregateRoutingTask& task) {
+void aggregate_layers(
+    const AggregateRoutingTask& task, int64_t first, int64_t count, const ScratchLayout& layout, cudaStream_t stream) {
   using Acc = Accumulation<Storage>;
-  const ScratchLayout layout(task.num_tokens, task.num_experts, sizeof(Acc));
   char* scratch = static_cast<char*>(task.scratch);
-  return {
-      static_cast<const Storage*>(task.routing),
-      task.row_stride,
+  Layers<Storage> layers = {};
+  bool aligned = true;
+  for (int64_t l = 0; l < count; ++l) {
+    const RoutingLayer& layer = task.layers[first + l];
+    layers.routing[l] = static_cast<const Storage*>(layer.routing);
+    layers.row_stride[l] = layer.row_stride;
+    aligned = aligned && rows_are_aligned(layer.routing, layer.row_stride, task.storage);
+  }
+  Problem<Storage> problem = {
+      nullptr,
+      0,
       {task.segment_ids, task.ids_are_64_bit},
       task.num_tokens,
       task.num_experts,
@@ -676,54 +737,73 @@ Problem<Storage> problem_of(const AggregateRoutingTask& task) {
       0,
       {reinterpret_cast<ChunkHeader*>(scratch), reinterpret_cast<int32_t*>(scratch + layout.sorted),
        reinterpret_cast<uint8_t*>(scratch + layout.order), reinterpret_cast<Acc*>(scratch + layout.partial)},
-      static_cast<Acc*>(task.sums),
+      static_cast<Acc*>(task.sums) + first * task.num_segments * task.num_experts,
       static_cast<Acc*>(task.counts)};
+  with_tile<Storage>(aligned, task.num_experts, [&]<int width, int packs>() {
+    problem.lanes = lanes_for(task.num_experts, width, packs);
+    const auto chunks = static_cast<unsigned>(divide_up(task.num_tokens, problem.chunk_rows));
+    const int64_t tiles = divide_up(task.num_experts, static_cast<int64_t>(problem.lanes) * width * packs);
+    const auto z = static_cast<unsigned>(count);
+    const dim3 segments(static_cast<unsigned>(task.num_segments), static_cast<unsigned>(tiles), z);
+    EDL_LAUNCH((sum_chunks<Storage, width, packs>), dim3(chunks, z), kThreads, 0, stream, problem, layers);
+    EDL_LAUNCH((add_up_segments<Storage, width, packs>), segments, kThreads, 0, stream, problem, layers);
+  });
+}
+
+template <typename Storage>
+void spread_layers(const AggregateRoutingGradient& gradient, int64_t first, int64_t count, cudaStream_t stream) {
+  using Acc = Accumulation<Storage>;
+  const Acc* grad_sums =
+      static_cast<const Acc*>(gradient.grad_sums) + first * gradient.num_segments * gradient.num_experts;
+  GradientLayers<Storage> layers = {};
+  bool aligned = is_aligned_to_16(grad_sums);
+  for (int64_t l = 0; l < count; ++l) {
+    const RoutingLayer& layer = gradient.layers[first + l];
+    layers.routing[l] = static_cast<const Storage*>(layer.routing);
+    layers.row_stride[l] = layer.row_stride;
+    layers.grad_routing[l] = static_cast<Storage*>(layer.grad_routing);
+    aligned = aligned && is_aligned_to_16(layer.grad_routing) &&
+        (gradient.scores == Scores::none || rows_are_aligned(layer.routing, layer.row_stride, gradient.storage));
+  }
+  GradientProblem<Storage> problem = {
+      grad_sums,
+      {gradient.segment_ids, gradient.ids_are_64_bit},
+      nullptr,
+      0,
+      gradient.num_tokens,
+      gradient.num_experts,
+      gradient.num_segments,
+      gradient.scores,
+      0,
+      nullptr};
+  with_tile<Storage>(aligned, gradient.num_experts, [&]<int width, int packs>() {
+    problem.lanes = lanes_for(gradient.num_experts, width, packs);
+    const int64_t rows_per_block = static_cast<int64_t>(kThreads / problem.lanes) * kRowsPerTeam;
+    const auto blocks = static_cast<unsigned>(divide_up(gradient.num_tokens, rows_per_block));
+    EDL_LAUNCH(
+        (spread_rows<Storage, width, packs>), dim3(blocks, static_cast<unsigned>(count)), kThreads, 0, stream, problem,
+        layers);
+  });
 }
 
 } // namespace
 
-int64_t aggregate_routing_scratch_bytes(int64_t num_tokens, int64_t num_experts, StorageType storage) {
-  return ScratchLayout(num_tokens, num_experts, accumulation_size_of(storage)).bytes;
+int64_t aggregate_routing_scratch_bytes(
+    int64_t num_tokens, int64_t num_experts, int64_t num_layers, StorageType storage) {
+  return ScratchLayout(num_tokens, num_experts, num_layers, accumulation_size_of(storage)).bytes;
 }
 
 void launch_aggregate_routing(const AggregateRoutingTask& task, cudaStream_t stream) {
-  with_storage(task.storage, [&]<typename Storage>() {
-    Problem<Storage> problem = problem_of<Storage>(task);
-    const bool aligned = rows_are_aligned(task.routing, task.row_stride, task.storage);
-    with_tile<Storage>(aligned, task.num_experts, [&]<int width, int packs>() {
-      problem.lanes = lanes_for(task.num_experts, width, packs);
-      const int64_t chunks = divide_up(task.num_tokens, problem.chunk_rows);
-      const int64_t tiles = divide_up(task.num_experts, static_cast<int64_t>(problem.lanes) * width * packs);
-      const dim3 segments(static_cast<unsigned>(task.num_segments), static_cast<unsigned>(tiles));
-      EDL_LAUNCH((sum_chunks<Storage, width, packs>), static_cast<unsigned>(chunks), kThreads, 0, stream, problem);
-      EDL_LAUNCH((add_up_segments<Storage, width, packs>), segments, kThreads, 0, stream, problem);
-    });
+  const ScratchLayout layout(task.num_tokens, task.num_experts, task.num_layers, accumulation_size_of(task.storage));
+  in_groups(task.num_layers, layout.layers, [&](int64_t first, int64_t count) {
+    with_storage(
+        task.storage, [&]<typename Storage>() { aggregate_layers<Storage>(task, first, count, layout, stream); });
   });
 }
 
 void launch_aggregate_routing_backward(const AggregateRoutingGradient& gradient, cudaStream_t stream) {
-  with_storage(gradient.storage, [&]<typename Storage>() {
-    GradientProblem<Storage> problem = {
-        static_cast<const Accumulation<Storage>*>(gradient.grad_sums),
-        {gradient.segment_ids, gradient.ids_are_64_bit},
-        static_cast<const Storage*>(gradient.routing),
-        gradient.row_stride,
-        gradient.num_tokens,
-        gradient.num_experts,
-        gradient.num_segments,
-        gradient.scores,
-        0,
-        static_cast<Storage*>(gradient.grad_routing)};
-    const bool reads_aligned =
-        gradient.scores == Scores::none || rows_are_aligned(gradient.routing, gradient.row_stride, gradient.storage);
-    const bool aligned =
-        reads_aligned && is_aligned_to_16(gradient.grad_sums) && is_aligned_to_16(gradient.grad_routing);
-    with_tile<Storage>(aligned, gradient.num_experts, [&]<int width, int packs>() {
-      problem.lanes = lanes_for(gradient.num_experts, width, packs);
-      const int64_t rows_per_block = static_cast<int64_t>(kThreads / problem.lanes) * kRowsPerTeam;
-      const auto blocks = static_cast<unsigned>(divide_up(gradient.num_tokens, rows_per_block));
-      EDL_LAUNCH((spread_rows<Storage, width, packs>), blocks, kThreads, 0, stream, problem);
-    });
+  in_groups(gradient.num_layers, kMostLayers, [&](int64_t first, int64_t count) {
+    with_storage(gradient.storage, [&]<typename Storage>() { spread_layers<Storage>(gradient, first, count, stream); });
   });
 }
 

@@ -1,10 +1,12 @@
 // expert_divergence and pairwise_divergence on CUDA: moments [L, D, E] → pairs [L, D, D], loss [L] and its gradient to
 // sums and squares [L, D, E], all float64.
 //
-// 1. `pair_divergences`: a warp per pair j < k, lanes over the experts.
-// 2. `divergence_gradients`: a block per domain j and 32 columns; its 8 warps take the partners k in turn, and their
-//    sums are added warp after warp. A further block per layer adds up the loss, pair after pair in a fixed order. For
-//    `log_of_mean` the gradient needs that sum first, so `divergence_losses` runs in between.
+// 1. `pair_divergences`: a warp per pair j < k, lanes over the experts. One block of each layer lists the domains that
+//    take part, in order.
+// 2. `divergence_gradients`: a block per domain j and 32 columns; its 8 warps take the partners k of the list in turn,
+//    and their sums are added warp after warp. A further block per layer adds up the loss, pair after pair of the list,
+//    so that no bit depends on the domains that are absent. For `log_of_mean` the gradient needs that sum first, so
+//    `divergence_losses` runs in between.
 // With m = (p + q)/2 and u = (p - q)/(p + q), as on the CPU:
 //   D = 1/2 Σ m φ(u),  φ(u) = (1+u) log(1+u) + (1-u) log(1-u) = Σ_n u^2n / (n (2n - 1)),  dD/dp = 1/2 log(p/m);
 // the series where |u| < 0.3, where the logarithms cancel; a log ratio is at least log(2^-126), so that a probability of
@@ -83,8 +85,29 @@ __device__ inline double inverse_mean(double p, double q) {
 
 // ---- pass 1 ----
 
+// The number of a layer's domains that take part, and these in order; all threads of a block call.
+__device__ void list_present(const DomainMoments& moments, int64_t layer, int32_t* present) {
+  __shared__ int scratch[kWarps];
+  const bool with_bias = moments.squares != nullptr;
+  const double* counts = moments.counts + layer * moments.num_domains;
+  int before = 0;
+  for (int64_t first = 0; first < moments.num_domains; first += kThreads) {
+    const int64_t d = first + threadIdx.x;
+    const bool is_present = d < moments.num_domains && takes_part(counts[d], with_bias);
+    int total;
+    const int at = before + block_exclusive_sum(is_present ? 1 : 0, scratch, &total);
+    if (is_present) {
+      present[1 + at] = static_cast<int32_t>(d);
+    }
+    before += total;
+  }
+  if (threadIdx.x == 0) {
+    present[0] = before;
+  }
+}
+
 __global__ void __launch_bounds__(kThreads)
-    pair_divergences(DomainMoments moments, bool subtract_bias, double* divergences, double* biases) {
+    pair_divergences(DomainMoments moments, bool subtract_bias, double* divergences, double* biases, int32_t* present) {
   const int64_t num_domains = moments.num_domains;
   const int64_t num_experts = moments.num_experts;
   const int lane = threadIdx.x % kWarp;
@@ -92,6 +115,10 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t j = row % num_domains;
   const int64_t layer_row = row - j;
   const int64_t k = static_cast<int64_t>(blockIdx.y) * kWarps + threadIdx.x / kWarp;
+  if (present != nullptr && j == 0 && blockIdx.y == 0) {
+    const int64_t layer = row / num_domains;
+    list_present(moments, layer, present + layer * (num_domains + 1));
+  }
   if (k < j || k >= num_domains) {
     return; // the whole warp
   }
@@ -133,17 +160,17 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- pass 2 ----
 
-// The number of pairs of a layer; all threads call.
-__device__ double count_pairs(const DomainMoments& moments, int64_t layer) {
-  const bool with_bias = moments.squares != nullptr;
-  int64_t present = 0;
-  for (int64_t first = 0; first < moments.num_domains; first += kThreads) {
-    const int64_t d = first + threadIdx.x;
-    present += __syncthreads_count(
-        d < moments.num_domains && takes_part(moments.counts[layer * moments.num_domains + d], with_bias));
+// The domains of a layer that take part.
+struct Present {
+  __device__ Present(const DomainMoments& moments, const DivergenceLoss& loss, int64_t layer)
+      : domains(loss.present + layer * (moments.num_domains + 1) + 1), count(domains[-1]) {}
+  __device__ double pairs() const {
+    return 0.5 * static_cast<double>(count) * static_cast<double>(count - 1);
   }
-  return 0.5 * static_cast<double>(present) * static_cast<double>(present - 1);
-}
+
+  const int32_t* domains;
+  int64_t count;
+};
 
 // The factor before the slopes of D. Where the denominator is 0 the domains are equal and eps is 0: a saddle, with zero
 // gradient.
@@ -155,16 +182,16 @@ __device__ inline double slope_factor(double denominator, double pairs) {
 __device__ void write_loss(const DomainMoments& moments, const DivergenceLoss& loss, int64_t layer) {
   __shared__ double scratch[kWarps];
   const int64_t num_domains = moments.num_domains;
-  const bool with_bias = moments.squares != nullptr;
-  const double* counts = moments.counts + layer * num_domains;
   const double* divergences = loss.divergences + layer * num_domains * num_domains;
-  const double pairs = count_pairs(moments, layer);
+  const Present present(moments, loss, layer);
+  const double pairs = present.pairs();
   double terms = 0;
-  for (int64_t i = threadIdx.x; i < num_domains * num_domains; i += kThreads) {
-    const int64_t j = i / num_domains;
-    const int64_t k = i % num_domains;
-    if (j < k && takes_part(counts[j], with_bias) && takes_part(counts[k], with_bias)) {
-      terms += loss.log_of_mean ? divergences[i] : -log(divergences[i] + loss.eps);
+  for (int64_t i = threadIdx.x; i < present.count * present.count; i += kThreads) {
+    const int64_t j = i / present.count;
+    const int64_t k = i % present.count;
+    if (j < k) {
+      const double divergence = divergences[present.domains[j] * num_domains + present.domains[k]];
+      terms += loss.log_of_mean ? divergence : -log(divergence + loss.eps);
     }
   }
   terms = block_sum(terms, scratch);
@@ -246,12 +273,13 @@ __global__ void __launch_bounds__(kThreads, 3) divergence_gradients(DomainMoment
   const int64_t e = static_cast<int64_t>(blockIdx.y) * kWarp + lane;
   const bool inside = e < moments.num_experts;
   const bool with_bias = moments.squares != nullptr;
-  const double pairs = count_pairs(moments, layer);
-  const bool present = takes_part(moments.counts[row], with_bias) && pairs >= 1;
+  const Present present(moments, loss, layer);
+  const double pairs = present.pairs();
+  const bool has_pair = takes_part(moments.counts[row], with_bias) && pairs >= 1;
   Slopes slopes = {0, 0};
-  for (int64_t k = warp; k < moments.num_domains && present && inside; k += kWarps) {
-    const int64_t other = layer * moments.num_domains + k;
-    if (other != row && takes_part(moments.counts[other], with_bias)) {
+  for (int64_t k = warp; k < present.count && has_pair && inside; k += kWarps) {
+    const int64_t other = layer * moments.num_domains + present.domains[k];
+    if (other != row) {
       add_slopes(moments, loss, row, other, e, pairs, &slopes);
     }
   }
@@ -264,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, 3) divergence_gradients(DomainMoment
     slopes.by_mean += shared[w][lane].by_mean;
     slopes.by_spread += shared[w][lane].by_spread;
   }
-  if (present) {
+  if (has_pair) {
     const double scale = loss.log_of_mean ? slope_factor(loss.means[layer] + loss.eps, pairs) : 1.0;
     write_gradient(moments, loss, row, e, scale, slopes);
     return;
@@ -278,11 +306,16 @@ __global__ void __launch_bounds__(kThreads, 3) divergence_gradients(DomainMoment
 } // namespace
 
 void launch_pair_divergences(
-    const DomainMoments& moments, bool subtract_bias, double* divergences, double* biases, cudaStream_t stream) {
+    const DomainMoments& moments,
+    bool subtract_bias,
+    double* divergences,
+    double* biases,
+    int32_t* present,
+    cudaStream_t stream) {
   const dim3 blocks(
       static_cast<unsigned>(moments.num_layers * moments.num_domains),
       static_cast<unsigned>(divide_up(moments.num_domains, kWarps)));
-  EDL_LAUNCH(pair_divergences, blocks, kThreads, 0, stream, moments, subtract_bias, divergences, biases);
+  EDL_LAUNCH(pair_divergences, blocks, kThreads, 0, stream, moments, subtract_bias, divergences, biases, present);
 }
 
 void launch_divergence_loss(const DomainMoments& moments, const DivergenceLoss& loss, cudaStream_t stream) {

@@ -13,6 +13,39 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kSlotsPerBlock = 16 * kThreads; // every block looks at all offsets
+
+// Whether offsets do not rise from 0 to at most num_rows; all threads call.
+__device__ bool are_wrong(const int32_t* offsets, int num_experts, int num_rows) {
+  bool wrong = false;
+  for (int e = threadIdx.x; e <= num_experts; e += kThreads) {
+    wrong |= offsets[e] < (e > 0 ? offsets[e - 1] : 0) || offsets[e] > (e > 0 ? num_rows : 0);
+  }
+  return __syncthreads_or(wrong);
+}
+
+__global__ void __launch_bounds__(kThreads) check_rows(RowCheck task) {
+  const bool wrong = are_wrong(task.offsets, task.num_experts, task.num_rows);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kSlotsPerBlock;
+  for (int64_t i = first + threadIdx.x; i < first + kSlotsPerBlock && i < task.num_rows; i += kThreads) {
+    task.checked_order[i] = wrong ? -1 : task.row_order[i];
+  }
+  if (blockIdx.x > 0) {
+    return;
+  }
+  for (int e = threadIdx.x; e <= task.num_experts && !wrong; e += kThreads) {
+    task.checked_offsets[e] = task.offsets[e];
+  }
+  if (wrong && threadIdx.x == 0) {
+    int previous = 0;
+    for (int e = 0; e <= task.num_experts; ++e) {
+      const int highest = e > 0 ? task.num_rows : 0;
+      const int offset = task.offsets[e] < highest ? task.offsets[e] : highest;
+      previous = offset > previous ? offset : previous;
+      task.checked_offsets[e] = previous;
+    }
+  }
+}
 
 template <typename Storage>
 __device__ inline void zero_row(Storage* row, int64_t length, int lane) {
@@ -78,9 +111,13 @@ __global__ void __launch_bounds__(kThreads, 4) swiglu_backward(Backward<Storage>
   Storage* grad_gate = task.grad_pre_activation + i * 2 * columns;
   Storage* activation = task.activation + i * columns;
   const int64_t slot = task.row_order[i];
-  if (i >= *task.num_used || slot < 0 || slot >= task.num_rows) {
+  const bool known = slot >= 0 && slot < task.num_rows;
+  if (i >= *task.num_used || !known) {
     zero_row(grad_gate, 2 * columns, lane);
     zero_row(activation, columns, lane);
+    if (known && lane == 0) {
+      task.grad_weights[slot] = 0;
+    }
     return;
   }
   const Acc weight = task.weights[slot];
@@ -141,6 +178,11 @@ unsigned blocks_for(int64_t rows) {
 }
 
 } // namespace
+
+void launch_check_rows(const RowCheck& check, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(divide_up(check.num_rows, kSlotsPerBlock));
+  EDL_LAUNCH(check_rows, blocks, kThreads, 0, stream, check);
+}
 
 void launch_swiglu(const SwigluTask& task, cudaStream_t stream) {
   const bool aligned = task.width * size_of(task.storage) % 16 == 0 && is_aligned_to_16(task.pre_activation) &&

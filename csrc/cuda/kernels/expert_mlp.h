@@ -8,6 +8,19 @@
 
 namespace edl::cuda {
 
+struct RowCheck {
+  const int32_t* offsets; //   [E + 1]
+  const int32_t* row_order; // [N]
+  int32_t num_experts; //      E
+  int32_t num_rows; //         N, at least 1
+  int32_t* checked_offsets; // [E + 1]
+  int32_t* checked_order; //   [N]
+};
+
+// Copies both where the offsets rise from 0 to at most N. Else each offset is brought between the one before it and N,
+// and the order names no slot, so that every token becomes NaN and no product leaves its memory.
+void launch_check_rows(const RowCheck& check, cudaStream_t stream);
+
 struct SwigluTask {
   void* pre_activation; //     [N, 2I] contiguous, first the gate's I columns; rows without an expert become zeros
   StorageType storage;
@@ -34,7 +47,8 @@ struct SwigluGradient {
   void* grad_weights; //           [T, K] accumulation type: <grad_activation, silu(gate) * up>
 };
 
-// Rows without an expert become zeros, and leave their grad_weights as it is.
+// Rows without an expert become zeros, their grad_weights too. Slots that row_order does not name keep what
+// grad_weights holds.
 void launch_swiglu_backward(const SwigluGradient& gradient, cudaStream_t stream);
 
 // Zeros matrices[e] where expert e has no rows. matrix_bytes is a multiple of 16.

@@ -46,7 +46,7 @@ def _document_boundaries(inputs: dict[str, Any], shape: torch.Size, has_cache: b
         is_start = positions.diff(dim=-1) != 1
     starts = torch.ones(shape, dtype=torch.bool, device=is_start.device)
     starts[:, 1:] = is_start
-    num_tokens = torch.tensor([starts.numel()], device=starts.device)
+    num_tokens = torch.full([1], starts.numel(), device=starts.device)  # which copies nothing from the host
     return torch.cat([starts.flatten().nonzero().flatten(), num_tokens])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edl import ops
 from edl.moe import MoELayer, Routing
-from edl.parallel import reads_values
+from edl.reduction.ranks import reads_values
 from edl.segments import mask_segments
 
 if typing.TYPE_CHECKING:

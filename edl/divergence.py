@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from edl import ops
 from edl.divergence_log import pairs_and_nats
-from edl.memory import DomainMemory, Moments
-from edl.parallel import Group, Layout, Ranks
+from edl.reduction.micro_batches import DomainMemory, Moments
+from edl.reduction.ranks import Group, Layout, Ranks
+from edl.reduction.share import share
 from edl.segments import Segments, make_segments
 
 if TYPE_CHECKING:
@@ -486,81 +487,80 @@ class ExpertDivergenceLoss(nn.Module):
     def _begin_jointly(
         self, router_logits: _RouterLogits, segments_of: Callable[[Tensor], Segments]
     ) -> Callable[[], Tensor]:
-        """Begins the loss over all ranks and micro-batches; `segments_of` makes the segments of a layer."""
+        """Begins the loss over all ranks and micro-batches; `segments_of` makes the segments of a layer.
+
+        Sums over the tokens of a segment are added over `sequence_group`, moments of whole segments over `group` and
+        micro-batches; the loss is a formula of these. Whatever goes wrong on this rank, other ranks wait for its part:
+        it is raised once they have it.
+        """
+        ranks = self._ranks
         memory = self.memory if self.memory is not None and self.memory.in_use else None
         if memory is not None:
             memory.serve(self)  # a copy's memory, or a loss's copy, comes here without an assignment
         before = None if memory is None else memory.before_pass()
-        with torch.no_grad():  # every rank differentiates its own part of the moments: backward needs no other rank
-            sum_moments = memory is None or not memory.has_collected
-            layers, segments, sums, counts, wait = self._begin_moments(
-                router_logits, segments_of, None if before is None else before.packed, sum_moments
-            )
+
+        layers, segments, sums, counts, layout, problem = self._sum_own_segments(router_logits, segments_of, memory)
+        problem = ranks.agree(layout, None if before is None else before.packed, problem)
+        labels = None if segments is None else segments.labels
+        if problem is not None or sums is None or counts is None:
+            sums, counts = ranks.stand_in_segments()
+        sums, counts, problem = ranks.sum_segments(sums, counts, labels, problem)
+
+        own, problem = self._moments_of(sums, counts, labels, problem)
+        # In the second of two passes what was collected is the sum already.
+        group = None if memory is not None and memory.has_collected else ranks.group
+        wait = ranks.start_sum(group, [own], problem)
+        shape = (len(layers), self.num_domains, sums.shape[-1])
+        carried: Moments | None = None
         if memory is not None:  # micro-batches are carried in the order in which they begin
-            moments, problem = wait()
+            total, problem = wait()
             if problem is None:
-                shape = (len(layers), self.num_domains, sums.shape[-1])
-                moments = memory.add(before, Moments(moments, shape, self.bias_correction)).packed
-
-            def wait() -> tuple[Tensor, Exception | None]:
-                return moments, problem
-
-        segment_ids, labels = (None, None) if segments is None else (segments.segment_ids, segments.labels)
+                carried = memory.add(before, self._as_moments(total, shape))
+            wait = lambda: (total, problem)
         read = [] if segments is None else [*layers, segments.segment_ids, segments.labels]
         versions = _versions(read)
 
         def finish() -> Tensor:
-            with torch.no_grad():
-                moments, problem = wait()
+            total, problem = wait()
             if problem is not None:
                 raise problem
-            if self._keeps_moments:
-                shape = (len(layers), self.num_domains, sums.shape[-1])
-                self._moments = Moments(moments, shape, self.bias_correction)
             if _versions(read) != versions:
                 raise RuntimeError(
                     "edl::expert_divergence_loss: router_logits and labels must stay as they are until a loss that "
                     "was begun is finished (got one that was changed in place)"
                 )
+            moments = self._as_moments(total, shape) if carried is None else carried
+            if self._keeps_moments:
+                self._moments = moments
+            worth = None if memory is None else moments.worth
             loss: Tensor = torch.ops.edl._expert_divergence_of_moments(
-                layers,
-                segment_ids,
-                sums,
-                counts,
-                labels,
-                moments,
-                self.num_domains,
-                self.scores if self.input == "logits" else "none",
-                self.sequence_reduction,
+                share(own, moments.packed, float(ranks.averaging_ranks), worth),
+                *shape,
                 self.eps,
                 self.pair_reduction,
                 self.bias_correction,
                 self.layer_reduction,
-                float(self._ranks.averaging_ranks),
-                None if memory is None else moments[-1],
+                sums.dtype,
             )
             return loss
 
         return finish
 
     @torch.jit.unused
-    def _begin_moments(
+    def _sum_own_segments(
         self,
         router_logits: _RouterLogits,
         segments_of: Callable[[Tensor], Segments],
-        carried: Tensor | None,
-        sum_moments: bool,
-    ) -> tuple[list[Tensor], Segments | None, Tensor, Tensor, Callable[[], tuple[Tensor, Exception | None]]]:
-        """Layers, their segments, the segments' sums [L, S, E] and counts [S], and a function that waits for the
-        moments."""
-        ranks = self._ranks
-        # Whatever goes wrong here, other ranks wait for this one's part: it is raised once they have it.
-        problem: Exception | None = None
-        layout: Layout | None = None
+        memory: DomainMemory | None,
+    ) -> tuple[list[Tensor], Segments | None, Tensor | None, Tensor | None, Layout | None, Exception | None]:
+        """Layers, their segments, sums [L, S, E] and counts [S] over this rank's tokens, what ranks must agree on, and
+        what went wrong."""
         layers: list[Tensor] = []
         segments: Segments | None = None
         try:
             layers = _as_layers(router_logits)
+            if memory is not None:
+                memory.refuse_without_values(layers[0])
             segments = segments_of(layers[0])
             if not isinstance(segments, Segments):
                 raise ValueError(
@@ -568,43 +568,39 @@ class ExpertDivergenceLoss(nn.Module):
                     f"them (got {type(segments).__name__})"
                 )
             ops._check_tensors("expert_divergence_loss", segment_ids=segments.segment_ids, labels=segments.labels)
-            sums, counts = torch.ops.edl._segment_sums(
-                layers,
-                segments.segment_ids,
-                segments.num_segments,
-                self.scores if self.input == "logits" else "none",
-            )
-            if ranks.compares_values(counts) and self.sequence_reduction == "sequence":
+            scores = self.scores if self.input == "logits" else "none"
+            sums, counts = torch.ops.edl._segment_sums(layers, segments.segment_ids, segments.num_segments, scores)
+            if self._ranks.compares_values(counts) and self.sequence_reduction == "sequence":
                 # Labels are looked at with the domains; the ranks of sequence_group must hear of wrong ones before.
                 ops.domain_moments(torch.ones_like(counts).unsqueeze(1), counts, segments.labels, self.num_domains)
-            if not torch.compiler.is_compiling():
-                layout = Layout(
-                    len(layers),
-                    self.num_domains,
-                    sums.shape[-1],
-                    sums.dtype,
-                    sums.device.type,
-                    ranks.averaging_ranks,
-                    self.extra_repr(),
-                )
+            if torch.compiler.is_compiling():
+                return layers, segments, sums, counts, None, None
+            sizes = len(layers), self.num_domains, sums.shape[-1]
+            averaging_ranks, options = self._ranks.averaging_ranks, self.extra_repr()
+            layout = Layout(*sizes, sums.dtype, sums.device.type, averaging_ranks, options)
+            return layers, segments, sums, counts, layout, None
         except Exception as error:
-            problem = error
-        problem = ranks.agree(layout, carried, problem)
-        labels = None if segments is None else segments.labels
-        if problem is not None:
-            sums, counts = ranks.stand_in_segments()
-        sums, counts, problem = ranks.sum_segments(sums, counts, labels, problem)
-        try:
-            if problem is None:
-                moments = torch.ops.edl._packed_moments(
+            return layers, segments, None, None, None, error
+
+    @torch.jit.unused
+    def _moments_of(
+        self, sums: Tensor, counts: Tensor, labels: Tensor | None, problem: Exception | None
+    ) -> tuple[Tensor, Exception | None]:
+        """Packed domain moments of this rank, and what went wrong; those of a rank that has none to give stand in."""
+        if problem is None:
+            try:
+                moments: Tensor = torch.ops.edl._packed_moments(
                     sums, counts, labels, self.num_domains, self.sequence_reduction, self.bias_correction
                 )
-        except Exception as error:
-            problem = error
-        if problem is not None:
-            moments = ranks.stand_in_moments(self.bias_correction)
-        wait = ranks.start_moments(moments, problem) if sum_moments else lambda: (moments, problem)
-        return layers, segments, sums, counts, wait
+                return moments, None
+            except Exception as error:
+                problem = error
+        return self._ranks.stand_in_moments(self.bias_correction), problem
+
+    @torch.jit.unused
+    def _as_moments(self, packed: Tensor, shape: tuple[int, int, int]) -> Moments:
+        """Of one micro-batch."""
+        return Moments(packed, shape, self.bias_correction, packed.new_ones(()))
 
     @torch.jit.unused
     def _check_values_once(

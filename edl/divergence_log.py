@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edl import ops
-from edl.memory import Moments
+from edl.reduction.micro_batches import Moments
 
 STEPS_WITHOUT_PAIR = 100
 _MOST_WAITING = 64
@@ -16,7 +16,7 @@ _MOST_WAITING = 64
 
 def has_pair(moments: Moments) -> Tensor:
     """Whether a loss had two domains to push apart, a scalar."""
-    counts = moments.packed[-1 - moments.shape[1] : -1]  # of the last layer, as of all
+    counts = moments.packed[-moments.shape[1] :]  # of the last layer, as of all
     return _is_present(counts, moments.bias_correction).sum() > 1
 
 
@@ -39,7 +39,7 @@ def pairs_and_nats(moments: Sequence[Moments]) -> tuple[Tensor, Tensor]:
     packed = torch.stack([each.packed for each in moments])
     num_sums, num_counts = math.prod(shape), shape[0] * shape[1]
     sums = packed[:, :num_sums].view(-1, *shape)
-    counts = packed[:, -1 - num_counts : -1].view(-1, *shape[:2])
+    counts = packed[:, -num_counts:].view(-1, *shape[:2])
     divergences = ops.pairwise_divergence(sums, packed.new_empty(0), counts)
     is_present = _is_present(counts, bias_correction)
     is_pair = (is_present.unsqueeze(-1) & is_present.unsqueeze(-2)).triu(diagonal=1)

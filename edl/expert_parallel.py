@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from edl import ops
-from edl.parallel import Group, first_problem
+from edl.reduction.ranks import Group, first_problem
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from edl import expert_parallel, ops
-from edl.parallel import Group
+from edl.reduction.ranks import Group
 
 
 class Routing(NamedTuple):

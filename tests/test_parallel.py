@@ -486,7 +486,7 @@ def fail_where_values_are_not_read(
     failing_rank: int, data_ranks: int, context_ranks: int, options: dict[str, str]
 ) -> list[str]:
     """As on a device: no rank looks at the number of failed ranks."""
-    edl.parallel.reads_values = lambda tensor: False
+    edl.reduction.ranks.reads_values = lambda tensor: False
     mesh = init_device_mesh("cpu", (data_ranks, context_ranks), mesh_dim_names=("data", "context"))
     groups = {"group": mesh["data"], "averaging_ranks": 1}
     if context_ranks > 1:
@@ -525,10 +525,10 @@ def test_where_values_are_not_read_a_rank_that_fails_gives_the_others_nan(
 def test_values_on_a_device_are_read_only_where_edl_check_asks(monkeypatch):
     on_device = types.SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.delenv("EDL_CHECK", raising=False)
-    assert not edl.parallel.reads_values(on_device)
-    assert edl.parallel.reads_values(LOGITS)
+    assert not edl.reduction.ranks.reads_values(on_device)
+    assert edl.reduction.ranks.reads_values(LOGITS)
     monkeypatch.setenv("EDL_CHECK", "1")
-    assert edl.parallel.reads_values(on_device)
+    assert edl.reduction.ranks.reads_values(on_device)
 
 
 def differ_at_the_first_call(case: str) -> str:

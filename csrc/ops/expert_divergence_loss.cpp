@@ -148,6 +148,53 @@ LossAndGradient loss_of(
   return result;
 }
 
+// What is saved for the layers' gradients: ids and layers, behind what else the caller saves.
+void save_layers(
+    torch::autograd::AutogradContext* context,
+    torch::autograd::variable_list saved,
+    at::TensorList layers,
+    const at::Tensor& segment_ids,
+    std::string_view scores) {
+  saved.push_back(segment_ids);
+  saved.insert(saved.end(), layers.begin(), layers.end());
+  context->save_for_backward(std::move(saved));
+  context->saved_data["scores"] = std::string(scores);
+}
+
+// The gradients of the layers, an operator's first inputs, of that of their segment sums, [L, S, E] or [S, E].
+torch::autograd::variable_list gradients_of_layers(
+    torch::autograd::AutogradContext* context,
+    const torch::autograd::variable_list& saved,
+    size_t num_others_saved,
+    size_t num_inputs_behind_layers,
+    const at::Tensor& grad_segments) {
+  const at::Tensor& segment_ids = saved[num_others_saved];
+  const at::TensorList layers = at::TensorList(saved).slice(num_others_saved + 1);
+  const auto& scores = context->saved_data["scores"].toStringRef();
+  torch::autograd::variable_list gradients(layers.size() + num_inputs_behind_layers);
+  bool all_are_needed = true;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    all_are_needed = all_are_needed && context->needs_input_grad(l);
+  }
+  if (all_are_needed && layers.size() > 1) {
+    const auto of_layers = aggregate_layers_backward(grad_segments, all_as_rows(layers), segment_ids, scores);
+    for (size_t l = 0; l < layers.size(); ++l) {
+      gradients[l] = of_layers[l].view_symint(layers[l].sym_sizes());
+    }
+    return gradients;
+  }
+  for (size_t l = 0; l < layers.size(); ++l) {
+    if (context->needs_input_grad(l)) {
+      gradients[l] = aggregate_routing_backward(
+                         grad_segments.dim() == 2 ? grad_segments : grad_segments.select(0, static_cast<int64_t>(l)),
+                         as_rows(layers[l]), segment_ids, scores)
+                         .view_symint(layers[l].sym_sizes());
+    }
+  }
+  return gradients;
+}
+
+// The loss of a batch, which knows its gradient to the segment sums once it is computed.
 struct ExpertDivergenceLossFunction : torch::autograd::Function<ExpertDivergenceLossFunction> {
   static constexpr bool is_traceable = true;
 
@@ -158,51 +205,45 @@ struct ExpertDivergenceLossFunction : torch::autograd::Function<ExpertDivergence
       at::TensorList layers,
       const at::Tensor& segment_ids,
       std::string_view scores,
-      double gradient_scale,
       Make make) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [loss, grad_segments] = make();
-    torch::autograd::variable_list saved = {grad_segments, segment_ids};
-    saved.insert(saved.end(), layers.begin(), layers.end());
-    context->save_for_backward(std::move(saved));
-    context->saved_data["scores"] = std::string(scores);
-    context->saved_data["gradient_scale"] = gradient_scale;
+    save_layers(context, {grad_segments}, layers, segment_ids, scores);
     return loss;
   }
 
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
-    constexpr size_t kInputsBehindLayers = 4;
     const auto saved = context->get_saved_variables();
-    const size_t num_layers = saved.size() - 2;
-    const auto& scores = context->saved_data["scores"].toStringRef();
-    const double gradient_scale = context->saved_data["gradient_scale"].toDouble();
-    const at::Tensor grad_loss = gradient_scale == 1.0 ? grads[0] : at::mul(grads[0], gradient_scale);
-    const bool per_layer = grad_loss.dim() == 1 && saved[0].dim() == 3;
-    const at::Tensor grad_segments = at::mul(saved[0], per_layer ? grad_loss.unsqueeze(-1).unsqueeze(-1) : grad_loss);
-    torch::autograd::variable_list gradients(num_layers + kInputsBehindLayers);
-    bool all_are_needed = true;
-    for (size_t l = 0; l < num_layers; ++l) {
-      all_are_needed = all_are_needed && context->needs_input_grad(l);
-    }
-    if (all_are_needed && grad_segments.dim() == 3) {
-      const at::TensorList layers = at::TensorList(saved).slice(2);
-      const auto of_layers = aggregate_layers_backward(grad_segments, all_as_rows(layers), saved[1], scores);
-      for (size_t l = 0; l < num_layers; ++l) {
-        gradients[l] = of_layers[l].view_symint(layers[l].sym_sizes());
-      }
-      return gradients;
-    }
-    for (size_t l = 0; l < num_layers; ++l) {
-      if (context->needs_input_grad(l)) {
-        const at::Tensor& routing = saved[l + 2];
-        gradients[l] = aggregate_routing_backward(
-                           grad_segments.dim() == 2 ? grad_segments : grad_segments.select(0, static_cast<int64_t>(l)),
-                           as_rows(routing), saved[1], scores)
-                           .view_symint(routing.sym_sizes());
-      }
-    }
-    return gradients;
+    const bool per_layer = grads[0].dim() == 1 && saved[0].dim() == 3;
+    const at::Tensor grad_segments = at::mul(saved[0], per_layer ? grads[0].unsqueeze(-1).unsqueeze(-1) : grads[0]);
+    return gradients_of_layers(context, saved, /*num_others_saved=*/1, /*num_inputs_behind_layers=*/3, grad_segments);
+  }
+};
+
+// Segment sums [L, S, E] of all layers, one node for all. Compiled autograd takes no outputs that are marked as without
+// gradient: the counts go around it.
+struct SegmentSumsFunction : torch::autograd::Function<SegmentSumsFunction> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(
+      torch::autograd::AutogradContext* context,
+      at::TensorList layers,
+      const at::Tensor& segment_ids,
+      const c10::SymInt& num_segments,
+      std::string_view scores,
+      at::Tensor* counts) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const SegmentSums segments = sum_segments(layers, segment_ids, num_segments, scores);
+    save_layers(context, {}, layers, segment_ids, scores);
+    *counts = segments.counts;
+    return layers.size() == 1 ? segments.sums.unsqueeze(0) : segments.sums;
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
+    return gradients_of_layers(
+        context, context->get_saved_variables(), /*num_others_saved=*/0, /*num_inputs_behind_layers=*/4, grads[0]);
   }
 };
 
@@ -214,18 +255,6 @@ bool needs_autograd(at::TensorList layers) {
     }
   }
   return false;
-}
-
-// make(with_gradient) → loss and gradient.
-template <typename Make>
-at::Tensor differentiable_loss(
-    at::TensorList layers, const at::Tensor& segment_ids, std::string_view scores, double gradient_scale, Make make) {
-  if (needs_autograd(layers)) {
-    return ExpertDivergenceLossFunction::apply(
-        layers, segment_ids, scores, gradient_scale, [&make] { return make(/*with_gradient=*/true); });
-  }
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return make(/*with_gradient=*/false).loss;
 }
 
 // The loss of one process's batch.
@@ -245,25 +274,35 @@ at::Tensor expert_divergence_loss(
       parse_options(scores, sequence_reduction, eps, pair_reduction, bias_correction, layer_reduction);
   check_layers(layers);
   check_domain_moments_inputs_without_gradient(segment_ids, labels);
-  return differentiable_loss(layers, segment_ids, scores, /*gradient_scale=*/1.0, [&](bool with_gradient) {
+  const auto make = [&](bool with_gradient) {
     const SegmentSums segments = sum_segments(layers, segment_ids, num_segments, scores);
     const Moments moments = moments_of(segments, labels, num_domains, options.by_token, options.bias_correction);
     return loss_of(moments, segments, labels, options, with_gradient);
-  });
+  };
+  if (needs_autograd(layers)) {
+    return ExpertDivergenceLossFunction::apply(
+        layers, segment_ids, scores, [&make] { return make(/*with_gradient=*/true); });
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return make(/*with_gradient=*/false).loss;
 }
 
-// Segment sums and counts of all layers, without a gradient: for others to be added to them.
+// Segment sums [L, S, E] and counts [S] of all layers: for others' to be added to them.
 std::tuple<at::Tensor, at::Tensor> segment_sums(
     at::TensorList layers, const at::Tensor& segment_ids, c10::SymInt num_segments, std::string_view scores) {
   check_layers(layers);
+  at::Tensor counts;
+  if (needs_autograd(layers)) {
+    at::Tensor sums = SegmentSumsFunction::apply(layers, segment_ids, num_segments, scores, &counts);
+    return {sums, counts};
+  }
   at::AutoDispatchBelowADInplaceOrView guard;
   SegmentSums segments = sum_segments(layers, segment_ids, num_segments, scores);
   return {layers.size() == 1 ? segments.sums.unsqueeze(0) : segments.sums, segments.counts};
 }
 
-// Domain moments of all layers, without a gradient, as one row of numbers for ranks and micro-batches to add up: sums
-// [L, D, E], squares [L, D, E] with bias correction, counts [L, D], and a last one, 0, in which ranks count those that
-// failed and a memory its micro-batches.
+// Domain moments of all layers as one row of numbers, for ranks and micro-batches to add up: sums [L, D, E], squares
+// [L, D, E] with bias correction, counts [L, D].
 at::Tensor packed_moments(
     const at::Tensor& sums, //   [L, S, E]
     const at::Tensor& counts, // [S]
@@ -272,60 +311,46 @@ at::Tensor packed_moments(
     std::string_view sequence_reduction,
     bool bias_correction) {
   const bool by_token = is_by_token(sequence_reduction);
-  at::AutoDispatchBelowADInplaceOrView guard;
+  check_domain_moments_inputs_without_gradient(counts, labels);
   const Moments moments = moments_of({sums, counts}, labels, std::move(num_domains), by_token, bias_correction);
-  return at::cat(
-      {moments.sums.reshape(-1), moments.squares.reshape(-1), moments.counts.reshape(-1),
-       at::zeros({1}, moments.sums.options())});
+  return at::cat({moments.sums.reshape(-1), moments.squares.reshape(-1), moments.counts.reshape(-1)});
 }
 
 // Views of what packed_moments packs.
 Moments unpack_moments(
-    const at::Tensor& packed, const at::Tensor& segment_sums, const c10::SymInt& num_domains, bool with_squares) {
-  const c10::SymInt num_layers = segment_sums.sym_size(0), num_experts = segment_sums.sym_size(-1);
+    const at::Tensor& packed,
+    const c10::SymInt& num_layers,
+    const c10::SymInt& num_domains,
+    const c10::SymInt& num_experts,
+    bool with_squares) {
   const c10::SymInt num_counts = num_layers * num_domains, num_sums = num_counts * num_experts;
   const c10::SymInt num_squares = with_squares ? num_sums : c10::SymInt(0);
   EDL_CHECK(
-      packed.dim() == 1 && packed.sym_size(0) == num_sums + num_squares + num_counts + 1, kOp,
-      ": moments must be a row of ", num_sums + num_squares + num_counts + 1, " numbers (got ", packed.sym_sizes(),
-      ")");
+      packed.dim() == 1 && packed.sym_size(0) == num_sums + num_squares + num_counts, kOp,
+      ": moments must be a row of ", num_sums + num_squares + num_counts, " numbers (got ", packed.sym_sizes(), ")");
   const c10::SymDimVector shape = {num_layers, num_domains, num_experts};
-  const at::Tensor squares = packed.narrow_symint(0, num_sums, num_squares);
+  const at::Tensor constants = packed.detach();
   return {
-      packed.narrow_symint(0, 0, num_sums).view_symint(shape), with_squares ? squares.view_symint(shape) : squares,
-      packed.narrow_symint(0, num_sums + num_squares, num_counts).view_symint({num_layers, num_domains})};
+      packed.narrow_symint(0, 0, num_sums).view_symint(shape),
+      with_squares ? packed.narrow_symint(0, num_sums, num_squares).view_symint(shape) : constants.narrow(0, 0, 0),
+      constants.narrow_symint(0, num_sums + num_squares, num_counts).view_symint({num_layers, num_domains})};
 }
 
-// The loss of moments to which these layers' segments belong; the gradient is multiplied by `gradient_scale`, and by
-// `micro_batches`, a scalar that the host need not know.
+// The loss of moments as packed_moments packs them: a scalar, or [L] with layer_reduction = none.
 at::Tensor expert_divergence_of_moments(
-    at::TensorList layers, //         L times [T, E] or [B, S_len, E]
-    const at::Tensor& segment_ids, // [T]
-    const at::Tensor& sums, //        [L, S, E], with the parts of other ranks
-    const at::Tensor& counts, //      [S]
-    const at::Tensor& labels, //      [S] or [S, D]
-    const at::Tensor& moments, //     as packed_moments packs them
+    const at::Tensor& moments,
+    c10::SymInt num_layers,
     c10::SymInt num_domains,
-    std::string_view scores,
-    std::string_view sequence_reduction,
+    c10::SymInt num_experts,
     double eps,
     std::string_view pair_reduction,
     bool bias_correction,
     std::string_view layer_reduction,
-    double gradient_scale,
-    const std::optional<at::Tensor>& micro_batches) {
-  const Options options =
-      parse_options(scores, sequence_reduction, eps, pair_reduction, bias_correction, layer_reduction);
-  check_layers(layers);
-  check_domain_moments_inputs_without_gradient(segment_ids, labels);
-  return differentiable_loss(layers, segment_ids, scores, gradient_scale, [&](bool with_gradient) {
-    LossAndGradient result = loss_of(
-        unpack_moments(moments, sums, num_domains, bias_correction), {sums, counts}, labels, options, with_gradient);
-    if (with_gradient && micro_batches.has_value()) {
-      result.grad_segments.mul_(*micro_batches);
-    }
-    return result;
-  });
+    at::ScalarType dtype) {
+  const Moments unpacked = unpack_moments(moments, num_layers, num_domains, num_experts, bias_correction);
+  const at::Tensor loss = in_type(
+      expert_divergence(unpacked.sums, unpacked.squares, unpacked.counts, eps, pair_reduction, bias_correction), dtype);
+  return layer_reduction == "none" ? loss : layer_reduction == "sum" ? loss.sum() : loss.mean();
 }
 
 } // namespace
@@ -343,9 +368,8 @@ TORCH_LIBRARY_FRAGMENT(edl, m) {
       "_packed_moments(Tensor sums, Tensor counts, Tensor labels, SymInt num_domains, str sequence_reduction, bool "
       "bias_correction) -> Tensor");
   m.def(
-      "_expert_divergence_of_moments(Tensor[] layers, Tensor segment_ids, Tensor sums, Tensor counts, Tensor labels, "
-      "Tensor moments, SymInt num_domains, str scores, str sequence_reduction, float eps, str pair_reduction, "
-      "bool bias_correction, str layer_reduction, float gradient_scale, Tensor? micro_batches) -> Tensor");
+      "_expert_divergence_of_moments(Tensor moments, SymInt num_layers, SymInt num_domains, SymInt num_experts, "
+      "float eps, str pair_reduction, bool bias_correction, str layer_reduction, ScalarType dtype) -> Tensor");
 }
 
 // Made of operators: no kernel of its own on any device.

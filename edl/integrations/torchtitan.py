@@ -28,8 +28,8 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
 from edl.divergence import ExpertDivergenceLoss
 from edl.divergence_log import DivergenceLog, PairWatch, has_pair, warn_of_no_pair
-from edl.memory import DomainMemory
 from edl.ops import inject
+from edl.reduction.micro_batches import DomainMemory
 from edl.scope import current_labels
 
 try:

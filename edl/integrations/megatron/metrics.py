@@ -17,7 +17,7 @@ from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
 from edl.divergence_log import DivergenceLog, PairWatch, warn_of_no_pair
-from edl.memory import Moments
+from edl.reduction.micro_batches import Moments
 
 try:
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, get_moe_metrics_tracker  # from 0.18 on

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from edl.divergence import ExpertDivergenceLoss
-from edl.memory import DomainMemory
 from edl.moe import Router
+from edl.reduction.micro_batches import DomainMemory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from edl.divergence_log import STEPS_WITHOUT_PAIR, DivergenceLog, warn_of_no_pai
 from edl.integrations.transformers.blocks import names_in_blocks
 from edl.integrations.transformers.capture import attach
 from edl.integrations.transformers.data import label_of
-from edl.memory import DomainMemory
+from edl.reduction.micro_batches import DomainMemory
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer  # what the mixin is mixed into

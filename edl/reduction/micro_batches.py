@@ -17,23 +17,26 @@ from edl.scope import Scope, current_scope
 
 
 def _num_moments(num_layers: int, num_domains: int, num_experts: int, bias_correction: bool) -> int:
-    return num_layers * num_domains * (num_experts * (2 if bias_correction else 1) + 1) + 1
+    return num_layers * num_domains * (num_experts * (2 if bias_correction else 1) + 1)
 
 
 class Moments(NamedTuple):
-    """Domain moments of a loss over L layers, as one row of numbers whose last says how many micro-batches they are
-    worth."""
+    """Domain moments of a loss over L layers, as one row of numbers."""
 
     packed: Tensor  # [N] float64
     shape: tuple[int, int, int]  # L, D, E
     bias_correction: bool
+    worth: Tensor  # a float64 scalar: how many micro-batches they are of
 
     @property
     def layout(self) -> tuple[int, int, int, bool]:
         return (*self.shape, self.bias_correction)
 
     def plus(self, other: "Moments") -> "Moments":
-        return self._replace(packed=self.packed + other.packed)
+        return self._replace(packed=self.packed + other.packed, worth=self.worth + other.worth)
+
+    def times(self, factor: float) -> "Moments":
+        return self._replace(packed=self.packed * factor, worth=self.worth * factor)
 
 
 _optimizer_steps = 0
@@ -179,7 +182,7 @@ class DomainMemory(nn.Module):
         if carried is None or self.decay == 0:
             self._carried = None
         else:
-            self._carried = carried._replace(packed=carried.packed * self.decay)
+            self._carried = carried.times(self.decay)
         if collected and collected != trained_on:
             raise RuntimeError(
                 "edl::DomainMemory: the second pass must train on every micro-batch that was collected (got "
@@ -230,12 +233,12 @@ class DomainMemory(nn.Module):
         self._layout = live.layout
         if before is not None:
             # A restored state may lie elsewhere.
-            before = before._replace(packed=before.packed.to(live.packed.device))
+            device = live.packed.device
+            before = before._replace(packed=before.packed.to(device), worth=before.worth.to(device))
             if self.has_collected:
                 self._trained_on += not self._is_known_replay()
                 # What is not finite here was left out of the collected moments; the loss must not hide it.
-                return live._replace(packed=before.packed + (live.packed - live.packed))
-        live.packed[-1] = 1.0
+                return before._replace(packed=before.packed + (live.packed - live.packed))
         if not self._is_known_replay():
             self._remember(before, live)
         return live if before is None else before.plus(live)
@@ -265,16 +268,18 @@ class DomainMemory(nn.Module):
             self._trained_on += 1
         # A micro-batch that overflowed is skipped by gradient scalers; it must not stay here, nor count.
         finite = live.packed.isfinite().all()
-        live = live._replace(packed=torch.where(finite, live.packed, torch.zeros_like(live.packed)))
+        live = live._replace(packed=live.packed.where(finite, 0.0), worth=live.worth.where(finite, 0.0))
         self._carried = live if before is None else before.plus(live)
 
-    def _check(self, before: Moments | None, live: Moments) -> None:
-        has_values = type(live.packed) is Tensor and not live.packed.is_meta
-        if not has_values or torch._C._functorch.is_functorch_wrapped_tensor(live.packed):
+    def refuse_without_values(self, tensor: Tensor) -> None:
+        """Raises where a loss is of tensors whose sums could not be carried."""
+        if type(tensor) is not Tensor or tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise ValueError(
                 "edl::DomainMemory: takes losses of tensors with values, not under torch.func, FakeTensorMode or on "
-                f"the meta device (got {type(live.packed).__name__} on {live.packed.device})"
+                f"the meta device (got {type(tensor).__name__} on {tensor.device})"
             )
+
+    def _check(self, before: Moments | None, live: Moments) -> None:
         if before is None:
             return
         if before.shape != live.shape:
@@ -305,12 +310,10 @@ class DomainMemory(nn.Module):
         Without element while these sizes are not known."""
         if self._layout is None:
             return torch.empty(0, dtype=torch.float64)
-        moments = (
-            torch.zeros(_num_moments(*self._layout), dtype=torch.float64)
-            if self._carried is None
-            else self._carried.packed.cpu()
-        )
-        return torch.cat([torch.tensor(self._layout, dtype=torch.float64), moments])
+        sizes = torch.tensor(self._layout, dtype=torch.float64)
+        if self._carried is None:
+            return torch.cat([sizes, sizes.new_zeros(_num_moments(*self._layout) + 1)])
+        return torch.cat([sizes, self._carried.packed.cpu(), self._carried.worth.cpu().reshape(1)])
 
     def set_extra_state(self, state: Any) -> None:
         """What `load_state_dict` restores; also the tuples of earlier versions.
@@ -321,7 +324,7 @@ class DomainMemory(nn.Module):
         restored = _restored(state)
         if restored is not None:
             self._layout = restored.layout
-        self._carried = restored if restored is not None and restored.packed[-1] > 0 else None
+        self._carried = restored if restored is not None and restored.worth > 0 else None
         # A state is that between steps, also where a step that failed is left for it.
         self._collected = self._trained_on = 0
         self._before_pass.clear()
@@ -342,8 +345,9 @@ def _restored(state: Any) -> Moments | None:
             packed, sizes = state[0], [*state[1], state[2]]
             is_state = len(state) == 3
         num_layers, num_domains, num_experts = map(int, sizes[:3])
-        moments = Moments(packed.detach().clone(), (num_layers, num_domains, num_experts), bool(sizes[3]))
-        size = _num_moments(*moments.layout)
+        numbers = packed.detach().clone()
+        moments = Moments(numbers[:-1], (num_layers, num_domains, num_experts), bool(sizes[3]), numbers[-1])
+        size = _num_moments(*moments.layout) + 1
         is_state = is_state and min(moments.shape) >= 1 and packed.dtype == torch.float64 and packed.shape == (size,)
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RuntimeError):
         is_state = False

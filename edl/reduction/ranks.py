@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from edl.reduction.share import share
+
 Group = Union["torch.distributed.ProcessGroup", "torch.distributed.device_mesh.DeviceMesh"]  # a mesh of one dimension
 _Item = TypeVar("_Item")
 
@@ -234,39 +236,35 @@ class Ranks:
         self._num_segments = counts.shape[0]
         if self.sequence_group is None:
             return sums, counts, problem
-        packed = torch.cat([sums.reshape(-1), counts, counts.new_zeros(1)])
-        packed, problem = self._start_sum(self.sequence_group, packed, problem)()
-        return packed[: sums.numel()].view_as(sums), packed[sums.numel() : -1], problem
+        total, problem = self.start_sum(self.sequence_group, [sums, counts], problem)()
+        return share(sums, total[: sums.numel()].view_as(sums)), total[sums.numel() :], problem
 
-    def start_moments(
-        self, moments: Tensor, problem: Exception | None
+    def start_sum(
+        self, group: Optional["dist.ProcessGroup"], numbers: list[Tensor], problem: Exception | None
     ) -> Callable[[], tuple[Tensor, Exception | None]]:
-        """Starts to add packed domain moments over `group`.
+        """Starts to add up this rank's numbers over a group; a rank that failed takes part with NaN.
 
-        Returns a function that waits for them; NaN, and a problem, where a rank of the group failed.
+        Returns a function that waits for the total, one row without gradient; NaN, and a problem, where a rank failed.
         """
-        return self._start_sum(self.group, moments, problem)
-
-    def _start_sum(
-        self, group: Optional["dist.ProcessGroup"], numbers: Tensor, problem: Exception | None
-    ) -> Callable[[], tuple[Tensor, Exception | None]]:
-        """Starts to add up numbers [N] over a group, the last of which counts ranks that failed; such a rank gives NaN
-        for the others."""
-        if group is None:
-            return lambda: (numbers, problem)
-        if problem is not None:
-            numbers = torch.full_like(numbers, float("nan"))
-            numbers[-1] = 1
-        total = torch.ops._c10d_functional.all_reduce(numbers, "sum", group.group_name)
+        with torch.no_grad():
+            if group is None:
+                total = numbers[0] if len(numbers) == 1 else torch.cat([x.reshape(-1) for x in numbers])
+                return lambda: (total.detach(), problem)
+            failed = numbers[0].new_full([1], float(problem is not None))  # counts the ranks that did
+            row = torch.cat([*(x.reshape(-1) for x in numbers), failed])
+            if problem is not None:
+                row[:-1] = float("nan")
+            total = torch.ops._c10d_functional.all_reduce(row, "sum", group.group_name)
         return lambda: self._finish_sum(group, total, problem)
 
+    @torch.no_grad()
     def _finish_sum(
         self, group: "dist.ProcessGroup", total: Tensor, problem: Exception | None
     ) -> tuple[Tensor, Exception | None]:
         total = torch.ops._c10d_functional.wait_tensor(total)
         if reads_values(total) and total[-1].item() > 0:
             problem = first_problem(group, problem, "edl::parallel")
-        return total, problem
+        return total[:-1], problem
 
 
 def reads_values(tensor: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Expert Divergence Learning (arXiv 2603.00054): the loss that pushes the routing of different domains apart."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from edl import ops
 from edl.divergence_log import pairs_and_nats
 from edl.reduction.micro_batches import DomainMemory, Moments
-from edl.reduction.ranks import Group, Layout, Ranks
+from edl.reduction.ranks import Group, Ranks
 from edl.reduction.share import share
 from edl.segments import Segments, make_segments
 
@@ -143,6 +143,18 @@ def _segments_of(
     return make_segments(
         num_tokens, domain_ids, num_domains, sequence_reduction, attention_mask, padding_mask, cu_seqlens, batch_size
     )
+
+
+class Layout(NamedTuple):
+    """What all ranks must agree on; segments may differ in number between ranks of `group`, and from call to call."""
+
+    layers: int
+    domains: int
+    experts: int
+    dtype: torch.dtype  # of the segment sums
+    device: str
+    averaging_ranks: int
+    options: str
 
 
 def _versions(tensors: list[Tensor]) -> list[int]:
@@ -500,11 +512,9 @@ class ExpertDivergenceLoss(nn.Module):
         before = None if memory is None else memory.before_pass()
 
         layers, segments, sums, counts, layout, problem = self._sum_own_segments(router_logits, segments_of, memory)
-        problem = ranks.agree(layout, None if before is None else before.packed, problem)
+        problem = ranks.agree(layout, lambda: "nothing" if before is None else before.described(), problem)
         labels = None if segments is None else segments.labels
-        if problem is not None or sums is None or counts is None:
-            sums, counts = ranks.stand_in_segments()
-        sums, counts, problem = ranks.sum_segments(sums, counts, labels, problem)
+        sums, counts, problem = ranks.sum_units(sums, counts, labels, problem, self._stand_in_segments)
 
         own, problem = self._moments_of(sums, counts, labels, problem)
         # In the second of two passes what was collected is the sum already.
@@ -552,7 +562,7 @@ class ExpertDivergenceLoss(nn.Module):
         router_logits: _RouterLogits,
         segments_of: Callable[[Tensor], Segments],
         memory: DomainMemory | None,
-    ) -> tuple[list[Tensor], Segments | None, Tensor | None, Tensor | None, Layout | None, Exception | None]:
+    ) -> tuple[list[Tensor], Segments | None, Tensor, Tensor, Layout | None, Exception | None]:
         """Layers, their segments, sums [L, S, E] and counts [S] over this rank's tokens, what ranks must agree on, and
         what went wrong."""
         layers: list[Tensor] = []
@@ -580,7 +590,8 @@ class ExpertDivergenceLoss(nn.Module):
             layout = Layout(*sizes, sums.dtype, sums.device.type, averaging_ranks, options)
             return layers, segments, sums, counts, layout, None
         except Exception as error:
-            return layers, segments, None, None, None, error
+            nothing = torch.empty(0)
+            return layers, segments, nothing, nothing, None, error
 
     @torch.jit.unused
     def _moments_of(
@@ -595,7 +606,21 @@ class ExpertDivergenceLoss(nn.Module):
                 return moments, None
             except Exception as error:
                 problem = error
-        return self._ranks.stand_in_moments(self.bias_correction), problem
+        no_sums, no_counts = self._stand_in_segments(0)
+        no_labels = no_counts.new_zeros(0, dtype=torch.int64)
+        stand_in: Tensor = torch.ops.edl._packed_moments(
+            no_sums, no_counts, no_labels, self.num_domains, "sequence", self.bias_correction
+        )
+        return stand_in, problem
+
+    @torch.jit.unused
+    def _stand_in_segments(self, num_segments: int) -> tuple[Tensor, Tensor]:
+        """Segment sums and counts of a rank that has none to give, in the layout of its last call."""
+        layout: Layout | None = self._ranks.layout  # type: ignore[assignment]
+        assert layout is not None
+        shape = layout.layers, num_segments, layout.experts
+        sums = torch.zeros(shape, dtype=layout.dtype, device=layout.device)
+        return sums, sums.new_zeros(num_segments)
 
     @torch.jit.unused
     def _as_moments(self, packed: Tensor, shape: tuple[int, int, int]) -> Moments:

@@ -32,6 +32,9 @@ class Moments(NamedTuple):
     def layout(self) -> tuple[int, int, int, bool]:
         return (*self.shape, self.bias_correction)
 
+    def described(self) -> str:
+        return f"{self.packed.numel()} numbers up to {self.packed.abs().max().item()}"
+
     def plus(self, other: "Moments") -> "Moments":
         return self._replace(packed=self.packed + other.packed, worth=self.worth + other.worth)
 

@@ -9,7 +9,7 @@ import copy
 import os
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional, TypeVar, Union
+from typing import Any, Optional, TypeVar, Union
 
 import torch
 import torch.distributed as dist
@@ -65,18 +65,6 @@ def first_problem(group: "dist.ProcessGroup", problem: Exception | None, op: str
     return problem
 
 
-class Layout(NamedTuple):
-    """What all ranks must agree on; segments may differ in number between ranks of `group`, and from call to call."""
-
-    layers: int
-    domains: int
-    experts: int
-    dtype: torch.dtype  # of the segment sums
-    device: str
-    averaging_ranks: int
-    options: str
-
-
 class Ranks:
     """The ranks a loss spans.
 
@@ -99,8 +87,8 @@ class Ranks:
         self.averaging_ranks = self._averaging_ranks(averaging_ranks)
         self._check_disjoint()
         self.sequence_group, self.group = _with_others(self.sequence_group), _with_others(self.group)
-        self._layout: Layout | None = None
-        self._num_segments = 0
+        self.layout: tuple[Any, ...] | None = None  # of the last call without a problem
+        self._num_units = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
         return copy.copy(self)  # groups cannot be copied; a copy of a model spans the same ranks
@@ -134,12 +122,14 @@ class Ranks:
         """Whether wrong values are looked for before segments are summed."""
         return self.sequence_group is not None and reads_values(tensor)
 
-    def agree(self, layout: Layout | None, carried: Tensor | None, problem: Exception | None) -> Exception | None:
+    def agree(
+        self, layout: tuple[Any, ...] | None, held_now: Callable[[], str], problem: Exception | None
+    ) -> Exception | None:
         """Compares layouts: among the ranks at the first call, with what was agreed at later ones.
 
         Args:
-            layout (Layout, optional): of this rank's call; None where it failed.
-            carried (Tensor, optional): what a memory, restored perhaps, holds at the first call.
+            layout (NamedTuple, optional): of this rank's call, what all ranks must give alike; None where it failed.
+            held_now (Callable): says what a memory, restored perhaps, holds; asked at the first call.
             problem (Exception, optional): why this rank failed.
 
         Returns:
@@ -153,15 +143,15 @@ class Ranks:
             if problem is not None:
                 raise problem
             if is_alone and not torch.compiler.is_compiling():
-                self._layout = layout  # of this call, for moments that stand in
+                self.layout = layout  # of this call, for moments that stand in
             return None
-        if self._layout is not None:
-            if problem is None and layout != self._layout:
+        if self.layout is not None:
+            if problem is None and layout != self.layout:
                 return ValueError(
-                    f"edl::parallel: a loss over several ranks must be given one layout, {self._layout} (got {layout})"
+                    f"edl::parallel: a loss over several ranks must be given one layout, {self.layout} (got {layout})"
                 )
             return problem
-        held = "nothing" if carried is None else f"{carried.numel()} numbers up to {carried.abs().max().item()}"
+        held = held_now()
         # What the first exchange finds travels in the second, so that every rank of every group learns it.
         for group in (self.sequence_group, self.group):
             item = None if problem is None else str(problem), layout, held
@@ -181,35 +171,32 @@ class Ranks:
                     )
         if problem is not None:
             raise problem
-        self._layout = layout
+        self.layout = layout
         return None
 
-    def stand_in_segments(self) -> tuple[Tensor, Tensor]:
-        """Segment sums and counts of a rank that has none to give, in the layout of its last call."""
-        layout = self._layout
-        assert layout is not None
-        sums = torch.zeros(layout.layers, self._num_segments, layout.experts, dtype=layout.dtype, device=layout.device)
-        return sums, sums.new_zeros(self._num_segments)
-
-    def stand_in_moments(self, bias_correction: bool) -> Tensor:
-        """Packed domain moments of a rank that has none to give."""
-        layout = self._layout
-        assert layout is not None
-        no_sums = torch.zeros(layout.layers, 0, layout.experts, dtype=layout.dtype, device=layout.device)
-        no_labels = no_sums.new_zeros(0, dtype=torch.int64)
-        moments: Tensor = torch.ops.edl._packed_moments(
-            no_sums, no_sums.new_zeros(0), no_labels, layout.domains, "sequence", bias_correction
-        )
-        return moments
-
-    def sum_segments(
-        self, sums: Tensor, counts: Tensor, labels: Tensor | None, problem: Exception | None
+    def sum_units(
+        self,
+        sums: Tensor,
+        counts: Tensor,
+        labels: Tensor | None,
+        problem: Exception | None,
+        stand_in: Callable[[int], tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor, Exception | None]:
-        """Adds segment sums [L, S, E] and counts [S] over `sequence_group`; NaN, and a problem, where a rank of it
-        failed.
+        """Adds sums over tokens by unit, a sequence or another segment, over `sequence_group`.
 
-        Labels [S] or [S, D] are compared where values are looked at, and needed of a rank without a problem.
+        Args:
+            sums (Tensor): of U units, in any shape.
+            counts (Tensor[U]): their tokens.
+            labels (Tensor[U, ...], optional): compared between ranks where values are looked at; needed of a rank
+                without a problem.
+            problem (Exception, optional): why this rank has none of them.
+            stand_in (Callable): sums and counts of so many units, for a rank that has none to give.
+
+        Returns:
+            Sums and counts of whole units; NaN, and a problem, where a rank failed.
         """
+        if problem is not None:
+            sums, counts = stand_in(self._num_units)
         if self.sequence_group is not None and reads_values(counts):
             # A collective of different sizes may end the process; other labels would be a wrong loss without a word.
             own = None
@@ -231,9 +218,8 @@ class Ranks:
             if len(set(numbers.values())) != 1:
                 return sums, counts, problem
             if problem is not None:
-                self._num_segments = next(iter(numbers.values()))
-                sums, counts = self.stand_in_segments()
-        self._num_segments = counts.shape[0]
+                sums, counts = stand_in(next(iter(numbers.values())))
+        self._num_units = counts.shape[0]
         if self.sequence_group is None:
             return sums, counts, problem
         total, problem = self.start_sum(self.sequence_group, [sums, counts], problem)()

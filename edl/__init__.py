@@ -4,13 +4,14 @@ from edl import _extension
 
 _extension.load()
 
-from edl import expert_parallel, flops, ops, reference, segments  # noqa: E402, F401  (flops registers formulas)
+from edl import expert_parallel, flops, objectives, ops, reference, segments  # noqa: E402, F401  (flops registers formulas)
 from edl._build import version as __version__  # noqa: E402  (load() turns a missing build into a sentence)
 from edl.balance import load_balancing_loss, router_z_loss, update_expert_bias  # noqa: E402
 from edl.divergence import ExpertDivergenceLoss, expert_divergence_loss  # noqa: E402
-from edl.moe import MoELayer, Routing  # noqa: E402
+from edl.moe import MoELayer  # noqa: E402
 from edl.ops import inject  # noqa: E402
 from edl.reduction.micro_batches import DomainMemory  # noqa: E402
+from edl.routing import Routing  # noqa: E402
 from edl.scope import Labels, current_labels, domain_scope  # noqa: E402
 
 cmake_prefix_path = _extension.CMAKE_PREFIX_PATH
@@ -29,6 +30,7 @@ __all__ = [
     "expert_parallel",
     "inject",
     "load_balancing_loss",
+    "objectives",
     "ops",
     "reference",
     "router_z_loss",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from edl import ops
-from edl.moe import MoELayer, Routing
+from edl.moe import MoELayer
 from edl.reduction.ranks import reads_values
+from edl.routing import Routing
 from edl.segments import mask_segments
 
 if typing.TYPE_CHECKING:

@@ -5,35 +5,15 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from edl import expert_parallel, ops
 from edl.reduction.ranks import Group
-
-
-class Routing(NamedTuple):
-    """What a layer's router decided for the T tokens of one call, in the order of the flattened input.
-
-    Attributes:
-        logits (Tensor[T, E]): in the router's type; what the auxiliary losses take.
-        weights (Tensor[T, K]): the weight of each chosen expert.
-        experts (Tensor[T, K]): int64, the chosen experts, best first.
-        tokens_per_expert (Tensor[E]): int64, how often each expert was chosen.
-    """
-
-    logits: Tensor
-    weights: Tensor
-    experts: Tensor
-    tokens_per_expert: Tensor
-
-
-# torch.export saves a program only if it can name the structure of its outputs.
-_pytree._register_namedtuple(Routing, serialized_type_name="edl.moe.Routing")
+from edl.routing import Routing
 
 
 class Router(nn.Module):

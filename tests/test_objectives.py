@@ -275,3 +275,22 @@ def test_an_objective_of_ones_own_is_two_functions():
     logits = torch.randn(6, 3, dtype=torch.float64)
     total, _ = Objectives({"mean": (MeanLogit(), 3.0)})(logits)
     assert_close(total, 3 * logits.sum() / 6, EXACT)
+
+
+def test_compiles_in_one_graph_that_a_schedule_does_not_change():
+    bound = Objectives({"balance": (LoadBalancing(), 0.5), "z": (RouterZ(), linear_warmup(1.0, steps=3))})
+
+    def total_of(logits):
+        _, experts = edl.ops.route_tokens(logits.detach(), K, "softmax")
+        return bound(Observation(logits=logits, experts=experts))[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(total_of, fullgraph=True, backend="aot_eager")
+    logits = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
+    for _ in range(3):
+        expected, total = total_of(logits), compiled(logits)
+        assert_close(total, expected.detach(), EXACT)
+        assert_close(*(torch.autograd.grad(x, logits)[0] for x in (total, expected)), EXACT)
+        bound.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()

@@ -183,7 +183,7 @@ class Objectives(nn.Module):
             sums = [
                 part.objective.of_tokens(part.layers, _counted(part, attention_mask, padding_mask)) for part in parts
             ]
-            layout = self._layout(sums)
+            layout = None if torch.compiler.is_compiling() else self._layout(sums)
         except Exception as error:  # other ranks wait for this one's part: it is raised once they have it
             problem = error
         problem = ranks.agree(layout, lambda: "nothing", problem)

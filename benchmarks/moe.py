@@ -8,8 +8,8 @@ N = T·K rows. The peak is that of float32, which 16-bit instructions may exceed
 for the backward pass, parameters excluded; "peak MB" the most memory that both take beside the inputs, gradients
 included. The floor of what is saved: the tokens and the pre-activation, T·H + 2·N·I elements.
 
-On CUDA the six products alone come first, `torch._grouped_mm` on rows that stand in order already, with either of the
-libraries behind torch: what edl takes beside their sum is its own kernels.
+On CUDA the six products alone come first, `torch._grouped_mm` on rows that stand in order already, with either of
+torch's libraries behind it: what edl takes beside their sum is its own kernels.
 """
 
 import contextlib

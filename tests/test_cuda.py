@@ -282,6 +282,19 @@ def test_a_scale_on_the_cpu_does_not_wait_for_the_device():
     assert loss.grad == 2
 
 
+def test_boundaries_of_packed_documents_do_not_wait_for_the_device():
+    pytest.importorskip("transformers")
+    from edl.integrations.transformers.trainer import _PackedDocuments
+
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]], device=CUDA)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        boundaries = _PackedDocuments(positions, positions.diff(dim=-1) != 1, positions.shape).boundaries()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert boundaries.tolist() == [0, 3, 5, 10]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tf32_does_not_reach_the_router(dtype):
     tokens, weight = (torch.randn(n, 512, device=CUDA).to(dtype).requires_grad_() for n in (300, 16))

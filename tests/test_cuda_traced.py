@@ -44,11 +44,11 @@ def experts_arguments(device, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize(
-    "device, called", [("cuda", "edl._expert_mlp_forward.waiting"), ("cpu", "edl.expert_mlp.default")]
+    "place, called", [("cuda", "edl._expert_mlp_forward.waiting"), ("cpu", "edl.expert_mlp.default")]
 )
-def test_experts_whose_products_wait_are_called_as_such(pretended, device, called):
+def test_experts_whose_products_wait_are_called_as_such(pretended, place, called):
     with Calls() as calls:
-        ops.expert_mlp(*experts_arguments(device))
+        ops.expert_mlp(*experts_arguments(place))
     assert [str(operator) for operator in calls.named("edl")] == [called]
 
 
@@ -90,9 +90,9 @@ def test_the_router_of_cuda_is_one_operator_and_makes_no_copy_of_its_tokens(pret
     assert counter.get_total_flops() == 2 * 40 * 64 * 8
 
 
-@pytest.mark.parametrize("device, type_of_router", [("cpu", torch.float32), ("cuda", torch.bfloat16)])
-def test_the_other_routers_are_torchs_linear_layer(pretended, device, type_of_router):
-    tokens, weight = (torch.randn(n, 64, device=device, dtype=torch.bfloat16) for n in (40, 8))
+@pytest.mark.parametrize("place, type_of_router", [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+def test_the_other_routers_are_torchs_linear_layer(pretended, place, type_of_router):
+    tokens, weight = (torch.randn(n, 64, device=place, dtype=torch.bfloat16) for n in (40, 8))
     with Calls() as calls:
         torch.ops.edl._router_logits(tokens, weight, type_of_router)
     assert calls.named("aten.mm") and not calls.named("edl")
@@ -106,11 +106,11 @@ def test_the_gradients_of_the_router_of_cuda_are_counted():
         assert counter.get_total_flops() == sum(needed) * 2 * 10 * 64 * 4
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
 @pytest.mark.parametrize("num_layers", [1, 2, 48])
-def test_all_layers_of_a_loss_are_one_operator(pretended, device, num_layers):
-    layers = [torch.randn(40, 8, device=device) for _ in range(num_layers)]
-    ids = torch.zeros(40, dtype=torch.int64, device=device)
+def test_all_layers_of_a_loss_are_one_operator(pretended, place, num_layers):
+    layers = [torch.randn(40, 8, device=place) for _ in range(num_layers)]
+    ids = torch.zeros(40, dtype=torch.int64, device=place)
     with Calls() as calls:
         torch.ops.edl._segment_sums(layers, ids, 5, "softmax")
     name = "edl.aggregate_routing.default" if num_layers == 1 else "edl._aggregate_layers.default"

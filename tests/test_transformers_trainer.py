@@ -3,6 +3,7 @@ the mean of the micro-batches' divergence, however the Trainer scales its own lo
 kind of batch."""
 
 import functools
+import itertools
 import os
 import re
 import runpy
@@ -39,6 +40,7 @@ from transformers import (  # noqa: E402
 from transformers_models import CONFIGS, VOCABULARY, make_model  # noqa: E402
 
 from edl.integrations.transformers import DomainCollator, EDTrainerMixin, attach, pack_documents, register  # noqa: E402
+from edl.integrations.transformers.trainer import _PackedDocuments  # noqa: E402
 
 D, BETA = 3, 0.3
 # Losses and router weights pass float32 inside transformers, also in float64 models; sums over few tokens.
@@ -551,6 +553,38 @@ def test_packed_documents_are_those_of_transformers(tmp_path, form, labels):
         one_per_row = divergence_of_documents(batch, [0, 8, 16], LABELS_OF_ROWS["per token"], model)
         two_per_row = divergence_of_documents(batch, boundaries, LABELS_OF_ROWS["per token"], model)
         assert abs(one_per_row - two_per_row) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["position_ids", "seq_idx"])
+def test_documents_are_counted_before_the_forward_passes_of_a_step(tmp_path, monkeypatch, name):
+    """Once for each micro-batch, of which each has documents of its own; what the losses get are their boundaries."""
+    events, lengths = [], [[6, 2, 8], [8, 8], [1, 7, 3, 5], [4, 4, 4, 4]]
+    count, boundaries = _PackedDocuments.__init__, _PackedDocuments.boundaries
+
+    def counting(documents, *arguments):
+        events.append("counted")
+        count(documents, *arguments)
+
+    def bounding(documents):
+        events.append(boundaries(documents).tolist())
+        return boundaries(documents)
+
+    monkeypatch.setattr(_PackedDocuments, "__init__", counting)
+    monkeypatch.setattr(_PackedDocuments, "boundaries", bounding)
+    tokens = make_dataset(4).with_format("torch")["input_ids"][:2]
+    batches = []
+    for of_batch in lengths:
+        places = torch.cat([torch.arange(length) for length in of_batch]).view(2, 8)
+        documents = torch.repeat_interleave(torch.arange(len(of_batch)), torch.tensor(of_batch)).view(2, 8)
+        told = {"position_ids": places, "seq_idx": documents}[name]
+        batches.append({"input_ids": tokens, "labels": tokens, "domain_ids": documents % D, name: told})
+    numbers = itertools.cycle(batches)  # the next one is fetched early
+    args = arguments(
+        tmp_path, max_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=1, remove_unused_columns=False
+    )
+    train(EDTrainer, args, model=packed_model(""), two_passes=True, data_collator=lambda examples: dict(next(numbers)))
+    expected = [[0, *itertools.accumulate(of_batch)] for of_batch in lengths]
+    assert events == [*["counted"] * 2, *expected[:2] * 2, *["counted"] * 2, *expected[2:] * 2]
 
 
 def test_a_cache_keeps_documents_together(tmp_path):

@@ -4,12 +4,13 @@
 
 Takes the given Python and its torch as they are, no network and no root. Every stage has a time limit, and one that
 does not fit into what is left of the budget is left out. Results are written as soon as there are any, into the folder
-that OUT names, else into benchmarks/results: gpu-DEVICE.json says how each stage went, and each has a page of its own.
+that OUT names, else into benchmarks/results: gpu-DEVICE.json says how each stage went, pages say what was found.
 `--rehearse` runs the same sequence without a device, with the emulated kernels in its place.
 """
 
 import argparse
 import ctypes
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -48,14 +49,17 @@ CORRECTNESS = [
 GRAPHS = ["tests/test_cuda_graphs.py", "tests/test_compile.py", "tests/test_opcheck.py"]
 EMULATION = "tests/test_cuda_emulation.py"
 BENCHMARKS = {"moe": "layer", "loss_graph": "loss-graph", "loss": "loss"}  # and their pages
+SHARED_PAGES = {"no-rows": "correctness", "races": "sanitizer"}  # of stages without one of their own
 
 
-class Target(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Target:
     """What is checked: a device, or the CPU where the sequence is rehearsed."""
 
     name: str  # in the names of files
     device: torch.device
     output: Path
+    sections: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)  # of each page, by stage
 
     @property
     def is_rehearsal(self) -> bool:
@@ -63,6 +67,13 @@ class Target(NamedTuple):
 
     def page(self, name: str) -> Path:
         return self.output / f"gpu-{self.name}-{name}.md"
+
+    def write(self, stage: str, text: str) -> None:
+        """Puts what a stage found on its page, beside what other stages of this run put there."""
+        page = SHARED_PAGES.get(stage, stage)
+        sections = self.sections.setdefault(page, {})
+        sections[stage] = text
+        self.page(page).write_text("\n".join(sections.values()))
 
 
 class Stage(NamedTuple):
@@ -164,7 +175,7 @@ def build(target: Target, seconds: float) -> str:
 
         def write(outcome: str) -> None:
             last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
-            target.page("build").write_text(f"# Build, {target.name}\n\n{outcome}. {note}\n\n```\n{last_lines}\n```\n")
+            target.write("build", f"# Build, {target.name}\n\n{outcome}. {note}\n\n```\n{last_lines}\n```\n")
 
         outcome = run(command, seconds, log, variables, functools.partial(write, "running"))
         write(outcome)
@@ -186,7 +197,7 @@ def pytest_command(*arguments: str, workers: int = 1, seconds: int = SECONDS_OF_
 
 def run_cases(
     target: Target,
-    page: str,
+    stage: str,
     commands: list[list[str]],
     seconds: float,
     variables: dict[str, str] | None = None,
@@ -198,8 +209,8 @@ def run_cases(
         file, log = Path(folder) / "cases", Path(folder) / "log"
 
         def write(outcome: str) -> None:
-            title = f"{page.capitalize()}, {target.name}"
-            target.page(page).write_text(cases.page(title, cases.read(file), outcome))
+            title = f"{stage.capitalize()}, {target.name}"
+            target.write(stage, cases.page(title, cases.read(file), outcome))
 
         for command in commands:
             left = max(1.0, deadline - time.monotonic())
@@ -249,7 +260,7 @@ def graphs(target: Target, seconds: float) -> str:
     return run_cases(target, "graphs", commands, seconds)
 
 
-def under_sanitizer(target: Target, page: str, seconds: float, tool: str, *arguments: str) -> str:
+def under_sanitizer(target: Target, stage: str, seconds: float, tool: str, *arguments: str) -> str:
     """compute-sanitizer on the first cases of every operator."""
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None:
@@ -258,7 +269,7 @@ def under_sanitizer(target: Target, page: str, seconds: float, tool: str, *argum
     pytest = ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "case_report", "-m", "cuda"]
     command = [program, *options, sys.executable, *pytest, "--cases-of-each=2", CORRECTNESS[1], *arguments]
     # Allocations of their own: torch's cache would hide what lies beyond one.
-    return run_cases(target, page, [command], seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    return run_cases(target, stage, [command], seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 def races(target: Target, seconds: float) -> str:

@@ -58,7 +58,7 @@ std::tuple<at::Tensor, at::Tensor> aggregate(
   at::Tensor sums = at::empty({num_layers, num_segments, num_experts}, options);
   at::Tensor counts = at::empty({num_segments}, options);
   at::Tensor scratch = at::empty(
-      {aggregate_routing_scratch_bytes(num_tokens, num_experts, num_layers, storage)},
+      {aggregate_routing_scratch_bytes(num_tokens, num_experts, num_segments, num_layers, storage)},
       routing.options().dtype(at::kByte));
   launch_aggregate_routing(
       {.layers = dense.views.data(),

@@ -7,7 +7,7 @@ namespace {
 using namespace edl_tests;
 
 // In which order the segments of the tokens stand.
-enum class Ids { runs, random, one, all_but_the_last, alternating, none };
+enum class Ids { runs, random, one, all_but_the_last, alternating, seldom, none };
 
 struct Case {
   int64_t num_tokens, num_experts, num_segments;
@@ -48,6 +48,8 @@ double id_of(const Case& size, int64_t t, double random_id) {
       return t + 1 < size.num_tokens ? 0 : 1;
     case Ids::alternating:
       return static_cast<double>(t % size.num_segments);
+    case Ids::seldom:
+      return t % 16 == 0 ? static_cast<double>(t / 16 % size.num_segments) : -1;
     case Ids::none:
       break;
   }
@@ -90,7 +92,7 @@ Sums aggregate(
   Buffer counts = Buffer::output("counts", wide, size.num_segments);
   Buffer scratch = Buffer::output(
       "scratch", Element::byte,
-      edl::cuda::aggregate_routing_scratch_bytes(size.num_tokens, size.num_experts, 1, storage));
+      edl::cuda::aggregate_routing_scratch_bytes(size.num_tokens, size.num_experts, size.num_segments, 1, storage));
   const edl::cuda::RoutingLayer layer = {routing.data(), size.num_experts + size.padding};
   run(
       {&sums, &counts}, {&scratch},
@@ -215,8 +217,83 @@ CATCH_TEST_CASE("aggregate_routing: the sums and counts of every segment") {
 
 CATCH_TEST_CASE("aggregate_routing: the larger chunks of many tokens, and more chunks than a block has threads") {
   for (const Ids ids : {Ids::runs, Ids::random}) {
-    check_sums({16500, 2, 3, ids}, StorageType::float32, Scores::softmax, {Order::random});
-    check_sums({65536 + 300, 1, 2, ids}, StorageType::bfloat16, Scores::none, {Order::random});
+    check_sums({16500, 2, 133, ids}, StorageType::float32, Scores::softmax, {Order::random});
+    check_sums({65536 + 300, 1, 133, ids}, StorageType::bfloat16, Scores::none, {Order::random});
+  }
+}
+
+// From 128 chunks on, where segments, tiles and layers are fewer than 133.
+CATCH_TEST_CASE("aggregate_routing: blocks share a segment where there are few, and their totals are added in order") {
+  check_sums({8192, 3, 1, Ids::one}, StorageType::float32, Scores::softmax);
+  check_sums({8250, 2, 49, Ids::random, 1, 1, false}, StorageType::float16, Scores::sigmoid);
+  check_sums({8128, 16, 5, Ids::random}, StorageType::bfloat16, Scores::softmax, {Order::random}); // one chunk too few
+  check_sums({8129, 16, 5, Ids::random}, StorageType::bfloat16, Scores::softmax, {Order::random});
+  check_sums({8250, 1, 132, Ids::runs}, StorageType::float32, Scores::none, {Order::random});
+  check_sums({8192, 131, 2, Ids::seldom}, StorageType::bfloat16, Scores::none, {Order::random}); // two tiles
+  check_sums({8192, 520, 2, Ids::seldom}, StorageType::bfloat16, Scores::softmax, {Order::random});
+  check_sums({8192, 2, 3, Ids::none}, StorageType::float64, Scores::softmax, {Order::random});
+  check_sums({16500, 2, 3, Ids::random}, StorageType::float32, Scores::softmax, {Order::random});
+  check_sums({65536 + 300, 1, 2, Ids::runs}, StorageType::bfloat16, Scores::none, {Order::random});
+}
+
+CATCH_TEST_CASE("aggregate_routing: parts of a segment: layers among others, and an id that is outside in one part") {
+  const int64_t num_tokens = 8200, num_experts = 1, num_segments = 3, num_layers = 2;
+  for (const int64_t wrong_at : {int64_t{-1}, int64_t{5000}, num_tokens - 1}) {
+    Values id_values = random_ids(num_tokens, -1, num_segments - 2, 1); // none in the last segment
+    if (wrong_at >= 0) {
+      id_values[wrong_at] = num_segments;
+    }
+    const Buffer ids = Buffer::input("segment_ids", Element::int64, id_values);
+    std::vector<std::unique_ptr<Buffer>> routings;
+    std::vector<edl::cuda::RoutingLayer> layers;
+    Values expected, expected_counts(num_segments);
+    for (int64_t l = 0; l < num_layers; ++l) {
+      routings.emplace_back(
+          new Buffer(Buffer::input("routing", Element::float32, random_values(num_tokens * num_experts, 1, 20 + l))));
+      layers.push_back({routings.back()->data(), num_experts});
+      const Values rows = routings.back()->values();
+      Values sums(num_segments * num_experts);
+      for (int64_t t = 0; t < num_tokens; ++t) {
+        if (wrong_at >= 0 || id_values[t] < 0) {
+          continue;
+        }
+        const auto segment = static_cast<int64_t>(id_values[t]);
+        expected_counts[segment] += l == 0;
+        for (int64_t e = 0; e < num_experts; ++e) {
+          sums[segment * num_experts + e] += rows[t * num_experts + e];
+        }
+      }
+      expected.insert(expected.end(), sums.begin(), sums.end());
+    }
+    if (wrong_at >= 0) {
+      std::fill(expected.begin(), expected.end(), kNan);
+      std::fill(expected_counts.begin(), expected_counts.end(), kNan);
+    }
+    Buffer sums = Buffer::output("sums", Element::float32, num_layers * num_segments * num_experts);
+    Buffer counts = Buffer::output("counts", Element::float32, num_segments);
+    Buffer scratch = Buffer::output(
+        "scratch", Element::byte,
+        edl::cuda::aggregate_routing_scratch_bytes(
+            num_tokens, num_experts, num_segments, num_layers, StorageType::float32));
+    run({&sums, &counts}, {&scratch}, [&] {
+      edl::cuda::launch_aggregate_routing(
+          {.layers = layers.data(),
+           .num_layers = num_layers,
+           .storage = StorageType::float32,
+           .segment_ids = ids.data(),
+           .ids_are_64_bit = true,
+           .num_tokens = num_tokens,
+           .num_experts = num_experts,
+           .num_segments = num_segments,
+           .scores = Scores::none,
+           .scratch = scratch.data(),
+           .sums = sums.data(),
+           .counts = counts.data()},
+          nullptr);
+    });
+    CATCH_CAPTURE(wrong_at);
+    check_close(sums.values(), expected, tolerance(Element::float32, Element::float32, num_tokens));
+    check_close(counts.values(), expected_counts, 0);
   }
 }
 
@@ -244,7 +321,8 @@ CATCH_TEST_CASE("aggregate_routing: layers in one launch have the bits of each a
       Buffer counts = Buffer::output("counts", wide, size.num_segments);
       Buffer scratch = Buffer::output(
           "scratch", Element::byte,
-          edl::cuda::aggregate_routing_scratch_bytes(size.num_tokens, size.num_experts, num_layers, storage));
+          edl::cuda::aggregate_routing_scratch_bytes(
+              size.num_tokens, size.num_experts, size.num_segments, num_layers, storage));
       const auto aggregate_all = [&](const edl::cuda::RoutingLayer* from, int64_t count) {
         edl::cuda::launch_aggregate_routing(
             {.layers = from,

@@ -1,15 +1,17 @@
 // aggregate_routing on CUDA: L times routing [T, E], segment_ids [T] → sums [L, S, E], counts [S], in two launches for
-// up to 32 layers.
+// up to 32 layers, or three where segments and layers are few.
 //
 // 1. `sum_chunks`: a block takes a chunk of 64 to 256 rows (by T alone) of a layer and sorts it stably by segment. A
 //    group of at least 8 rows of one segment becomes one partial sum, in float32 (float64 for float64); smaller groups
 //    are left.
 // 2. `add_up_segments`: a block per segment and layer looks through the chunks in order and adds up, in float64, its
-//    partial sums and the rows that were left.
-// Chunks, groups and orders depend on T and the ids alone, so the bits do not depend on the device. An id outside [-1,
-// S) makes every sum and count NaN. Cost: one read of routing; runs of equal ids read T/chunk partial sums on top, and
-// ids without any order read the rows in pass 2. Scratch: T (L E/8 + 2) numbers at most, of as many layers at once as
-// keep it below 64 MiB.
+//    partial sums and the rows that were left. Where these blocks would leave most of a device idle, several share the
+//    chunks of a segment, and
+// 3. `add_up_parts` adds up their totals, in order.
+// Chunks, groups, parts and orders depend on L, T, S, E and the ids alone, so the bits do not depend on the device. An
+// id outside [-1, S) makes every sum and count NaN. Cost: one read of routing; runs of equal ids read T/chunk partial
+// sums on top, and ids without any order read the rows in pass 2. Scratch: T (L E/8 + 2) numbers at most, of as many
+// layers at once as keep it below 64 MiB, and 1 MiB for parts.
 //
 // Considered and left: a table [S, E] in shared memory per block (limits S·E, and its partial tables cost as much
 // traffic as the input); a counting sort of all rows first (two more launches); float atomics (order changes from run
@@ -33,11 +35,26 @@ constexpr int kMostSlots = kMostRows / kLongGroup;
 constexpr int32_t kNoSegment = 0x7fffffff;
 constexpr int kMostLayers = 32; // of a launch
 constexpr int64_t kMostScratchBytes = int64_t{64} << 20; // of more than one layer
+constexpr int64_t kManyBlocks = 264; //  of the second pass: two for each of 132 multiprocessors
+constexpr int64_t kManyChunks = 128; //  fewer are looked through sooner than parts are added up
+constexpr int64_t kFewestChunks = 32; // of a part
+constexpr int64_t kMostParts = 32; //    of a segment
+constexpr int64_t kWidestTile = 512; //  columns
 static_assert(kThreads == kMostRows);
 
 // Fewer rows for few tokens, so that there are enough blocks.
 int chunk_rows_for(int64_t num_tokens) {
   return num_tokens <= 16384 ? 64 : num_tokens <= 65536 ? 128 : 256;
+}
+
+// Blocks that share a segment of a layer in the second pass.
+int64_t parts_for(int64_t chunks, int64_t num_segments, int64_t num_experts, int64_t num_layers) {
+  const int64_t by_blocks = kManyBlocks / (num_segments * num_layers * divide_up(num_experts, kWidestTile));
+  if (chunks < kManyChunks || by_blocks < 2) {
+    return 1;
+  }
+  const int64_t by_chunks = chunks / kFewestChunks < kMostParts ? chunks / kFewestChunks : kMostParts;
+  return by_blocks < by_chunks ? by_blocks : by_chunks;
 }
 
 // What the second pass needs to know of a chunk. Of rows sorted by segment, `valid` have one.
@@ -58,12 +75,20 @@ struct Scratch {
   Acc* partial; //         [layers, chunks, chunk_rows / kLongGroup, E]
 };
 
+// Where pass 2 leaves its results where blocks share a segment.
+struct Parts {
+  int count; //       of a segment
+  double* totals; //  [layers, S, count, E]
+  int64_t* tokens; // [S, count]; -1: an id is outside [-1, S)
+};
+
 int64_t round_up_to_16(int64_t bytes) {
   return divide_up(bytes, 16) * 16;
 }
 
 struct ScratchLayout {
-  ScratchLayout(int64_t num_tokens, int64_t num_experts, int64_t num_layers, int64_t accumulation_size) {
+  ScratchLayout(
+      int64_t num_tokens, int64_t num_experts, int64_t num_segments, int64_t num_layers, int64_t accumulation_size) {
     const int64_t rows = chunk_rows_for(num_tokens);
     const int64_t chunks = divide_up(num_tokens, rows);
     sorted = chunks * static_cast<int64_t>(sizeof(ChunkHeader));
@@ -73,10 +98,15 @@ struct ScratchLayout {
     const int64_t fitting = bytes_of_layer == 0 ? num_layers : kMostScratchBytes / bytes_of_layer;
     layers = fitting < 1 ? 1 : fitting < kMostLayers ? fitting : kMostLayers;
     layers = layers < num_layers ? layers : num_layers;
-    bytes = partial + layers * bytes_of_layer;
+    parts = parts_for(chunks, num_segments, num_experts, layers);
+    const int64_t shared = parts > 1 ? num_segments * parts : 0;
+    totals = partial + layers * bytes_of_layer; // a multiple of 16, for a chunk has 8 slots or more
+    tokens = totals + layers * shared * num_experts * static_cast<int64_t>(sizeof(double));
+    bytes = tokens + shared * static_cast<int64_t>(sizeof(int64_t));
   }
-  int64_t sorted, order, partial, bytes; // offsets
-  int64_t layers; //                        at once
+  int64_t sorted, order, partial, totals, tokens, bytes; // offsets
+  int64_t layers; //                                        at once
+  int64_t parts;
 };
 
 template <typename Storage>
@@ -100,6 +130,7 @@ struct Problem {
   Scratch<Accumulation<Storage>> scratch;
   Accumulation<Storage>* sums;
   Accumulation<Storage>* counts;
+  Parts parts;
 };
 
 template <typename Storage>
@@ -487,21 +518,25 @@ __global__ void __launch_bounds__(kThreads, 2) add_up_segments(Problem<Storage> 
   __shared__ GroupList list;
   __shared__ double sums[kThreads * width * packs];
   of_layer(layers, blockIdx.z, &problem);
-  const auto segment = static_cast<int32_t>(blockIdx.x);
+  const auto parts = static_cast<unsigned>(problem.parts.count);
+  const auto segment = static_cast<int32_t>(blockIdx.x / parts);
+  const int64_t part = blockIdx.x % parts;
   const Team team = team_of_thread(problem.lanes);
   const int64_t tile_columns = static_cast<int64_t>(team.lanes) * width * packs;
   const int64_t first_column = blockIdx.y * tile_columns;
   const bool wide = problem.scores != Scores::none && tile_columns < problem.num_experts;
   const int64_t chunks = divide_up(problem.num_tokens, problem.chunk_rows);
+  const int64_t chunks_of_part = divide_up(chunks, problem.parts.count);
+  const int64_t end = (part + 1) * chunks_of_part < chunks ? (part + 1) * chunks_of_part : chunks;
   const int slots_per_chunk = problem.chunk_rows / kLongGroup;
 
   double total[packs * width] = {};
   bool wrong = false;
   int64_t tokens = 0;
-  for (int64_t first_chunk = 0; first_chunk < chunks; first_chunk += kThreads) {
+  for (int64_t first_chunk = part * chunks_of_part; first_chunk < end; first_chunk += kThreads) {
     const int64_t chunk_index = first_chunk + threadIdx.x;
     Group group = {0, 0};
-    if (chunk_index < chunks) {
+    if (chunk_index < end) {
       const ChunkHeader header = problem.scratch.headers[chunk_index];
       wrong |= header.valid < 0;
       if (header.valid > 0) {
@@ -521,13 +556,53 @@ __global__ void __launch_bounds__(kThreads, 2) add_up_segments(Problem<Storage> 
   }
   const bool any_wrong = __syncthreads_or(wrong);
   Acc* out = problem.sums + segment * problem.num_experts;
+  double* out_of_part =
+      problem.parts.totals + (static_cast<int64_t>(blockIdx.z) * gridDim.x + blockIdx.x) * problem.num_experts;
   add_teams<width, packs>(total, sums, problem.num_experts, first_column, team, [&](int64_t column, double sum) {
-    out[column] = any_wrong ? kNan<Acc> : static_cast<Acc>(sum);
+    if (parts > 1) {
+      out_of_part[column] = sum;
+    } else {
+      out[column] = any_wrong ? kNan<Acc> : static_cast<Acc>(sum);
+    }
   });
   __shared__ int64_t token_sums[kThreads / kWarp];
   const int64_t all_tokens = block_sum(tokens, token_sums);
-  if (threadIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) {
-    problem.counts[segment] = any_wrong ? kNan<Acc> : static_cast<Acc>(all_tokens);
+  if (threadIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) { // all tiles and layers have the same
+    if (parts > 1) {
+      problem.parts.tokens[blockIdx.x] = any_wrong ? -1 : all_tokens;
+    } else {
+      problem.counts[segment] = any_wrong ? kNan<Acc> : static_cast<Acc>(all_tokens);
+    }
+  }
+}
+
+// ---- pass 3 ----
+
+// A thread per sum of a layer.
+template <typename Storage>
+__global__ void __launch_bounds__(kThreads) add_up_parts(Problem<Storage> problem) {
+  using Acc = Accumulation<Storage>;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= problem.num_segments * problem.num_experts) {
+    return;
+  }
+  const int64_t segment = i / problem.num_experts;
+  const int64_t column = i % problem.num_experts;
+  const int64_t first_part = segment * problem.parts.count;
+  const int64_t row = blockIdx.y * problem.num_segments * problem.parts.count + first_part;
+  double sum = 0;
+  int64_t tokens = 0;
+  bool wrong = false;
+#pragma unroll 4
+  for (int part = 0; part < problem.parts.count; ++part) {
+    const int64_t of_part = problem.parts.tokens[first_part + part];
+    wrong |= of_part < 0;
+    tokens += of_part;
+    sum += problem.parts.totals[(row + part) * problem.num_experts + column];
+  }
+  problem.sums[blockIdx.y * problem.num_segments * problem.num_experts + i] = wrong ? kNan<Acc> : static_cast<Acc>(sum);
+  if (column == 0 && blockIdx.y == 0) {
+    problem.counts[segment] = wrong ? kNan<Acc> : static_cast<Acc>(tokens);
   }
 }
 
@@ -738,15 +813,21 @@ void aggregate_layers(
       {reinterpret_cast<ChunkHeader*>(scratch), reinterpret_cast<int32_t*>(scratch + layout.sorted),
        reinterpret_cast<uint8_t*>(scratch + layout.order), reinterpret_cast<Acc*>(scratch + layout.partial)},
       static_cast<Acc*>(task.sums) + first * task.num_segments * task.num_experts,
-      static_cast<Acc*>(task.counts)};
+      static_cast<Acc*>(task.counts),
+      {static_cast<int>(layout.parts), reinterpret_cast<double*>(scratch + layout.totals),
+       reinterpret_cast<int64_t*>(scratch + layout.tokens)}};
   with_tile<Storage>(aligned, task.num_experts, [&]<int width, int packs>() {
     problem.lanes = lanes_for(task.num_experts, width, packs);
     const auto chunks = static_cast<unsigned>(divide_up(task.num_tokens, problem.chunk_rows));
     const int64_t tiles = divide_up(task.num_experts, static_cast<int64_t>(problem.lanes) * width * packs);
     const auto z = static_cast<unsigned>(count);
-    const dim3 segments(static_cast<unsigned>(task.num_segments), static_cast<unsigned>(tiles), z);
+    const dim3 segments(static_cast<unsigned>(task.num_segments * layout.parts), static_cast<unsigned>(tiles), z);
     EDL_LAUNCH((sum_chunks<Storage, width, packs>), dim3(chunks, z), kThreads, 0, stream, problem, layers);
     EDL_LAUNCH((add_up_segments<Storage, width, packs>), segments, kThreads, 0, stream, problem, layers);
+    if (layout.parts > 1) {
+      const auto blocks = static_cast<unsigned>(divide_up(task.num_segments * task.num_experts, kThreads));
+      EDL_LAUNCH((add_up_parts<Storage>), dim3(blocks, z), kThreads, 0, stream, problem);
+    }
   });
 }
 
@@ -789,12 +870,13 @@ void spread_layers(const AggregateRoutingGradient& gradient, int64_t first, int6
 } // namespace
 
 int64_t aggregate_routing_scratch_bytes(
-    int64_t num_tokens, int64_t num_experts, int64_t num_layers, StorageType storage) {
-  return ScratchLayout(num_tokens, num_experts, num_layers, accumulation_size_of(storage)).bytes;
+    int64_t num_tokens, int64_t num_experts, int64_t num_segments, int64_t num_layers, StorageType storage) {
+  return ScratchLayout(num_tokens, num_experts, num_segments, num_layers, accumulation_size_of(storage)).bytes;
 }
 
 void launch_aggregate_routing(const AggregateRoutingTask& task, cudaStream_t stream) {
-  const ScratchLayout layout(task.num_tokens, task.num_experts, task.num_layers, accumulation_size_of(task.storage));
+  const ScratchLayout layout(
+      task.num_tokens, task.num_experts, task.num_segments, task.num_layers, accumulation_size_of(task.storage));
   in_groups(task.num_layers, layout.layers, [&](int64_t first, int64_t count) {
     with_storage(
         task.storage, [&]<typename Storage>() { aggregate_layers<Storage>(task, first, count, layout, stream); });

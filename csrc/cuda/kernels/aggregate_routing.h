@@ -31,7 +31,7 @@ struct AggregateRoutingTask {
 };
 
 int64_t aggregate_routing_scratch_bytes(
-    int64_t num_tokens, int64_t num_experts, int64_t num_layers, StorageType storage);
+    int64_t num_tokens, int64_t num_experts, int64_t num_segments, int64_t num_layers, StorageType storage);
 void launch_aggregate_routing(const AggregateRoutingTask& task, cudaStream_t stream);
 
 struct AggregateRoutingGradient {

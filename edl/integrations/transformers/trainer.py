@@ -22,32 +22,56 @@ else:
 _MEMORY_NAME = "domain_memory.pt"  # beside optimizer.pt
 
 
-def _document_boundaries(inputs: dict[str, Any], shape: torch.Size, has_cache: bool) -> Tensor | None:
-    """Boundaries [N + 1] in the flattened batch [B, S_len] of the documents that transformers' attention tells apart;
-    None: each row is one."""
-    boundaries = inputs.get("cu_seq_lens_q")
-    if boundaries is not None:
-        if not isinstance(boundaries, Tensor) or boundaries.dim() != 1 or boundaries.is_floating_point():
-            raise ValueError(
-                "edl::EDTrainerMixin: cu_seq_lens_q must be a tensor of whole numbers of the shape [N + 1] "
-                f"(got {list(boundaries.shape) if isinstance(boundaries, Tensor) else type(boundaries).__name__})"
-            )
-        return boundaries
+class _PackedDocuments:
+    """Documents in a batch [B, S_len]. Their number is copied to the host from the beginning, so that boundaries, which
+    have that size, do not wait for what the device was given since.
+
+    Args:
+        source (Tensor): what they are told apart by, as it stands in the batch.
+        is_start (Tensor): [B or 1, S_len - 1] bool, where one begins, of all tokens but the first of a row.
+        shape (torch.Size): [B, S_len].
+    """
+
+    def __init__(self, source: Tensor, is_start: Tensor, shape: torch.Size) -> None:
+        self.source, self.shape = source, shape
+        starts = torch.ones(shape, dtype=torch.bool, device=is_start.device)
+        starts[:, 1:] = is_start
+        self._starts = starts.flatten()
+        self._count = starts.sum().to("cpu", non_blocking=True)
+        self._copied = torch.cuda.current_stream(starts.device).record_event() if starts.is_cuda else None
+
+    def boundaries(self) -> Tensor:
+        """[N + 1], in the flattened batch."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        places = torch.nonzero_static(self._starts, size=int(self._count)).flatten()
+        num_tokens = torch.full([1], self._starts.numel(), device=places.device)  # which copies nothing from the host
+        return torch.cat([places, num_tokens])
+
+
+def _packed_documents(
+    inputs: dict[str, Any], shape: torch.Size, has_cache: bool, known: list[_PackedDocuments]
+) -> _PackedDocuments | None:
+    """Those that transformers' attention tells apart without boundaries, of `known` where they are there; None: each
+    row is one."""
     seq_idx, positions = inputs.get("seq_idx"), inputs.get("position_ids")
-    if seq_idx is not None:
-        is_start = seq_idx.diff(dim=-1) != 0
-    elif positions is None or inputs.get("attention_mask") is not None or has_cache:
+    if seq_idx is None and (positions is None or inputs.get("attention_mask") is not None or has_cache):
         return None
-    else:
-        if positions.dim() == 3:  # of multimodal models: those of the text first, where there are four
-            if positions.shape[0] != 4:
-                return None
-            positions = positions[0]
-        is_start = positions.diff(dim=-1) != 1
-    starts = torch.ones(shape, dtype=torch.bool, device=is_start.device)
-    starts[:, 1:] = is_start
-    num_tokens = torch.full([1], starts.numel(), device=starts.device)  # which copies nothing from the host
-    return torch.cat([starts.flatten().nonzero().flatten(), num_tokens])
+    source: Any = positions if seq_idx is None else seq_idx
+    for packed in known:
+        if packed.source is source and packed.shape == shape:
+            return packed
+    if seq_idx is not None:
+        return _PackedDocuments(source, source.diff(dim=-1) != 0, shape)
+    if source.dim() != 3:
+        return _PackedDocuments(source, source.diff(dim=-1) != 1, shape)
+    # Of multimodal models: those of the text first, where there are four.
+    return _PackedDocuments(source, source[0].diff(dim=-1) != 1, shape) if source.shape[0] == 4 else None
+
+
+def _tokens_of(inputs: dict[str, Any]) -> Any:
+    """Tokens [B, S_len] or their embeddings [B, S_len, H]; None where a batch has neither."""
+    return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
 
 
 def _labels_of_documents(domain_ids: Tensor, cu_seqlens: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -172,6 +196,7 @@ class EDTrainerMixin(_Trainer):
         self._log = DivergenceLog()
         self._step_with_pair: int | None = None  # the last known
         self._warned_of_no_pair = False
+        self._packed: list[_PackedDocuments] = []  # of the micro-batches of a step
         self._has_mixed_documents: Any = False  # a tensor from the first labels per token on
         self._warned_of_mixed_documents = False
 
@@ -212,6 +237,9 @@ class EDTrainerMixin(_Trainer):
         if self.expert_divergence.model is not self.model:  # model_init made a new one, or FSDP wrapped it
             self.expert_divergence.remove()
             self._attach(self.expert_divergence.beta)
+        self._packed = []
+        packed = [self._packed_documents_of(inputs) for inputs in batch_samples]
+        self._packed = [documents for documents in packed if documents is not None]
         if self._two_passes:
             self._collect(batch_samples)
         return batch_samples, num_items_in_batch
@@ -263,20 +291,37 @@ class EDTrainerMixin(_Trainer):
             )
         attention_mask = inputs.get("attention_mask")
         is_per_token = domain_ids.dim() == 2 and not domain_ids.is_floating_point()
-        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-        cu_seqlens = None
-        if tokens is not None:
-            uses_cache = getattr(self.args, "use_cache", False) and not self.args.gradient_checkpointing
-            has_cache = uses_cache or inputs.get("past_key_values") is not None
-            cu_seqlens = _document_boundaries(inputs, tokens.shape[:2], has_cache)
-            if cu_seqlens is not None and not is_per_token and domain_ids.shape[:1] == tokens.shape[:1]:
-                domain_ids, cu_seqlens = _labels_of_documents(domain_ids, cu_seqlens, tokens.shape[:2])
+        tokens, cu_seqlens = _tokens_of(inputs), self._document_boundaries(inputs)
+        if cu_seqlens is not None and not is_per_token and domain_ids.shape[:1] == tokens.shape[:1]:
+            domain_ids, cu_seqlens = _labels_of_documents(domain_ids, cu_seqlens, tokens.shape[:2])
         loss = self.expert_divergence.loss(domain_ids, attention_mask, cu_seqlens=cu_seqlens)
         if is_per_token and not self._warned_of_mixed_documents:
             self._has_mixed_documents |= _has_mixed_documents(domain_ids, attention_mask, cu_seqlens)
             if domain_ids.device.type == "cpu":  # on other devices once a log waits for them anyway
                 self._warn_of_mixed_documents()
         return loss
+
+    def _document_boundaries(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Boundaries [N + 1] in the flattened batch [B, S_len] of the documents that transformers' attention tells
+        apart; None: each row is one."""
+        boundaries = inputs.get("cu_seq_lens_q")
+        if boundaries is None or _tokens_of(inputs) is None:
+            packed = self._packed_documents_of(inputs)
+            return None if packed is None else packed.boundaries()
+        if not isinstance(boundaries, Tensor) or boundaries.dim() != 1 or boundaries.is_floating_point():
+            raise ValueError(
+                "edl::EDTrainerMixin: cu_seq_lens_q must be a tensor of whole numbers of the shape [N + 1] "
+                f"(got {list(boundaries.shape) if isinstance(boundaries, Tensor) else type(boundaries).__name__})"
+            )
+        return boundaries
+
+    def _packed_documents_of(self, inputs: dict[str, Any]) -> _PackedDocuments | None:
+        tokens = _tokens_of(inputs)
+        if tokens is None or inputs.get("cu_seq_lens_q") is not None:
+            return None
+        uses_cache = getattr(self.args, "use_cache", False) and not self.args.gradient_checkpointing
+        has_cache = uses_cache or inputs.get("past_key_values") is not None
+        return _packed_documents(inputs, tokens.shape[:2], has_cache, self._packed)
 
     def _refuse_labels_that_are_no_numbers(self) -> None:
         example = None if self.train_dataset is None else next(iter(self.train_dataset), None)

@@ -31,7 +31,7 @@ lint: $(STAMPS)/lint
 	$(VENV_PYTHON) -m pre_commit run --all-files
 
 test: $(STAMPS)/test
-	$(VENV_PYTHON) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --cov=edl --cov-report=term
+	$(VENV_PYTHON) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --cov=edl --cov-report=term
 
 demo: $(STAMPS)/demo
 	$(VENV_PYTHON) examples/pretrain/train.py $(if $(DATA),--data "$(DATA)")

@@ -24,7 +24,13 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="edl-inductor-")
 atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
+# Few tests that take minutes: they come first, so that no process is left alone with them at the end.
+LONGEST_FILES = ["test_packaging.py", "test_examples.py", "test_cpp.py", "test_parallel.py", "test_gpu.py"]
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: [*LONGEST_FILES, item.path.name].index(item.path.name))
     if torch.cuda.is_available() and _build.cuda_version:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device and an edl built with CUDA")

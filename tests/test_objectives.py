@@ -285,6 +285,7 @@ def test_compiles_in_one_graph_that_a_schedule_does_not_change():
         return bound(Observation(logits=logits, experts=experts))[0]
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(total_of, fullgraph=True, backend="aot_eager")
     logits = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
     for _ in range(3):

@@ -26,7 +26,6 @@ def _check_choice(name: str, value: str, choices: list[str]) -> None:
 
 @torch.jit.unused
 def _check_types(
-    num_domains: Any,
     eps: Any,
     input: Any,
     scores: Any,
@@ -36,7 +35,6 @@ def _check_types(
     bias_correction: Any,
 ) -> None:
     op = "expert_divergence_loss"
-    ops._check_integers(op, num_domains=num_domains)
     ops._check_numbers(op, eps=eps)
     ops._check_texts(op, input=input, scores=scores, sequence_reduction=sequence_reduction)
     ops._check_texts(op, pair_reduction=pair_reduction, layer_reduction=layer_reduction)
@@ -184,10 +182,8 @@ def expert_divergence_loss(
     What needs a state between calls, process groups and a memory, only the module takes.
     """
     if not torch.jit.is_scripting():
-        _check_types(
-            num_domains, eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction
-        )
         num_domains = ops._as_integer("expert_divergence_loss", "num_domains", num_domains)
+        _check_types(eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction)
     _check_options(
         num_domains, eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction
     )
@@ -284,10 +280,8 @@ class ExpertDivergenceLoss(nn.Module):
         memory: DomainMemory | None = None,
     ) -> None:
         super().__init__()
-        _check_types(
-            num_domains, eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction
-        )
         num_domains = ops._as_integer("expert_divergence_loss", "num_domains", num_domains)
+        _check_types(eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction)
         _check_options(
             num_domains, eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction
         )

@@ -105,9 +105,8 @@ class PairWatch:
         """Ends a step; True where it is time to warn. A step without any loss is none."""
         if self._has_pair is None:
             return False
-        before = torch.zeros_like(self._has_pair, dtype=torch.int64)
-        before = before if self._steps_without is None else self._steps_without
-        self._steps_without = (before + 1).where(~self._has_pair, 0)
+        steps = (~self._has_pair).long()
+        self._steps_without = steps if self._steps_without is None else (self._steps_without + 1) * steps
         self._has_pair = None
         self._num_steps += 1
         return self._num_steps % STEPS_WITHOUT_PAIR == 0 and bool(self._steps_without >= STEPS_WITHOUT_PAIR)

@@ -1,5 +1,6 @@
 """What an objective is."""
 
+import abc
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from edl.routing import Observation
 Sums = dict[str, Tensor]
 
 
-class Objective:
+class Objective(abc.ABC):
     """A loss of a layer's routing, as a formula of sums over tokens.
 
     Sums can be added: over ranks, over micro-batches. So an objective is two pure functions, and whoever binds it
@@ -27,6 +28,7 @@ class Objective:
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
+    @abc.abstractmethod
     def of_tokens(self, layers: Sequence[Observation], counted: Tensor) -> Sums:
         """Sums over this rank's tokens.
 
@@ -38,8 +40,7 @@ class Objective:
         Returns:
             Name → Tensor[L, ...], with a gradient where there is one. A mean is a sum and the number of what was added.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def formula(self, sums: Sums) -> Tensor:
         """The loss of each layer, Tensor[L], of the sums of all ranks, in float64."""
-        raise NotImplementedError

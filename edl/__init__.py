@@ -6,9 +6,11 @@ _extension.load()
 
 from edl import expert_parallel, flops, objectives, ops, reference, segments  # noqa: E402, F401  (flops registers formulas)
 from edl._build import version as __version__  # noqa: E402  (load() turns a missing build into a sentence)
-from edl.balance import load_balancing_loss, router_z_loss, update_expert_bias  # noqa: E402
+from edl.balance import update_expert_bias  # noqa: E402
 from edl.divergence import ExpertDivergenceLoss, expert_divergence_loss  # noqa: E402
 from edl.moe import MoELayer  # noqa: E402
+from edl.objectives.load_balancing import load_balancing_loss  # noqa: E402
+from edl.objectives.router_z import router_z_loss  # noqa: E402
 from edl.ops import inject  # noqa: E402
 from edl.reduction.micro_batches import DomainMemory  # noqa: E402
 from edl.routing import Routing  # noqa: E402

@@ -1,73 +1,24 @@
 """Expert Divergence Learning (arXiv 2603.00054): the loss that pushes the routing of different domains apart."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from edl import ops
-from edl.divergence_log import pairs_and_nats
-from edl.reduction.micro_batches import DomainMemory, Moments
+from edl.objectives.base import Sums
+from edl.objectives.exchange import Exchange, Part
+from edl.objectives.expert_divergence import ExpertDivergence, check_choice, check_options, check_types
+from edl.reduction.micro_batches import DomainMemory
 from edl.reduction.ranks import Group, Ranks
-from edl.reduction.share import share
+from edl.routing import Observation
 from edl.segments import Segments, make_segments
 
 if TYPE_CHECKING:
     _RouterLogits = Tensor | list[Tensor] | tuple[Tensor, ...]
 else:  # what TorchScript takes
     _RouterLogits = Tensor | list[Tensor]
-
-
-def _check_choice(name: str, value: str, choices: list[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"edl::expert_divergence_loss: {name} must be one of {choices} (got '{value}')")
-
-
-@torch.jit.unused
-def _check_types(
-    eps: Any,
-    input: Any,
-    scores: Any,
-    sequence_reduction: Any,
-    pair_reduction: Any,
-    layer_reduction: Any,
-    bias_correction: Any,
-) -> None:
-    op = "expert_divergence_loss"
-    ops._check_numbers(op, eps=eps)
-    ops._check_texts(op, input=input, scores=scores, sequence_reduction=sequence_reduction)
-    ops._check_texts(op, pair_reduction=pair_reduction, layer_reduction=layer_reduction)
-    ops._check_flags(op, bias_correction=bias_correction)
-
-
-def _check_options(
-    num_domains: int,
-    eps: float,
-    input: str,
-    scores: str,
-    sequence_reduction: str,
-    pair_reduction: str,
-    layer_reduction: str,
-    bias_correction: bool,
-) -> None:
-    if num_domains < 2:
-        raise ValueError(
-            "edl::expert_divergence_loss: num_domains must be at least 2, or there is no pair to push apart (got "
-            f"{num_domains})"
-        )
-    if not (eps >= 0.0 and eps < float("inf")):
-        raise ValueError(f"edl::expert_divergence_loss: eps must be finite and not negative (got {eps})")
-    _check_choice("input", input, ["logits", "probs"])
-    _check_choice("scores", scores, ["softmax", "sigmoid"])
-    _check_choice("sequence_reduction", sequence_reduction, ["sequence", "token"])
-    _check_choice("pair_reduction", pair_reduction, ["mean_of_logs", "log_of_mean"])
-    _check_choice("layer_reduction", layer_reduction, ["mean", "sum", "none"])
-    if bias_correction and (sequence_reduction != "sequence" or pair_reduction != "mean_of_logs"):
-        raise ValueError(
-            "edl::expert_divergence_loss: bias_correction needs sequence_reduction='sequence' and "
-            f"pair_reduction='mean_of_logs' (got '{sequence_reduction}' and '{pair_reduction}')"
-        )
 
 
 def _check_layers(layers: list[Tensor]) -> None:
@@ -143,25 +94,6 @@ def _segments_of(
     )
 
 
-class Layout(NamedTuple):
-    """What all ranks must agree on; segments may differ in number between ranks of `group`, and from call to call."""
-
-    layers: int
-    domains: int
-    experts: int
-    dtype: torch.dtype  # of the segment sums
-    device: str
-    averaging_ranks: int
-    options: str
-
-
-def _versions(tensors: list[Tensor]) -> list[int]:
-    """Tells tensors that were changed in place; where there is no telling, nothing."""
-    if torch.compiler.is_compiling():
-        return []
-    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
 def expert_divergence_loss(
     router_logits: _RouterLogits,
     domain_ids: Tensor,
@@ -183,10 +115,12 @@ def expert_divergence_loss(
     """
     if not torch.jit.is_scripting():
         num_domains = ops._as_integer("expert_divergence_loss", "num_domains", num_domains)
-        _check_types(eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction)
-    _check_options(
-        num_domains, eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction
+        check_types("expert_divergence_loss", eps, input, scores, sequence_reduction, pair_reduction, bias_correction)
+        ops._check_texts("expert_divergence_loss", layer_reduction=layer_reduction)
+    check_options(
+        "expert_divergence_loss", num_domains, eps, input, scores, sequence_reduction, pair_reduction, bias_correction
     )
+    check_choice("expert_divergence_loss", "layer_reduction", layer_reduction, ["mean", "sum", "none"])
     layers = _as_layers(router_logits)
     segments = _segments_of(
         layers[0],
@@ -281,10 +215,19 @@ class ExpertDivergenceLoss(nn.Module):
     ) -> None:
         super().__init__()
         num_domains = ops._as_integer("expert_divergence_loss", "num_domains", num_domains)
-        _check_types(eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction)
-        _check_options(
-            num_domains, eps, input, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction
+        check_types("expert_divergence_loss", eps, input, scores, sequence_reduction, pair_reduction, bias_correction)
+        ops._check_texts("expert_divergence_loss", layer_reduction=layer_reduction)
+        check_options(
+            "expert_divergence_loss",
+            num_domains,
+            eps,
+            input,
+            scores,
+            sequence_reduction,
+            pair_reduction,
+            bias_correction,
         )
+        check_choice("expert_divergence_loss", "layer_reduction", layer_reduction, ["mean", "sum", "none"])
         self.num_domains = num_domains
         self.eps = float(eps)
         self.input = input
@@ -296,8 +239,9 @@ class ExpertDivergenceLoss(nn.Module):
         self._ranks = Ranks(sequence_group, group, averaging_ranks)
         self._is_alone = sequence_group is None and group is None and averaging_ranks is None
         self._values_checked = False
+        self._exchange = Exchange("expert_divergence_loss", self._ranks)
         self._keeps_moments = False  # for `pairs_and_nats`
-        self._moments: Moments | None = None
+        self._sums: Sums | None = None
         self.memory = memory
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -462,19 +406,6 @@ class ExpertDivergenceLoss(nn.Module):
         self._keeps_moments = True
 
     @torch.jit.unused
-    def last_moments(self) -> Moments:
-        """What `pairs_and_nats` is of, for logs that look later; needs `keep_moments` before.
-
-        Raises:
-            ValueError: no loss since.
-        """
-        if self._moments is None:
-            raise ValueError(
-                "edl::expert_divergence_loss: pairs_and_nats() tells of a loss after keep_moments() (got no such loss)"
-            )
-        return self._moments
-
-    @torch.jit.unused
     def pairs_and_nats(self) -> tuple[Tensor, Tensor]:
         """What the last loss compared, for logs; needs `keep_moments` before.
 
@@ -486,140 +417,90 @@ class ExpertDivergenceLoss(nn.Module):
         Raises:
             ValueError: no loss since.
         """
-        pairs, nats = pairs_and_nats([self.last_moments()])
-        return pairs[0], nats[0]
+        if self._sums is None:
+            raise ValueError(
+                "edl::expert_divergence_loss: pairs_and_nats() tells of a loss after keep_moments() (got no such loss)"
+            )
+        measures = self._objective().measures(self._sums)
+        return measures["pairs"], measures["nats"]
+
+    @torch.jit.unused
+    def allocate_memory(self, num_layers: int, num_experts: int) -> None:
+        """Fixes the size of the memory's state before the first micro-batch does, for what loads a state into the
+        tensors of a new model, as torch.distributed.checkpoint.
+
+        Args:
+            num_layers (int): L, the MoE layers of the loss.
+            num_experts (int): E.
+
+        Raises:
+            ValueError: no memory, a number below 1, other numbers than are known already.
+        """
+        if self.memory is None:
+            raise ValueError("edl::expert_divergence_loss: allocate_memory() needs a memory (got none)")
+        num_layers = ops._as_integer("expert_divergence_loss", "num_layers", num_layers, lowest=1)
+        num_experts = ops._as_integer("expert_divergence_loss", "num_experts", num_experts, lowest=1)
+        no_segment = torch.full([1], -1, dtype=torch.int32)
+        num_segments = self.num_domains if self.sequence_reduction == "token" else 1
+        segments = Segments(no_segment, num_segments, torch.zeros(num_segments, dtype=torch.int64))
+        layers = [torch.full([1, num_experts], 1.0 / num_experts)] * num_layers
+        self._exchange.reserve([self._part(layers, segments)], self.memory)
+
+    @torch.jit.unused
+    def _objective(self) -> ExpertDivergence:
+        """The loss as an objective, with the options as they are now."""
+        return ExpertDivergence(
+            self.num_domains,
+            self.eps,
+            self.input,
+            self.scores,
+            self.sequence_reduction,
+            self.pair_reduction,
+            self.bias_correction,
+        )
+
+    @torch.jit.unused
+    def _part(self, layers: list[Tensor], segments: Segments) -> Part:
+        if not isinstance(segments, Segments):
+            raise ValueError(
+                "edl::expert_divergence_loss: segments must be edl.segments.Segments, or a function that makes them "
+                f"(got {type(segments).__name__})"
+            )
+        ops._check_tensors("expert_divergence_loss", segment_ids=segments.segment_ids, labels=segments.labels)
+        field = "logits" if self.input == "logits" else "scores"
+        observations = [Observation(**{field: layer}) for layer in layers]
+        # Under a name that tells the ranks of what a part does not hold.
+        return Part(f"layer_reduction={self.layer_reduction!r}", self._objective(), observations, segments)
 
     @torch.jit.unused
     def _begin_jointly(
         self, router_logits: _RouterLogits, segments_of: Callable[[Tensor], Segments]
     ) -> Callable[[], Tensor]:
-        """Begins the loss over all ranks and micro-batches; `segments_of` makes the segments of a layer.
-
-        Sums over the tokens of a segment are added over `sequence_group`, moments of whole segments over `group` and
-        micro-batches; the loss is a formula of these. Whatever goes wrong on this rank, other ranks wait for its part:
-        it is raised once they have it.
-        """
-        ranks = self._ranks
+        """Begins the loss over all ranks and micro-batches; `segments_of` makes the segments of a layer."""
         memory = self.memory if self.memory is not None and self.memory.in_use else None
         if memory is not None:
             memory.serve(self)  # a copy's memory, or a loss's copy, comes here without an assignment
-        before = None if memory is None else memory.before_pass()
 
-        layers, segments, sums, counts, layout, problem = self._sum_own_segments(router_logits, segments_of, memory)
-        problem = ranks.agree(layout, lambda: "nothing" if before is None else before.described(), problem)
-        labels = None if segments is None else segments.labels
-        sums, counts, problem = ranks.sum_units(sums, counts, labels, problem, self._stand_in_segments)
+        def parts() -> list[Part]:
+            layers = _as_layers(router_logits)
+            return [self._part(layers, segments_of(layers[0]))]
 
-        own, problem = self._moments_of(sums, counts, labels, problem)
-        # In the second of two passes what was collected is the sum already.
-        group = None if memory is not None and memory.has_collected else ranks.group
-        wait = ranks.start_sum(group, [own], problem)
-        shape = (len(layers), self.num_domains, sums.shape[-1])
-        carried: Moments | None = None
-        if memory is not None:  # micro-batches are carried in the order in which they begin
-            total, problem = wait()
-            if problem is None:
-                carried = memory.add(before, self._as_moments(total, shape))
-            wait = lambda: (total, problem)
-        read = [] if segments is None else [*layers, segments.segment_ids, segments.labels]
-        versions = _versions(read)
+        wait = self._exchange.begin(parts, memory)
 
         def finish() -> Tensor:
-            total, problem = wait()
-            if problem is not None:
-                raise problem
-            if _versions(read) != versions:
-                raise RuntimeError(
-                    "edl::expert_divergence_loss: router_logits and labels must stay as they are until a loss that "
-                    "was begun is finished (got one that was changed in place)"
-                )
-            moments = self._as_moments(total, shape) if carried is None else carried
+            (part,), (sums,) = wait()
+            routing = part.layers[0].logits if self.input == "logits" else part.layers[0].scores
+            assert routing is not None
             if self._keeps_moments:
-                self._moments = moments
-            worth = None if memory is None else moments.worth
-            loss: Tensor = torch.ops.edl._expert_divergence_of_moments(
-                share(own, moments.packed, float(ranks.averaging_ranks), worth),
-                *shape,
-                self.eps,
-                self.pair_reduction,
-                self.bias_correction,
-                self.layer_reduction,
-                sums.dtype,
-            )
-            return loss
+                self._sums = {name: x.detach() for name, x in sums.items()}
+            losses = part.objective.formula(sums)
+            if routing.dtype != torch.float64:
+                losses = losses.float()
+            if self.layer_reduction == "none":
+                return losses
+            return losses.sum() if self.layer_reduction == "sum" else losses.mean()
 
         return finish
-
-    @torch.jit.unused
-    def _sum_own_segments(
-        self,
-        router_logits: _RouterLogits,
-        segments_of: Callable[[Tensor], Segments],
-        memory: DomainMemory | None,
-    ) -> tuple[list[Tensor], Segments | None, Tensor, Tensor, Layout | None, Exception | None]:
-        """Layers, their segments, sums [L, S, E] and counts [S] over this rank's tokens, what ranks must agree on, and
-        what went wrong."""
-        layers: list[Tensor] = []
-        segments: Segments | None = None
-        try:
-            layers = _as_layers(router_logits)
-            if memory is not None:
-                memory.refuse_without_values(layers[0])
-            segments = segments_of(layers[0])
-            if not isinstance(segments, Segments):
-                raise ValueError(
-                    "edl::expert_divergence_loss: segments must be edl.segments.Segments, or a function that makes "
-                    f"them (got {type(segments).__name__})"
-                )
-            ops._check_tensors("expert_divergence_loss", segment_ids=segments.segment_ids, labels=segments.labels)
-            scores = self.scores if self.input == "logits" else "none"
-            sums, counts = torch.ops.edl._segment_sums(layers, segments.segment_ids, segments.num_segments, scores)
-            if self._ranks.compares_values(counts) and self.sequence_reduction == "sequence":
-                # Labels are looked at with the domains; the ranks of sequence_group must hear of wrong ones before.
-                ops.domain_moments(torch.ones_like(counts).unsqueeze(1), counts, segments.labels, self.num_domains)
-            if torch.compiler.is_compiling():
-                return layers, segments, sums, counts, None, None
-            sizes = len(layers), self.num_domains, sums.shape[-1]
-            averaging_ranks, options = self._ranks.averaging_ranks, self.extra_repr()
-            layout = Layout(*sizes, sums.dtype, sums.device.type, averaging_ranks, options)
-            return layers, segments, sums, counts, layout, None
-        except Exception as error:
-            nothing = torch.empty(0)
-            return layers, segments, nothing, nothing, None, error
-
-    @torch.jit.unused
-    def _moments_of(
-        self, sums: Tensor, counts: Tensor, labels: Tensor | None, problem: Exception | None
-    ) -> tuple[Tensor, Exception | None]:
-        """Packed domain moments of this rank, and what went wrong; those of a rank that has none to give stand in."""
-        if problem is None:
-            try:
-                moments: Tensor = torch.ops.edl._packed_moments(
-                    sums, counts, labels, self.num_domains, self.sequence_reduction, self.bias_correction
-                )
-                return moments, None
-            except Exception as error:
-                problem = error
-        no_sums, no_counts = self._stand_in_segments(0)
-        no_labels = no_counts.new_zeros(0, dtype=torch.int64)
-        stand_in: Tensor = torch.ops.edl._packed_moments(
-            no_sums, no_counts, no_labels, self.num_domains, "sequence", self.bias_correction
-        )
-        return stand_in, problem
-
-    @torch.jit.unused
-    def _stand_in_segments(self, num_segments: int) -> tuple[Tensor, Tensor]:
-        """Segment sums and counts of a rank that has none to give, in the layout of its last call."""
-        layout: Layout | None = self._ranks.layout  # type: ignore[assignment]
-        assert layout is not None
-        shape = layout.layers, num_segments, layout.experts
-        sums = torch.zeros(shape, dtype=layout.dtype, device=layout.device)
-        return sums, sums.new_zeros(num_segments)
-
-    @torch.jit.unused
-    def _as_moments(self, packed: Tensor, shape: tuple[int, int, int]) -> Moments:
-        """Of one micro-batch."""
-        return Moments(packed, shape, self.bias_correction, packed.new_ones(()))
 
     @torch.jit.unused
     def _check_values_once(

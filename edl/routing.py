@@ -31,13 +31,17 @@ class Observation(NamedTuple):
 
     Attributes:
         logits (Tensor[T, E], optional): the router's, before any rule.
+        scores (Tensor[T, E], optional): distributions over experts, of routers that give no logits.
         weights (Tensor[T, K], optional): of the chosen experts.
         experts (Tensor[T, K], optional): int32 or int64, the chosen experts.
+        batch_size (int): B where it is known, else -1 (default).
     """
 
     logits: Tensor | None = None
+    scores: Tensor | None = None
     weights: Tensor | None = None
     experts: Tensor | None = None
+    batch_size: int = -1
 
 
 def observations_of(given: Any) -> list[Observation]:
@@ -65,9 +69,11 @@ def _observation_of(layer: Any) -> Observation:
     if isinstance(layer, Observation):
         return layer
     if isinstance(layer, Routing):
-        return Observation(layer.logits, layer.weights, layer.experts)
+        return Observation(logits=layer.logits, weights=layer.weights, experts=layer.experts)
     if isinstance(layer, Tensor):
-        return Observation(logits=layer.flatten(0, 1) if layer.dim() == 3 else layer)
+        if layer.dim() == 3:
+            return Observation(logits=layer.flatten(0, 1), batch_size=layer.shape[0])
+        return Observation(logits=layer)
     raise ValueError(
         "edl::Objectives: observations must hold Observations, Routings or router logits, and nothing for a layer "
         f"without a router (got a list with {type(layer).__name__})"

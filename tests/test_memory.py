@@ -227,6 +227,12 @@ def saved_and_loaded_by_distributed_checkpoint(state, into, folder):
     return loaded["divergence"]
 
 
+def numbers_of(memory) -> torch.Tensor:
+    """What a state holds behind what it is of: the sums, and their worth."""
+    state = memory.get_extra_state()
+    return state[1 - int(state[0]) :]
+
+
 WAYS = [saved_and_loaded, saved_and_loaded_by_safetensors, saved_and_loaded_by_distributed_checkpoint]
 
 
@@ -238,7 +244,7 @@ def test_a_state_dict_resumes_the_average(resume, bias_correction, tmp_path):
     losses_and_gradient(divergence, 1, torch.arange(0, 8))
     divergence.memory.step()
     resumed = with_average(bias_correction=bias_correction)
-    resumed.memory.allocate(L, D, E, bias_correction)
+    resumed.allocate_memory(L, E)
     resumed.load_state_dict(resume(divergence.state_dict(), resumed.state_dict(), tmp_path))
     expected, actual = (losses_and_gradient(module, 1, torch.arange(8, 12)) for module in (divergence, resumed))
     assert expected[0].ne(0).all() or bias_correction  # which counts no domain of one segment
@@ -249,8 +255,9 @@ def test_a_state_dict_resumes_the_average(resume, bias_correction, tmp_path):
 def test_a_state_is_one_tensor_whose_size_stays():
     divergence = with_average()
     assert divergence.state_dict()["memory._extra_state"].numel() == 0
-    size = 4 + L * D * (E + 1) + 1
-    divergence.memory.allocate(L, D, E)
+    meaning = "ExpertDivergence: sums [2, 3, 8], counts [2, 3]"
+    size = 1 + len(meaning) + L * D * (E + 1) + 1
+    divergence.allocate_memory(L, E)
     sizes = [divergence.state_dict()["memory._extra_state"].shape]
     for _ in range(2):
         losses_and_gradient(divergence, 3)
@@ -277,14 +284,23 @@ def test_a_memory_of_unknown_size_is_no_silent_empty_start(tmp_path):
 def test_states_that_were_saved_as_tuples_are_read(is_allocated, resume, tmp_path):
     divergence, resumed = with_average(), with_average()
     losses_and_gradient(divergence, 1, torch.arange(0, 8))
-    moments = divergence.memory.get_extra_state()[4:]
     if is_allocated:
-        resumed.memory.allocate(L, D, E)
-    old = {"memory._extra_state": (moments, (L, D, E), False)}
+        resumed.allocate_memory(L, E)
+    old = {"memory._extra_state": (numbers_of(divergence.memory), (L, D, E), False)}
     resumed.load_state_dict(resume(old, resumed.state_dict(), tmp_path))
     assert resumed.memory.get_extra_state().equal(divergence.memory.get_extra_state())
     resumed.load_state_dict({"memory._extra_state": ()})
-    assert resumed.memory.get_extra_state()[4:].eq(0).all()
+    assert numbers_of(resumed.memory).eq(0).all()
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_states_that_were_saved_with_their_sizes_are_read(bias_correction):
+    divergence, resumed = (with_average(bias_correction=bias_correction) for _ in range(2))
+    losses_and_gradient(divergence, 1)
+    old = torch.cat([torch.tensor([L, D, E, bias_correction]).double(), numbers_of(divergence.memory)])
+    resumed.load_state_dict({"memory._extra_state": old})
+    assert resumed.memory.get_extra_state().equal(divergence.memory.get_extra_state())
+    torch.testing.assert_close(*(losses_and_gradient(each, 2) for each in (divergence, resumed)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -315,19 +331,20 @@ def test_save_pretrained_of_a_model_that_holds_the_loss(dtype, tmp_path):
 
 
 def test_sizes_that_are_none_are_refused():
-    memory = edl.DomainMemory()
+    divergence = with_average()
     for sizes, rule in [
-        ((0, 3, 8), "num_layers must be at least 1 (got 0)"),
-        ((2, 3.0, 8), "num_domains must be an integer (got 3.0)"),
-        ((2, 3, True), "num_experts must be an integer (got True)"),
-        ((2, 3, 8, 1), "bias_correction must be True or False (got 1)"),
+        ((0, 8), "num_layers must be at least 1 (got 0)"),
+        ((2, True), "num_experts must be an integer (got True)"),
     ]:
-        assert refused(lambda sizes=sizes: memory.allocate(*sizes)) == f"edl::DomainMemory: {rule}"
-    memory.allocate(L, D, E)
-    memory.allocate(L, D, E)
-    assert refused(lambda: memory.allocate(L, D, E, True)) == (
-        "edl::DomainMemory: layers, domains, experts and bias_correction are known already, [2, 3, 8, False] "
-        "(got [2, 3, 8, True])"
+        assert refused(lambda sizes=sizes: divergence.allocate_memory(*sizes)) == f"edl::expert_divergence_loss: {rule}"
+    assert refused(lambda: edl.ExpertDivergenceLoss(D).allocate_memory(L, E)) == (
+        "edl::expert_divergence_loss: allocate_memory() needs a memory (got none)"
+    )
+    divergence.allocate_memory(L, E)
+    divergence.allocate_memory(L, E)
+    assert refused(lambda: divergence.allocate_memory(L + 1, E)) == (
+        "edl::DomainMemory: what is carried is known already, ExpertDivergence: sums [2, 3, 8], counts [2, 3] "
+        "(got ExpertDivergence: sums [3, 3, 8], counts [3, 3])"
     )
 
 
@@ -346,8 +363,8 @@ def test_a_state_that_is_restored_ends_a_step_that_failed():
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({"num_domains": D + 1}, "the same layers, domains and experts, [2, 3, 8] (got [2, 4, 8])"),
-        ({"bias_correction": True}, "the same bias_correction, False (got True)"),
+        ({"num_domains": D + 1}, "sums [2, 4, 8], counts [2, 4]"),
+        ({"bias_correction": True}, "sums [2, 3, 8], squares [2, 3, 8], counts [2, 3]"),
     ],
 )
 def test_the_state_of_another_loss_is_refused(options, sentence):
@@ -355,7 +372,8 @@ def test_the_state_of_another_loss_is_refused(options, sentence):
     losses_and_gradient(divergence, 1)
     other.load_state_dict(divergence.state_dict())
     assert refused(lambda: losses_and_gradient(other, 1)) == (
-        f"edl::DomainMemory: all micro-batches, and a state that was restored, must have {sentence}"
+        "edl::DomainMemory: all micro-batches, and a state that was restored, must be of the same objectives, layers "
+        f"and sizes, ExpertDivergence: sums [2, 3, 8], counts [2, 3] (got ExpertDivergence: {sentence})"
     )
 
 
@@ -440,13 +458,15 @@ def state_of(*moments: float, sizes=(1, 1, 2, 0)) -> torch.Tensor:
         (state_of(1, 1, 2, 1, sizes=(1, float("nan"), 2, 0)), "[8] torch.float64"),
         (state_of(1, 1, 2, 1, sizes=(1, 1, 2, 2)), "[8] torch.float64"),
         (state_of(1, 1, 2, 1).to("meta"), "[8] torch.float64"),
+        (state_of(1, sizes=(-3, 65, 66)), "[4] torch.float64"),
+        (state_of(1, 1, sizes=(-2, 65, 300)), "[5] torch.float64"),
     ],
 )
 def test_a_state_of_another_kind_is_refused(state, got):
     memory = edl.DomainMemory()
     assert refused(lambda: memory.load_state_dict({"_extra_state": state})).endswith(
-        "edl::DomainMemory: a state must hold float64 moments, their layers, domains and experts [L, D, E], and "
-        f"bias_correction (got {got})"
+        "edl::DomainMemory: a state must be one that a memory gave, a row of float64 numbers that begins with what "
+        f"they are of (got {got})"
     )
     assert memory.get_extra_state().numel() == 0
 
@@ -461,6 +481,12 @@ def test_a_state_of_numbers_that_are_no_moments_is_refused(moments, is_old):
         "edl::DomainMemory: the moments in a state, sums and counts, must be finite and not negative "
         f"(got {float(wrong[0])})"
     )
+
+
+@pytest.mark.parametrize("numbers", [(float("nan"), 1), (1, float("inf")), (1, -1)])
+def test_a_state_of_sums_that_are_none_is_refused(numbers):
+    sentence = refused(lambda: edl.DomainMemory().set_extra_state(state_of(*numbers, sizes=(-1, 65))))
+    assert sentence.startswith("edl::DomainMemory: the sums in a state must be finite, and of at least 0 micro-batches")
 
 
 # ---- one memory, one loss ----
@@ -488,7 +514,7 @@ def test_what_cannot_be_assigned_is_refused():
 
 
 TWO_OWNERS = (
-    "edl::DomainMemory: a memory must belong to one loss, whose moments others would mix with theirs; set the other's "
+    "edl::DomainMemory: a memory must belong to one loss, whose sums others would mix with theirs; set the other's "
     "memory to None first (got one that another loss has)"
 )
 
@@ -584,7 +610,7 @@ def test_wrong_use_is_refused():
     )
     losses_and_gradient(divergence, 1)
     assert "collect() must come first in a step, once" in refused(lambda: memory.collect().__enter__())
-    assert "must have the same layers, domains and experts, [2, 3, 8] (got [1, 3, 8])" in refused(
+    assert "sums [2, 3, 8], counts [2, 3] (got ExpertDivergence: sums [1, 3, 8], counts [1, 3])" in refused(
         lambda: divergence((HIDDEN[0] @ ROUTER[0].T).requires_grad_(True), LABELS)
     )
     memory.step()
@@ -616,7 +642,10 @@ def test_losses_that_are_begun_before_the_first_is_finished_are_carried_in_their
         losses.append([divergence(*batch) for batch in batches])
         memory.step()
     assert states[0].equal(states[1])
-    assert states[0][:4].tolist() == [1, D, E, 0]
+    assert (
+        bytes(map(int, states[0][1 : 1 - int(states[0][0])])).decode()
+        == "ExpertDivergence: sums [1, 3, 8], counts [1, 3]"
+    )
     assert states[0][-1] == 2  # micro-batches
     assert losses[0] == losses[1]
 

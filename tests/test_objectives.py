@@ -265,9 +265,10 @@ def test_an_objective_of_ones_own_is_two_functions():
     class MeanLogit(Objective):
         needs = frozenset({"logits"})
 
-        def of_tokens(self, layers, counted):
-            sums = [layer.logits.where((counted == 0).unsqueeze(1), 0.0).sum() for layer in layers]
-            return {"sum": torch.stack(sums), "tokens": (counted == 0).sum().expand(len(layers))}
+        def of_tokens(self, layers, segments):
+            counts = segments.segment_ids == 0
+            sums = [layer.logits.where(counts.unsqueeze(1), 0.0).sum() for layer in layers]
+            return {"sum": torch.stack(sums), "tokens": counts.sum().expand(len(layers))}
 
         def formula(self, sums):
             return sums["sum"] / sums["tokens"]

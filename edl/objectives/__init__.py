@@ -1,8 +1,21 @@
 """What routing can be pushed towards: each objective is a formula of sums over tokens, exact under any split."""
 
-from edl.objectives.base import Objective, Sums
+from edl.objectives.base import Objective, Sums, available
+from edl.objectives.configuration import objectives_from_file, objectives_of
+from edl.objectives.expert_divergence import ExpertDivergence
 from edl.objectives.load_balancing import LoadBalancing
 from edl.objectives.objectives import Objectives, linear_warmup
 from edl.objectives.router_z import RouterZ
 
-__all__ = ["LoadBalancing", "Objective", "Objectives", "RouterZ", "Sums", "linear_warmup"]
+__all__ = [
+    "ExpertDivergence",
+    "LoadBalancing",
+    "Objective",
+    "Objectives",
+    "RouterZ",
+    "Sums",
+    "available",
+    "linear_warmup",
+    "objectives_from_file",
+    "objectives_of",
+]

@@ -1,46 +1,90 @@
 """What an objective is."""
 
 import abc
+import re
 from collections.abc import Sequence
-from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from edl.labels.batch import Batch
 from edl.routing import Observation
+from edl.segments import Segments
 
 Sums = dict[str, Tensor]
+_CLASSES: dict[str, type["Objective"]] = {}
+
+
+def available() -> dict[str, type["Objective"]]:
+    """All classes of objectives, one's own included, by the names under which files and flags know them: the class's
+    own in words, `load_balancing` for `LoadBalancing`."""
+    return dict(_CLASSES)
 
 
 class Objective(abc.ABC):
     """A loss of a layer's routing, as a formula of sums over tokens.
 
-    Sums can be added: over ranks, over micro-batches. So an objective is two pure functions, and whoever binds it
-    (`edl.objectives.Objectives`) adds the sums of all ranks in between: the formula then sees the whole batch, and each
-    rank differentiates its own part.
+    Sums can be added: over ranks, over micro-batches. So an objective is up to three pure functions, and whoever binds
+    it (`edl.objectives.Objectives`) adds the sums of all ranks in between: the formula then sees the whole batch, and
+    each rank differentiates its own part.
+
+        of_tokens ─ add over ranks with parts of a sequence ─ of_units ─ add over ranks and micro-batches ─ formula
 
     Derive a frozen dataclass, whose fields are the options, checked in `__post_init__`. It holds no state and no
-    groups.
-
-    Attributes:
-        needs (frozenset of str): which fields of an `edl.routing.Observation` it reads; layers that lack one are
-            skipped.
+    groups. `available()` lists it from then on.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    def __init_subclass__(cls) -> None:
+        _CLASSES[re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()] = cls
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The fields of an `edl.routing.Observation` that it reads; layers that lack one are skipped."""
+        return frozenset()
+
+    @property
+    def by_unit(self) -> bool:
+        """Whether `of_tokens` gives sums for each unit, a sequence for instance, which `of_units` sees whole."""
+        return False
+
+    def segments(self, batch: Batch) -> Segments:
+        """The unit of each token, and the units' labels: by default all tokens that count are one."""
+        return batch.counted()
 
     @abc.abstractmethod
-    def of_tokens(self, layers: Sequence[Observation], counted: Tensor) -> Sums:
+    def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
         """Sums over this rank's tokens.
 
         Args:
             layers (sequence of Observation): of L layers with equally many tokens and experts, what is needed in each.
-            counted (Tensor[T]): int32, 0 = the token counts, -1 = it does not (it may hold NaN); 1 = its mask value is
-                not allowed, which operators of edl refuse.
+            segments (Segments): what `segments` gave. A token of id -1 does not count, and may hold NaN; the id
+                `num_segments` stands for a label or mask value that is not allowed, and operators of edl refuse it.
 
         Returns:
-            Name → Tensor[L, ...], with a gradient where there is one. A mean is a sum and the number of what was added.
+            Name → Tensor[L, ...], with a gradient where there is one; with `by_unit` Tensor[L, S, ...], or [1, S, ...]
+            where all layers have the same. A mean is a sum and the number of what was added.
         """
+
+    def of_units(self, sums: Sums, labels: Tensor) -> Sums:
+        """With `by_unit`: sums over units, of any function of a whole one.
+
+        Args:
+            sums (Sums): what `of_tokens` gave, of whole units.
+            labels (Tensor[S, ...]): of the units.
+
+        Returns:
+            Name → Tensor[L, ...]; also for S = 0.
+        """
+        raise NotImplementedError(f"edl::{type(self).__name__}: an objective by unit must have of_units")
 
     @abc.abstractmethod
     def formula(self, sums: Sums) -> Tensor:
-        """The loss of each layer, Tensor[L], of the sums of all ranks, in float64."""
+        """The loss of each layer, Tensor[L], of the sums of all ranks."""
+
+    def has_effect(self, sums: Sums) -> Tensor:
+        """Whether there was anything to act on, a bool scalar; where not, the loss is 0 and no log counts it."""
+        return torch.ones((), dtype=torch.bool, device=next(iter(sums.values())).device)
+
+    def measures(self, sums: Sums) -> dict[str, Tensor]:
+        """What a log shows beside the loss: name → a scalar, of the sums of all ranks, without gradient."""
+        return {}

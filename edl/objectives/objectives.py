@@ -1,20 +1,24 @@
-"""Objectives with their weights, bound to the ranks that share a batch."""
+"""Objectives with their weights, bound to the ranks and micro-batches that share a batch."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edl import ops
+from edl.labels.batch import Batch
 from edl.objectives.base import Objective, Sums
+from edl.objectives.exchange import Exchange, Part
+from edl.objectives.log import EffectWatch, ObjectiveLog, warn_of_no_effect
+from edl.reduction.micro_batches import DomainMemory
 from edl.reduction.ranks import Group, Ranks
-from edl.reduction.share import share
 from edl.routing import Observation, observations_of
-from edl.segments import mask_segments
 
 Weight = float | Callable[[int], float]
+Losses = tuple[Tensor, dict[str, Tensor]]
 
 
 def linear_warmup(weight: float, steps: int) -> Callable[[int], float]:
@@ -30,23 +34,6 @@ def linear_warmup(weight: float, steps: int) -> Callable[[int], float]:
     return lambda step: weight * min(1.0, step / steps)
 
 
-class Layout(NamedTuple):
-    """What all ranks must agree on."""
-
-    objectives: tuple[tuple[str, str], ...]
-    shapes: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]  # of the sums of each part
-    device: str
-    averaging_ranks: int
-
-
-class _Part(NamedTuple):
-    """An objective on those of the layers that have what it needs, and are of one size."""
-
-    name: str
-    objective: Objective
-    layers: list[Observation]
-
-
 class Objectives(nn.Module):
     """Several objectives of the routing of all layers, with one all-reduce for all of them.
 
@@ -55,11 +42,18 @@ class Objectives(nn.Module):
     objectives; the first call compares them. A rank that finds an error takes part with NaN and raises afterwards; on
     the CPU, or with EDL_CHECK=1, all ranks raise and name it.
 
-        objectives = Objectives({"load_balancing": (LoadBalancing(), 1e-2), "router_z": (RouterZ(), 1e-3)}, group)
-        total, values = objectives(routings, attention_mask=mask)
+        objectives = Objectives({
+            "expert_divergence": (ExpertDivergence(num_domains=3), 1e-2),
+            "load_balancing": (LoadBalancing(), 1e-2),
+        }, group)
+        total, values = objectives(routings, attention_mask, domain_ids=domain_ids)
         (lm_loss + total).backward()
         optimizer.step()
         objectives.step()
+
+    Layers that lack what an objective needs are skipped by it, and named once. Without a token that counts, or with
+    fewer than two domains for a divergence, a value is 0, which logs leave out; after 100 such steps it warns. In
+    evaluation mode, or without gradients, values are shared over the ranks, and memory and logs stay untouched.
 
     Args:
         objectives (mapping): name → (objective, weight). The objective's part of the total is its weight times the mean
@@ -71,6 +65,7 @@ class Objectives(nn.Module):
             sequences (context parallel; tensor parallel with sequence parallel).
         averaging_ranks (int, optional): the number of ranks over which the framework averages gradients, as
             `edl.ExpertDivergenceLoss` takes it.
+        memory (DomainMemory, optional): carries the sums over the micro-batches of a step; of these objectives alone.
 
     Raises:
         ValueError: no objective, something that is none, a weight that is negative or not finite; no such groups.
@@ -82,6 +77,7 @@ class Objectives(nn.Module):
         group: Group | None = None,
         sequence_group: Group | None = None,
         averaging_ranks: int | None = None,
+        memory: DomainMemory | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(objectives, Mapping) or not objectives:
@@ -94,10 +90,54 @@ class Objectives(nn.Module):
                 raise ValueError(
                     f"edl::Objectives: objectives must map names to (objective, weight) (got {name!r}: {bound!r})"
                 )
-        self._objectives = {name: objective for name, (objective, _) in objectives.items()}
+        if memory is not None and not isinstance(memory, DomainMemory):
+            raise ValueError(f"edl::Objectives: memory must be a DomainMemory (got {type(memory).__name__})")
+        self.objectives = {name: objective for name, (objective, _) in objectives.items()}
         self._given_weights = {name: weight for name, (_, weight) in objectives.items()}
+        self.is_bound = any(given is not None for given in (group, sequence_group, averaging_ranks, memory))
         self._ranks = Ranks(sequence_group, group, averaging_ranks)
+        self._exchange = Exchange("Objectives", self._ranks)
+        if memory is not None:
+            memory.serve(self)
+        self.memory = memory
         self._step = 0
+        self.weights = self._weights_now()
+        self._logs: dict[str, ObjectiveLog] = {}
+        self._watches = {name: EffectWatch() for name in self.objectives}
+        self._warned: set[str] = set()
+
+    def bind(
+        self,
+        group: Group | None = None,
+        sequence_group: Group | None = None,
+        averaging_ranks: int | None = None,
+        memory: DomainMemory | None = None,
+    ) -> "Objectives":
+        """The same objectives and weights, bound to ranks and a memory; for integrations, which know them.
+
+        Args:
+            group, sequence_group, averaging_ranks, memory: as the constructor takes them.
+
+        Raises:
+            ValueError: they are bound already.
+        """
+        if self.is_bound:
+            raise ValueError(
+                "edl::Objectives: an integration binds objectives to ranks and memory itself, pass them without group, "
+                "sequence_group, averaging_ranks and memory (got some that are bound)"
+            )
+        objectives = {name: (self.objectives[name], weight) for name, weight in self._given_weights.items()}
+        return Objectives(objectives, group, sequence_group, averaging_ranks, memory)
+
+    def set_weight(self, name: str, weight: Weight) -> None:
+        """Gives an objective another weight, from now on.
+
+        Raises:
+            ValueError: no such objective, a weight that is negative or not finite.
+        """
+        if name not in self.objectives:
+            raise ValueError(f"edl::Objectives: name must be one of {list(self.objectives)} (got {name!r})")
+        self._given_weights[name] = weight
         self.weights = self._weights_now()
 
     def _weights_now(self) -> dict[str, Tensor]:
@@ -114,12 +154,22 @@ class Objectives(nn.Module):
         return weights
 
     def step(self) -> None:
-        """Ends a training step: weights that depend on it move on."""
+        """Ends a training step: weights that depend on it move on, and the memory's step ends.
+
+        Raises:
+            RuntimeError: what `DomainMemory.step` raises.
+        """
         self._step += 1
         self.weights = self._weights_now()
+        for name, watch in self._watches.items():
+            if watch.end_step() and name not in self._warned:
+                self._warned.add(name)
+                warn_of_no_effect("Objectives", name)
+        if self.memory is not None:
+            self.memory.step()
 
     def get_extra_state(self) -> Tensor:
-        """What `state_dict` saves: the number of steps."""
+        """What `state_dict` saves beside the memory: the number of steps."""
         return torch.tensor(self._step)
 
     def set_extra_state(self, state: Any) -> None:
@@ -131,12 +181,34 @@ class Objectives(nn.Module):
         self._step = ops._as_integer("Objectives", "a state's steps", state)
         self.weights = self._weights_now()
 
+    def log(self) -> dict[str, Tensor]:
+        """What to log of the training losses since it was last called; nothing waits for a device.
+
+        Returns:
+            For each objective scalars, means over the losses that had something to act on, NaN where none had:
+            `<name>_loss`, without its weight, `<name>/layer_<i>`, and what it measures (`<name>/nats`, the divergence
+            itself, and `<name>/pairs` of `ExpertDivergence`); `<name>/steps_without_effect`, how many had nothing; and
+            `<name>/weight`. Losses of compiled code are not counted.
+        """
+        entries: dict[str, Tensor] = {}
+        for name, log in self._logs.items():
+            for entry, mean in log.means().items():
+                entries[f"{name}_loss" if entry == "loss" else f"{name}/{entry}"] = mean
+            steps = self._watches[name].take()
+            if steps is not None:
+                entries[f"{name}/steps_without_effect"] = steps
+            entries[f"{name}/weight"] = self.weights[name]
+            log.clear()
+        return entries
+
     def forward(
         self,
         observations: Any,
         attention_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        cu_seqlens: Tensor | None = None,
+        **labels: Tensor,
+    ) -> Losses:
         """Computes the losses of a batch.
 
         Args:
@@ -144,27 +216,34 @@ class Objectives(nn.Module):
                 returns them; a tensor is router logits [T, E] or [B, S_len, E].
             attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding (Hugging Face's sense).
             padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
+            cu_seqlens (Tensor[N + 1], optional): boundaries of packed documents, starting at 0.
+            **labels (Tensor): sets of labels by name, of which an objective takes the one it names (`domain_ids`), in
+                the forms that `edl.ExpertDivergenceLoss` takes.
 
         Returns:
-            total, a scalar to add to the loss, and values: name → the objective's mean over layers, without its weight
-            and without gradient.
+            total, a scalar to add to the loss (float32; float64 for float64 routing), and values: name → the
+            objective's mean over layers, without its weight and without gradient.
 
         Raises:
-            ValueError: no layer with what an objective needs, wrong shapes or types, both masks.
-            IndexError: a mask value other than 0 and 1 (on the CPU; elsewhere the losses are NaN).
+            ValueError: no layer with what an objective needs, labels that it needs and did not get, wrong shapes or
+                types, both masks.
+            IndexError: a label outside [-1, D) or a mask value other than 0 and 1 (on the CPU; elsewhere the losses are
+                NaN).
         """
-        return self.begin(observations, attention_mask, padding_mask)()
+        return self.begin(observations, attention_mask, padding_mask, cu_seqlens, **labels)()
 
     def begin(
         self,
         observations: Any,
         attention_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
-    ) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
+        cu_seqlens: Tensor | None = None,
+        **labels: Tensor,
+    ) -> Callable[[], Losses]:
         """Begins the losses of a batch: the all-reduce over `group` runs while the caller goes on.
 
         Args:
-            observations, attention_mask, padding_mask: as `forward` takes them.
+            observations, attention_mask, padding_mask, cu_seqlens, **labels: as `forward` takes them.
 
         Returns:
             A function that waits for the other ranks and returns what `forward` does. Every rank must call it, also
@@ -174,96 +253,139 @@ class Objectives(nn.Module):
             ValueError, IndexError: as `forward`; from here at the first call and without groups, else from the
                 function.
         """
-        ranks = self._ranks
-        parts: list[_Part] = []
-        sums: list[Sums] = []
-        layout, problem = None, None
-        try:
-            parts = self._parts(observations_of(observations))
-            sums = [
-                part.objective.of_tokens(part.layers, _counted(part, attention_mask, padding_mask)) for part in parts
-            ]
-            layout = None if torch.compiler.is_compiling() else self._layout(sums)
-        except Exception as error:  # other ranks wait for this one's part: it is raised once they have it
-            problem = error
-        problem = ranks.agree(layout, lambda: "nothing", problem)
-        own = self._stand_in() if problem is not None else _packed(sums)
-        with torch.no_grad():
-            total, problem = ranks.start_sum(ranks.sequence_group, [own], problem)()
-        wait = ranks.start_sum(ranks.group, [total], problem)
 
-        def finish() -> tuple[Tensor, dict[str, Tensor]]:
-            total, problem = wait()
-            if problem is not None:
-                raise problem
-            shared = share(own, total, float(ranks.averaging_ranks))
-            return self._losses(parts, _unpacked(shared, sums))
+        def batch_of(layers: list[Observation]) -> Batch:
+            seen = next(x for layer in layers for x in layer if isinstance(x, Tensor))
+            ops._check_tensors("Objectives", observations=seen)
+            size = max(layer.batch_size for layer in layers)
+            num_tokens = seen.shape[0] if seen.dim() > 0 else 0
+            return Batch(num_tokens, seen.device, size, attention_mask, padding_mask, cu_seqlens, labels)
 
-        return finish
+        return self.begin_batch(lambda: observations_of(observations), batch_of)
 
-    def _parts(self, layers: list[Observation]) -> list[_Part]:
+    def begin_batch(
+        self, observations_of: Callable[[], list[Observation]], batch_of: Callable[[list[Observation]], Batch]
+    ) -> Callable[[], Losses]:
+        """`begin` for integrations, whose tokens may have an order of their own.
+
+        Args:
+            observations_of (Callable): gives one observation per layer; made here, so that an error keeps no other rank
+                waiting.
+            batch_of (Callable): what is known of these tokens.
+
+        Returns:
+            A function, as `begin` does.
+
+        Raises:
+            ValueError, IndexError: as `begin`.
+        """
+        memory = self.memory if self.memory is not None and self.memory.in_use else None
+        if memory is not None:
+            memory.serve(self)  # a copy's memory, or a copy of the objectives, comes here without an assignment
+
+        def parts() -> list[Part]:
+            layers = observations_of()
+            return self._parts(layers, batch_of(layers))
+
+        wait = self._exchange.begin(parts, memory)
+        return lambda: self._losses(*wait())
+
+    def allocate_memory(self, observations: Any, **arguments: Tensor) -> None:
+        """Fixes the size of the memory's state before the first micro-batch does, for what loads a state into the
+        tensors of a new model, as torch.distributed.checkpoint.
+
+        Args:
+            observations, **arguments: of any batch, as `forward` takes them; of one token, for instance.
+
+        Raises:
+            ValueError: no memory, other sums than are known already, and what `forward` raises.
+        """
+        if self.memory is None:
+            raise ValueError("edl::Objectives: allocate_memory() needs a memory (got none)")
+        masks = {name: arguments.pop(name, None) for name in ("attention_mask", "padding_mask", "cu_seqlens")}
+        layers = observations_of(observations)
+        seen = next(x for layer in layers for x in layer if isinstance(x, Tensor))
+        batch = Batch(seen.shape[0], seen.device, layers[0].batch_size, labels=arguments, **masks)
+        self._exchange.reserve(self._parts(layers, batch), self.memory)
+
+    def _parts(self, layers: list[Observation], batch: Batch) -> list[Part]:
         """Each objective with the layers it can see, those of one size together."""
         parts = []
-        for name, objective in self._objectives.items():
-            by_size: dict[Any, list[Observation]] = {}
-            for layer in layers:
-                needed = [getattr(layer, field) for field in sorted(objective.needs)]
+        for name, objective in self.objectives.items():
+            needs = sorted(objective.needs)
+            by_size: dict[Any, list[int]] = {}
+            for place, layer in enumerate(layers):
+                needed = [getattr(layer, field) for field in needs]
                 if all(tensor is not None for tensor in needed):
-                    for field, tensor in zip(sorted(objective.needs), needed):
+                    for field, tensor in zip(needs, needed):
                         _check_tensor(field, tensor)
-                    by_size.setdefault(tuple((tensor.shape, tensor.device) for tensor in needed), []).append(layer)
-            if not by_size:
-                raise ValueError(
-                    f"edl::Objectives: a layer must offer what {name!r} needs, {', '.join(sorted(objective.needs))} "
-                    f"(got {len(layers)} without)"
-                )
-            parts += [_Part(name, objective, alike) for alike in by_size.values()]
+                    by_size.setdefault(tuple((x.shape, x.dtype, x.device) for x in needed), []).append(place)
+            seen = [place for places in by_size.values() for place in places]
+            self._tell_of_layers(name, needs, layers, seen)
+            segments = objective.segments(batch)
+            for places in by_size.values():
+                of_part = [layers[place] for place in places]
+                parts.append(Part(name, objective, of_part, segments, tuple(places)))
         return parts
 
-    def _layout(self, sums: list[Sums]) -> Layout:
-        objectives = tuple((name, repr(objective)) for name, objective in self._objectives.items())
-        shapes = tuple(tuple((name, tuple(x.shape)) for name, x in part.items()) for part in sums)
-        device = next(iter(sums[0].values())).device.type
-        return Layout(objectives, shapes, device, self._ranks.averaging_ranks)
+    def _tell_of_layers(self, name: str, needs: list[str], layers: list[Observation], seen: list[int]) -> None:
+        if not seen:
+            raise ValueError(
+                f"edl::Objectives: a layer must offer what {name!r} needs, {', '.join(needs)} "
+                f"(got {len(layers)} without)"
+            )
+        if torch.compiler.is_compiling():
+            return
+        skipped = [place for place in range(len(layers)) if place not in seen]
+        if skipped and f"{name} skips" not in self._warned:
+            self._warned.add(f"{name} skips")
+            warnings.warn(
+                f"edl::Objectives: {name!r} skips layers that do not offer what it needs, {', '.join(needs)} "
+                f"(got {', '.join(map(str, skipped))} of {len(layers)} layers)",
+                stacklevel=2,
+            )
+        if self.training and torch.is_grad_enabled() and f"{name} has no gradient" not in self._warned:
+            observed = [getattr(layers[place], field) for place in seen for field in needs]
+            if not any(x.requires_grad for x in observed):
+                self._warned.add(f"{name} has no gradient")
+                warnings.warn(
+                    f"edl::Objectives: what {name!r} reads must have a gradient while training, or it teaches nothing "
+                    f"(got {', '.join(needs)} without)",
+                    stacklevel=2,
+                )
 
-    def _stand_in(self) -> Tensor:
-        """The row of a rank that has none to give, as long as that of its last call."""
-        layout = self._ranks.layout
-        assert isinstance(layout, Layout)
-        length = sum(math.prod(shape) for part in layout.shapes for _, shape in part)
-        return torch.zeros(length, dtype=torch.float64, device=layout.device)
-
-    def _losses(self, parts: list[_Part], sums: list[Sums]) -> tuple[Tensor, dict[str, Tensor]]:
-        of_layers: dict[str, list[Tensor]] = {name: [] for name in self._objectives}
+    def _losses(self, parts: list[Part], sums: list[Sums]) -> Losses:
+        losses: dict[str, list[Tensor]] = {name: [] for name in self.objectives}
         for part, shared in zip(parts, sums):
-            of_layers[part.name].append(part.objective.formula(shared))
-        means = {name: torch.cat(losses).mean() for name, losses in of_layers.items()}
+            losses[part.name].append(part.objective.formula(shared))
+        of_layers = {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in losses.items()}
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._add_to_logs(parts, sums, of_layers)
+        means = {name: each.mean() for name, each in of_layers.items()}
         total = torch.stack([self.weights[name] * mean for name, mean in means.items()]).sum()
+        if not any(x.dtype == torch.float64 for part in parts for layer in part.layers for x in _observed(part, layer)):
+            total = total.float()
         return total, {name: mean.detach() for name, mean in means.items()}
 
+    def _add_to_logs(self, parts: list[Part], sums: list[Sums], of_layers: dict[str, Tensor]) -> None:
+        if torch._C._current_autograd_node() is not None:
+            return  # a replay, which was counted
+        for name, losses in of_layers.items():
+            own = [(part, shared) for part, shared in zip(parts, sums) if part.name == name]
+            if name not in self._logs:
+                places = [place for part, _ in own for place in part.places]
+                self._logs[name] = ObjectiveLog(self.objectives[name], places)
+            self._watches[name].see(self._logs[name].add(losses, [shared for _, shared in own]))
+
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={objective!r}" for name, objective in self._objectives.items())
+        return ", ".join(f"{name}={objective!r}" for name, objective in self.objectives.items())
+
+
+def _observed(part: Part, layer: Observation) -> list[Tensor]:
+    return [getattr(layer, field) for field in part.objective.needs]
 
 
 def _check_tensor(field: str, tensor: Tensor) -> None:
     ops._check_tensors("Objectives", **{field: tensor})
     if tensor.dim() != 2:
         raise ValueError(f"edl::Objectives: {field} must have two dimensions (got {list(tensor.shape)})")
-
-
-def _counted(part: _Part, attention_mask: Tensor | None, padding_mask: Tensor | None) -> Tensor:
-    """Which tokens count, as `Objective.of_tokens` takes it."""
-    ops._check_given("Objectives", attention_mask=attention_mask, padding_mask=padding_mask)
-    seen = next(tensor for tensor in part.layers[0] if tensor is not None)
-    ids = torch.zeros(seen.shape[0], dtype=torch.int32, device=seen.device)
-    return mask_segments(ids, 1, -1, attention_mask, padding_mask)
-
-
-def _packed(sums: Sequence[Sums]) -> Tensor:
-    return torch.cat([x.reshape(-1).double() for part in sums for x in part.values()])
-
-
-def _unpacked(row: Tensor, sums: Sequence[Sums]) -> list[Sums]:
-    """Views of the row, named and shaped as the sums that were packed."""
-    pieces = iter(row.split([x.numel() for part in sums for x in part.values()]))
-    return [{name: next(pieces).view(x.shape) for name, x in part.items()} for part in sums]

@@ -1,6 +1,7 @@
 """The router z-loss: logits stay small."""
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 
 from edl import ops
 from edl.objectives.base import Objective, Sums
+from edl.objectives.arguments import RouterLogits, as_logits, check_logits, check_masks, counted_tokens, flat, layers_of
 from edl.routing import Observation
+from edl.segments import Segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,20 +25,73 @@ class RouterZ(Objective):
 
     needs = frozenset({"logits"})
 
-    def of_tokens(self, layers: Sequence[Observation], counted: Tensor) -> Sums:
+    def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
         squares, tokens = [], []
-        is_counted = counted == 0
         for layer in layers:
             assert layer.logits is not None
-            logits = layer.logits if layer.logits.dtype == torch.float64 else layer.logits.float()
-            logits = logits.where(is_counted.unsqueeze(1), 0.0)  # padding may hold NaN
-            z = torch.logsumexp(logits, dim=1)
-            z = z.where(z != -torch.inf, torch.nan)
-            squares.append(z.square().where(is_counted, 0.0).sum())
-            # A sum of ones, by the operator that refuses mask values which are not allowed.
-            count, _ = ops.aggregate_routing(torch.ones_like(logits[:, :1]), counted, 1, "none")
-            tokens.append(count[0, 0])
+            of_layer = _squares_and_tokens(layer.logits, segments.segment_ids, True)
+            squares.append(of_layer[0])
+            tokens.append(of_layer[1])
         return {"squares": torch.stack(squares), "tokens": torch.stack(tokens)}
 
     def formula(self, sums: Sums) -> Tensor:
         return sums["squares"] / sums["tokens"].clamp(min=1)
+
+    def has_effect(self, sums: Sums) -> Tensor:
+        return sums["tokens"].sum() > 0
+
+
+def _squares_and_tokens(logits: Tensor, counted: Tensor, is_masked: bool) -> tuple[Tensor, Tensor]:
+    """The sum of logsumexp(logits)² over the tokens that count, and their number."""
+    wide = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
+    is_counted = counted == 0
+    if is_masked:
+        wide = torch.where(is_counted.unsqueeze(1), wide, torch.zeros_like(wide))  # padding may hold NaN
+    z = torch.logsumexp(wide, dim=1)
+    z = torch.where(torch.isneginf(z), torch.full_like(z, float("nan")), z)
+    squares = torch.where(is_counted, z.square(), torch.zeros_like(z)).sum()
+    # A sum of ones, by the operator that refuses mask values which are not allowed.
+    tokens, _ = ops.aggregate_routing(torch.ones_like(wide[:, :1]), counted, 1, "none")
+    return squares, tokens[0, 0]
+
+
+def router_z_loss(
+    router_logits: RouterLogits,
+    attention_mask: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """The router z-loss of ST-MoE: the mean over tokens of logsumexp(logits)², mean over layers. It keeps logits small.
+
+    `edl.objectives.RouterZ` of one process. A token whose logits are all -inf has no distribution: where it counts, the
+    loss is NaN.
+
+    Args:
+        router_logits (Tensor[T, E] or Tensor[B, S_len, E] or Routing, or a list or tuple of them): one per layer.
+            Scripted: a list of tensors only.
+        attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding (Hugging Face's sense).
+        padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
+
+    Returns:
+        The loss, a scalar, float32 (float64 for float64 logits). 0 without any token that counts.
+
+    Raises:
+        ValueError: no layer, wrong shapes, both masks, a DTensor.
+        IndexError: a mask value other than 0 and 1 (on the CPU; elsewhere the loss is NaN).
+
+    Source: arXiv 2202.08906, Eq. 5.
+    """
+    if typing.TYPE_CHECKING or not torch.jit.is_scripting():  # type checkers: from here on a list of tensors
+        layers = layers_of("router_z_loss", "router_logits", router_logits)
+        check_masks("router_z_loss", attention_mask, padding_mask)
+        router_logits = as_logits(layers)
+    if len(router_logits) == 0:
+        raise ValueError("edl::router_z_loss: router_logits must hold at least one layer (got an empty list)")
+    check_logits("router_z_loss", router_logits, attention_mask, padding_mask)
+    is_masked = attention_mask is not None or padding_mask is not None
+    losses: list[Tensor] = []
+    for layer in router_logits:
+        logits, batch_size = flat(layer)
+        counted = counted_tokens(logits.shape[0], batch_size, logits.device, attention_mask, padding_mask)
+        squares, tokens = _squares_and_tokens(logits, counted, is_masked)
+        losses.append(squares / tokens.clamp(min=1))
+    return torch.stack(losses).mean()

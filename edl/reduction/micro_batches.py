@@ -1,11 +1,11 @@
-"""Domain moments carried over the micro-batches of a step, so that a micro-batch with one domain still feels the
-others."""
+"""Sums carried over the micro-batches of a step, so that each knows of the others: one with a single domain still feels
+the rest."""
 
 import contextlib
 import gc
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,32 +16,25 @@ from edl import ops
 from edl.scope import Scope, current_scope
 
 
-def _num_moments(num_layers: int, num_domains: int, num_experts: int, bias_correction: bool) -> int:
-    return num_layers * num_domains * (num_experts * (2 if bias_correction else 1) + 1)
+class Carried(NamedTuple):
+    """Sums over ranks and micro-batches, as one row of numbers."""
 
-
-class Moments(NamedTuple):
-    """Domain moments of a loss over L layers, as one row of numbers."""
-
-    packed: Tensor  # [N] float64
-    shape: tuple[int, int, int]  # L, D, E
-    bias_correction: bool
+    numbers: Tensor  # [N] float64
+    meaning: str  # which objectives they are of, and in which shapes
     worth: Tensor  # a float64 scalar: how many micro-batches they are of
 
-    @property
-    def layout(self) -> tuple[int, int, int, bool]:
-        return (*self.shape, self.bias_correction)
-
     def described(self) -> str:
-        return f"{self.packed.numel()} numbers up to {self.packed.abs().max().item()}"
+        return f"{self.numbers.numel()} numbers up to {self.numbers.abs().max().item()}"
 
-    def plus(self, other: "Moments") -> "Moments":
-        return self._replace(packed=self.packed + other.packed, worth=self.worth + other.worth)
+    def plus(self, other: "Carried") -> "Carried":
+        return self._replace(numbers=self.numbers + other.numbers, worth=self.worth + other.worth)
 
-    def times(self, factor: float) -> "Moments":
-        return self._replace(packed=self.packed * factor, worth=self.worth * factor)
+    def times(self, factor: float) -> "Carried":
+        return self._replace(numbers=self.numbers * factor, worth=self.worth * factor)
 
 
+# What reads the states of earlier versions: each returns what it finds, or None.
+former_states: list[Callable[[Any], Carried | None]] = []
 _optimizer_steps = 0
 
 
@@ -51,22 +44,23 @@ def _count_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...
 
 
 class DomainMemory(nn.Module):
-    """Carries detached domain moments over the micro-batches of a training step, and optionally over steps.
+    """Carries detached sums, the domain moments above all, over the micro-batches of a step, and optionally over steps.
 
-    Give it to one `ExpertDivergenceLoss` (`memory=`) and call `step()` after each optimizer step. The loss of a
-    micro-batch is then that of its own moments plus those carried; its gradient passes the micro-batch's own part
-    alone, and is multiplied by the number of micro-batches that the moments are worth, so that losses *averaged* over
-    micro-batches (as gradient accumulation does) have the size of one batch's. In evaluation mode, or without
-    gradients, the loss neither reads nor changes the memory.
+    Give it to one `ExpertDivergenceLoss` or `Objectives` (`memory=`) and call `step()` after each optimizer step
+    (`Objectives.step()` does). The loss of a micro-batch is then that of its own sums plus those carried; its gradient
+    passes the micro-batch's own part alone, and is multiplied by the number of micro-batches that the sums are worth,
+    so that losses *averaged* over micro-batches (as gradient accumulation does) have the size of one batch's. In
+    evaluation mode, or without gradients, the loss neither reads nor changes the memory.
 
     One pass over the micro-batches approximates the gradient of the whole batch: the first micro-batches do not know
     the last. Two passes give it exactly: `with memory.collect():` run all micro-batches once without gradients, then
     train on each as usual. The mean of their gradients is the gradient of the batch, and the value of every loss is the
     batch's.
 
-    The state travels in `state_dict` as one tensor (between steps; collected moments do not). Its size is known from
-    the first micro-batch or from `allocate()` on: what loads into tensors that are there, torch.distributed.checkpoint,
-    needs one of them first. Not for code under `torch.compile`. With activation checkpointing labels must come from an
+    The state travels in `state_dict` as one tensor (between steps; collected sums do not), with the names of the
+    objectives and the shapes of their sums, which are compared. Its size is known from the first micro-batch or from
+    `allocate_memory()` of the loss on: what loads into tensors that are there, torch.distributed.checkpoint, needs one
+    of them first. Not for code under `torch.compile`. With activation checkpointing labels must come from an
     `edl.domain_scope` around what is checkpointed.
 
     Args:
@@ -86,13 +80,13 @@ class DomainMemory(nn.Module):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"edl::DomainMemory: decay must be at least 0 and below 1 (got {decay!r})")
         self.decay = float(decay)
-        self._carried: Moments | None = None
-        self._layout: tuple[int, int, int, bool] | None = None  # L, D, E and bias_correction, once known
+        self._carried: Carried | None = None
+        self._known: tuple[str, int] | None = None  # meaning and size of the numbers, once known
         self._loss: weakref.ref[nn.Module] | None = None  # whose memory it is
         self._collecting = False
         self._collected = 0  # micro-batches of the first of two passes
         self._trained_on = 0  # micro-batches since the last step
-        self._before_pass: dict[Scope, Moments | None] = {}  # what each forward pass found, for its replay
+        self._before_pass: dict[Scope, Carried | None] = {}  # what each forward pass found, for its replay
         self._optimizer_steps_seen = _optimizer_steps
         self._warned = False
         _watch_optimizers()
@@ -112,7 +106,7 @@ class DomainMemory(nn.Module):
         owner = None if self._loss is None else self._loss()
         if owner is not None and owner is not loss:
             raise ValueError(
-                "edl::DomainMemory: a memory must belong to one loss, whose moments others would mix with theirs; set "
+                "edl::DomainMemory: a memory must belong to one loss, whose sums others would mix with theirs; set "
                 "the other's memory to None first (got one that another loss has)"
             )
         if owner is None:
@@ -123,36 +117,21 @@ class DomainMemory(nn.Module):
         if self._loss is not None and self._loss() is loss:
             self._loss = None
 
-    def allocate(self, num_layers: int, num_domains: int, num_experts: int, bias_correction: bool = False) -> None:
-        """Fixes the size of the state before the first micro-batch does, for what loads a state into the tensors of a
-        new model, as torch.distributed.checkpoint.
-
-        Args:
-            num_layers (int): L, the MoE layers of the loss.
-            num_domains (int): D.
-            num_experts (int): E.
-            bias_correction (bool): of the loss. Default: False.
+    def reserve(self, meaning: str, size: int) -> None:
+        """Fixes what the numbers are of, and how many there are, before the first micro-batch does.
 
         Raises:
-            ValueError: a number below 1; other numbers than are known already.
+            ValueError: other numbers than are known already.
         """
-        ops._check_flags("DomainMemory", bias_correction=bias_correction)
-        layout = (
-            ops._as_integer("DomainMemory", "num_layers", num_layers, lowest=1),
-            ops._as_integer("DomainMemory", "num_domains", num_domains, lowest=1),
-            ops._as_integer("DomainMemory", "num_experts", num_experts, lowest=1),
-            bias_correction,
-        )
-        if self._layout not in (None, layout):
+        if self._known not in (None, (meaning, size)):
             raise ValueError(
-                "edl::DomainMemory: layers, domains, experts and bias_correction are known already, "
-                f"{list(self._layout or ())} (got {list(layout)})"
+                f"edl::DomainMemory: what is carried is known already, {(self._known or ('',))[0]} (got {meaning})"
             )
-        self._layout = layout
+        self._known = meaning, size
 
     @contextlib.contextmanager
     def collect(self) -> Iterator[None]:
-        """The first of two passes: the losses computed inside, without gradients, only collect their moments.
+        """The first of two passes: the losses computed inside, without gradients, only collect their sums.
 
         Raises:
             RuntimeError: micro-batches of this step were trained on already, or `decay` is not 0.
@@ -172,7 +151,7 @@ class DomainMemory(nn.Module):
             self._collecting = False
 
     def step(self) -> None:
-        """Ends a training step: forgets the moments, or multiplies them by `decay`.
+        """Ends a training step: forgets the sums, or multiplies them by `decay`.
 
         Raises:
             RuntimeError: after `collect()`, another number of micro-batches was trained on than collected.
@@ -199,11 +178,11 @@ class DomainMemory(nn.Module):
 
     @property
     def has_collected(self) -> bool:
-        """Whether this is the second of two passes, in which the moments of the batch are known and nothing is summed
+        """Whether this is the second of two passes, in which the sums of the batch are known and nothing is summed
         over ranks."""
         return self._collected > 0 and not self._collecting
 
-    def before_pass(self) -> Moments | None:
+    def before_pass(self) -> Carried | None:
         """What the calling forward pass adds to; in a replay, what it found the first time."""
         if torch._C._current_autograd_node() is None:
             return self._carried
@@ -218,30 +197,30 @@ class DomainMemory(nn.Module):
             return self._carried
         return self._before_pass.get(scope, self._carried)
 
-    def add(self, before: Moments | None, live: Moments) -> Moments:
-        """The moments that a micro-batch's loss is computed from; remembers them for the next ones.
+    def add(self, before: Carried | None, live: Carried) -> Carried:
+        """The sums that a micro-batch's loss is computed from; remembers them for the next ones.
 
         Args:
-            before (Moments, optional): what `before_pass` returned for this pass.
-            live (Moments): of the micro-batch, over all ranks; in the second of two passes, of this rank alone.
+            before (Carried, optional): what `before_pass` returned for this pass.
+            live (Carried): of the micro-batch, over all ranks; in the second of two passes, of this rank alone.
 
         Returns:
-            The moments of all micro-batches, and how many they are worth.
+            Those of all micro-batches, and how many they are worth.
 
         Raises:
-            ValueError: moments of another shape than those carried, or without values.
+            ValueError: sums of other objectives or shapes than those carried.
             RuntimeError: a second loss in one `domain_scope`.
         """
         self._check(before, live)
-        self._layout = live.layout
+        self._known = live.meaning, live.numbers.numel()
         if before is not None:
             # A restored state may lie elsewhere.
-            device = live.packed.device
-            before = before._replace(packed=before.packed.to(device), worth=before.worth.to(device))
+            device = live.numbers.device
+            before = before._replace(numbers=before.numbers.to(device), worth=before.worth.to(device))
             if self.has_collected:
                 self._trained_on += not self._is_known_replay()
-                # What is not finite here was left out of the collected moments; the loss must not hide it.
-                return before._replace(packed=before.packed + (live.packed - live.packed))
+                # What is not finite here was left out of what was collected; the loss must not hide it.
+                return before._replace(numbers=before.numbers + (live.numbers - live.numbers))
         if not self._is_known_replay():
             self._remember(before, live)
         return live if before is None else before.plus(live)
@@ -263,15 +242,15 @@ class DomainMemory(nn.Module):
         self._before_pass[scope] = self._carried
         return False
 
-    def _remember(self, before: Moments | None, live: Moments) -> None:
+    def _remember(self, before: Carried | None, live: Carried) -> None:
         self._warn_where_step_was_forgotten()
         if self._collecting:
             self._collected += 1
         else:
             self._trained_on += 1
         # A micro-batch that overflowed is skipped by gradient scalers; it must not stay here, nor count.
-        finite = live.packed.isfinite().all()
-        live = live._replace(packed=live.packed.where(finite, 0.0), worth=live.worth.where(finite, 0.0))
+        finite = live.numbers.isfinite().all()
+        live = live._replace(numbers=live.numbers.where(finite, 0.0), worth=live.worth.where(finite, 0.0))
         self._carried = live if before is None else before.plus(live)
 
     def refuse_without_values(self, tensor: Tensor) -> None:
@@ -282,18 +261,11 @@ class DomainMemory(nn.Module):
                 f"the meta device (got {type(tensor).__name__} on {tensor.device})"
             )
 
-    def _check(self, before: Moments | None, live: Moments) -> None:
-        if before is None:
-            return
-        if before.shape != live.shape:
+    def _check(self, before: Carried | None, live: Carried) -> None:
+        if before is not None and before.meaning != live.meaning:
             raise ValueError(
-                "edl::DomainMemory: all micro-batches, and a state that was restored, must have the same layers, "
-                f"domains and experts, {list(before.shape)} (got {list(live.shape)})"
-            )
-        if before.bias_correction != live.bias_correction:
-            raise ValueError(
-                "edl::DomainMemory: all micro-batches, and a state that was restored, must have the same "
-                f"bias_correction, {before.bias_correction} (got {live.bias_correction})"
+                "edl::DomainMemory: all micro-batches, and a state that was restored, must be of the same objectives, "
+                f"layers and sizes, {before.meaning} (got {live.meaning})"
             )
 
     def _warn_where_step_was_forgotten(self) -> None:
@@ -301,7 +273,7 @@ class DomainMemory(nn.Module):
         if counted and self._optimizer_steps_seen != _optimizer_steps and not self._warned:
             self._warned = True
             warnings.warn(
-                "edl::DomainMemory: an optimizer stepped but memory.step() was not called: moments of several steps "
+                "edl::DomainMemory: an optimizer stepped but memory.step() was not called: sums of several steps "
                 "are added up",
                 stacklevel=4,
             )
@@ -309,24 +281,26 @@ class DomainMemory(nn.Module):
             self._optimizer_steps_seen = _optimizer_steps
 
     def get_extra_state(self) -> Tensor:
-        """What `state_dict` saves, float64 on the CPU: layers, domains, experts and bias correction, then the moments.
-        Without element while these sizes are not known."""
-        if self._layout is None:
+        """What `state_dict` saves, float64 on the CPU: what the numbers are of, the numbers, and their worth. Without
+        element while this is not known."""
+        if self._known is None:
             return torch.empty(0, dtype=torch.float64)
-        sizes = torch.tensor(self._layout, dtype=torch.float64)
+        meaning, size = self._known
+        text = list(meaning.encode())
+        head = torch.tensor([-len(text), *text], dtype=torch.float64)  # no state of earlier versions is negative
         if self._carried is None:
-            return torch.cat([sizes, sizes.new_zeros(_num_moments(*self._layout) + 1)])
-        return torch.cat([sizes, self._carried.packed.cpu(), self._carried.worth.cpu().reshape(1)])
+            return torch.cat([head, head.new_zeros(size + 1)])
+        return torch.cat([head, self._carried.numbers.cpu(), self._carried.worth.cpu().reshape(1)])
 
     def set_extra_state(self, state: Any) -> None:
-        """What `load_state_dict` restores; also the tuples of earlier versions.
+        """What `load_state_dict` restores; also the states of earlier versions.
 
         Raises:
-            ValueError: a state that `get_extra_state` did not give, or with numbers that are no moments.
+            ValueError: a state that `get_extra_state` did not give, or with numbers that are no sums.
         """
         restored = _restored(state)
         if restored is not None:
-            self._layout = restored.layout
+            self._known = restored.meaning, restored.numbers.numel()
         self._carried = restored if restored is not None and restored.worth > 0 else None
         # A state is that between steps, also where a step that failed is left for it.
         self._collected = self._trained_on = 0
@@ -336,36 +310,34 @@ class DomainMemory(nn.Module):
         return f"decay={self.decay:g}"
 
 
-def _restored(state: Any) -> Moments | None:
-    """The moments in a state; None in that of a memory that was never used."""
+def _restored(state: Any) -> Carried | None:
+    """What a state holds; None in that of a memory that was never used."""
+    if (isinstance(state, Tensor) and state.numel() == 0) or (isinstance(state, tuple) and not state):
+        return None
+    found = next((found for found in (read(state) for read in [_read, *former_states]) if found is not None), None)
+    if found is None:
+        raise ValueError(
+            "edl::DomainMemory: a state must be one that a memory gave, a row of float64 numbers that begins with what "
+            f"they are of (got {_described(state)})"
+        )
+    if not (found.numbers.isfinite().all() and found.worth.isfinite() and found.worth >= 0):
+        raise ValueError(
+            "edl::DomainMemory: the sums in a state must be finite, and of at least 0 micro-batches (got "
+            f"{found.described()} of {found.worth.item()})"
+        )
+    return found
+
+
+def _read(state: Any) -> Carried | None:
     try:
-        if (isinstance(state, Tensor) and state.numel() == 0) or (isinstance(state, tuple) and not state):
+        length = -int(state[0])
+        if state.dtype != torch.float64 or state.dim() != 1 or length < 1 or state.numel() < length + 2:
             return None
-        if isinstance(state, Tensor):
-            sizes, packed = state[:4].tolist(), state[4:]
-            is_state = all(size.is_integer() for size in sizes) and sizes[3] in (0, 1)
-        else:  # of earlier versions
-            packed, sizes = state[0], [*state[1], state[2]]
-            is_state = len(state) == 3
-        num_layers, num_domains, num_experts = map(int, sizes[:3])
-        numbers = packed.detach().clone()
-        moments = Moments(numbers[:-1], (num_layers, num_domains, num_experts), bool(sizes[3]), numbers[-1])
-        size = _num_moments(*moments.layout) + 1
-        is_state = is_state and min(moments.shape) >= 1 and packed.dtype == torch.float64 and packed.shape == (size,)
+        meaning = bytes(map(int, state[1 : length + 1].tolist())).decode()
+        numbers = state[length + 1 :].detach().clone()
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RuntimeError):
-        is_state = False
-    if not is_state:
-        raise ValueError(
-            "edl::DomainMemory: a state must hold float64 moments, their layers, domains and experts [L, D, E], and "
-            f"bias_correction (got {_described(state)})"
-        )
-    wrong = (~(packed.isfinite() & (packed >= 0))).nonzero()
-    if len(wrong):
-        raise ValueError(
-            "edl::DomainMemory: the moments in a state, sums and counts, must be finite and not negative (got "
-            f"{packed[wrong[0, 0]].item()})"
-        )
-    return moments
+        return None
+    return Carried(numbers[:-1], meaning, numbers[-1])
 
 
 def _described(state: Any) -> str:

@@ -1,8 +1,8 @@
 """The loss of a batch that several ranks hold: what is added over them, by whom, and what becomes of a rank that fails.
 
-Two seams, each one all-reduce forward and nothing backward: segment sums over the ranks that hold parts of the same
-sequences (where values are looked at, after a comparison of the segments), domain moments over the ranks that share the
-batch. Every rank then has the loss of the whole batch and differentiates its own contribution to it.
+Two seams, each one all-reduce forward and nothing backward: sums over tokens, over the ranks that hold parts of the same
+sequences (where values are looked at, after a comparison of the segments); sums over whole sequences, over the ranks
+that share the batch. Every rank then has the loss of the whole batch and differentiates its own contribution to it.
 """
 
 import copy
@@ -88,7 +88,7 @@ class Ranks:
         self._check_disjoint()
         self.sequence_group, self.group = _with_others(self.sequence_group), _with_others(self.group)
         self.layout: tuple[Any, ...] | None = None  # of the last call without a problem
-        self._num_units = 0
+        self._num_units: list[int] = []  # of the last call
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
         return copy.copy(self)  # groups cannot be copied; a copy of a model spans the same ranks
@@ -118,6 +118,11 @@ class Ranks:
                 f"(got ranks {sorted(shared)} in both)"
             )
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing is added over other ranks."""
+        return self.sequence_group is None and self.group is None
+
     def compares_values(self, tensor: Tensor) -> bool:
         """Whether wrong values are looked for before segments are summed."""
         return self.sequence_group is not None and reads_values(tensor)
@@ -138,12 +143,9 @@ class Ranks:
         Raises:
             Exception: at the first call: the problem of any rank, or layouts that differ, on all ranks.
         """
-        is_alone = self.sequence_group is None and self.group is None
-        if torch.compiler.is_compiling() or is_alone:
+        if torch.compiler.is_compiling() or self.is_alone:
             if problem is not None:
                 raise problem
-            if is_alone and not torch.compiler.is_compiling():
-                self.layout = layout  # of this call, for moments that stand in
             return None
         if self.layout is not None:
             if problem is None and layout != self.layout:
@@ -174,56 +176,53 @@ class Ranks:
         self.layout = layout
         return None
 
-    def sum_units(
+    def sum_tokens(
         self,
-        sums: Tensor,
-        counts: Tensor,
-        labels: Tensor | None,
+        own: Tensor | None,
+        labels: list[Tensor],
         problem: Exception | None,
-        stand_in: Callable[[int], tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor, Exception | None]:
-        """Adds sums over tokens by unit, a sequence or another segment, over `sequence_group`.
+        stand_in: Callable[[list[int]], Tensor],
+    ) -> tuple[Tensor, Exception | None]:
+        """Adds sums over tokens over `sequence_group`, so that those of a unit, a sequence for instance, are whole.
 
         Args:
-            sums (Tensor): of U units, in any shape.
-            counts (Tensor[U]): their tokens.
-            labels (Tensor[U, ...], optional): compared between ranks where values are looked at; needed of a rank
-                without a problem.
+            own (Tensor[N], optional): this rank's; needed of a rank without a problem, as are labels.
+            labels (list of Tensor[S, ...]): of the units that the sums are of, compared between ranks where values are
+                looked at.
             problem (Exception, optional): why this rank has none of them.
-            stand_in (Callable): sums and counts of so many units, for a rank that has none to give.
+            stand_in (Callable): a row for so many units, for a rank that has none to give.
 
         Returns:
-            Sums and counts of whole units; NaN, and a problem, where a rank failed.
+            The total, differentiable in one's own part; NaN, and a problem, where a rank failed.
         """
-        if problem is not None:
-            sums, counts = stand_in(self._num_units)
-        if self.sequence_group is not None and reads_values(counts):
+        group = self.sequence_group
+        assert group is not None
+        row = stand_in(self._num_units) if own is None else own
+        numbers = [len(each) for each in labels] if problem is None else self._num_units
+        if numbers and reads_values(row):
             # A collective of different sizes may end the process; other labels would be a wrong loss without a word.
-            own = None
-            if problem is None:
-                assert labels is not None
-                own = counts.shape[0], zlib.crc32(repr(labels.tolist()).encode())
-            given = {rank: segments for rank, segments in gather(self.sequence_group, own) if segments is not None}
-            numbers = {rank: number for rank, (number, _) in given.items()}
-            if len(set(given.values())) > 1 and problem is None:
+            item = None if problem else [(len(each), zlib.crc32(repr(each.tolist()).encode())) for each in labels]
+            given = {rank: units for rank, units in gather(group, item) if units is not None}
+            sizes = {rank: [size for size, _ in units] for rank, units in given.items()}
+            first = next(iter(sizes.values()), numbers)
+            are_equal = all(each == first for each in sizes.values())
+            if problem is None and not all(units == item for units in given.values()):
                 got = (
-                    f", by rank, these numbers of segments: {numbers}"
-                    if len(set(numbers.values())) > 1
-                    else f" labels that differ between ranks {list(given)}"
+                    f" labels that differ between ranks {list(given)}"
+                    if are_equal
+                    else f", by rank, these numbers of segments: { {rank: each[0] for rank, each in sizes.items()} }"
                 )
                 problem = ValueError(
                     "edl::parallel: all ranks of sequence_group must pass the same segments: labels, or cu_seqlens, "
                     f"of whole sequences (got{got})"
                 )
-            if len(set(numbers.values())) != 1:
-                return sums, counts, problem
-            if problem is not None:
-                sums, counts = stand_in(next(iter(numbers.values())))
-        self._num_units = counts.shape[0]
-        if self.sequence_group is None:
-            return sums, counts, problem
-        total, problem = self.start_sum(self.sequence_group, [sums, counts], problem)()
-        return share(sums, total[: sums.numel()].view_as(sums)), total[sums.numel() :], problem
+            if not are_equal or not given:
+                return row, problem
+            numbers = first
+            row = row if own is not None and problem is None else stand_in(numbers)
+        self._num_units = numbers
+        total, problem = self.start_sum(group, [row], problem)()
+        return share(row, total), problem
 
     def start_sum(
         self, group: Optional["dist.ProcessGroup"], numbers: list[Tensor], problem: Exception | None

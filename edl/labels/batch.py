@@ -1,0 +1,75 @@
+"""Which tokens of a batch count, and for which sequence or domain: where objectives ask for masks and labels."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from edl import ops
+from edl.segments import Segments, make_segments, mask_segments
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What is known of the T tokens of one call. Integrations whose tokens come in another order derive from it.
+
+    Args:
+        num_tokens (int): T, of this rank.
+        device (torch.device): of what was observed.
+        batch_size (int): B where it is known, else -1 (default).
+        attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding (Hugging Face's sense).
+        padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
+        cu_seqlens (Tensor[N + 1], optional): boundaries of packed documents.
+        labels (mapping): name → Tensor, sets of labels in the forms that `edl.segments.make_segments` takes.
+    """
+
+    num_tokens: int
+    device: torch.device
+    batch_size: int = -1
+    attention_mask: Tensor | None = None
+    padding_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    labels: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def counted(self) -> Segments:
+        """All tokens that count, as one segment.
+
+        Raises:
+            ValueError: a mask of a wrong shape, both masks.
+        """
+        ops._check_given("Objectives", attention_mask=self.attention_mask, padding_mask=self.padding_mask)
+        ids = torch.zeros(self.num_tokens, dtype=torch.int32, device=self.device)
+        ids = mask_segments(ids, 1, self.batch_size, self.attention_mask, self.padding_mask)
+        return Segments(ids, 1, torch.zeros(1, dtype=torch.int64, device=self.device))
+
+    def segments(self, labels: str, num_domains: int, sequence_reduction: str = "sequence") -> Segments:
+        """The sequences or documents with their labels, or with `sequence_reduction="token"` the domains.
+
+        Args:
+            labels (str): the name of a set of labels.
+            num_domains (int): D.
+            sequence_reduction (str): "sequence" (default) or "token".
+
+        Raises:
+            ValueError: no such labels, wrong shapes or dtypes, both masks.
+        """
+        given = self.labels.get(labels)
+        if given is None:
+            raise ValueError(f"edl::Objectives: {labels} must be given (got labels {sorted(self.labels)})")
+        ops._check_tensors("Objectives", **{labels: given})
+        if given.device != self.device:
+            raise ValueError(
+                f"edl::Objectives: {labels} must be on the device of the observations "
+                f"(got {given.device} and {self.device})"
+            )
+        return make_segments(
+            self.num_tokens,
+            given,
+            num_domains,
+            sequence_reduction,
+            self.attention_mask,
+            self.padding_mask,
+            self.cu_seqlens,
+            self.batch_size,
+        )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from edl import ops
 from edl.objectives.base import Sums
-from edl.objectives.exchange import Exchange, Part
+from edl.objectives.exchange import Exchange, Part, Parts
 from edl.objectives.expert_divergence import ExpertDivergence, check_choice, check_options, check_types
 from edl.reduction.micro_batches import DomainMemory
 from edl.reduction.ranks import Group, Ranks
@@ -467,8 +467,8 @@ class ExpertDivergenceLoss(nn.Module):
                 f"(got {type(segments).__name__})"
             )
         ops._check_tensors("expert_divergence_loss", segment_ids=segments.segment_ids, labels=segments.labels)
-        field = "logits" if self.input == "logits" else "scores"
-        observations = [Observation(**{field: layer}) for layer in layers]
+        reads_logits = self.input == "logits"
+        observations = [Observation(logits=x) if reads_logits else Observation(scores=x) for x in layers]
         # Under a name that tells the ranks of what a part does not hold.
         return Part(f"layer_reduction={self.layer_reduction!r}", self._objective(), observations, segments)
 
@@ -481,7 +481,7 @@ class ExpertDivergenceLoss(nn.Module):
         if memory is not None:
             memory.serve(self)  # a copy's memory, or a loss's copy, comes here without an assignment
 
-        def parts() -> list[Part]:
+        def parts() -> Parts:
             layers = _as_layers(router_logits)
             return [self._part(layers, segments_of(layers[0]))]
 

@@ -1,6 +1,6 @@
 """Objectives from plain data, such as a file of JSON holds."""
 
-import dataclasses
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -60,7 +60,7 @@ def _objective_of(name: str, options: Any) -> tuple[Objective, Weight]:
     if kind not in list(available()):  # a list also takes what has no hash
         raise ValueError(f"edl::objectives: an objective must be one of {sorted(available())} (got {kind!r})")
     objective = available()[kind]
-    fields = [field.name for field in dataclasses.fields(objective)] if dataclasses.is_dataclass(objective) else []
+    fields = list(inspect.signature(objective).parameters)
     unknown = sorted(set(rest) - set(fields))
     if unknown:
         raise ValueError(f"edl::objectives: the options of {kind!r} must be among {fields} (got {unknown[0]!r})")

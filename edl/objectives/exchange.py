@@ -29,6 +29,10 @@ class Part(NamedTuple):
     places: tuple[int, ...] = ()  # of the layers in the model
 
 
+Parts = list[Part]
+Shared = tuple[Parts, list[Sums]]  # parts, and the sums that each one's formula takes
+
+
 class Layout(NamedTuple):
     """What all ranks must agree on; units may differ in number between ranks of `group`, and from call to call."""
 
@@ -57,9 +61,7 @@ class Exchange:
         ranks = self._ranks
         return ranks.sequence_group is None and ranks.group is None and ranks.averaging_ranks == 1
 
-    def begin(
-        self, parts_of: Callable[[], list[Part]], memory: DomainMemory | None
-    ) -> Callable[[], tuple[list[Part], list[Sums]]]:
+    def begin(self, parts_of: Callable[[], Parts], memory: DomainMemory | None) -> Callable[[], Shared]:
         """Begins: the all-reduce over `group` runs while the caller goes on, except with a memory.
 
         Args:
@@ -94,7 +96,7 @@ class Exchange:
                 carried = memory.add(before, Carried(total, _meaning(parts, sums), total.new_ones(())))
             wait = lambda: (total, problem)
 
-        def finish() -> tuple[list[Part], list[Sums]]:
+        def finish() -> Shared:
             total, problem = wait()
             if problem is not None:
                 raise problem
@@ -111,7 +113,7 @@ class Exchange:
 
         return finish
 
-    def reserve(self, parts: list[Part], memory: DomainMemory) -> None:
+    def reserve(self, parts: Parts, memory: DomainMemory) -> None:
         """Fixes the size of a memory's state as the first micro-batch would, by an example of one."""
         with torch.no_grad():
             sums = [part.objective.of_tokens(part.layers, part.segments) for part in parts]
@@ -121,8 +123,8 @@ class Exchange:
         memory.reserve(_meaning(parts, sums), sum(x.numel() for of_part in sums for x in of_part.values()))
 
     def _sum_own_tokens(
-        self, parts_of: Callable[[], list[Part]], memory: DomainMemory | None
-    ) -> tuple[list[Part], list[Sums], Layout | None, Exception | None]:
+        self, parts_of: Callable[[], Parts], memory: DomainMemory | None
+    ) -> tuple[Parts, list[Sums], Layout | None, Exception | None]:
         try:
             parts = parts_of()
             if memory is not None:
@@ -143,7 +145,7 @@ class Exchange:
             return [], [], None, error
 
     def _over_sequence_group(
-        self, parts: list[Part], sums: list[Sums], problem: Exception | None
+        self, parts: Parts, sums: list[Sums], problem: Exception | None
     ) -> tuple[list[Sums], Exception | None]:
         labels = [part.segments.labels for part in parts if part.objective.by_unit]
         own = None if problem is not None else _packed(sums)
@@ -151,7 +153,7 @@ class Exchange:
         return (sums if problem is not None else _unpacked(total, sums)), problem
 
     def _over_units(
-        self, parts: list[Part], sums: list[Sums], problem: Exception | None
+        self, parts: Parts, sums: list[Sums], problem: Exception | None
     ) -> tuple[list[Sums], Exception | None]:
         if problem is None:
             try:
@@ -189,7 +191,7 @@ def _read(part: Part) -> list[Tensor]:
     return [*observed, part.segments.segment_ids, part.segments.labels]
 
 
-def _versions(parts: list[Part]) -> list[int]:
+def _versions(parts: Parts) -> list[int]:
     """Tells tensors that were changed in place; where there is no telling, nothing."""
     if torch.compiler.is_compiling():
         return []
@@ -212,7 +214,7 @@ def _shapes(part: Part, sums: Sums) -> str:
     return ", ".join(shapes)
 
 
-def _meaning(parts: list[Part], sums: list[Sums]) -> str:
+def _meaning(parts: Parts, sums: list[Sums]) -> str:
     """What packed sums are of; a change of options that they do not show is the user's affair."""
     of_parts = []
     for part, of_part in zip(parts, sums):

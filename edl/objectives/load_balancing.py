@@ -104,10 +104,10 @@ def load_balancing_loss(
 ) -> Tensor:
     """The load-balancing loss of Switch Transformers: E · Σ_e f_e P_e per layer, mean over layers.
 
-    `edl.objectives.LoadBalancing` of one process. f_e is the fraction of all choices that went to expert e, P_e the mean of its score over tokens; both sum to 1 over
-    experts, so the loss is 1 at perfect balance and E when one expert gets everything. (transformers' value is K times
-    this one.) Without any token that counts it is 0. A token whose logits are all -inf has no distribution: where it
-    counts, the loss is NaN.
+    `edl.objectives.LoadBalancing` of one process. f_e is the fraction of all choices that went to expert e, P_e the
+    mean of its score over tokens; both sum to 1 over experts, so the loss is 1 at perfect balance and E when one expert
+    gets everything. (transformers' value is K times this one.) Without any token that counts it is 0. A token whose
+    logits are all -inf has no distribution: where it counts, the loss is NaN.
 
     Args:
         routings (Routing, or a list or tuple of them): one per layer, as `MoELayer` returns them. Also router logits, a

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from edl import ops
 from edl.labels.batch import Batch
 from edl.objectives.base import Objective, Sums
-from edl.objectives.exchange import Exchange, Part
+from edl.objectives.exchange import Exchange, Part, Parts
 from edl.objectives.log import EffectWatch, ObjectiveLog, warn_of_no_effect
 from edl.reduction.micro_batches import DomainMemory
 from edl.reduction.ranks import Group, Ranks
@@ -283,7 +283,7 @@ class Objectives(nn.Module):
         if memory is not None:
             memory.serve(self)  # a copy's memory, or a copy of the objectives, comes here without an assignment
 
-        def parts() -> list[Part]:
+        def parts() -> Parts:
             layers = observations_of()
             return self._parts(layers, batch_of(layers))
 

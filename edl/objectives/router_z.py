@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from edl import ops
-from edl.objectives.base import Objective, Sums
 from edl.objectives.arguments import RouterLogits, as_logits, check_logits, check_masks, counted_tokens, flat, layers_of
+from edl.objectives.base import Objective, Sums
 from edl.routing import Observation
 from edl.segments import Segments
 

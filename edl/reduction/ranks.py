@@ -1,8 +1,8 @@
 """The loss of a batch that several ranks hold: what is added over them, by whom, and what becomes of a rank that fails.
 
-Two seams, each one all-reduce forward and nothing backward: sums over tokens, over the ranks that hold parts of the same
-sequences (where values are looked at, after a comparison of the segments); sums over whole sequences, over the ranks
-that share the batch. Every rank then has the loss of the whole batch and differentiates its own contribution to it.
+Two seams, each one all-reduce forward and nothing backward: sums over tokens, over the ranks that hold parts of the
+same sequences (where values are looked at, after a comparison of the segments); sums over whole sequences, over the
+ranks that share the batch. Every rank then has the loss of the whole batch and differentiates its own contribution.
 """
 
 import copy

@@ -1,10 +1,8 @@
 // token → loss as one step of autograd. The gradient of the loss to the segment sums is known with the loss, so backward
-// only scales it and spreads it over the tokens. Where ranks or micro-batches hold parts of the batch, the moments are
-// theirs together: each differentiates the part that it put in. Small batches are bound by the number of operators.
-#include <ATen/ops/cat.h>
+// only scales it and spreads it over the tokens. Where ranks or micro-batches hold parts of the batch, segment sums are
+// a step of their own, for theirs to be added. Small batches are bound by the number of operators.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
-#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -301,58 +299,6 @@ std::tuple<at::Tensor, at::Tensor> segment_sums(
   return {layers.size() == 1 ? segments.sums.unsqueeze(0) : segments.sums, segments.counts};
 }
 
-// Domain moments of all layers as one row of numbers, for ranks and micro-batches to add up: sums [L, D, E], squares
-// [L, D, E] with bias correction, counts [L, D].
-at::Tensor packed_moments(
-    const at::Tensor& sums, //   [L, S, E]
-    const at::Tensor& counts, // [S]
-    const at::Tensor& labels, // [S] or [S, D]
-    c10::SymInt num_domains,
-    std::string_view sequence_reduction,
-    bool bias_correction) {
-  const bool by_token = is_by_token(sequence_reduction);
-  check_domain_moments_inputs_without_gradient(counts, labels);
-  const Moments moments = moments_of({sums, counts}, labels, std::move(num_domains), by_token, bias_correction);
-  return at::cat({moments.sums.reshape(-1), moments.squares.reshape(-1), moments.counts.reshape(-1)});
-}
-
-// Views of what packed_moments packs.
-Moments unpack_moments(
-    const at::Tensor& packed,
-    const c10::SymInt& num_layers,
-    const c10::SymInt& num_domains,
-    const c10::SymInt& num_experts,
-    bool with_squares) {
-  const c10::SymInt num_counts = num_layers * num_domains, num_sums = num_counts * num_experts;
-  const c10::SymInt num_squares = with_squares ? num_sums : c10::SymInt(0);
-  EDL_CHECK(
-      packed.dim() == 1 && packed.sym_size(0) == num_sums + num_squares + num_counts, kOp,
-      ": moments must be a row of ", num_sums + num_squares + num_counts, " numbers (got ", packed.sym_sizes(), ")");
-  const c10::SymDimVector shape = {num_layers, num_domains, num_experts};
-  const at::Tensor constants = packed.detach();
-  return {
-      packed.narrow_symint(0, 0, num_sums).view_symint(shape),
-      with_squares ? packed.narrow_symint(0, num_sums, num_squares).view_symint(shape) : constants.narrow(0, 0, 0),
-      constants.narrow_symint(0, num_sums + num_squares, num_counts).view_symint({num_layers, num_domains})};
-}
-
-// The loss of moments as packed_moments packs them: a scalar, or [L] with layer_reduction = none.
-at::Tensor expert_divergence_of_moments(
-    const at::Tensor& moments,
-    c10::SymInt num_layers,
-    c10::SymInt num_domains,
-    c10::SymInt num_experts,
-    double eps,
-    std::string_view pair_reduction,
-    bool bias_correction,
-    std::string_view layer_reduction,
-    at::ScalarType dtype) {
-  const Moments unpacked = unpack_moments(moments, num_layers, num_domains, num_experts, bias_correction);
-  const at::Tensor loss = in_type(
-      expert_divergence(unpacked.sums, unpacked.squares, unpacked.counts, eps, pair_reduction, bias_correction), dtype);
-  return layer_reduction == "none" ? loss : layer_reduction == "sum" ? loss.sum() : loss.mean();
-}
-
 } // namespace
 } // namespace edl
 
@@ -364,26 +310,16 @@ TORCH_LIBRARY_FRAGMENT(edl, m) {
   m.def(
       "_segment_sums(Tensor[] layers, Tensor segment_ids, SymInt num_segments, str scores) -> (Tensor sums, Tensor "
       "counts)");
-  m.def(
-      "_packed_moments(Tensor sums, Tensor counts, Tensor labels, SymInt num_domains, str sequence_reduction, bool "
-      "bias_correction) -> Tensor");
-  m.def(
-      "_expert_divergence_of_moments(Tensor moments, SymInt num_layers, SymInt num_domains, SymInt num_experts, "
-      "float eps, str pair_reduction, bool bias_correction, str layer_reduction, ScalarType dtype) -> Tensor");
 }
 
 // Made of operators: no kernel of its own on any device.
 TORCH_LIBRARY_IMPL(edl, CompositeImplicitAutograd, m) {
   m.impl("_expert_divergence_loss", edl::expert_divergence_loss);
   m.impl("_segment_sums", edl::segment_sums);
-  m.impl("_packed_moments", edl::packed_moments);
-  m.impl("_expert_divergence_of_moments", edl::expert_divergence_of_moments);
 }
 
 // torch.vmap takes them apart too.
 TORCH_LIBRARY_IMPL(edl, FuncTorchBatchedDecomposition, m) {
   m.impl("_expert_divergence_loss", edl::expert_divergence_loss);
   m.impl("_segment_sums", edl::segment_sums);
-  m.impl("_packed_moments", edl::packed_moments);
-  m.impl("_expert_divergence_of_moments", edl::expert_divergence_of_moments);
 }

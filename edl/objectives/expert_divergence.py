@@ -120,6 +120,11 @@ class ExpertDivergence(Objective):
         return segments
 
     def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
+        if not self.by_unit and segments.num_segments != self.num_domains:
+            raise ValueError(
+                "edl::ExpertDivergence: with sequence_reduction='token' the segments are the domains, "
+                f"{self.num_domains} (got {segments.num_segments} segments)"
+            )
         routing = [layer.logits if self.input == "logits" else layer.scores for layer in layers]
         scores = self.scores if self.input == "logits" else "none"
         sums, counts = torch.ops.edl._segment_sums(routing, segments.segment_ids, segments.num_segments, scores)

@@ -8,7 +8,6 @@ from edl import ops
 from edl.reduction.share import share
 
 LOSS = torch.ops.edl._expert_divergence_loss.default
-OF_MOMENTS = torch.ops.edl._expert_divergence_of_moments.default
 SEGMENTS, DOMAINS, EXPERTS, TOKENS = 9, 3, 7, 60
 
 
@@ -90,25 +89,10 @@ def of_moments(
 ):
     """In the steps between which ranks and micro-batches add their parts; the gradient eight times as large."""
     sums, counts = torch.ops.edl._segment_sums(layers, ids, num_segments, scores)
-    moments = torch.ops.edl._packed_moments(sums, counts, labels, num_domains, sequence_reduction, corrected)
-    moments = share(moments, moments.detach(), 2.0, torch.tensor(4.0).double())
-    sizes = sums.shape[0], num_domains, sums.shape[2]
-    return OF_MOMENTS(moments, *sizes, eps, pairs, corrected, layer_reduction, sums.dtype)
-
-
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_packed_moments_are_those_of_the_operators(form):
-    layers, ids, num_segments, labels, num_domains, scores, reduction, _, _, corrected, _ = arguments(**form)
-    sums, counts = torch.ops.edl._segment_sums(layers, ids, num_segments, scores)
-    expected = [part.reshape(-1) for part in moments_of(sums, counts, labels, num_domains, reduction, corrected)]
-    packed = torch.ops.edl._packed_moments(sums, counts, labels, num_domains, reduction, corrected)
-    assert packed.dtype == torch.float64
-    assert packed.equal(torch.cat(expected))
-
-
-def test_moments_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"moments must be a row of 48 numbers \(got \[47\]\)"):
-        OF_MOMENTS(torch.zeros(47).double(), 2, 3, 7, 1e-6, "mean_of_logs", False, "mean", torch.float64)
+    parts = moments_of(sums, counts, labels, num_domains, sequence_reduction, corrected)
+    moments, squares = (share(part, part.detach(), 2.0, torch.tensor(4.0).double()) for part in parts[:2])
+    loss = ops.expert_divergence(moments, squares, parts[2], eps, pairs, corrected).to(sums.dtype)
+    return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[layer_reduction]()
 
 
 @pytest.mark.parametrize("function", [LOSS, of_moments], ids=["loss", "of-moments"])

@@ -96,6 +96,20 @@ def model(*arguments, **options):
     return edl.current_labels()
 """,
     },
+    "docs/objectives.md": {
+        "from edl.objectives import ": ONE_RANK
+        + """
+import torch
+import torch.nn.functional as F
+
+import edl
+
+layer = edl.MoELayer(16, 8, 8, 2)
+optimizer = torch.optim.SGD(layer.parameters())
+loader = [(torch.randn(4, 8, 16), torch.randn(4, 8, 16), torch.tensor([0, 1, 2, 0]), torch.ones(4, 8))]
+""",
+        "class RouterEntropy(": "from edl.objectives import Objective",
+    },
     "docs/scaling.md": {
         "divergence = edl.ExpertDivergenceLoss(num_domains=49, group=mesh": "import edl\n" + ONE_RANK + HUGGING_FACE,
         "finish = divergence.begin(": """

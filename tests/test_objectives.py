@@ -1,24 +1,39 @@
 """Objectives on one path: equal to the losses of one process, and exact however the batch is split."""
 
+import dataclasses
 import functools
+import json
+import re
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
+from commands import ROOT
 from ranks import Collectives, on_ranks
 from tolerances import assert_close
 from torch.distributed.device_mesh import init_device_mesh
 
 import edl
-from edl.objectives import LoadBalancing, Objective, Objectives, RouterZ, linear_warmup
+from edl.objectives import (
+    ExpertDivergence,
+    LoadBalancing,
+    Objective,
+    Objectives,
+    RouterZ,
+    available,
+    linear_warmup,
+    objectives_from_file,
+    objectives_of,
+)
 from edl.routing import Observation
 
-H, K = 6, 2
+H, K, D = 6, 2, 3
 EXACT = 1e-12
 
 
 class Batch:
-    """Hidden states [B, S_len, H] of two layers of unequal E, a mask, and the routers' weights."""
+    """Hidden states [B, S_len, H], a mask, labels, and the weights of the routers of layers of unequal E."""
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -26,10 +41,13 @@ class Batch:
         self.hidden = random(8, 4, H)
         self.weights = [random(size, H) for size in (12, 5, 12)]
         self.keep = torch.rand(8, 4, generator=generator) < 0.7
+        self.labels = torch.randint(-1, D, (8,), generator=generator)
 
 
 def objectives(**groups) -> Objectives:
-    return Objectives({"balance": (LoadBalancing(), 0.5), "z": (RouterZ(), 0.1)}, **groups)
+    divergence = ExpertDivergence(D, eps=1e-3)
+    bound = {"balance": (LoadBalancing(), 0.5), "divergence": (divergence, 0.2), "z": (RouterZ(), 0.1)}
+    return Objectives(bound, **groups)
 
 
 def losses_and_gradients(bound, batch, sequences=slice(None), positions=slice(None)):
@@ -41,7 +59,7 @@ def losses_and_gradients(bound, batch, sequences=slice(None), positions=slice(No
         logits = hidden @ weight.T
         _, experts = edl.ops.route_tokens(logits.detach(), K, "softmax")
         routings.append(Observation(logits=logits, experts=experts))
-    total, values = bound(routings, batch.keep[sequences, positions])
+    total, values = bound(routings, batch.keep[sequences, positions], domain_ids=batch.labels[sequences])
     return total.detach(), values, torch.autograd.grad(total, weights)
 
 
@@ -51,8 +69,11 @@ def by_functions(batch):
     logits = [batch.hidden @ weight.T for weight in weights]
     balance = sum(edl.load_balancing_loss(layer, batch.keep, top_k=K) for layer in logits) / 3
     z = sum(edl.router_z_loss(layer, batch.keep) for layer in logits) / 3
-    total = 0.5 * balance + 0.1 * z
-    return total.detach(), {"balance": balance.detach(), "z": z.detach()}, torch.autograd.grad(total, weights)
+    divergence = edl.ExpertDivergenceLoss(D, eps=1e-3)
+    apart = sum(divergence(layer, batch.labels, batch.keep) for layer in logits) / 3
+    total = 0.5 * balance + 0.2 * apart + 0.1 * z
+    values = {"balance": balance.detach(), "divergence": apart.detach(), "z": z.detach()}
+    return total.detach(), values, torch.autograd.grad(total, weights)
 
 
 def check(found, expected):
@@ -208,7 +229,8 @@ def test_weights_follow_the_steps_and_are_saved():
 def test_no_token_that_counts_is_0_without_gradient():
     logits = torch.randn(4, 5, dtype=torch.float64).requires_grad_(True)
     _, experts = edl.ops.route_tokens(logits.detach(), K, "softmax")
-    total, values = objectives()(Observation(logits=logits, experts=experts), torch.zeros(4, dtype=torch.bool))
+    observation, nothing = Observation(logits=logits, experts=experts), torch.zeros(4, dtype=torch.bool)
+    total, values = objectives()(observation, nothing, domain_ids=torch.zeros(2, dtype=torch.long))
     total.backward()
     assert total == 0 and logits.grad.eq(0).all() and not any(values.values())
 
@@ -224,6 +246,7 @@ def test_padding_may_hold_nan_and_what_counts_may_not():
 
 
 LOGITS = torch.zeros(4, 3)
+LABELS = torch.tensor([0, 1])
 REFUSED = {
     "edl::Objectives: objectives must be a mapping of names to (objective, weight) (got {})": lambda: Objectives({}),
     "edl::Objectives: objectives must map names to (objective, weight) (got 'z': RouterZ())": lambda: Objectives(
@@ -239,6 +262,32 @@ REFUSED = {
     "edl::linear_warmup: weight must be finite and not negative (got nan)": lambda: linear_warmup(float("nan"), 1),
     "edl::Objectives: a layer must offer what 'balance' needs, experts, logits (got 1 without)": lambda: objectives()(
         LOGITS
+    ),
+    "edl::Objectives: domain_ids must be given (got labels ['modality_ids'])": lambda: Objectives(
+        {"apart": (ExpertDivergence(3), 1.0)}
+    )(LOGITS, modality_ids=LABELS),
+    "edl::ExpertDivergence: num_domains must be at least 2, or there is no pair to push apart (got 1)": lambda: (
+        ExpertDivergence(1)
+    ),
+    "edl::ExpertDivergence: eps must be finite and not negative (got nan)": lambda: ExpertDivergence(2, float("nan")),
+    "edl::ExpertDivergence: bias_correction needs one label per segment (got soft labels)": lambda: Objectives(
+        {"apart": (ExpertDivergence(3, bias_correction=True), 1.0)}
+    )(LOGITS, domain_ids=torch.ones(2, 3)),
+    "edl::Objectives: memory must be a DomainMemory (got int)": lambda: Objectives({"z": (RouterZ(), 1.0)}, memory=3),
+    "edl::Objectives: an integration binds objectives to ranks and memory itself, pass them without group, "
+    "sequence_group, averaging_ranks and memory (got some that are bound)": lambda: objectives(
+        memory=edl.DomainMemory()
+    ).bind(),
+    "edl::Objectives: name must be one of ['z'] (got 'y')": lambda: Objectives({"z": (RouterZ(), 1.0)}).set_weight(
+        "y", 1.0
+    ),
+    "edl::Objectives: allocate_memory() needs a memory (got none)": lambda: objectives().allocate_memory(LOGITS),
+    "edl::objectives: a configuration must be a mapping (got list)": lambda: objectives_of([]),
+    "edl::objectives: 'router_z' must map to its options, weight among them (got {})": lambda: objectives_of(
+        {"router_z": {}}
+    ),
+    "edl::objectives: the options of 'load_balancing' must be among ['scores', 'scope'] (got 'group')": lambda: (
+        objectives_of({"load_balancing": {"weight": 1, "group": 3}})
     ),
     "edl::Objectives: observations must be an Observation, a Routing or router logits, or a list of them (got "
     "an empty list)": lambda: objectives()([]),
@@ -276,6 +325,194 @@ def test_an_objective_of_ones_own_is_two_functions():
     logits = torch.randn(6, 3, dtype=torch.float64)
     total, _ = Objectives({"mean": (MeanLogit(), 3.0)})(logits)
     assert_close(total, 3 * logits.sum() / 6, EXACT)
+
+
+# ---- micro-batches ----
+
+
+def over_micro_batches(data_ranks):
+    """Two passes over three micro-batches on each rank: the mean of their gradients."""
+    memory = edl.DomainMemory()
+    bound, batch = objectives(group=dist.group.WORLD, memory=memory), Batch(4)
+    batch.hidden, batch.keep, batch.labels = (torch.cat([x] * 3) for x in (batch.hidden, batch.keep, batch.labels))
+    batch.labels = torch.arange(24) // 8  # one domain in each micro-batch
+    own = 24 // data_ranks
+    parts = [slice(dist.get_rank() * own + m * own // 3, dist.get_rank() * own + (m + 1) * own // 3) for m in range(3)]
+    with memory.collect():
+        for part in parts:
+            logits = [batch.hidden[part].flatten(0, 1) @ weight.T for weight in batch.weights]
+            chosen = [edl.ops.route_tokens(each, K, "softmax")[1] for each in logits]
+            seen = [Observation(logits=each, experts=experts) for each, experts in zip(logits, chosen)]
+            bound(seen, batch.keep[part], domain_ids=batch.labels[part])
+    found = [losses_and_gradients(bound, batch, part) for part in parts]
+    bound.step()
+    gradients = [sum(each) / 3 for each in zip(*(gradients for _, _, gradients in found))]
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+        gradient /= data_ranks
+    for total, values, _ in found:
+        check((total, values, gradients), by_functions(batch))
+
+
+def test_two_passes_over_micro_batches_and_ranks_are_exact_for_all_objectives():
+    on_ranks(2, over_micro_batches, 2)
+
+
+def test_a_memory_carries_the_sums_of_all_objectives_into_a_new_process():
+    first, second, batch = *(objectives(memory=edl.DomainMemory(0.5)) for _ in range(2)), Batch(5)
+    losses_and_gradients(first, batch, slice(0, 4))
+    first.step()
+    second.load_state_dict(first.state_dict())
+    expected, found = (losses_and_gradients(each, batch, slice(4, 8)) for each in (first, second))
+    assert found[0].equal(expected[0]) and all(x.equal(y) for x, y in zip(found[2], expected[2]))
+    assert found[0] != losses_and_gradients(objectives(), batch, slice(4, 8))[0]
+    other = Objectives({"z": (RouterZ(), 1.0)}, memory=edl.DomainMemory())
+    other.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="must be of the same objectives, layers and sizes, LoadBalancing: scores"):
+        other(batch.hidden.flatten(0, 1) @ batch.weights[0].T)
+
+
+# ---- what is logged ----
+
+
+def observed(batch, sequences=slice(None)):
+    logits = [(batch.hidden[sequences].flatten(0, 1) @ weight.T).requires_grad_(True) for weight in batch.weights]
+    return [Observation(logits=x, experts=edl.ops.route_tokens(x.detach(), K, "softmax")[1]) for x in logits]
+
+
+def test_logs_are_means_since_the_last_without_what_had_nothing_to_act_on():
+    bound, batch = objectives(), Batch(6)
+    pairs, one = torch.arange(8) % D, torch.zeros(8, dtype=torch.long)
+    for labels in (pairs, one, pairs):
+        bound(observed(batch), batch.keep, domain_ids=labels)
+        bound.step()
+    with torch.no_grad():
+        bound(observed(batch), batch.keep, domain_ids=one)  # no training
+    logged = bound.log()
+    divergence = edl.ExpertDivergenceLoss(D, eps=1e-3)
+    divergence.keep_moments()
+    of_layers = []
+    for place, layer in enumerate(observed(batch)):
+        of_layers.append(divergence(layer.logits.view(8, 4, -1), pairs, batch.keep))
+        assert_close(logged[f"divergence/layer_{place}"], of_layers[-1].detach(), EXACT)
+    assert_close(logged["divergence_loss"], torch.stack(of_layers).mean().detach(), EXACT)
+    assert logged["divergence/pairs"] == (3 + 0 + 3) / 3
+    assert logged["divergence/steps_without_effect"] == 1 and logged["z/steps_without_effect"] == 0
+    assert [logged[f"{name}/weight"] for name in ("balance", "divergence", "z")] == [0.5, 0.2, 0.1]
+    assert_close(
+        logged["z_loss"],
+        edl.router_z_loss([x.logits.view(8, 4, -1) for x in observed(batch)], batch.keep).detach(),
+        EXACT,
+    )
+    assert set(bound.log()) == {"balance/weight", "divergence/weight", "z/weight"}
+
+
+def test_a_loss_that_is_not_finite_is_logged():
+    bound = Objectives({"z": (RouterZ(), 1.0)})
+    bound(torch.full((3, 4), torch.nan).requires_grad_(True))
+    assert bound.log()["z_loss"].isnan()
+
+
+def test_steps_without_effect_warn_once_after_a_hundred():
+    bound = Objectives({"apart": (ExpertDivergence(2), 1.0)})
+    logits = torch.randn(2, 3, 4, requires_grad=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(250):
+            bound(logits, domain_ids=torch.tensor([1, 1]))
+            bound.step()
+    (sentence,) = [str(each.message) for each in caught]
+    assert sentence == (
+        "edl::Objectives: a batch must hold something for apart to act on, for a divergence two domains: mix domains "
+        "in batches or check masks and labels (got none for 100 steps)"
+    )
+
+
+def test_layers_that_lack_something_are_named_once():
+    bound, logits = objectives(), torch.randn(8, 5, requires_grad=True)
+    layers = [Observation(logits=logits), Observation(logits=logits, experts=torch.zeros(8, 2, dtype=torch.long))]
+    with pytest.warns(UserWarning) as caught:
+        for _ in range(2):
+            _, values = bound(layers, domain_ids=LABELS)
+    assert [str(each.message) for each in caught] == [
+        "edl::Objectives: 'balance' skips layers that do not offer what it needs, experts, logits (got 0 of 2 layers)"
+    ]
+    assert_close(
+        values["balance"],
+        edl.load_balancing_loss(edl.Routing(logits, logits, layers[1].experts, LABELS)).detach(),
+        1e-6,
+    )
+
+
+def test_scores_without_a_gradient_warn_once_while_training():
+    bound = Objectives({"z": (RouterZ(), 1.0)})
+    with pytest.warns(UserWarning) as caught:
+        bound(LOGITS)
+        bound(LOGITS)
+    (sentence,) = [str(each.message) for each in caught]
+    assert sentence == (
+        "edl::Objectives: what 'z' reads must have a gradient while training, or it teaches nothing "
+        "(got logits without)"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Objectives({"z": (RouterZ(), 1.0)}).eval()(LOGITS)
+
+
+# ---- classes and files ----
+
+
+def test_a_file_makes_objectives(tmp_path):
+    configuration = {
+        "apart": {"objective": "expert_divergence", "weight": 0.01, "num_domains": 3, "eps": 1e-3},
+        "router_z": {"weight": 0.5, "warmup_steps": 2},
+    }
+    (tmp_path / "objectives.json").write_text(json.dumps(configuration))
+    made = objectives_from_file(tmp_path / "objectives.json")
+    assert made.objectives == {"apart": ExpertDivergence(3, eps=1e-3), "router_z": RouterZ()}
+    assert [made.weights["router_z"].item(), made.weights["apart"].item()] == [0.0, 0.01]
+    made.step()
+    assert made.weights["router_z"] == 0.25
+    (tmp_path / "objectives.json").write_text("{")
+    with pytest.raises(ValueError, match="objectives.json must hold JSON"):
+        objectives_from_file(tmp_path / "objectives.json")
+
+
+def own_objective():
+    """The class of docs/objectives.md, as it stands there."""
+    page = (ROOT / "docs" / "objectives.md").read_text()
+    source = re.search(r"(class RouterEntropy.*?)\n\n\n", page, re.DOTALL).group(1)
+    assert len([line for line in source.splitlines() if line]) <= 10
+    names = {"Objective": Objective, "torch": torch}
+    exec(source, names)
+    return names["RouterEntropy"]()
+
+
+def check_own_objective():
+    batch = Batch(7)
+    bound = Objectives({"entropy": (own_objective(), 1.0)}, group=dist.group.WORLD)
+    total, _, gradients = losses_and_gradients(bound, batch, *this_part(2, 1))
+    weights = [weight.clone().requires_grad_(True) for weight in batch.weights]
+    logits = [(batch.hidden @ weight.T)[batch.keep] for weight in weights]
+    expected = sum(torch.distributions.Categorical(logits=each).entropy().mean() for each in logits) / 3
+    assert_close(total, expected.detach(), EXACT)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, weights)):
+        dist.all_reduce(gradient)
+        assert_close(gradient / 2, wanted, EXACT)
+
+
+def test_the_objective_of_the_documentation_is_exact_over_two_ranks():
+    on_ranks(2, check_own_objective)
+
+
+def test_classes_are_listed_by_their_names_in_words():
+    assert {"expert_divergence", "load_balancing", "router_z"} <= set(available())
+
+    @dataclasses.dataclass(frozen=True)
+    class Z2Loss(RouterZ):
+        pass
+
+    assert available()["z2_loss"] is Z2Loss
 
 
 def test_compiles_in_one_graph_that_a_schedule_does_not_change():

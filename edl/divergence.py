@@ -177,9 +177,7 @@ class ExpertDivergenceLoss(nn.Module):
         averaging_ranks (int, optional): the number of ranks over which the framework averages gradients; the gradient
             is multiplied by it, once. Default: the size of `group`; required with `sequence_group`. DDP or FSDP with
             context parallel: data ranks times context ranks; tensor parallel with sequence parallel, which sums: data
-            ranks;
-                Megatron:
-            data ranks, as its loss scale carries the context ranks.
+            ranks; Megatron: data ranks, as its loss scale carries the context ranks.
         memory (DomainMemory, optional): carries the moments over the micro-batches of a step; of this loss alone. It
             may be assigned later, and None frees it for another loss.
 
@@ -194,8 +192,7 @@ class ExpertDivergenceLoss(nn.Module):
         ValueError: an option outside its range, or options that exclude each other; no such groups.
 
     Source: arXiv 2603.00054. Where the paper is silent we chose: the natural logarithm, eps = 1e-6, the full softmax
-        before
-    top-k, the mean over layers. The bias correction is ours; the paper has none.
+        before top-k, the mean over layers. The bias correction is ours; the paper has none.
     """
 
     def __init__(

@@ -1,9 +1,8 @@
 """Typed, documented, scriptable wrappers over the operators `torch.ops.edl.*`.
 
 Shapes: T tokens, S segments, E experts, D domains, K experts per token, N = T·K, H hidden size, I intermediate size.
-    Softmax, sums
-and logarithms are computed in float32 (float64 for float64 input), whatever the storage type; only the products of
-`expert_mlp` on CUDA follow torch's switches for TF32 and for reductions in 16 bits.
+Softmax, sums and logarithms are computed in float32 (float64 for float64 input), whatever the storage type; only the
+products of `expert_mlp` on CUDA follow torch's switches for TF32 and for reductions in 16 bits.
 """
 
 import operator
@@ -255,8 +254,7 @@ def expert_divergence(
             "log_of_mean".
 
     Source: arXiv 2603.00054. It gives neither eps nor the base of the logarithm; we chose 1e-6 and the natural one. The
-        bias
-    correction is ours.
+        bias correction is ours.
     """
     if not torch.jit.is_scripting():
         _check_tensors("expert_divergence", sums=sums, squares=squares, counts=counts)
@@ -348,8 +346,7 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         row_order (Tensor[N], int32), the slot that stands at each row, and offsets (Tensor[E + 1], int32): expert e
-            owns the
-        rows offsets[e] to offsets[e + 1]; offsets[E] is the number of rows without sentinels.
+        owns the rows offsets[e] to offsets[e + 1]; offsets[E] is the number of rows without sentinels.
 
     Raises:
         ValueError: a wrong shape or type.

@@ -20,10 +20,10 @@ def check_weight_type(op: str, dtype: torch.dtype | None) -> None:
 
 
 class Router(nn.Module, abc.ABC):
-    """What a `edl.MoELayer` asks for its tokens' experts; derive one's own, or from `TopK`.
+    """What an `edl.MoELayer` asks which experts its tokens take; derive from it, or from `TopK`.
 
     A forward pass writes no state: activation checkpointing runs it twice, and both must decide alike. For the same
-    reason what a router knows beside the tokens comes in as an argument, a `edl.RoutingContext`.
+    reason what a router knows beside the tokens comes in as an argument, an `edl.RoutingContext`.
 
     A router whose forward has a third parameter, `expert_bias (Tensor[E], optional)`, is handed the layer's.
     """

@@ -15,7 +15,7 @@ class Routing(NamedTuple):
     Attributes:
         logits (Tensor[T, E]): in the router's type; what the auxiliary losses take.
         weights (Tensor[T, K]): the weight of each chosen expert.
-        experts (Tensor[T, K]): int64, the chosen experts, best first.
+        experts (Tensor[T, K]): the chosen experts; those of `edl.routers.TopK` are int64, best first.
         tokens_per_expert (Tensor[E]): int64, how often each expert was chosen.
     """
 

@@ -193,6 +193,16 @@ def test_a_router_derived_from_top_k_takes_its_options_and_the_layers_bias():
     torch.testing.assert_close(layer.expert_bias, torch.tensor([0.5, 0.5, 0.5, 0.5, 9.5, 9.5]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_a_bias_that_was_narrowed_is_handed_on_in_float32(dtype):
+    layer, tokens = edl.MoELayer(H, I, E, K, expert_bias=True), torch.randn(9, H)
+    narrow = torch.linspace(-1, 1, E).to(dtype)
+    layer.expert_bias.copy_(narrow)
+    expected = layer(tokens)[1]
+    layer.expert_bias.data = narrow
+    torch.testing.assert_close(layer(tokens)[1], expected, rtol=0, atol=0)
+
+
 def test_copies_and_pickles_route_alike():
     layer, tokens, context = told_layer(), torch.randn(9, H), contexts(9)["both"]
     expected = layer(tokens, context)[0]

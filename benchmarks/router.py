@@ -119,7 +119,7 @@ def layer_parts(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[
     divergence = edl.ExpertDivergenceLoss(num_domains=DOMAINS)
     labels = torch.arange(SEQUENCES, device=device) % DOMAINS
     with torch.no_grad():
-        logits = layer.router(tokens)
+        logits = layer.router.logits_of(tokens)
         weights, experts = ops.route_tokens(logits, top_k, "softmax")
         row_order, offsets = ops.sort_by_expert(experts, num_experts)
     logits, weights = logits.requires_grad_(), weights.requires_grad_()
@@ -128,7 +128,9 @@ def layer_parts(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[
     gradients = torch.autograd.grad
     parts = {
         "layer": lambda: gradients(layer(tokens)[0], [tokens, *layer.parameters()], upstream),
-        "router product": lambda: gradients(layer.router(tokens), [tokens, layer.router.weight], logits_upstream),
+        "router product": lambda: gradients(
+            layer.router.logits_of(tokens), [tokens, layer.router.weight], logits_upstream
+        ),
         "route_tokens": lambda: gradients(ops.route_tokens(logits, top_k, "softmax")[0], logits, weights_upstream),
         "sort_by_expert": lambda: ops.sort_by_expert(experts, num_experts),
         "divergence loss": lambda: gradients(divergence(logits, labels), logits),

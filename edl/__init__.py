@@ -4,7 +4,7 @@ from edl import _extension
 
 _extension.load()
 
-from edl import expert_parallel, flops, objectives, ops, reference, segments  # noqa: E402, F401  (flops registers formulas)
+from edl import expert_parallel, flops, objectives, ops, reference, routers, segments  # noqa: E402, F401  (flops registers formulas)
 from edl._build import version as __version__  # noqa: E402  (load() turns a missing build into a sentence)
 from edl.balance import update_expert_bias  # noqa: E402
 from edl.divergence import ExpertDivergenceLoss, expert_divergence_loss  # noqa: E402
@@ -13,17 +13,19 @@ from edl.objectives.load_balancing import load_balancing_loss  # noqa: E402
 from edl.objectives.router_z import router_z_loss  # noqa: E402
 from edl.ops import inject  # noqa: E402
 from edl.reduction.micro_batches import DomainMemory  # noqa: E402
-from edl.routing import Routing  # noqa: E402
+from edl.routing import Choice, Routing, RoutingContext  # noqa: E402
 from edl.scope import Labels, current_labels, domain_scope  # noqa: E402
 
 cmake_prefix_path = _extension.CMAKE_PREFIX_PATH
 
 __all__ = [
+    "Choice",
     "DomainMemory",
     "ExpertDivergenceLoss",
     "Labels",
     "MoELayer",
     "Routing",
+    "RoutingContext",
     "__version__",
     "cmake_prefix_path",
     "current_labels",
@@ -36,6 +38,7 @@ __all__ = [
     "ops",
     "reference",
     "router_z_loss",
+    "routers",
     "segments",
     "update_expert_bias",
 ]

@@ -8,11 +8,13 @@ computation takes the local shards.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Optional, TypeGuard
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edl import ops
@@ -232,7 +234,7 @@ def expert_mlp(
     Args:
         tokens (Tensor[T, H]): this rank's.
         weights (Tensor[T, K]): as for `edl.ops.expert_mlp`.
-        row_order (Tensor[N]): from `edl.ops.sort_by_expert` over all E experts, without sentinels.
+        row_order (Tensor[N]): from `edl.ops.sort_by_expert` over all E experts; without sentinels where it is compiled.
         offsets (Tensor[E + 1]): from the same.
         gate_up (DTensor[E, 2I, H]): sharded by expert over the mesh.
         down (DTensor[E, H, I]): sharded alike.
@@ -243,8 +245,8 @@ def expert_mlp(
         sums over the tokens of all ranks of the mesh.
 
     Raises:
-        ValueError: another type of tokens than of experts, weights that are sharded further, a call under torch.export,
-            or under torch.compile on torch 2.11.
+        ValueError: another type of tokens than of experts, or of routing weights than of tokens, experts that are
+            sharded further, a call under torch.export, or under torch.compile on torch 2.11.
         RuntimeError: another rank failed before the exchange.
     """
     num_local = gate_up.shape[0] // mesh.size()
@@ -262,13 +264,23 @@ def expert_mlp(
                 f"called and not its forward (got {gate_up.shape[0]})"
             )
         tokens = _as_experts_take(tokens, gate_up)
+        if weights.dtype != tokens.dtype and (weights.dtype != torch.float32 or tokens.dtype == torch.float64):
+            raise ValueError(
+                "edl::MoELayer: weights must have the type of the tokens, or float32 beside 16-bit tokens (got "
+                f"{weights.dtype} and {tokens.dtype})"
+            )
     group = mesh.get_group()
     received, to_ranks, from_ranks = _exchange_counts(offsets[1:] - offsets[:-1], mesh)
     rows = ops.dispatch_tokens(tokens, row_order, weights.shape[1])
+    num_none = 0 if torch.compiler.is_compiling() else rows.shape[0] - sum(to_ranks)
+    if num_none > 0:  # sentinels, which stand last and stay here
+        rows = rows[:-num_none]
     rows = _all_to_all(rows, to_ranks, from_ranks, group)
     local_order, local_offsets = _sort_received(received, rows.shape[0], num_local)
     rows = ops.expert_mlp(rows, rows.new_ones(rows.shape[0], 1), local_order, local_offsets, gate_up, down)
     rows = _all_to_all(rows, from_ranks, to_ranks, group)
+    if num_none > 0:
+        rows = F.pad(rows, (0, 0, 0, num_none))
     return ops.combine_tokens(rows, weights, row_order, weights.shape[1])
 
 
@@ -314,7 +326,7 @@ def fully_shard_layer(
     Raises:
         ValueError: a layer without `expert_group`, or data ranks that are not its ranks times the replicas.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard
 
     if getattr(layer, "expert_mesh", None) is None:
@@ -334,7 +346,11 @@ def fully_shard_layer(
         gradients.div_(expert_ranks)
 
     dimension = 0 if layer.num_experts // expert_ranks >= replicas else 1
-    fully_shard(list(layer.children()), mesh=mesh, **options)
+    # The layer casts what comes in and goes out; in between, the expert bias that its router gets and the weights that
+    # the router gives stay what they are.
+    policy = options.get("mp_policy", MixedPrecisionPolicy())
+    inside = {**options, "mp_policy": dataclasses.replace(policy, cast_forward_inputs=False, output_dtype=None)}
+    fully_shard(list(layer.children()), mesh=mesh, **inside)
     sharded = fully_shard(layer, mesh=replica_mesh, shard_placement_fn=lambda parameter: Shard(dimension), **options)
     # FSDP2 divides by the replicas; with this, by all data ranks. `set_gradient_divide_factor(mesh.size())` means the
     # same, but needs NCCL's PreMulSum, and torch 2.13 divides twice by it with one replica in float16 or float64.

@@ -1,6 +1,7 @@
 """A Mixture-of-Experts feed-forward layer on the operators of edl."""
 
 import importlib
+import inspect
 import math
 import sys
 import warnings
@@ -13,62 +14,8 @@ from torch import Tensor, nn
 
 from edl import expert_parallel, ops
 from edl.reduction.ranks import Group
-from edl.routing import Routing
-
-
-class Router(nn.Module):
-    """A linear layer from tokens to one logit per expert, in a type of its own also under autocast.
-
-    Args:
-        hidden_size (int): H.
-        num_experts (int): E.
-        router_dtype (torch.dtype): type of the computation; float64 for float64 tokens. Default: torch.float32.
-        device (torch.device, str or int, optional): where the weight is created.
-        dtype (torch.dtype, optional): type of the weight.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        router_dtype: torch.dtype = torch.float32,
-        device: torch.types.Device = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.router_dtype = router_dtype
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Uniform in ±1/√H, as `nn.Linear`."""
-        bound = 1 / math.sqrt(self.weight.shape[1])
-        nn.init.uniform_(self.weight, -bound, bound)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """`Tensor[T, H]` → logits `Tensor[T, E]`."""
-        kind = self.weight.dtype
-        if kind not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            raise ValueError(
-                "edl::MoELayer: router.weight must be float32, float64, bfloat16 or float16, not quantised "
-                f"(got {kind})"
-            )
-        if tokens.device != self.weight.device:
-            raise ValueError(
-                f"edl::MoELayer: hidden must be on the device of the layer (got {tokens.device} and "
-                f"{self.weight.device})"
-            )
-        if self.weight.dim() != 2 or self.weight.shape[1] != tokens.shape[1]:
-            raise ValueError(
-                f"edl::MoELayer: router.weight must have the shape [E, {tokens.shape[1]}] (got "
-                f"{list(self.weight.shape)})"
-            )
-        logits: Tensor = torch.ops.edl._router_logits(tokens, self.weight, self.router_dtype)
-        return logits
-
-    def extra_repr(self) -> str:
-        num_experts, hidden_size = self.weight.shape
-        return f"hidden_size={hidden_size}, num_experts={num_experts}, router_dtype={self.router_dtype}"
+from edl.routers import Router, TopK, check_top_k_options, check_weight_type
+from edl.routing import Choice, Routing, RoutingContext, check_choice, check_context
 
 
 class SharedExpert(nn.Module):
@@ -99,7 +46,24 @@ class SharedExpert(nn.Module):
         return output
 
 
-_WEIGHT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+def _check_own_router(router: Router, options: dict[str, Any], expert_bias: bool) -> None:
+    """Raises where a layer cannot have the router that it was given."""
+    if not isinstance(router, Router):
+        raise ValueError(f"edl::MoELayer: router must be an edl.routers.Router (got {type(router).__name__})")
+    if options:
+        raise ValueError(
+            f"edl::MoELayer: a router of one's own has its options already, give them to it (got {', '.join(options)})"
+        )
+    if expert_bias and list(inspect.signature(router.forward).parameters)[2:3] != ["expert_bias"]:
+        raise ValueError(
+            "edl::MoELayer: expert_bias needs a router whose forward takes it, as forward(tokens, context=None, "
+            f"expert_bias=None) (got {type(router).__name__})"
+        )
+
+
+def _of_router(name: str) -> Any:
+    """A setting of a layer that stands in its router; a router without it gives the layer none."""
+    return property(lambda layer: getattr(layer.router, name), lambda layer, value: setattr(layer.router, name, value))
 
 
 def _tell_transformers() -> None:
@@ -109,7 +73,7 @@ def _tell_transformers() -> None:
 
 
 class MoELayer(nn.Module):
-    """A Mixture-of-Experts layer: each token passes `top_k` of `num_experts` SwiGLU networks, which its router chooses.
+    """A Mixture-of-Experts layer: each token passes some of `num_experts` SwiGLU networks, which its router chooses.
 
     output = Σ_k w_k · down_e(silu(gate_e(x)) * up_e(x)), e the k-th choice, plus the shared expert where there is one.
     The parameters are `router.weight [E, H]`, `gate_up_proj [E, 2I, H]` (the gate's rows first) and `down_proj [E, H,
@@ -131,22 +95,25 @@ class MoELayer(nn.Module):
         hidden_size (int): H, size of a token.
         intermediate_size (int): I, size inside an expert.
         num_experts (int): E.
-        top_k (int): K, experts per token, in [1, E].
+        top_k (int): K, experts per token, in [1, E]. It and the next four make the router, an `edl.routers.TopK`; a
+            layer with a `router` of one's own takes none of them.
         scores (str): "softmax" over all experts (default; Switch, Mixtral, Qwen, OLMoE) or "sigmoid" of each logit
             (DeepSeek-V3).
         normalize_top_k (bool): divide a token's weights by their sum. With one expert per token the weight is then 1
             and the router learns nothing from the model's loss: the layer warns. Default: True.
         routed_scaling_factor (float): factor of the weights (DeepSeek-V3: 2.5). Default: 1.
+        router_dtype (torch.dtype): type of the router's computation, torch.float32 (default), torch.bfloat16 or
+            torch.float16; float64 tokens are always routed in float64. TF32 never takes the place of float32 here.
+        router (edl.routers.Router, optional): decides in the place of one made from these options. Default: None.
         expert_bias (bool): keep a buffer `expert_bias [E]`, zero at first, that shifts the choice and never enters a
             weight; `edl.update_expert_bias` balances the experts with it. It stays float32 in a 16-bit model, whose
             type does not resolve its steps: where a state is loaded, the layer is cast or the bias is updated, a bias
-            in 16 bits is replaced by a float32 buffer. Default: False.
+            in 16 bits is replaced by a float32 buffer. The layer hands it to its router, whose forward must take it:
+            `forward(tokens, context=None, expert_bias=None)`. Default: False.
         num_shared_experts (int): experts that every token passes, run as one network. Default: 0.
         shared_intermediate_size (int, optional): size inside one shared expert. Default: `intermediate_size`.
         shared_expert_gate (bool): multiply the shared output by a learned sigmoid per token (Qwen2-MoE). Default:
             False.
-        router_dtype (torch.dtype): type of the router's computation, torch.float32 (default), torch.bfloat16 or
-            torch.float16; float64 tokens are always routed in float64. TF32 never takes the place of float32 here.
         expert_group (ProcessGroup or one-dimensional DeviceMesh, optional): the R ranks over which the experts are
             spread; R divides E. FSDP2 needs a dimension of the DeviceMesh that it shards over. Default: None, all
             experts are here.
@@ -156,30 +123,34 @@ class MoELayer(nn.Module):
         dtype (torch.dtype, optional): type of the parameters.
 
     Raises:
-        ValueError: a size that is no integer or below 1, `top_k` beyond `num_experts`, an unknown option, or an
-            `expert_group` that does not fit.
+        ValueError: a size that is no integer or below 1, `top_k` beyond `num_experts`, an unknown option, options of
+            a router beside a `router`, or an `expert_group` that does not fit.
     """
 
     if TYPE_CHECKING:  # TorchScript would make an attribute of it, which no state_dict holds and `to` does not move
         expert_bias: Tensor | None
     return_routing: Final[bool]  # decides the type that a scripted layer returns
     transformers_family: str | None = None  # the model type of the block that the layer was made from
+    top_k, scores = _of_router("top_k"), _of_router("scores")
+    normalize_top_k, routed_scaling_factor = _of_router("normalize_top_k"), _of_router("routed_scaling_factor")
+    __jit_unused_properties__ = ("top_k", "scores", "normalize_top_k", "routed_scaling_factor")
 
     def __init__(
         self,
         hidden_size: int,
         intermediate_size: int,
         num_experts: int,
-        top_k: int,
+        top_k: int | None = None,
         *,
-        scores: str = "softmax",
-        normalize_top_k: bool = True,
-        routed_scaling_factor: float = 1.0,
+        scores: str | None = None,
+        normalize_top_k: bool | None = None,
+        routed_scaling_factor: float | None = None,
+        router_dtype: torch.dtype | None = None,
+        router: Router | None = None,
         expert_bias: bool = False,
         num_shared_experts: int = 0,
         shared_intermediate_size: int | None = None,
         shared_expert_gate: bool = False,
-        router_dtype: torch.dtype = torch.float32,
         expert_group: Group | None = None,
         return_routing: bool = True,
         device: torch.types.Device = None,
@@ -189,49 +160,39 @@ class MoELayer(nn.Module):
         hidden_size = ops._as_integer("MoELayer", "hidden_size", hidden_size, lowest=1)
         intermediate_size = ops._as_integer("MoELayer", "intermediate_size", intermediate_size, lowest=1)
         num_experts = ops._as_integer("MoELayer", "num_experts", num_experts, lowest=1)
-        top_k = ops._as_integer("MoELayer", "top_k", top_k, lowest=1)
         num_shared_experts = ops._as_integer("MoELayer", "num_shared_experts", num_shared_experts)
         ops._check_flags(
-            "MoELayer",
-            normalize_top_k=normalize_top_k,
-            expert_bias=expert_bias,
-            shared_expert_gate=shared_expert_gate,
-            return_routing=return_routing,
+            "MoELayer", expert_bias=expert_bias, shared_expert_gate=shared_expert_gate, return_routing=return_routing
         )
-        ops._check_numbers("MoELayer", routed_scaling_factor=routed_scaling_factor)
-        if not math.isfinite(routed_scaling_factor):
-            raise ValueError(f"edl::MoELayer: routed_scaling_factor must be finite (got {routed_scaling_factor})")
-        ops._check_texts("MoELayer", scores=scores)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in _WEIGHT_TYPES):
-            raise ValueError(f"edl::MoELayer: dtype must be one of {list(_WEIGHT_TYPES)} (got {dtype!r})")
-        if top_k > num_experts:
-            raise ValueError(f"edl::MoELayer: top_k must not exceed num_experts (got {top_k} of {num_experts})")
-        if scores not in ("softmax", "sigmoid"):
-            raise ValueError(f"edl::MoELayer: scores must be 'softmax' or 'sigmoid' (got {scores!r})")
-        router_types = (torch.float32, torch.bfloat16, torch.float16)
-        if not isinstance(router_dtype, torch.dtype) or router_dtype not in router_types:
-            raise ValueError(
-                "edl::MoELayer: router_dtype must be torch.float32, torch.bfloat16 or torch.float16 (got "
-                f"{router_dtype})"
-            )
+        check_weight_type("MoELayer", dtype)
         if num_shared_experts == 0 and (shared_expert_gate or shared_intermediate_size is not None):
             raise ValueError(
                 "edl::MoELayer: shared_intermediate_size and shared_expert_gate need num_shared_experts of at least 1 "
                 "(got 0)"
             )
+        options: dict[str, Any] = {
+            "top_k": top_k,
+            "scores": scores,
+            "normalize_top_k": normalize_top_k,
+            "routed_scaling_factor": routed_scaling_factor,
+            "router_dtype": router_dtype,
+        }
+        options = {name: option for name, option in options.items() if option is not None}
+        if router is None:
+            options["top_k"] = top_k  # also where it is lacking
+            check_top_k_options("MoELayer", num_experts, **options)
+            router = TopK(hidden_size, num_experts, **options, device=device, dtype=dtype)
+        else:
+            _check_own_router(router, options, expert_bias)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_experts = num_experts
-        self.top_k = top_k
-        self.scores = scores
-        self.normalize_top_k = normalize_top_k
-        self.routed_scaling_factor = float(routed_scaling_factor)
         self.num_shared_experts = num_shared_experts
         self.return_routing = return_routing
-        self.router = Router(hidden_size, num_experts, router_dtype, device, dtype)
+        self.router = router
         self.expert_mesh: torch.distributed.device_mesh.DeviceMesh | None = None
         if expert_group is not None:
-            self.expert_mesh = expert_parallel.as_mesh(expert_group, self.router.weight.device)
+            self.expert_mesh = expert_parallel.as_mesh(expert_group, torch.empty(0, device=device).device)
         self.gate_up_proj = self._empty_experts(2 * intermediate_size, hidden_size, device, dtype)
         self.down_proj = self._empty_experts(hidden_size, intermediate_size, device, dtype)
         bias_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -248,7 +209,7 @@ class MoELayer(nn.Module):
                 self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
         self._reset_experts()
         _tell_transformers()
-        if top_k == 1 and normalize_top_k and num_experts > 1:
+        if isinstance(router, TopK) and router.top_k == 1 and router.normalize_top_k and num_experts > 1:
             warnings.warn(
                 "edl::MoELayer: with top_k=1 and normalised weights every weight is 1 and the router gets no gradient "
                 "from the model's loss, set normalize_top_k=False (in a configuration of transformers "
@@ -316,9 +277,8 @@ class MoELayer(nn.Module):
         super()._load_from_state_dict(*arguments)
         self._widen_expert_bias()  # `assign=True` takes the type of the state
 
-    def _route(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Tokens [T, H], their logits [T, E], weights [T, K] and experts [T, K], and the order of their rows by
-        expert."""
+    def _route(self, hidden: Tensor, context: RoutingContext | None) -> tuple[Tensor, Choice, Tensor, Tensor]:
+        """Tokens [T, H], the router's choice, and the order of their rows by expert."""
         if not torch.jit.is_scripting():
             ops._check_tensors("MoELayer", hidden=hidden)
         if hidden.dim() == 0:
@@ -328,40 +288,43 @@ class MoELayer(nn.Module):
                 f"edl::MoELayer: hidden must end in {self.hidden_size}, the hidden size (got {hidden.shape[-1]})"
             )
         tokens = hidden.reshape(-1, self.hidden_size)
-        logits = self.router(tokens)
-        if logits.shape[1] != self.num_experts:
-            raise ValueError(
-                f"edl::MoELayer: the router must give {self.num_experts} logits, one per expert (got {logits.shape[1]})"
-            )
-        weights, experts = ops.route_tokens(
-            logits, self.top_k, self.scores, self.expert_bias, self.normalize_top_k, self.routed_scaling_factor
-        )
-        row_order, offsets = ops.sort_by_expert(experts, self.num_experts)
-        return tokens, logits, weights, experts, row_order, offsets
+        if context is not None:
+            check_context(context, tokens)
+        bias = self.expert_bias
+        if bias is None:
+            choice = self.router(tokens, context)
+        else:
+            wide = bias if bias.dtype == torch.float64 else bias.float()
+            choice = self.router(tokens, context, wide)  # by position, also for hooks
+        if not torch.jit.is_tracing():  # which would warn of each comparison
+            check_choice(choice, tokens, self.num_experts)
+        row_order, offsets = ops.sort_by_expert(choice.experts, self.num_experts)
+        return tokens, choice, row_order, offsets
 
     # Returns what return_routing says: TorchScript, which reads annotations, infers it.
-    def forward(self, hidden: Tensor):  # type: ignore[no-untyped-def]
+    def forward(self, hidden: Tensor, context: RoutingContext | None = None):  # type: ignore[no-untyped-def]
         """Runs the layer.
 
         Args:
             hidden (Tensor[..., H]): the tokens, T in all.
+            context (RoutingContext, optional): what the router is told beside them.
 
         Returns:
             output (Tensor[..., H]), and the `Routing` of the T tokens unless `return_routing` is False.
 
         Raises:
             ValueError: no dense tensor, a last dimension other than H, a type or device other than that of the experts,
-                or a DTensor.
+                a DTensor, a context of other tokens, or a choice that the layer cannot follow.
             RuntimeError: with `expert_group`, an error on another rank before the exchange.
         """
         if self.expert_mesh is None:
-            tokens, logits, weights, experts, row_order, offsets = self._route(hidden)
-            output = ops.expert_mlp(tokens, weights, row_order, offsets, self.gate_up_proj, self.down_proj)
+            tokens, choice, row_order, offsets = self._route(hidden, context)
+            output = ops.expert_mlp(tokens, choice.weights, row_order, offsets, self.gate_up_proj, self.down_proj)
         else:
             with expert_parallel.reporting_failures(self.gate_up_proj, self.expert_mesh):
-                tokens, logits, weights, experts, row_order, offsets = self._route(hidden)
+                tokens, choice, row_order, offsets = self._route(hidden, context)
             output = expert_parallel.expert_mlp(
-                tokens, weights, row_order, offsets, self.gate_up_proj, self.down_proj, self.expert_mesh
+                tokens, choice.weights, row_order, offsets, self.gate_up_proj, self.down_proj, self.expert_mesh
             )
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens)
@@ -373,7 +336,7 @@ class MoELayer(nn.Module):
         output = output.view_as(hidden) if torch.jit.is_tracing() else torch.ops.aten._unsafe_view(output, hidden.shape)
         if self.return_routing:
             tokens_per_expert = (offsets[1:] - offsets[:-1]).to(torch.int64)
-            return output, Routing(logits, weights, experts, tokens_per_expert)
+            return output, Routing(choice.logits, choice.weights, choice.experts, tokens_per_expert)
         return output
 
     @classmethod
@@ -424,9 +387,7 @@ class MoELayer(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
-            f"num_experts={self.num_experts}, top_k={self.top_k}, scores={self.scores!r}, "
-            f"normalize_top_k={self.normalize_top_k}, routed_scaling_factor={self.routed_scaling_factor}, "
-            f"expert_bias={self.expert_bias is not None}, num_shared_experts={self.num_shared_experts}, "
-            f"return_routing={self.return_routing}"
+            f"num_experts={self.num_experts}, expert_bias={self.expert_bias is not None}, "
+            f"num_shared_experts={self.num_shared_experts}, return_routing={self.return_routing}"
             + (f", expert_group of {self.expert_mesh.size()} ranks" if self.expert_mesh is not None else "")
         )

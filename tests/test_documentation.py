@@ -110,6 +110,10 @@ loader = [(torch.randn(4, 8, 16), torch.randn(4, 8, 16), torch.tensor([0, 1, 2, 
 """,
         "class RouterEntropy(": "from edl.objectives import Objective",
     },
+    "docs/routers.md": {
+        "import edl": "hidden, languages = torch.randn(4, 8, 512), torch.randint(0, 4, (32,), dtype=torch.int32)",
+        "def tell(": HUGGING_FACE,
+    },
     "docs/scaling.md": {
         "divergence = edl.ExpertDivergenceLoss(num_domains=49, group=mesh": "import edl\n" + ONE_RANK + HUGGING_FACE,
         "finish = divergence.begin(": """
@@ -168,6 +172,18 @@ AFTER = {
         "gathered = StateDictOptions(": "assert state['blocks.0.layer.gate_up_proj'].shape == (8, 16, 16)",
     },
     "docs/megatron.md": {"with edl.domain_scope(": "assert output.domain_ids.tolist() == [0, 1]"},
+    "docs/routers.md": {
+        "import edl": "assert (routing.experts // 16 == languages[:, None]).all() and routing.logits.isfinite().all()",
+        "def tell(": """
+chosen = []
+for decoder in model.model.layers:
+    decoder.mlp.router.register_forward_hook(lambda router, arguments, choice: chosen.append(choice.experts // 16))
+model.gradient_checkpointing_enable()
+output = model(tokens, routing_context=edl.RoutingContext(groups=languages))
+output.logits.sum().backward()
+assert len(chosen) == 4 and all((quarters == languages[:, None]).all() for quarters in chosen)
+""",
+    },
     "docs/scaling.md": {
         "finish = divergence.begin(": "assert loss.isfinite() and loss != lm_loss",
         "class Router(": """

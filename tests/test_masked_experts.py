@@ -61,7 +61,7 @@ def test_a_layer_with_masked_experts_and_updates_never_chooses_them(scores):
     layer = edl.MoELayer(16, 8, 6, 2, scores=scores, expert_bias=True)
     is_open = torch.tensor([True, False, True, True, False, True])
     mask = torch.zeros(6).masked_fill(~is_open, -INF)
-    layer.router.register_forward_hook(lambda module, inputs, logits: logits + mask)
+    layer.router.register_forward_hook(lambda router, inputs, choice: router.choice_of(choice.logits + mask, inputs[2]))
     tokens = torch.randn(64, 16) + 1
     for told in (None, is_open):
         for _ in range(50):
@@ -212,7 +212,8 @@ def test_the_experts_leave_choices_of_weight_0_out_and_keep_their_weights_gradie
 
 def test_a_masked_expert_that_holds_nan_spoils_nothing():
     layer = edl.MoELayer(16, 8, 3, 2)
-    layer.router.register_forward_hook(lambda module, inputs, logits: logits + torch.tensor([0, -INF, -INF]))
+    mask = torch.tensor([0, -INF, -INF])
+    layer.router.register_forward_hook(lambda router, inputs, choice: router.choice_of(choice.logits + mask))
     with torch.no_grad():
         layer.gate_up_proj[1] = float("nan")
     output, routing = layer(torch.randn(5, 16))

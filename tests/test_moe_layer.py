@@ -275,7 +275,7 @@ def test_it_says_what_it_is():
         "top_k=2",
         "scores='sigmoid'",
         "expert_bias=True",
-        "(router): Router(",
+        "(router): TopK(",
         "(shared_expert): SharedExpert(",
     ):
         assert part in text

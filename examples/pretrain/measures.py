@@ -208,7 +208,7 @@ def switched_off(model, experts):
     """Keeps tokens from choosing experts for as long as the context lasts; experts: [L, number] int64."""
 
     def hook(chosen):
-        return lambda module, arguments, logits: logits.index_fill(-1, chosen, -math.inf)
+        return lambda router, arguments, choice: router.choice_of(choice.logits.index_fill(-1, chosen, -math.inf))
 
     handles = [block.experts.router.register_forward_hook(hook(chosen)) for block, chosen in zip(model.blocks, experts)]
     try:

@@ -36,7 +36,7 @@ def test_injecting_is_adding_to_the_final_loss():
     tokens = torch.randn(16, 8)
 
     def routed(with_loss):
-        logits = layer.router(tokens)
+        logits = layer.router.logits_of(tokens)
         weights, experts = edl.ops.route_tokens(logits, 2, "softmax")
         balance = edl.load_balancing_loss(logits, top_k=2)
         if with_loss:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from edl.moe import MoELayer, Router
+from edl.moe import MoELayer
+from edl.routers import TopK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,7 @@ def _modeling(family: _Family) -> ModuleType:
 def _router_class(name: str) -> type[nn.Module]:
     """edl's router as one of a family of transformers too, which records the logits of its routers by their class."""
     family = _FAMILIES[name]
-    bases = (Router, getattr(_modeling(family), f"{family.prefix}TopKRouter"))
+    bases = (TopK, getattr(_modeling(family), f"{family.prefix}TopKRouter"))
     return type(f"{family.prefix}Router", bases, {"__module__": __name__})
 
 
@@ -141,14 +142,25 @@ def layer_from_block(
     )
     _share(block, layer, names)
     layer.transformers_family = name
-    layer.router.__class__ = _router_class(name)  # type: ignore[assignment]  # one of Router's
+    layer.router.__class__ = _router_class(name)  # type: ignore[assignment]  # one of TopK's
     _keep_recorded(parts.gate, layer.router)
     return layer.train(block.training)
+
+
+def _is_top_k(router: nn.Module) -> bool:
+    """Whether a router decides as `TopK` does; one derived from it may do otherwise."""
+    names = ("forward", "choice_of", "logits_of")
+    return all(getattr(type(router), name, None) is getattr(TopK, name) for name in names)
 
 
 def _check_expressible(layer: MoELayer, name: str) -> None:
     family = _FAMILIES[name]
     has_gated_shared = layer.shared_expert is not None and layer.shared_expert_gate is not None
+    if not _is_top_k(layer.router):
+        raise ValueError(
+            f"edl::MoELayer.to_transformers: a {name} block cannot express the layer (got a router of one's own, "
+            f"{type(layer.router).__name__})"
+        )
     obstacles = {
         "scores='sigmoid'": layer.scores != "softmax",
         "an expert bias": layer.expert_bias is not None,
@@ -207,6 +219,8 @@ _SETTINGS = [
 
 def _difference(layer: MoELayer, expected: MoELayer) -> str | None:
     """What a layer is or has that the block in its place cannot say; None for nothing."""
+    if not _is_top_k(layer.router):
+        return f"router={type(layer.router).__name__}"
     for name in _SETTINGS:
         if getattr(layer, name) != getattr(expected, name):
             return f"{name}={getattr(layer, name)!r}"

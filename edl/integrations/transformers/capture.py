@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from edl.divergence import ExpertDivergenceLoss
-from edl.moe import Router
 from edl.reduction.micro_batches import DomainMemory
+from edl.routers import Router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

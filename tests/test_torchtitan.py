@@ -87,7 +87,7 @@ def test_a_pass_without_a_pair_is_left_out_of_metrics_and_warned_about(single):
     expected_loss = torch.stack(losses).mean()
     assert metrics["expert_divergence/pairs"] == 1.5  # three and none
     assert_close(metrics["expert_divergence_loss"].float(), expected_loss, TOLERANCE)
-    assert len(warned) == 1 and warned[0].endswith("(got none with two for 100 steps)")
+    assert len(warned) == 1 and warned[0].endswith("(got none for 100 steps)")
 
 
 @needs_torchtitan
@@ -229,7 +229,7 @@ def test_layers_that_share_a_configuration_get_one_loss_each():
 def test_options_outside_their_range_are_refused_before_the_model_is_built():
     config = interface.Model.Config(layers=[interface.TokenChoiceTopKRouter.Config(num_experts=8)])
     for options, got in (({"num_domains": 1}, "num_domains must be at least 2"), ({"eps": -1.0}, "eps must be finite")):
-        with pytest.raises(ValueError, match=f"^edl::expert_divergence_loss: {got}"):
+        with pytest.raises(ValueError, match=f"^edl::ExpertDivergence: {got}"):
             interface.integration().add_expert_divergence(config, **{"num_domains": 3, "coeff": 1.0, **options})
     assert config.layers[0].aux_loss is None
 
@@ -247,12 +247,12 @@ def test_passes_without_a_pair_leave_the_logged_means():
     model, hidden = interface.model_with_divergence(), interface.inputs()
     pair, no_pair, unlabelled = torch.tensor([0, 1, 1, 0]), torch.ones(4, dtype=torch.long), torch.full((4,), -1)
     _, value = interface.expected([(hidden, pair, {})], [1.0])
-    assert titan.divergence_metrics(model) == {} == titan.layer_losses(model)
+    assert titan.objective_metrics(model) == {} == titan.layer_losses(model)
 
     def metrics(*labels):
         for ids in labels:
             interface.train(model, ids, hidden, 24 * len(labels))
-        return titan.divergence_metrics(model), interface.collect_aux_loss_metrics(model)["expert_divergence_loss/mean"]
+        return titan.objective_metrics(model), interface.collect_aux_loss_metrics(model)["expert_divergence_loss/mean"]
 
     own, torchtitans = metrics(unlabelled, no_pair)
     assert own["expert_divergence/pairs"] == 0
@@ -270,9 +270,9 @@ def test_passes_without_a_pair_leave_the_logged_means():
 
 
 def test_a_hundred_steps_without_a_pair_are_one_warning(monkeypatch):
-    monkeypatch.setattr(edl.divergence_log, "STEPS_WITHOUT_PAIR", 4)
+    monkeypatch.setattr(edl.objectives.log, "STEPS_WITHOUT_EFFECT", 4)
     titan = interface.integration()
-    titan._warn_of_no_pair.cache_clear()
+    titan._warn_of_no_effect.cache_clear()
     model, hidden = interface.model_with_divergence(), interface.inputs()
 
     def steps(count, label):
@@ -285,7 +285,9 @@ def test_a_hundred_steps_without_a_pair_are_one_warning(monkeypatch):
 
     assert steps(3, 0) == [] == steps(1, 1) == steps(3, 0)  # the fourth had a pair
     (sentence,) = steps(1, 0)
-    assert sentence.startswith("edl::torchtitan: a batch must hold two domains for a divergence loss")
+    assert sentence.startswith(
+        "edl::torchtitan: a batch must hold something for expert_divergence to act on, for a divergence two domains"
+    )
     assert steps(8, 0) == []
 
 

@@ -155,15 +155,15 @@ def accumulation_with_memory():
 
 def without_a_pair():
     """Metrics of a pass with two domains and of one with none; the losses of the first; warnings of steps without."""
-    from edl.integrations.torchtitan import divergence_metrics, layer_losses
+    from edl.integrations.torchtitan import layer_losses, objective_metrics
 
     model = with_divergence()
     train(model, DOMAINS)
     losses = list(layer_losses(model).values())
     train(model, torch.full_like(DOMAINS, -1))
-    metrics = divergence_metrics(model)
+    metrics = objective_metrics(model)
     with (
-        unittest.mock.patch("edl.divergence_log.STEPS_WITHOUT_PAIR", 4),
+        unittest.mock.patch("edl.objectives.log.STEPS_WITHOUT_EFFECT", 4),
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")

@@ -257,12 +257,12 @@ if AuxLoss is not None:
         def metric_name(self) -> str:
             return f"{self._first}_loss"
 
-        def _share_of_tokens(self, scores: Tensor, padding_mask: Tensor | None) -> Tensor | int:
+        def _share_of_tokens(self, num_tokens: int, padding_mask: Tensor | None, dtype: torch.dtype) -> Tensor | int:
             """T_m / R: the tokens of this pass over all ranks, per data rank."""
             ranks = self.objectives.ranks
             if padding_mask is None:
-                return scores.shape[0] * ranks.context_size  # the same on all ranks
-            tokens = (~padding_mask).sum().to(scores.dtype)
+                return num_tokens * ranks.context_size  # the same on all ranks
+            tokens = (~padding_mask).sum().to(dtype)
             for group in (ranks.context, ranks.data):
                 if group is not None:
                     tokens = all_reduce(tokens, "sum", group)
@@ -310,7 +310,7 @@ if AuxLoss is not None:
                 if losses is None:
                     return carrier
                 total, values = losses
-                share = self._share_of_tokens(scores_TE, padding_mask_T)
+                share = self._share_of_tokens(scores_TE.shape[0], padding_mask_T, total.dtype)
                 total = total * share
                 first, *others = self._logged(values, share)
                 first = first + (total - total.detach())  # the value that is logged, the gradient of the total

@@ -133,6 +133,12 @@ def test_several_objectives_are_those_of_a_plain_loop(single):
 
 
 @needs_torchtitan
+def test_routers_of_ones_own_are_configured_by_hand(single):
+    for one, other in zip(*single["configured_by_hand"], strict=True):
+        assert torch.equal(one, other) and one.abs().max() > 0
+
+
+@needs_torchtitan
 def test_outside_any_scope_objectives_without_labels_act(single):
     (gradients, metrics), (expected, values) = single["outside_any_scope"]
     for found, reference in zip(gradients, expected, strict=True):
@@ -376,6 +382,14 @@ def test_options_outside_their_range_are_refused_before_the_model_is_built():
     for options, got in (({"num_domains": 1}, "num_domains must be at least 2"), ({"eps": -1.0}, "eps must be finite")):
         with pytest.raises(ValueError, match=f"^edl::ExpertDivergence: {got}"):
             interface.integration().add_expert_divergence(config, **{"num_domains": 3, "coeff": 1.0, **options})
+    with pytest.raises(
+        ValueError, match=r"^edl::torchtitan: the options of ExpertDivergence must be .*\(got 'beta'\)$"
+    ):
+        interface.integration().add_expert_divergence(config, num_domains=3, coeff=1.0, beta=2.0)
+    with pytest.raises(
+        ValueError, match=r"a weight must be finite and not negative \(got -1.0 of 'expert_divergence'\)"
+    ):
+        interface.integration().add_expert_divergence(config, num_domains=3, coeff=-1.0)
     assert config.layers[0].aux_loss is None
 
 

@@ -261,6 +261,25 @@ def several_objectives():
     return (gate_gradients(model), objective_metrics(model), losses), expected_of_loop
 
 
+def configured_by_hand():
+    """Gradients with routers that derive from `ObjectivesRouter`, and with those of `add_objectives`."""
+    from edl.integrations.torchtitan import ObjectivesRouter
+
+    class OtherRouter(ObjectivesRouter):
+        @dataclasses.dataclass(kw_only=True, slots=True)
+        class Config(ObjectivesRouter.Config):
+            pass
+
+    config = model_config()
+    for layer in config.layers:
+        same = {field.name: getattr(layer.router, field.name) for field in dataclasses.fields(layer.router)}
+        layer.router = OtherRouter.Config(**same, coeff=1 / 2, objectives=samples.objectives())
+    models = build(config), with_objectives(samples.objectives())
+    for model in models:
+        train(model, DOMAINS)
+    return [gate_gradients(model) for model in models]
+
+
 def outside_any_scope():
     """Gradients and metrics of a pass without labels, and of a plain loop in which no token has one."""
     from edl.integrations.torchtitan import objective_metrics
@@ -390,6 +409,7 @@ SINGLE = (
     checkpointed,
     copied,
     several_objectives,
+    configured_by_hand,
     outside_any_scope,
     warmed_up,
     memory_without_a_hook,

@@ -75,7 +75,7 @@ class _RouterObjectives:
     def __init__(
         self, objectives: Objectives, memory: bool, shares_tokens: bool, passes_of_step: int | None = None
     ) -> None:
-        self.objectives = objectives.bind()
+        self.objectives = _for_routers(objectives)
         self.passes_of_step = passes_of_step
         self.needs = frozenset().union(*(objective.needs for objective in self.objectives.objectives.values()))
         needs_labels = [_labels_of(objective) is not None for objective in self.objectives.objectives.values()]
@@ -231,9 +231,9 @@ if AuxLoss is not None:
         Tokens are those that `padding_mask_T` leaves. A forward pass outside any `edl.domain_scope` has no labels.
 
         Args:
-            config (Config): coeff, the factor of this router's total: 1 by the number of layers; objectives, which
-                `add_objectives` has looked at; memory, whether to carry sums over micro-batches; also, the
-                configuration of another auxiliary loss of the router, or None; the rest as `AuxLoss.Config`.
+            config (Config): coeff, the factor of this router's total: 1 by the number of layers; objectives and
+                memory, as `add_objectives` takes them; also, the configuration of another auxiliary loss of the router,
+                or None; the rest as `AuxLoss.Config`.
         """
 
         @dataclasses.dataclass(kw_only=True, slots=True)
@@ -298,14 +298,14 @@ if AuxLoss is not None:
             Returns:
                 The carrier.
             """
-            weights, experts = None, None
-            if self.objectives.needs & {"weights", "experts"}:
-                weights, experts = _choices(scores_TE, routing_map_TE, carrier)
             if self.also is not None:
                 carrier = self.also(
                     scores_TE, routing_map_TE, carrier=carrier, padding_mask_T=padding_mask_T, denominator=denominator
                 )
             with no_typecheck():
+                weights, experts = None, None
+                if self.objectives.needs & {"weights", "experts"}:
+                    weights, experts = _choices(scores_TE, routing_map_TE, carrier)
                 losses = self.objectives(scores_TE, weights, experts, padding_mask_T)
                 if losses is None:
                     return carrier
@@ -338,10 +338,8 @@ else:
         """torchtitan's router up to 0.3.0, with objectives.
 
         Args:
-            config (Config): coeff, the factor of this router's total: 1 by the number of layers; objectives, which
-                `add_objectives` has looked at; memory, whether to carry sums over micro-batches; micro_batches, the
-                forward passes of a step on one rank, over which the total is averaged; the rest as
-                `TokenChoiceTopKRouter.Config`.
+            config (Config): coeff, the factor of this router's total: 1 by the number of layers; objectives, memory
+                and micro_batches, as `add_objectives` takes them; the rest as `TokenChoiceTopKRouter.Config`.
         """
 
         @dataclasses.dataclass(kw_only=True, slots=True)
@@ -426,20 +424,16 @@ def add_objectives(model_config: Any, objectives: Objectives, *, micro_batches: 
         objectives (Objectives): not bound to ranks or a memory.
         micro_batches (int): forward passes of a step on one rank: gradient accumulation steps times micro-batches of
             the pipeline. Up to torchtitan 0.3.0; later versions count tokens and it is not looked at. Default: 1.
-        memory (bool): carry the sums over the micro-batches of a step (`edl.DomainMemory`). Default: False.
+        memory (bool): carry the sums over the micro-batches of a step (`edl.DomainMemory`), which under activation
+            checkpointing needs a scope around every pass. Default: False.
 
     Raises:
         ValueError: objectives that are bound, need logits, or labels that a scope does not have; no router, a router of
             another class (up to 0.3.0), or one that has objectives already.
     """
-    if not isinstance(objectives, Objectives):
-        raise ValueError(
-            f"edl::torchtitan: objectives must be edl.objectives.Objectives (got {type(objectives).__name__})"
-        )
     ops._check_flags("torchtitan", memory=memory)
     micro_batches = ops._as_integer("torchtitan", "micro_batches", micro_batches, lowest=1)
-    objectives = objectives.bind()
-    objectives.objectives = {name: _observing(name, each) for name, each in objectives.objectives.items()}
+    objectives = _for_routers(objectives)
     found = list(model_config.traverse(TokenChoiceTopKRouter.Config))
     if not found:
         raise ValueError(f"edl::torchtitan: a model must have routers (got {type(model_config).__qualname__})")
@@ -477,11 +471,30 @@ def add_expert_divergence(
         **options: eps, sequence_reduction, pair_reduction, bias_correction of `edl.objectives.ExpertDivergence`.
 
     Raises:
-        ValueError: options outside their range, and what `add_objectives` raises.
+        ValueError: options outside their range or unknown, and what `add_objectives` raises.
     """
+    known = [field.name for field in dataclasses.fields(ExpertDivergence)]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"edl::torchtitan: the options of ExpertDivergence must be among {known} (got {option!r})")
     divergence = ExpertDivergence(num_domains=num_domains, **options)
     objectives = Objectives({"expert_divergence": (divergence, coeff)})
     add_objectives(model_config, objectives, micro_batches=micro_batches, memory=memory)
+
+
+def _for_routers(objectives: Objectives) -> Objectives:
+    """A copy, of objectives that read what routers hand over.
+
+    Raises:
+        ValueError: no objectives, or some that cannot.
+    """
+    if not isinstance(objectives, Objectives):
+        raise ValueError(
+            f"edl::torchtitan: objectives must be edl.objectives.Objectives (got {type(objectives).__name__})"
+        )
+    own = objectives.bind()
+    own.objectives = {name: _observing(name, objective) for name, objective in own.objectives.items()}
+    return own
 
 
 def _observing(name: str, objective: Objective) -> Objective:

@@ -150,6 +150,7 @@ class Trainer:
     def forward_backward_step(self, *, input_dict, labels, global_valid_tokens):
         return input_dict, edl.current_labels().domain_ids
 """,
+        "from edl.integrations.torchtitan import add_objectives": "config.model_spec.model = model_config()",
     },
     "docs/transformers.md": {
         "from edl.integrations.transformers import DomainCollator": DATASETS,
@@ -196,7 +197,10 @@ assert repr(config.model_spec.model).count("ExpertDivergence") == 2
 step = DomainTrainer().forward_backward_step
 inputs, labels = step(input_dict={"input": 1, "domain_ids": torch.tensor([0, 1])}, labels=None, global_valid_tokens=1)
 assert inputs == {"input": 1} and labels.tolist() == [0, 1]
-"""
+""",
+        "from edl.integrations.torchtitan import add_objectives": """
+assert repr(config.model_spec.model).count("coarse=ExpertDivergence(num_domains=49") == 2
+""",
     },
     "docs/transformers.md": {
         "from edl.integrations.transformers import DomainCollator": "assert len(packed) == 2 and collator",

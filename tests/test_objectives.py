@@ -226,6 +226,29 @@ def test_weights_follow_the_steps_and_are_saved():
     assert (total / values["z"]).item() == pytest.approx(0.1)
 
 
+def test_weights_lie_on_the_cpu_also_where_a_model_has_no_memory_yet():
+    logits = torch.randn(9, 4, dtype=torch.float64)
+    with torch.device("meta"):
+        bound = Objectives({"z": (RouterZ(), linear_warmup(0.4, steps=4))})
+        bound.step()
+    total, values = bound(logits)
+    assert (total / values["z"]).item() == pytest.approx(0.1)
+
+
+def test_an_integration_hears_of_steps_without_effect_and_warns_itself(recwarn):
+    logits, nothing = torch.randn(4, 5), torch.zeros(4, dtype=torch.bool)
+    bound = Objectives({"z": (RouterZ(), 1.0)})
+    bound(logits)
+    assert bound.has_effect["z"] and bound.end_step() == []
+    told = []
+    for _ in range(99 + 100):
+        bound(logits, nothing)
+        assert not bound.has_effect["z"]
+        told.append(bound.end_step())
+    assert told == [[]] * 198 + [["z"]]  # looked at once in a hundred steps
+    assert not [warning for warning in recwarn if "to act on" in str(warning.message)]
+
+
 def test_no_token_that_counts_is_0_without_gradient():
     logits = torch.randn(4, 5, dtype=torch.float64).requires_grad_(True)
     _, experts = edl.ops.route_tokens(logits.detach(), K, "softmax")

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 import torchtitan_interface as interface
+import torchtitan_objectives as samples
 import torchtitan_released as released
 from ranks import on_ranks
 from tolerances import assert_close, tolerance
@@ -87,7 +88,7 @@ def test_a_pass_without_a_pair_is_left_out_of_metrics_and_warned_about(single):
     expected_loss = torch.stack(losses).mean()
     assert metrics["expert_divergence/pairs"] == 1.5  # three and none
     assert_close(metrics["expert_divergence_loss"].float(), expected_loss, TOLERANCE)
-    assert len(warned) == 1 and warned[0].endswith("(got none with two for 100 steps)")
+    assert len(warned) == 1 and warned[0].endswith("(got none for 100 steps)")
 
 
 @needs_torchtitan
@@ -100,6 +101,91 @@ def test_activation_checkpointing_changes_nothing(single, policy):
 @needs_torchtitan
 def test_a_copy_of_the_model_has_the_loss(single):
     assert_equal_to(*single["copied"])
+
+
+def assert_metrics_are(metrics, values, tolerance):
+    """Metrics of several objectives, against the values [layer][batch] of a plain loop."""
+    names = list(values[0][0])
+    for name in names:
+        of_layers = torch.stack([torch.stack([of_batch[name] for of_batch in batches]).mean() for batches in values])
+        found = [entry for entry in metrics if entry.startswith(f"{name}/") and entry.endswith(("router", "aux_loss"))]
+        assert len(found) == len(values)
+        for entry, expected in zip(found, of_layers, strict=True):
+            assert_close(metrics[entry], expected, tolerance)
+        assert_close(metrics[f"{name}_loss"], of_layers.mean(), tolerance)
+    assert {name: round(metrics[f"{name}/weight"].item(), 6) for name in names} == {
+        "sequences": 0.7,
+        "tokens": 0.3,
+        "certainty": 0.2,
+    }
+
+
+@needs_torchtitan
+def test_several_objectives_are_those_of_a_plain_loop(single):
+    (gradients, metrics, losses), (expected, values) = single["several_objectives"]
+    for found, reference in zip(gradients, expected, strict=True):
+        assert_close(found, reference, TOLERANCE)
+    assert_metrics_are(metrics, values, TOLERANCE)
+    assert metrics["sequences/pairs"] == metrics["tokens/pairs"] == 1
+    for name, of_layers in losses.items():
+        for latest, batches in zip(of_layers, values, strict=True):
+            assert_close(latest, batches[-1][name], TOLERANCE)
+
+
+@needs_torchtitan
+def test_routers_of_ones_own_are_configured_by_hand(single):
+    for one, other in zip(*single["configured_by_hand"], strict=True):
+        assert torch.equal(one, other) and one.abs().max() > 0
+
+
+@needs_torchtitan
+def test_outside_any_scope_objectives_without_labels_act(single):
+    (gradients, metrics), (expected, values) = single["outside_any_scope"]
+    for found, reference in zip(gradients, expected, strict=True):
+        assert_close(found, reference, TOLERANCE)
+        assert reference.abs().max() > 0
+    assert_close(metrics["certainty_loss"], torch.stack([batch[0]["certainty"] for batch in values]).mean(), TOLERANCE)
+    assert metrics["sequences_loss"].isnan() and metrics["tokens_loss"].isnan()
+
+
+@needs_torchtitan
+def test_weights_follow_the_optimizer_steps(single):
+    found, resumed = single["warmed_up"]
+    _, whole = found["hook"][4]
+    for name in ("hook", "no hook"):
+        assert [weight for weight, _ in found[name]] == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 0.8])
+        for weight, gradient in found[name]:
+            assert_close(gradient, whole * (weight / 0.8), TOLERANCE, scale=whole.abs().max().item())
+    assert [weight for weight, _ in resumed] == pytest.approx([0.6, 0.8])
+
+
+@needs_torchtitan
+def test_without_a_hook_memory_ends_after_the_micro_batches(single):
+    steps, expected = single["memory_without_a_hook"]
+    for step in steps:
+        assert_equal_to(step, expected)
+
+
+@needs_torchtitan
+def test_a_model_may_be_built_without_memory_and_its_configuration_written(single):
+    found, expected, text = single["built_on_meta"]
+    assert_equal_to(found, expected)
+    assert text.count("ExpertDivergence(num_domains=3") == 2
+
+
+def assert_objectives_are_refused(sentences):
+    offered = "objectives must do with experts, scores, weights, which is what routers hand over"
+    assert sentences == {
+        "logits": f"edl::torchtitan: {offered} (got 'z', which needs logits)",
+        "balance": f"edl::torchtitan: {offered} (got 'balance', which needs logits)",
+        "labels": "edl::torchtitan: labels come from edl.domain_scope, so that objectives must name 'domain_ids' "
+        "(got 'topics' of 'topics')",
+        "bound": "edl::Objectives: an integration binds objectives to ranks and memory itself, pass them without "
+        "group, sequence_group, averaging_ranks and memory (got some that are bound)",
+        "no objectives": "edl::torchtitan: objectives must be edl.objectives.Objectives (got dict)",
+        "micro_batches": "edl::torchtitan: micro_batches must be an integer (got 2.5)",
+        "memory": "edl::torchtitan: memory must be True or False (got 'yes')",
+    }
 
 
 @needs_torchtitan
@@ -116,6 +202,11 @@ def test_what_is_refused(single):
     assert refused["another router"].startswith("edl::torchtitan: layers.1.router must be a TokenChoiceTopKRouter, ")
     assert refused["left alone"]
     assert refused["micro_batches"] == "edl::torchtitan: micro_batches must be at least 1 (got 0)"
+    assert_objectives_are_refused(refused["objectives"])
+    assert refused["untouched"]
+    assert refused["unknown objective"] == (
+        "edl::torchtitan: objective must be one of ['expert_divergence'] (got 'balance')"
+    )
 
 
 @needs_torchtitan
@@ -123,6 +214,17 @@ def test_what_is_refused(single):
 def test_two_ranks_have_the_gradient_of_one(pair, split):
     for rank in pair:
         assert_equal_to(*rank[split])
+
+
+@needs_torchtitan
+@pytest.mark.parametrize("split", ["data", "context"])
+def test_several_objectives_of_two_ranks_are_those_of_a_plain_loop(pair, split):
+    for rank in pair:
+        (gradients, metrics), (expected, values), *all_reduces = rank[f"several objectives, {split}"]
+        for found, reference in zip(gradients, expected, strict=True):
+            assert_close(found, reference, TOLERANCE)
+        assert_metrics_are(metrics, values, TOLERANCE)
+        assert all_reduces in ([], [len(values)])  # one of each router, for all objectives
 
 
 @needs_torchtitan
@@ -198,6 +300,55 @@ def test_memory_of_an_auxiliary_loss_ends_with_the_step():
     assert not torch.allclose(steps[0][0][0], forgetful[0][0])
 
 
+def assert_gradients_and_metrics_are(found, expected):
+    for actual, reference in zip(found[0], expected[0], strict=True):
+        assert_close(actual, reference, EXACT)
+    assert set(found[1]) == set(expected[1]) == {f"{name}_loss/mean" for name in ("sequences", "tokens", "certainty")}
+    for name, metric in found[1].items():
+        assert_close(metric, expected[1][name], EXACT)
+
+
+def test_auxiliary_loss_of_several_objectives_is_a_plain_loop_and_logs_each():
+    """Of micro-batches of 12 and, without padding, 10 tokens; choices come as a map, and weights in any order."""
+    model, hidden, padding = interface.model_with_objectives(samples.objectives()), interface.inputs(), None
+    batches = []
+    for tokens, ids in zip(hidden.chunk(2), interface.DOMAINS.chunk(2)):
+        interface.train(model, ids, tokens, 22, padding)
+        batches.append((tokens, {"domain_ids": ids, "padding_mask": padding}))
+        padding = torch.arange(12) >= 10
+    found = interface.gate_gradients(model), interface.collect_aux_loss_metrics(model)
+    assert_gradients_and_metrics_are(found, interface.of_plain_loop(batches, [12 / 22, 10 / 22]))
+
+
+def test_auxiliary_loss_outside_any_scope_has_the_objectives_without_labels():
+    model, hidden = interface.model_with_objectives(samples.objectives()), interface.inputs()
+    (model(hidden, torch.tensor(24.0)) * 0.0).sum().backward()
+    none = {"domain_ids": torch.full((4,), -1)}
+    found = interface.gate_gradients(model), interface.collect_aux_loss_metrics(model)
+    assert_gradients_and_metrics_are(found, interface.of_plain_loop([(hidden, none)], [1.0]))
+    assert found[1]["certainty_loss/mean"] > 0
+
+
+def test_weights_of_an_auxiliary_loss_follow_the_steps_that_torchtitan_ends():
+    titan, model = interface.integration(), interface.model_with_objectives(samples.warmed_up())
+    titan.set_step(model, 1)
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        interface.train(model, interface.DOMAINS, interface.inputs(), 24)
+        found.append((titan.objective_metrics(model)["divergence/weight"].item(), interface.gate_gradients(model)[0]))
+        interface.collect_aux_loss_metrics(model)  # ends the step
+    assert [weight for weight, _ in found] == pytest.approx([0.2, 0.4, 0.6])
+    assert_close(found[1][1], 2 * found[0][1], EXACT)
+    assert_close(found[2][1], 3 * found[0][1], EXACT)
+
+
+def test_what_an_auxiliary_loss_refuses():
+    config = interface.Model.Config(layers=[interface.TokenChoiceTopKRouter.Config(num_experts=8)])
+    assert_objectives_are_refused(samples.refused(interface.integration().add_objectives, config))
+    assert config.layers[0].aux_loss is None
+
+
 def test_another_auxiliary_loss_of_the_router_stays():
     hidden, ids = interface.inputs(), interface.DOMAINS
     other = interface.MeanScore.Config(coeff=0.3)
@@ -229,8 +380,16 @@ def test_layers_that_share_a_configuration_get_one_loss_each():
 def test_options_outside_their_range_are_refused_before_the_model_is_built():
     config = interface.Model.Config(layers=[interface.TokenChoiceTopKRouter.Config(num_experts=8)])
     for options, got in (({"num_domains": 1}, "num_domains must be at least 2"), ({"eps": -1.0}, "eps must be finite")):
-        with pytest.raises(ValueError, match=f"^edl::expert_divergence_loss: {got}"):
+        with pytest.raises(ValueError, match=f"^edl::ExpertDivergence: {got}"):
             interface.integration().add_expert_divergence(config, **{"num_domains": 3, "coeff": 1.0, **options})
+    with pytest.raises(
+        ValueError, match=r"^edl::torchtitan: the options of ExpertDivergence must be .*\(got 'beta'\)$"
+    ):
+        interface.integration().add_expert_divergence(config, num_domains=3, coeff=1.0, beta=2.0)
+    with pytest.raises(
+        ValueError, match=r"a weight must be finite and not negative \(got -1.0 of 'expert_divergence'\)"
+    ):
+        interface.integration().add_expert_divergence(config, num_domains=3, coeff=-1.0)
     assert config.layers[0].aux_loss is None
 
 
@@ -247,12 +406,12 @@ def test_passes_without_a_pair_leave_the_logged_means():
     model, hidden = interface.model_with_divergence(), interface.inputs()
     pair, no_pair, unlabelled = torch.tensor([0, 1, 1, 0]), torch.ones(4, dtype=torch.long), torch.full((4,), -1)
     _, value = interface.expected([(hidden, pair, {})], [1.0])
-    assert titan.divergence_metrics(model) == {} == titan.layer_losses(model)
+    assert titan.objective_metrics(model) == {} == titan.layer_losses(model)
 
     def metrics(*labels):
         for ids in labels:
             interface.train(model, ids, hidden, 24 * len(labels))
-        return titan.divergence_metrics(model), interface.collect_aux_loss_metrics(model)["expert_divergence_loss/mean"]
+        return titan.objective_metrics(model), interface.collect_aux_loss_metrics(model)["expert_divergence_loss/mean"]
 
     own, torchtitans = metrics(unlabelled, no_pair)
     assert own["expert_divergence/pairs"] == 0
@@ -270,9 +429,9 @@ def test_passes_without_a_pair_leave_the_logged_means():
 
 
 def test_a_hundred_steps_without_a_pair_are_one_warning(monkeypatch):
-    monkeypatch.setattr(edl.divergence_log, "STEPS_WITHOUT_PAIR", 4)
+    monkeypatch.setattr(edl.objectives.log, "STEPS_WITHOUT_EFFECT", 4)
     titan = interface.integration()
-    titan._warn_of_no_pair.cache_clear()
+    titan._warn_of_no_effect.cache_clear()
     model, hidden = interface.model_with_divergence(), interface.inputs()
 
     def steps(count, label):
@@ -285,7 +444,9 @@ def test_a_hundred_steps_without_a_pair_are_one_warning(monkeypatch):
 
     assert steps(3, 0) == [] == steps(1, 1) == steps(3, 0)  # the fourth had a pair
     (sentence,) = steps(1, 0)
-    assert sentence.startswith("edl::torchtitan: a batch must hold two domains for a divergence loss")
+    assert sentence.startswith(
+        "edl::torchtitan: a batch must hold something for expert_divergence to act on, for a divergence two domains"
+    )
     assert steps(8, 0) == []
 
 
@@ -308,24 +469,32 @@ def test_auxiliary_loss_under_activation_checkpointing(use_reentrant):
 
 
 @needs_remat
-@pytest.mark.parametrize("memory", [False, True])
-def test_auxiliary_loss_under_torch_remat(memory):
+@pytest.mark.parametrize(
+    "make",
+    [
+        interface.model_with_divergence,
+        lambda: interface.model_with_divergence(memory=True),
+        lambda: interface.model_with_objectives(samples.objectives(), memory=True),
+    ],
+    ids=["divergence", "memory", "several objectives"],
+)
+def test_auxiliary_loss_under_torch_remat(make):
     """The checkpointing of the interface's version: it keeps what an injection did, and replays the rest."""
     import torch_remat as remat
 
     def two_micro_batches(wrap):
-        model, hidden, ids = interface.model_with_divergence(memory=memory), interface.inputs(), interface.DOMAINS
+        model, hidden, ids = make(), interface.inputs(), interface.DOMAINS
         forward = wrap(model)
         with edl.domain_scope(ids):
             first = forward(hidden, torch.tensor(48.0))
         with edl.domain_scope(ids.roll(1)):
             second = forward(hidden.flip(0), torch.tensor(48.0))
         ((first + second) * 0.0).sum().backward()
-        return interface.gate_gradients(model), interface.collect_aux_loss_metrics(model)["expert_divergence_loss/mean"]
+        return interface.gate_gradients(model), interface.collect_aux_loss_metrics(model)
 
-    plain, plain_metric = two_micro_batches(lambda model: model)
-    replayed, metric = two_micro_batches(remat.checkpoint(region_name="model"))
-    assert torch.equal(metric, plain_metric)
+    plain, plain_metrics = two_micro_batches(lambda model: model)
+    replayed, metrics = two_micro_batches(remat.checkpoint(region_name="model"))
+    assert metrics == plain_metrics
     for one, other in zip(plain, replayed, strict=True):
         assert torch.equal(one, other)
 
@@ -334,6 +503,11 @@ def test_auxiliary_loss_under_torch_remat(memory):
 def test_auxiliary_losses_of_two_ranks_add_up_to_those_of_one(interface_pair, split):
     for rank in interface_pair:
         assert_equals(*rank[split])
+
+
+def test_several_objectives_of_an_auxiliary_loss_add_up_to_those_of_one(interface_pair):
+    for rank in interface_pair:
+        assert_gradients_and_metrics_are(*rank["several objectives"])
 
 
 def test_context_parallelism_of_a_stream_needs_labels_per_token(interface_pair):

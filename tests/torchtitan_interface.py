@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torchtitan_objectives as samples
 from torch import nn
 
 import edl
@@ -144,7 +145,7 @@ class TokenChoiceTopKRouter(nn.Module):
 
     def forward(self, x_TD, expert_bias_E=None, *, padding_mask_T=None, aux_loss_denominator=None):
         scores = self.gate(x_TD).sigmoid()
-        topk_scores, topk_expert_ids = scores.topk(TOP_K, dim=-1)
+        topk_scores, topk_expert_ids = (found.flip(-1) for found in scores.topk(TOP_K, dim=-1))  # in no order
         routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, topk_expert_ids, True)
         if self.training and self.aux_loss is not None:
             topk_scores = self.aux_loss(
@@ -208,6 +209,13 @@ def model_with_divergence(also=None, **options):
     return config.build()
 
 
+def model_with_objectives(objectives, **options):
+    config = Model.Config(layers=[TokenChoiceTopKRouter.Config(num_experts=NUM_EXPERTS) for _ in range(2)])
+    integration().add_objectives(config, objectives, **options)
+    torch.manual_seed(1)
+    return config.build()
+
+
 def inputs():
     """[T, D_model], T = BATCH · LENGTH."""
     return torch.randn(BATCH * LENGTH, SIZE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -243,6 +251,22 @@ def expected(batches, weights, **options):
                 for hidden, ids, masks in batches
             ]
     return gradients, torch.stack(values).mean()
+
+
+def of_plain_loop(batches, shares, **options):
+    """(gradients of the gates, metric of each objective) of one process; a batch is (hidden, arguments)."""
+    model, gradients, metrics = model_with_objectives(samples.objectives()).eval(), [], []
+    bound = samples.objectives("sigmoid", **options)
+    for layer in model.layers:
+        gradient, values = samples.plain_loop(bound, layer.gate.weight, batches, shares)
+        gradients.append(gradient / len(model.layers))
+        metrics.append({name: sum(share * of[name] for share, of in zip(shares, values)) for name in values[0]})
+        with torch.no_grad():
+            batches = [
+                (hidden + layer(hidden)[0].sum(-1, keepdim=True) * hidden.tanh(), arguments)
+                for hidden, arguments in batches
+            ]
+    return gradients, {f"{name}_loss/mean": torch.stack([of[name] for of in metrics]).mean() for name in metrics[0]}
 
 
 def _mesh(data_size, context_size):
@@ -284,6 +308,20 @@ def context_parallel(border, has_mask):
     return _added_up(model, mesh), expected([(inputs(), labels, {})], [1.0], sequence_reduction="token")
 
 
+def several_objectives_of_data_parallel(padding):
+    """As `data_parallel`, in one micro-batch of two sequences on each rank."""
+    mesh, model, mine = _mesh(dist.get_world_size(), 1), model_with_objectives(samples.objectives()), dist.get_rank()
+    hidden = inputs().chunk(2)[mine]
+    tokens_of_step = padding.numel() - padding.sum().item()
+    with training_context(mesh):
+        train(model, DOMAINS.chunk(2)[mine], hidden, tokens_of_step, padding.flatten().chunk(2)[mine])
+    gradients, metrics = gate_gradients(model), collect_aux_loss_metrics(model, mesh)
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+    arguments = {"domain_ids": DOMAINS, "padding_mask": padding.flatten()}
+    return (gradients, metrics), of_plain_loop([(inputs(), arguments)], [1.0])
+
+
 def context_parallel_of_sequences():
     model, mesh = model_with_divergence(), _mesh(1, dist.get_world_size())
     try:
@@ -304,4 +342,5 @@ def on_ranks_of_interface():
         "context": context_parallel(12, has_mask=False),
         "context, inside a sequence": context_parallel(15, has_mask=True),
         "sequences": context_parallel_of_sequences(),
+        "several objectives": several_objectives_of_data_parallel(some),
     }

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib.util
+import json
 import sys
 import types
 import unittest.mock
@@ -10,6 +11,8 @@ import warnings
 
 import torch
 import torch.distributed as dist
+import torchtitan_objectives as samples
+from ranks import Collectives
 from torch.distributed.tensor import DTensor
 
 import edl
@@ -80,6 +83,14 @@ def with_divergence(score_func="sigmoid", dims=None, **options):
     return build(config, dims)
 
 
+def with_objectives(objectives, dims=None, **options):
+    from edl.integrations.torchtitan import add_objectives
+
+    config = model_config()
+    add_objectives(config, objectives, **options)
+    return build(config, dims)
+
+
 def inputs():
     return torch.randn(BATCH, LENGTH, SIZE, generator=torch.Generator().manual_seed(2))
 
@@ -89,9 +100,9 @@ def gate_gradients(model):
     return [grad.full_tensor() if isinstance(grad, DTensor) else grad.clone() for grad in gradients]
 
 
-def expected(domain_ids, score_func="sigmoid", micro_batches=1, memory=False):
+def expected(domain_ids, score_func="sigmoid", micro_batches=1, memory=False, model=None):
     """(gradients of the gates, latest losses of the layers) of one process in float64, fed what the layers see."""
-    model, hidden = build(model_config(score_func)), inputs()
+    model, hidden = build(model_config(score_func)) if model is None else model, inputs()
     gradients, losses = [], []
     for layer in model.layers.values():
         weight = layer.router.gate.weight.detach().double().requires_grad_()
@@ -155,15 +166,15 @@ def accumulation_with_memory():
 
 def without_a_pair():
     """Metrics of a pass with two domains and of one with none; the losses of the first; warnings of steps without."""
-    from edl.integrations.torchtitan import divergence_metrics, layer_losses
+    from edl.integrations.torchtitan import layer_losses, objective_metrics
 
     model = with_divergence()
     train(model, DOMAINS)
     losses = list(layer_losses(model).values())
     train(model, torch.full_like(DOMAINS, -1))
-    metrics = divergence_metrics(model)
+    metrics = objective_metrics(model)
     with (
-        unittest.mock.patch("edl.divergence_log.STEPS_WITHOUT_PAIR", 4),
+        unittest.mock.patch("edl.objectives.log.STEPS_WITHOUT_EFFECT", 4),
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
@@ -225,6 +236,119 @@ def copied():
     return results(model), expected(DOMAINS)
 
 
+def of_plain_loop(bound, batches, shares):
+    """(gradients of the gates, values of each batch and layer) of one process in float64, fed what the layers see."""
+    model, gradients, values = build(model_config()), [], []
+    for layer in model.layers.values():
+        gradient, of_layer = samples.plain_loop(bound, layer.router.gate.weight, batches, shares)
+        gradients.append(gradient / len(model.layers))
+        values.append(of_layer)
+        with torch.no_grad():
+            batches = [(hidden + layer(hidden), arguments) for hidden, arguments in batches]
+    return gradients, values
+
+
+def several_objectives():
+    """Two micro-batches: (gradients, metrics, latest losses of the layers), and (gradients, values) of a plain loop."""
+    from edl.integrations.torchtitan import layer_losses, objective_metrics
+
+    model = with_objectives(samples.objectives(), micro_batches=2)
+    for batch, ids in zip(inputs().chunk(2), DOMAINS.chunk(2)):
+        train(model, ids, batch)
+    losses = {name: list(layer_losses(model, name).values()) for name in ("sequences", "tokens", "certainty")}
+    batches = [(hidden, {"domain_ids": ids}) for hidden, ids in zip(inputs().chunk(2), DOMAINS.chunk(2))]
+    expected_of_loop = of_plain_loop(samples.objectives("sigmoid"), batches, [0.5, 0.5])
+    return (gate_gradients(model), objective_metrics(model), losses), expected_of_loop
+
+
+def configured_by_hand():
+    """Gradients with routers that derive from `ObjectivesRouter`, and with those of `add_objectives`."""
+    from edl.integrations.torchtitan import ObjectivesRouter
+
+    class OtherRouter(ObjectivesRouter):
+        @dataclasses.dataclass(kw_only=True, slots=True)
+        class Config(ObjectivesRouter.Config):
+            pass
+
+    config = model_config()
+    for layer in config.layers:
+        same = {field.name: getattr(layer.router, field.name) for field in dataclasses.fields(layer.router)}
+        layer.router = OtherRouter.Config(**same, coeff=1 / 2, objectives=samples.objectives())
+    models = build(config), with_objectives(samples.objectives())
+    for model in models:
+        train(model, DOMAINS)
+    return [gate_gradients(model) for model in models]
+
+
+def outside_any_scope():
+    """Gradients and metrics of a pass without labels, and of a plain loop in which no token has one."""
+    from edl.integrations.torchtitan import objective_metrics
+
+    model = with_objectives(samples.objectives())
+    (model(inputs()) * 0.0).sum().backward()
+    none = torch.full((BATCH,), -1)
+    expected_of_loop = of_plain_loop(samples.objectives("sigmoid"), [(inputs(), {"domain_ids": none})], [1.0])
+    return (gate_gradients(model), objective_metrics(model)), expected_of_loop
+
+
+def warmed_up():
+    """(weight, gradient of a gate) of each step of two micro-batches, with the hook and without; of a resumed model."""
+    from edl.integrations.torchtitan import objective_metrics, register_step_hook, set_step
+
+    def step(model):
+        model.zero_grad()
+        for batch, ids in zip(inputs().chunk(2), DOMAINS.chunk(2)):
+            train(model, ids, batch)
+        return objective_metrics(model)["divergence/weight"].item(), gate_gradients(model)[0]
+
+    found = {}
+    for name in ("hook", "no hook"):
+        model = with_objectives(samples.warmed_up(), micro_batches=2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        if name == "hook":
+            register_step_hook(optimizer, [model])
+        found[name] = []
+        for _ in range(6):
+            found[name].append(step(model))
+            optimizer.step()
+    resumed = with_objectives(samples.warmed_up(), micro_batches=2)
+    set_step(resumed, 3)
+    return found, [step(resumed), step(resumed)]
+
+
+def memory_without_a_hook():
+    """As `accumulation_with_memory`: a step is then two passes."""
+    domain_ids = torch.tensor([0, 0, 1, 2])
+    model = with_divergence(micro_batches=2, memory=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    steps = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="edl")
+        for _ in range(2):
+            model.zero_grad()
+            for batch, ids in zip(inputs().chunk(2), domain_ids.chunk(2)):
+                train(model, ids, batch)
+            steps.append(results(model))
+            optimizer.step()
+    return steps, expected(domain_ids, micro_batches=2, memory=True)
+
+
+def built_on_meta():
+    """A model that is built without memory, as torchtitan's Trainer does it; and its configuration in JSON."""
+    from edl.integrations.torchtitan import add_expert_divergence
+
+    config = model_config()
+    add_expert_divergence(config, num_domains=NUM_DOMAINS, coeff=COEFF)
+    with torch.device("meta"):
+        model = config.build()
+    model.to_empty(device="cpu")
+    model.init_states()
+    train(model.train(), DOMAINS)
+    reference = build(model_config())
+    reference.load_state_dict(model.state_dict())
+    return results(model), expected(DOMAINS, model=reference), json.dumps(config.to_dict())
+
+
 def evaluated():
     """Gradients in evaluation mode, by the model and by torchtitan's own."""
     model, own = with_divergence().eval(), build(model_config()).eval()
@@ -259,8 +383,10 @@ def refused():
         config.layers[1].router = OtherRouter.Config(**same)
         return config
 
+    from edl.integrations.torchtitan import add_objectives, layer_losses
+
     arguments = {"num_domains": NUM_DOMAINS, "coeff": COEFF}
-    twice, other = model_config(), with_another_router()
+    twice, other, untouched = model_config(), with_another_router(), model_config()
     add_expert_divergence(twice, **arguments)
     return {
         "twice": sentence(add_expert_divergence, twice, **arguments),
@@ -268,6 +394,9 @@ def refused():
         "another router": sentence(add_expert_divergence, other, **arguments),
         "left alone": type(other.layers[0].router) is TokenChoiceTopKRouter.Config,
         "micro_batches": sentence(with_divergence, micro_batches=0),
+        "objectives": samples.refused(add_objectives, untouched),
+        "untouched": type(untouched.layers[0].router) is TokenChoiceTopKRouter.Config,
+        "unknown objective": sentence(layer_losses, with_divergence(), "balance"),
     }
 
 
@@ -279,6 +408,12 @@ SINGLE = (
     beside_a_language_model_loss,
     checkpointed,
     copied,
+    several_objectives,
+    configured_by_hand,
+    outside_any_scope,
+    warmed_up,
+    memory_without_a_hook,
+    built_on_meta,
     evaluated,
     refused,
 )
@@ -340,6 +475,36 @@ def context_parallel(domain_ids):
     return results(model), expected(domain_ids)
 
 
+def several_objectives_of_data_parallel():
+    """As `several_objectives`, one sequence of each micro-batch on each rank; and the all-reduces of a forward pass."""
+    from edl.integrations.torchtitan import objective_metrics
+
+    dims, context = _parallel()
+    model = with_objectives(samples.objectives(), dims=dims, micro_batches=2)
+    batches = list(zip(inputs().chunk(2), DOMAINS.chunk(2)))
+    for batch, labels in batches:
+        mine, ids = (part.chunk(dist.get_world_size())[dist.get_rank()] for part in (batch, labels))
+        with context(), edl.domain_scope(ids):
+            with Collectives() as collectives:
+                output = model(mine)
+            (output * 0.0).sum().backward()
+    of_loop = of_plain_loop(
+        samples.objectives("sigmoid"), [(hidden, {"domain_ids": ids}) for hidden, ids in batches], [0.5, 0.5]
+    )
+    return (gate_gradients(model), objective_metrics(model)), of_loop, collectives.names.count("all_reduce")
+
+
+def several_objectives_of_context_parallel():
+    from edl.integrations.torchtitan import objective_metrics
+
+    dims, context = _parallel(context_size=dist.get_world_size())
+    model = with_objectives(samples.objectives(), dims=dims)
+    with context():
+        train(model, DOMAINS, inputs().chunk(dist.get_world_size(), dim=1)[dist.get_rank()].contiguous())
+    of_loop = of_plain_loop(samples.objectives("sigmoid"), [(inputs(), {"domain_ids": DOMAINS})], [1.0])
+    return (gate_gradients(model), objective_metrics(model)), of_loop
+
+
 def refused_on_ranks():
     _dims, context = _parallel(tensor_size=dist.get_world_size())
     found = {"no mesh": sentence(train, with_divergence(), DOMAINS)}
@@ -357,5 +522,7 @@ def on_ranks_of_torchtitan():
         "data and micro-batches": data_parallel(2),
         "context": context_parallel(DOMAINS),
         "context, labels per token": context_parallel(per_token),
+        "several objectives, data": several_objectives_of_data_parallel(),
+        "several objectives, context": several_objectives_of_context_parallel(),
         "refused": refused_on_ranks(),
     }

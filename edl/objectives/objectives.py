@@ -102,6 +102,7 @@ class Objectives(nn.Module):
         self.memory = memory
         self._step = 0
         self.weights = self._weights_now()
+        self.has_effect: dict[str, Tensor] = {}  # whether the latest training losses had something to act on
         self._logs: dict[str, ObjectiveLog] = {}
         self._watches = {name: EffectWatch() for name in self.objectives}
         self._warned: set[str] = set()
@@ -150,7 +151,7 @@ class Objectives(nn.Module):
                 raise ValueError(
                     f"edl::Objectives: a weight must be finite and not negative (got {weight} of {name!r})"
                 )
-            weights[name] = torch.tensor(float(weight), dtype=torch.float64)
+            weights[name] = torch.tensor(float(weight), dtype=torch.float64, device="cpu")  # also where models are meta
         return weights
 
     def step(self) -> None:
@@ -159,18 +160,30 @@ class Objectives(nn.Module):
         Raises:
             RuntimeError: what `DomainMemory.step` raises.
         """
-        self._step += 1
-        self.weights = self._weights_now()
-        for name, watch in self._watches.items():
-            if watch.end_step() and name not in self._warned:
+        for name in self.end_step():
+            if name not in self._warned:
                 self._warned.add(name)
                 warn_of_no_effect("Objectives", name)
+
+    def end_step(self) -> list[str]:
+        """`step` for integrations, which warn in their own name, once for all their copies.
+
+        Returns:
+            The objectives that had nothing to act on for a hundred steps.
+
+        Raises:
+            RuntimeError: what `DomainMemory.step` raises.
+        """
+        self._step += 1
+        self.weights = self._weights_now()
+        without_effect = [name for name, watch in self._watches.items() if watch.end_step()]
         if self.memory is not None:
             self.memory.step()
+        return without_effect
 
     def get_extra_state(self) -> Tensor:
         """What `state_dict` saves beside the memory: the number of steps."""
-        return torch.tensor(self._step)
+        return torch.tensor(self._step, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
         """What `load_state_dict` restores.
@@ -375,7 +388,8 @@ class Objectives(nn.Module):
             if name not in self._logs:
                 places = [place for part, _ in own for place in part.places]
                 self._logs[name] = ObjectiveLog(self.objectives[name], places)
-            self._watches[name].see(self._logs[name].add(losses, [shared for _, shared in own]))
+            self.has_effect[name] = self._logs[name].add(losses, [shared for _, shared in own])
+            self._watches[name].see(self.has_effect[name])
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={objective!r}" for name, objective in self.objectives.items())

@@ -1,9 +1,7 @@
 """A Mixture-of-Experts feed-forward layer on the operators of edl."""
 
-import importlib
 import inspect
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -66,10 +64,13 @@ def _of_router(name: str) -> Any:
     return property(lambda layer: getattr(layer.router, name), lambda layer, value: setattr(layer.router, name, value))
 
 
-def _tell_transformers() -> None:
-    """Lets the save_pretrained of models, if there are any in this process, know of layers."""
-    if "transformers" in sys.modules:  # which imports its models when they are asked for
-        importlib.import_module("edl.integrations.transformers.blocks").write_names_of_families()
+# Called whenever there is a new layer, for frameworks that must know of them.
+layer_listeners: list[Callable[[], None]] = []
+
+
+def _tell_listeners() -> None:
+    for listener in layer_listeners:
+        listener()
 
 
 class MoELayer(nn.Module):
@@ -208,7 +209,7 @@ class MoELayer(nn.Module):
             if shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
         self._reset_experts()
-        _tell_transformers()
+        _tell_listeners()
         if isinstance(router, TopK) and router.top_k == 1 and router.normalize_top_k and num_experts > 1:
             warnings.warn(
                 "edl::MoELayer: with top_k=1 and normalised weights every weight is 1 and the router gets no gradient "
@@ -219,7 +220,7 @@ class MoELayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
-        _tell_transformers()
+        _tell_listeners()
 
     def _empty_experts(
         self, rows: int, columns: int, device: torch.types.Device, dtype: torch.dtype | None

@@ -323,7 +323,4 @@ def test_copies_warn_once_together():
         warnings.simplefilter("always")
         for copy in (bound.bind(), bound.bind()):
             copy(torch.randn(4, 3))
-    assert [str(each.message) for each in caught if "must have a gradient" in str(each.message)] == [
-        "edl::Objectives: what 'router_z' reads must have a gradient while training, or it teaches nothing (got logits "
-        "without)"
-    ]
+    assert len([each for each in caught if "'router_z' reads must have a gradient" in str(each.message)]) == 1

@@ -94,7 +94,7 @@ def logged(pp: int, moe_layers: list[int], domain_ids: torch.Tensor | None = Non
 def warnings_of_steps_without_a_pair(num_steps: int):
     """What Megatron's log warns of in so many steps, where four are enough."""
     with (
-        unittest.mock.patch("edl.divergence_log.STEPS_WITHOUT_PAIR", 4),
+        unittest.mock.patch("edl.objectives.log.STEPS_WITHOUT_EFFECT", 4),
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")

@@ -1,6 +1,7 @@
 """The example of docs/megatron.md, with the lines of its diff and without."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -53,6 +54,18 @@ def test_script_with_the_diff_drives_the_domains_apart(tmp_path):
         for coeff in ("1e-12", "0.05")
     ]
     assert last[1] < last[0] - 0.2
+
+
+def test_script_with_a_file_of_objectives(tmp_path):
+    file = tmp_path / "objectives.json"
+    divergence = {"weight": 0.1, "num_domains": 3, "warmup_steps": 5}
+    balance = {"objective": "load_balancing", "weight": 0.01, "scope": "global"}
+    file.write_text(json.dumps({"expert_divergence": divergence, "balance": balance, "router_z": {"weight": 1e-3}}))
+    printed = train(EXAMPLE, tmp_path, "--objectives", file)
+    for name in ("expert_divergence_loss", "expert_divergence/pairs", "balance_loss", "router_z_loss"):
+        assert printed.count(f" {name}: ") == 15
+    first, *_, last = re.findall(r"expert_divergence_loss: (\S+)", printed)
+    assert float(last) < float(first) - 0.2
 
 
 def test_script_on_two_ranks(tmp_path):

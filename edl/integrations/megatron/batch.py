@@ -1,4 +1,4 @@
-"""Which rows of a router count, and for which sequence: token s of sequence b is row s·B + b, and a rank may hold a part
+"""Which rows of a router count, and for which sequence: token s of sequence b is row s·B + b, and ranks may hold slices
 of the sequences."""
 
 import dataclasses

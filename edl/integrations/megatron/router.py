@@ -88,8 +88,24 @@ class EDTopKRouter(TopKRouter):
                 "edl::EDTopKRouter: objectives that read choices need all of them, moe_expert_capacity_factor None "
                 f"(got {config.moe_expert_capacity_factor})"
             )
+        self._refuse_names_of_megatron()
         self._steps_taken = steps_taken
         self._log: RouterLog | None = None  # from the first loss on, when the layer has its number
+
+    def _refuse_names_of_megatron(self) -> None:
+        """The log would add the losses of two that share a name."""
+        coefficients = {
+            "load_balancing": self.get_aux_loss_coeff("aux_loss"),
+            "seq_load_balancing": self.get_aux_loss_coeff("seq_aux_loss"),
+            "global_load_balancing": self.get_aux_loss_coeff("global_aux_loss"),
+            "z": self.config.moe_z_loss_coeff,
+        }
+        for name in self.objectives.objectives:
+            if coefficients.get(name):
+                raise ValueError(
+                    "edl::EDTopKRouter: an objective must have another name than an auxiliary loss that Megatron adds "
+                    f"itself (got {name!r} twice)"
+                )
 
     @property
     def needs_labels(self) -> bool:

@@ -98,8 +98,8 @@ def sentence(function, *args, **kwargs) -> str:
 
 
 def outside_of_a_scope():
-    """Of routers outside of any scope: the gradient of logits [S_len, B, E] and [T, E], the one of a plain loop over those
-    objectives that need no labels, and what was warned of."""
+    """Of routers outside of any scope: the gradient of logits [S_len, B, E] and [T, E], the one of a plain loop over
+    those objectives that need no labels, and what was warned of."""
     import small_gpt
 
     logits = torch.randn(8, 4, small_gpt.EXPERTS, dtype=torch.float64, requires_grad=True)

@@ -13,7 +13,8 @@ from commands import ENVIRONMENT, ROOT, run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron.core") is None, reason="needs megatron-core")
 EXAMPLE = ROOT / "examples" / "megatron" / "pretrain_gpt.py"
-DIFF = re.search(r"```diff\n(.*?)```", (ROOT / "docs" / "megatron.md").read_text(), re.DOTALL)[1].splitlines()
+DOCUMENT = (ROOT / "docs" / "megatron.md").read_text()
+DIFF = re.search(r"```diff\n(.*?)```", DOCUMENT, re.DOTALL)[1].splitlines()
 ADDED = [line[1:] for line in DIFF if line.startswith("+")]
 REMOVED = [line[1:] for line in DIFF if line.startswith("-")]
 TORCHRUN = (sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -58,9 +59,9 @@ def test_script_with_the_diff_drives_the_domains_apart(tmp_path):
 
 def test_script_with_a_file_of_objectives(tmp_path):
     file = tmp_path / "objectives.json"
-    divergence = {"weight": 0.1, "num_domains": 3, "warmup_steps": 5}
-    balance = {"objective": "load_balancing", "weight": 0.01, "scope": "global"}
-    file.write_text(json.dumps({"expert_divergence": divergence, "balance": balance, "router_z": {"weight": 1e-3}}))
+    objectives = json.loads(re.search(r"```json\n(.*?)```", DOCUMENT, re.DOTALL)[1])
+    objectives["expert_divergence"] |= {"weight": 0.1, "warmup_steps": 5}
+    file.write_text(json.dumps(objectives))
     printed = train(EXAMPLE, tmp_path, "--objectives", file)
     for name in ("expert_divergence_loss", "expert_divergence/pairs", "balance_loss", "router_z_loss"):
         assert printed.count(f" {name}: ") == 15

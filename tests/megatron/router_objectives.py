@@ -6,6 +6,7 @@ import warnings
 
 import megatron_on_cpu
 import objective_splits
+import one_rank
 import splits
 import torch
 
@@ -47,11 +48,11 @@ def logged(pp: int, moe_layers: list[int], config: dict):
     shown = []
     for domain_ids in (None, torch.ones(2, 4, dtype=torch.long)):
         _train_step(model, domain_ids)
-        total: dict = {}
+        writer = one_rank.Writer()
         moe_utils.track_moe_metrics(
-            1 / 2, 0, total_loss_dict=total, num_layers=2, moe_layer_freq=moe_layers, track_names=[]
+            1 / 2, 0, writer, total_loss_dict={}, num_layers=2, moe_layer_freq=moe_layers, track_names=[]
         )
-        shown.append({name: float(value) for name, value in total.items()})
+        shown.append(writer.scalars)
     return shown
 
 

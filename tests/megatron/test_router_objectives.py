@@ -25,13 +25,8 @@ def test_log_shows_every_objective(plain_values, pp, moe_layers, config):
     by_rank = on_ranks(pp, router_objectives.logged, pp, moe_layers, config)
     assert all(shown == by_rank[0] for shown in by_rank)
     first, second = by_rank[0]
-    assert list(first) == [
-        "expert_divergence_loss",
-        "expert_divergence/nats",
-        "expert_divergence/pairs",
-        "load_balancing_loss",
-        "router_z_loss",
-    ]
+    measures = {"expert_divergence/nats", "expert_divergence/pairs"}
+    assert set(first) == {"expert_divergence_loss", "load_balancing_loss", "router_z_loss"} | measures
     assert first["expert_divergence/pairs"] == 3 and second["expert_divergence/pairs"] == 0
     assert second["expert_divergence_loss"] == first["expert_divergence_loss"]  # of the last step with a pair
     assert second["router_z_loss"] == first["router_z_loss"]  # the same tokens

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from commands import ROOT
 from ranks import Collectives, on_ranks
-from tolerances import assert_close
+from tolerances import assert_close, tolerance
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 import edl
 from edl.objectives import (
@@ -556,3 +557,29 @@ def test_compiles_in_one_graph_that_a_schedule_does_not_change():
         bound.step()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_loss_inside_of_a_checkpoint_is_logged_once(use_reentrant):
+    bound = Objectives({"router_z": (RouterZ(), 1.0)})
+
+    def block(logits):
+        return logits.sum() + (bound(logits)[0] if torch.is_grad_enabled() else 0.0)
+
+    for _ in range(2):
+        logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+        wanted = torch.logsumexp(logits.detach(), 1).square().mean()
+        checkpoint(block, logits, use_reentrant=use_reentrant).backward()
+        total, count = bound.take_sums()["router_z"]["loss"]
+        assert count == 1 and total == pytest.approx(wanted.item(), rel=tolerance(torch.float64, 4))
+        assert bound.take_sums() == {"router_z": {}}
+        bound.step()
+
+
+def test_copies_warn_once_together():
+    bound = Objectives({"router_z": (RouterZ(), 1.0)})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for copy in (bound.bind(), bound.bind()):
+            copy(torch.randn(4, 3))
+    assert len([each for each in caught if "'router_z' reads must have a gradient" in str(each.message)]) == 1

@@ -32,7 +32,12 @@ class Objective(abc.ABC):
 
     Derive a frozen dataclass, whose fields are the options, checked in `__post_init__`. It holds no state and no
     groups. `available()` lists it from then on.
+
+    Attributes:
+        labels (str, optional): the name of the set of labels that `segments` asks for. Default: it needs none.
     """
+
+    labels: str | None = None
 
     def __init_subclass__(cls) -> None:
         _CLASSES[re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()] = cls

@@ -105,7 +105,13 @@ class Objectives(nn.Module):
         self.has_effect: dict[str, Tensor] = {}  # whether the latest training losses had something to act on
         self._logs: dict[str, ObjectiveLog] = {}
         self._watches = {name: EffectWatch() for name in self.objectives}
+        self._counts_replays = True
         self._warned: set[str] = set()
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether a weight depends on the number of steps."""
+        return any(callable(weight) for weight in self._given_weights.values())
 
     def bind(
         self,
@@ -115,6 +121,8 @@ class Objectives(nn.Module):
         memory: DomainMemory | None = None,
     ) -> "Objectives":
         """The same objectives and weights, bound to ranks and a memory; for integrations, which know them.
+
+        What one copy has warned of no other warns of again.
 
         Args:
             group, sequence_group, averaging_ranks, memory: as the constructor takes them.
@@ -128,7 +136,9 @@ class Objectives(nn.Module):
                 "sequence_group, averaging_ranks and memory (got some that are bound)"
             )
         objectives = {name: (self.objectives[name], weight) for name, weight in self._given_weights.items()}
-        return Objectives(objectives, group, sequence_group, averaging_ranks, memory)
+        bound = Objectives(objectives, group, sequence_group, averaging_ranks, memory)
+        bound._warned = self._warned
+        return bound
 
     def set_weight(self, name: str, weight: Weight) -> None:
         """Gives an objective another weight, from now on.
@@ -176,6 +186,7 @@ class Objectives(nn.Module):
         """
         self._step += 1
         self.weights = self._weights_now()
+        self._counts_replays = True
         without_effect = [name for name, watch in self._watches.items() if watch.end_step()]
         if self.memory is not None:
             self.memory.step()
@@ -213,6 +224,14 @@ class Objectives(nn.Module):
             entries[f"{name}/weight"] = self.weights[name]
             log.clear()
         return entries
+
+    def take_sums(self) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+        """`log` for integrations, which add up further: of each objective "loss", "layer_<i>" and its measures, the sum
+        of the values that count and their number; nothing where there was no loss."""
+        taken = {name: log.sums() for name, log in self._logs.items()}
+        for log in self._logs.values():
+            log.clear()
+        return taken
 
     def forward(
         self,
@@ -381,8 +400,10 @@ class Objectives(nn.Module):
         return total, {name: mean.detach() for name, mean in means.items()}
 
     def _add_to_logs(self, parts: list[Part], sums: list[Sums], of_layers: dict[str, Tensor]) -> None:
-        if torch._C._current_autograd_node() is not None:
-            return  # a replay, which was counted
+        if torch._C._current_autograd_node() is None:
+            self._counts_replays = False
+        elif not self._counts_replays:
+            return  # a replay of a pass that was counted; under reentrant checkpointing replays alone are
         for name, losses in of_layers.items():
             own = [(part, shared) for part, shared in zip(parts, sums) if part.name == name]
             if name not in self._logs:

@@ -57,7 +57,7 @@ def in_flight(newest_first: bool):
     return gradients([1, 0] if newest_first else [0, 1], True), gradients([0, 1], False), gradients([1], False)
 
 
-class _Writer:
+class Writer:
     """Keeps what Megatron would write for TensorBoard."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ def logged(pp: int, moe_layers: list[int], domain_ids: torch.Tensor | None = Non
     for ids in [step.domain_ids] if domain_ids is None else domain_ids:
         batches = small_gpt.rank_batches(small_gpt.Step(step.tokens, ids))
         small_gpt.train_step(model, batches, forward_step, iter(batches))
-        writer, total = _Writer(), {}
+        writer, total = Writer(), {}
         moe_utils.track_moe_metrics(
             1 / len(batches), 0, writer, total_loss_dict=total, num_layers=2, moe_layer_freq=moe_layers, track_names=[]
         )
@@ -94,7 +94,7 @@ def logged(pp: int, moe_layers: list[int], domain_ids: torch.Tensor | None = Non
 def warnings_of_steps_without_a_pair(num_steps: int):
     """What Megatron's log warns of in so many steps, where four are enough."""
     with (
-        unittest.mock.patch("edl.divergence_log.STEPS_WITHOUT_PAIR", 4),
+        unittest.mock.patch("edl.objectives.log.STEPS_WITHOUT_EFFECT", 4),
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")

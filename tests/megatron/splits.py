@@ -116,8 +116,8 @@ def _scope(split: Split, batch: dict):
     return edl.domain_scope(batch["domain_ids"], padding_mask=padding, cu_seqlens=batch["cu_seqlens"])
 
 
-def _gradients(split: Split) -> dict:
-    """This rank's gradients by name."""
+def gradients(split: Split, objectives: dict) -> dict:
+    """This rank's gradients by name, with these objectives as `patch_spec` takes them."""
     import small_gpt
     from megatron.core import parallel_state
 
@@ -126,7 +126,7 @@ def _gradients(split: Split) -> dict:
     step = small_gpt.make_step(split.kind)
     model = small_gpt.build(
         small_gpt.make_config(**split.config),
-        lambda spec: edl_megatron.patch_spec(spec, small_gpt.DOMAINS, small_gpt.COEFF, accumulate=split.accumulate),
+        lambda spec: edl_megatron.patch_spec(spec, accumulate=split.accumulate, **objectives),
         small_gpt.GatheredAttention if split.cp > 1 or split.kind == "documents" else None,
     )
     batches = small_gpt.rank_batches(step)
@@ -178,8 +178,20 @@ def references() -> dict[Split, tuple]:
     return steps
 
 
+def initialize(split: Split) -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=split.tp,
+        pipeline_model_parallel_size=split.pp,
+        context_parallel_size=split.cp,
+        expert_model_parallel_size=split.ep,
+    )
+
+
 def errors(ranks: int, file: str) -> dict[str, float]:
     """What this rank's gradients are off by, for every split over so many ranks; `file` holds the references."""
+    import small_gpt
     import torch
     from megatron.core import parallel_state
 
@@ -189,15 +201,11 @@ def errors(ranks: int, file: str) -> dict[str, float]:
     for split in SPLITS:
         if split.ranks != ranks:
             continue
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=split.tp,
-            pipeline_model_parallel_size=split.pp,
-            context_parallel_size=split.cp,
-            expert_model_parallel_size=split.ep,
-        )
+        initialize(split)
         try:
             with megatron_on_cpu.attach_of_0_19() if split.attach_of_0_19 else contextlib.nullcontext():
-                worst[split.name] = _worst(_gradients(split), known[split.reference][0])
+                short_form = {"num_domains": small_gpt.DOMAINS, "coeff": small_gpt.COEFF}
+                worst[split.name] = _worst(gradients(split, short_form), known[split.reference][0])
         except Exception as error:
             raise RuntimeError(f"in the split {split.name}") from error
         parallel_state.destroy_model_parallel()

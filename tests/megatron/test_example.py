@@ -1,6 +1,7 @@
 """The example of docs/megatron.md, with the lines of its diff and without."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,8 @@ from commands import ENVIRONMENT, ROOT, run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron.core") is None, reason="needs megatron-core")
 EXAMPLE = ROOT / "examples" / "megatron" / "pretrain_gpt.py"
-DIFF = re.search(r"```diff\n(.*?)```", (ROOT / "docs" / "megatron.md").read_text(), re.DOTALL)[1].splitlines()
+DOCUMENT = (ROOT / "docs" / "megatron.md").read_text()
+DIFF = re.search(r"```diff\n(.*?)```", DOCUMENT, re.DOTALL)[1].splitlines()
 ADDED = [line[1:] for line in DIFF if line.startswith("+")]
 REMOVED = [line[1:] for line in DIFF if line.startswith("-")]
 TORCHRUN = (sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -53,6 +55,18 @@ def test_script_with_the_diff_drives_the_domains_apart(tmp_path):
         for coeff in ("1e-12", "0.05")
     ]
     assert last[1] < last[0] - 0.2
+
+
+def test_script_with_a_file_of_objectives(tmp_path):
+    file = tmp_path / "objectives.json"
+    objectives = json.loads(re.search(r"```json\n(.*?)```", DOCUMENT, re.DOTALL)[1])
+    objectives["expert_divergence"] |= {"weight": 0.1, "warmup_steps": 5}
+    file.write_text(json.dumps(objectives))
+    printed = train(EXAMPLE, tmp_path, "--objectives", file)
+    for name in ("expert_divergence_loss", "expert_divergence/pairs", "balance_loss", "router_z_loss"):
+        assert printed.count(f" {name}: ") == 15
+    first, *_, last = re.findall(r"expert_divergence_loss: (\S+)", printed)
+    assert float(last) < float(first) - 0.2
 
 
 def test_script_on_two_ranks(tmp_path):

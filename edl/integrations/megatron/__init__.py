@@ -1,4 +1,4 @@
-"""Expert Divergence in Megatron-LM and other trainers on megatron-core (0.16 or later): see docs/megatron.md."""
+"""Objectives of routing in Megatron-LM and other trainers on megatron-core (0.16 or later): see docs/megatron.md."""
 
 try:
     import megatron.core  # noqa: F401

@@ -1,11 +1,13 @@
-"""Command-line arguments of the loss for Megatron-LM's parser."""
+"""Command-line arguments of the objectives for Megatron-LM's parser."""
 
 import argparse
 from typing import Any
 
+from edl.objectives import objectives_from_file
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds the arguments `--expert-divergence-…`; pass it to Megatron-LM as `extra_args_provider`.
+    """Adds the arguments `--expert-divergence-…` and `--objectives`; pass it to Megatron-LM as `extra_args_provider`.
 
     Args:
         parser (ArgumentParser): Megatron-LM's.
@@ -37,7 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--expert-divergence-accumulate",
         action="store_true",
-        help="Compare the domains over all micro-batches of a step so far, not within each micro-batch.",
+        help="Compare the domains over all micro-batches of a step so far, not within each micro-batch; so for all of "
+        "the objectives of a file.",
+    )
+    group.add_argument(
+        "--objectives",
+        metavar="FILE.json",
+        default=None,
+        help="Objectives of the routing with their weights and options, in place of the Expert Divergence loss alone.",
     )
     return parser
 
@@ -49,7 +58,37 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         args (Namespace): parsed by a parser that `add_arguments` has seen.
 
     Returns:
-        num_domains, coeff, eps, bias_correction and accumulate.
+        num_domains, coeff, eps, bias_correction and accumulate; with `--objectives` the objectives of the file,
+        accumulate, and the steps that Megatron-LM restored (`args.iteration`).
+
+    Raises:
+        OSError: no such file.
+        ValueError: a file of another form, `edl.objectives.objectives_from_file`; or options of the loss beside it.
     """
-    names = ("num_domains", "coeff", "eps", "bias_correction", "accumulate")
-    return {name: getattr(args, f"expert_divergence_{name}") for name in names}
+    names = ("num_domains", "coeff", "eps", "bias_correction")
+    short = {name: getattr(args, f"expert_divergence_{name}") for name in names}
+    accumulate = args.expert_divergence_accumulate
+    if args.objectives is None:
+        return {**short, "accumulate": accumulate}
+    refuse_both_forms("megatron.options", **short)
+    return {
+        "objectives": objectives_from_file(args.objectives),
+        "accumulate": accumulate,
+        "steps_taken": lambda: getattr(args, "iteration", 0),
+    }
+
+
+def refuse_both_forms(op: str, num_domains: Any, coeff: Any, eps: Any, bias_correction: Any) -> None:
+    """Raises where an option of the Expert Divergence loss alone comes beside objectives."""
+    given = {
+        "num_domains": num_domains is not None,
+        "coeff": coeff not in (None, 0.0),
+        "eps": eps != 1e-6,
+        "bias_correction": bias_correction is not False,
+    }
+    both = [name for name, is_given in given.items() if is_given]
+    if both:
+        raise ValueError(
+            f"edl::{op}: objectives, --objectives, must have their options with them, without those of the Expert "
+            f"Divergence loss alone (got {both[0]} too)"
+        )

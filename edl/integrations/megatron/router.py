@@ -1,11 +1,12 @@
-"""A Megatron router that adds the Expert Divergence loss of its layer.
+"""A Megatron router that adds the objectives of its layer.
 
 How the gradient is scaled. Every rank computes the same loss and differentiates it by its own rows; the gradient of the
 global batch is the sum over all ranks. Megatron sums router gradients over tensor parallelism (sequence parallel),
 averages them over data·context parallelism, and scales auxiliary losses by context_parallel_size / num_microbatches.
 What is missing is the number of data-parallel ranks: `averaging_ranks`. With `calculate_per_token_loss` it neither
 averages nor divides by micro-batches, but divides by the tokens of the whole step: each micro-batch then weighs as many
-tokens as a data-parallel rank has in it.
+tokens as a data-parallel rank has in it. And it adds up the auxiliary losses of its layers, where the weight of an
+objective is that of their mean: each router has a share of one by their number.
 """
 
 import functools
@@ -21,25 +22,31 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 import edl
-from edl.integrations.megatron.metrics import NAME, RouterLog
-from edl.segments import Segments, make_segments
+from edl.integrations.megatron.batch import RouterBatch, check_dimensions
+from edl.integrations.megatron.metrics import RouterLog
+from edl.objectives import ExpertDivergence, Objectives
+from edl.reduction.ranks import reads_values
+from edl.routing import Observation
+
+NATIVE_SCORES = ("softmax", "sigmoid")
+CHOICES = frozenset({"experts", "weights"})
 
 
 class EDTopKRouter(TopKRouter):
-    """`TopKRouter` with the Expert Divergence loss of its layer, added while training inside `edl.domain_scope`.
+    """`TopKRouter` with the objectives of its layer, added while training.
 
-    Built by Megatron from a spec that `patch_spec` has patched. The parameters and their names are those of
-    `TopKRouter`.
+    Objectives that need labels take them from `edl.domain_scope`. Built by Megatron from a spec that `patch_spec` has
+    patched. The parameters and their names are those of `TopKRouter`.
 
     Args:
         config (TransformerConfig): Megatron's.
         pg_collection (ProcessGroupCollection): Megatron's.
-        num_domains, coeff, eps, bias_correction, accumulate: see `patch_spec`.
+        objectives, num_domains, coeff, eps, bias_correction, accumulate, steps_taken: see `patch_spec`.
         kwargs: further arguments of Megatron's own router.
 
     Raises:
         ValueError: a configuration under which labels cannot reach the router, or the router sees parts of sequences
-            only.
+            only; or which does not tell what the objectives need.
     """
 
     def __init__(
@@ -47,34 +54,63 @@ class EDTopKRouter(TopKRouter):
         config: Any,
         pg_collection: Any = None,
         *,
-        num_domains: int,
-        coeff: float,
+        objectives: Objectives | None = None,
+        num_domains: int | None = None,
+        coeff: float = 0.0,
         eps: float = 1e-6,
         bias_correction: bool = False,
         accumulate: bool = False,
+        steps_taken: Callable[[], int] | None = None,
         **kwargs: Any,
     ) -> None:
         _check_config(config)
         super().__init__(config=config, pg_collection=pg_collection, **kwargs)
         # The default groups of an MoE layer lack this one.
         data_group = getattr(pg_collection, "dp", None) or parallel_state.get_data_parallel_group()
-        self.divergence_coeff = coeff
         self.data_parallel_size = data_group.size()
-        divergence = edl.ExpertDivergenceLoss(
-            num_domains,
-            eps=eps,
-            input="logits" if self._has_native_scores() else "probs",
-            scores=self.score_function if self._has_native_scores() else "softmax",
-            bias_correction=bias_correction,
+        if objectives is None:
+            unbound = divergence_of(num_domains, coeff, eps, bias_correction, self.score_function)
+            self.share = 1.0
+        else:
+            unbound, self.share = objectives, 1 / _num_moe_layers(config)
+        bound = unbound.bind(
             sequence_group=self.tp_cp_group if self.tp_cp_group.size() > 1 else None,
             group=data_group if data_group.size() > 1 else None,
             averaging_ranks=data_group.size(),
             memory=edl.DomainMemory() if accumulate else None,
         )
-        # No child module: checkpoints keep the keys of TopKRouter, and load with and without the loss.
-        divergence.keep_moments()
-        object.__setattr__(self, "divergence", divergence)
-        self.divergence_log: RouterLog | None = None  # from the first loss on, when the layer has its number
+        # No child module: checkpoints keep the keys of TopKRouter, and load with and without objectives.
+        object.__setattr__(self, "objectives", bound)
+        self._needs = frozenset[str]().union(*(objective.needs for objective in bound.objectives.values()))
+        self._need_labels = [name for name, objective in bound.objectives.items() if objective.labels is not None]
+        if self._needs & CHOICES and config.moe_expert_capacity_factor is not None:
+            raise ValueError(
+                "edl::EDTopKRouter: objectives that read choices need all of them, moe_expert_capacity_factor None "
+                f"(got {config.moe_expert_capacity_factor})"
+            )
+        self._refuse_names_of_megatron()
+        self._steps_taken = steps_taken
+        self._log: RouterLog | None = None  # from the first loss on, when the layer has its number
+
+    def _refuse_names_of_megatron(self) -> None:
+        """The log would add the losses of two that share a name."""
+        coefficients = {
+            "load_balancing": self.get_aux_loss_coeff("aux_loss"),
+            "seq_load_balancing": self.get_aux_loss_coeff("seq_aux_loss"),
+            "global_load_balancing": self.get_aux_loss_coeff("global_aux_loss"),
+            "z": self.config.moe_z_loss_coeff,
+        }
+        for name in self.objectives.objectives:
+            if coefficients.get(name):
+                raise ValueError(
+                    "edl::EDTopKRouter: an objective must have another name than an auxiliary loss that Megatron adds "
+                    f"itself (got {name!r} twice)"
+                )
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether one of its objectives does."""
+        return bool(self._need_labels)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Megatron's routing of logits [S_len, B, E], with the loss attached to the weights.
@@ -84,107 +120,83 @@ class EDTopKRouter(TopKRouter):
         `cu_seqlens` from a mask, or labels [B, S_len].
 
         Raises:
-            ValueError: logits of other dimensions, or [T, E] where B cannot be told or does not divide T.
+            ValueError: logits of other dimensions, or [T, E] where B is needed and cannot be told or does not divide T.
         """
-        labels = edl.current_labels() if self.training else None  # asked also where only a replay needs them
-        if labels is not None and torch.is_grad_enabled():
-            # Data-parallel ranks add up their moments while Megatron routes.
-            divergence = self._begin_divergence(logits, padding_mask, labels)
-            probs, routing_map = super().routing(logits, padding_mask=padding_mask)
-            return self._attach(probs, divergence(), logits, padding_mask, labels), routing_map
-        if self.training and torch.is_grad_enabled():
+        scope = edl.current_labels() if self.training else None  # asked also where only a replay needs them
+        if not (self.training and torch.is_grad_enabled()):
+            return super().routing(logits, padding_mask=padding_mask)
+        if scope is None and self._need_labels:
             warnings.warn(
-                "edl::EDTopKRouter: trains outside any edl.domain_scope, without divergence loss", stacklevel=2
+                f"edl::EDTopKRouter: trains outside any edl.domain_scope, without {', '.join(self._need_labels)}",
+                stacklevel=2,
             )
-        return super().routing(logits, padding_mask=padding_mask)
+            if len(self._need_labels) == len(self.objectives.objectives):
+                return super().routing(logits, padding_mask=padding_mask)
+        self._follow_steps()
+        begin = lambda routed: self.objectives.begin_batch(
+            # Made inside, which keeps the other ranks from waiting where the labels of one are wrong.
+            lambda: [self._observation(logits, routed)],
+            lambda _: self._batch(logits, padding_mask, scope),
+        )
+        if self._needs & CHOICES:
+            routed = super().routing(logits, padding_mask=padding_mask)
+            finish = begin(routed)
+        else:  # data-parallel ranks add up their sums while Megatron routes
+            finish = begin(None)
+            routed = super().routing(logits, padding_mask=padding_mask)
+        probs, routing_map = routed
+        return self._attach(probs, finish()[0], logits, padding_mask, scope), routing_map
 
-    def _begin_divergence(
-        self, logits: Tensor, padding_mask: Tensor | None, labels: edl.Labels
-    ) -> Callable[[], Tensor]:
-        if self.divergence.memory is not None:
-            _end_step_with_gradients(self.config, self.divergence.memory)
-        # Segments are made inside the loss, which keeps the other ranks from waiting where the labels of one are wrong.
-        return self.divergence.begin_from_segments(
-            self._routing_of(logits.reshape(-1, logits.shape[-1])),
-            lambda: self._segments(*self._sizes(logits, padding_mask, labels), padding_mask, labels),
+    def _follow_steps(self) -> None:
+        """Sees to it that the steps of the objectives are those of the training."""
+        if self._steps_taken is not None:
+            self.objectives.set_extra_state(self._steps_taken())
+            self._steps_taken = None
+        _end_step_with_gradients(self.config, self.objectives)
+
+    def _observation(self, logits: Tensor, routed: tuple[Tensor, Tensor] | None) -> Observation:
+        """What objectives may look at: logits where they become scores in a way that objectives know."""
+        check_dimensions(logits)
+        rows = logits.reshape(-1, logits.shape[-1])
+        weights, experts = (None, None) if routed is None else _choices(*routed, self.topk)
+        return Observation(
+            logits=rows if self.score_function in NATIVE_SCORES else None,
+            scores=compute_routing_scores_for_aux_loss(rows, self.topk, self.score_function)[1]
+            if "scores" in self._needs
+            else None,
+            weights=weights,
+            experts=experts,
+        )
+
+    def _batch(self, logits: Tensor, padding_mask: Tensor | None, scope: edl.Labels | None) -> RouterBatch:
+        is_cut = self.config.sequence_parallel and self.tp_group.size() > 1
+        return RouterBatch.of(
+            logits,
+            padding_mask,
+            scope,
+            num_slices=self.tp_group.size() if is_cut else 1,
+            slice_index=self.tp_group.rank() if is_cut else 0,
+            context_ranks=self.cp_group.size(),
         )
 
     def _attach(
-        self, probs: Tensor, loss: Tensor, logits: Tensor, padding_mask: Tensor | None, labels: edl.Labels
+        self, probs: Tensor, loss: Tensor, logits: Tensor, padding_mask: Tensor | None, scope: edl.Labels | None
     ) -> Tensor:
         """Megatron's weights, which carry the loss into the backward pass."""
         num_tokens = None
         if self.calculate_per_token_loss:
-            num_tokens = self._tokens_per_data_rank(logits, padding_mask, labels)
+            num_tokens = self._tokens_per_data_rank(logits, padding_mask, scope)
             if _attach_multiplies_by_group():
                 num_tokens = num_tokens / self.tp_cp_group.size()
-        if self.divergence_log is None:
-            self.divergence_log = RouterLog(self)
-        self.divergence_log.add(loss, self.divergence.last_moments())
-        # The value is the same on all ranks: no group to reduce it over.
+        if self._log is None:
+            self._log = RouterLog(self)
+        self._log.count_loss()
+        # Of this sum the log shows the parts: divided by infinity, it adds nothing.
         return self.attach_and_log_load_balancing_loss(
-            probs, self.divergence_coeff, self.divergence_coeff * loss, NAME, None, valid_token_count=num_tokens
+            probs, torch.inf, self.share * loss, self._log.first_name, None, valid_token_count=num_tokens
         )
 
-    def _has_native_scores(self) -> bool:
-        return self.score_function in ("softmax", "sigmoid")
-
-    def _routing_of(self, logits: Tensor) -> Tensor:
-        """What the loss is taken of: the logits, or Megatron's normalised scores where their function is another
-        one."""
-        if self._has_native_scores():
-            return logits
-        return compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)[1]
-
-    def _sizes(self, logits: Tensor, padding_mask: Tensor | None, labels: edl.Labels) -> tuple[int, int]:
-        """S_len and B of this rank's logits."""
-        if logits.dim() == 3:
-            return logits.shape[0], logits.shape[1]
-        if logits.dim() != 2:
-            raise ValueError(
-                f"edl::EDTopKRouter: router logits must be [S_len, B, E] or [T, E] (got {list(logits.shape)})"
-            )
-        num_rows = logits.shape[0]
-        batch_size = _told_batch_size(num_rows, padding_mask, labels)
-        if batch_size < 1 or num_rows % batch_size != 0:
-            raise ValueError(
-                "edl::EDTopKRouter: with router logits [T, E], token s of sequence b in row s·B + b, labels must tell "
-                "a B that divides T: domain_ids [B] (B below T), [B, S_len] or weights [B, D], with cu_seqlens "
-                "[B, S_len]; else pass logits [S_len, B, E] "
-                f"(got {num_rows} rows, domain_ids {list(labels.domain_ids.shape)}"
-                f"{'' if labels.cu_seqlens is None else ' and cu_seqlens'})"
-            )
-        return num_rows // batch_size, batch_size
-
-    def _segments(
-        self, sequence_length: int, batch_size: int, padding_mask: Tensor | None, labels: edl.Labels
-    ) -> Segments:
-        """Segments of this rank's rows, row s·B + b; labels and masks of the scope are those of its context-parallel
-        slice."""
-        sequence_slices = self.tp_group.size() if self.config.sequence_parallel else 1
-        num_rows = sequence_length * batch_size
-        segments = make_segments(
-            num_rows * sequence_slices,
-            labels.domain_ids,
-            self.divergence.num_domains,
-            attention_mask=labels.attention_mask,
-            padding_mask=labels.padding_mask,
-            cu_seqlens=_context_parallel_boundaries(labels.cu_seqlens, self.cp_group.size()),
-            batch_size=batch_size if labels.cu_seqlens is None else -1,
-        )
-        ids = segments.segment_ids
-        if labels.cu_seqlens is None:  # [B, S_len] in whole sequences, of which this rank holds a slice
-            rows = ids.view(batch_size, -1).t().chunk(sequence_slices)
-            ids = rows[self.tp_group.rank()] if sequence_slices > 1 else rows[0]
-        else:  # one stream of documents, of which this rank holds a slice; newer versions then cut it into samples
-            ids = ids.view(sequence_slices, batch_size, sequence_length)
-            ids = ids[self.tp_group.rank() if sequence_slices > 1 else 0].t()
-        ids = ids.reshape(-1)
-        if padding_mask is not None:
-            ids = ids.masked_fill(padding_mask.reshape(-1), -1)
-        return Segments(ids, segments.num_segments, segments.labels)
-
-    def _tokens_per_data_rank(self, logits: Tensor, padding_mask: Tensor | None, labels: edl.Labels) -> Tensor:
+    def _tokens_per_data_rank(self, logits: Tensor, padding_mask: Tensor | None, scope: edl.Labels | None) -> Tensor:
         """Tokens of this micro-batch that are no padding, the mean over data-parallel ranks."""
         num_tokens = logits.shape[:-1].numel()
         # Filled on the device: a copy from the host would wait for it.
@@ -192,27 +204,47 @@ class EDTopKRouter(TopKRouter):
         if padding_mask is not None:
             tokens = (~padding_mask).sum(dtype=torch.float32)
         else:
-            mask = labels.attention_mask
-            if mask is None and labels.padding_mask is not None:
-                mask = labels.padding_mask.logical_not()
+            mask = None if scope is None else scope.attention_mask
+            if mask is None and scope is not None and scope.padding_mask is not None:
+                mask = scope.padding_mask.logical_not()
             if mask is not None:  # it covers the tensor-parallel slices
                 tokens = mask.sum(dtype=torch.float32) * (tokens / mask.numel())
         torch.distributed.all_reduce(tokens, group=self.tp_dp_cp_group)
         return tokens / self.data_parallel_size
 
 
-def _told_batch_size(num_rows: int, padding_mask: Tensor | None, labels: edl.Labels) -> int:
-    """B where logits [T, E] leave it open; 0 where it cannot be told."""
-    if padding_mask is not None and padding_mask.dim() == 2:  # [S_len, B]
-        return padding_mask.shape[1]
-    for mask in (labels.attention_mask, labels.padding_mask):
-        if mask is not None and mask.dim() == 2:
-            return mask.shape[0]
-    ids = labels.domain_ids
-    is_per_token = ids.dim() == 2 and not ids.is_floating_point()
-    if is_per_token or (labels.cu_seqlens is None and (ids.shape[0] != num_rows or num_rows == 1)):
-        return ids.shape[0]
-    return 0  # one label per token or per sequence of one token; or a stream that may be cut into samples
+@functools.cache
+def divergence_of(num_domains: Any, coeff: float, eps: float, bias_correction: bool, score_function: str) -> Objectives:
+    """The objectives of the short form, the same for all routers, so that they warn once."""
+    form = {"scores": score_function} if score_function in NATIVE_SCORES else {"input": "probs"}
+    objective = ExpertDivergence(num_domains, eps=eps, bias_correction=bias_correction, **form)
+    return Objectives({"expert_divergence": (objective, coeff)})
+
+
+def _choices(probs: Tensor, routing_map: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Weights and experts [T, K] of Megatron's routing [T, E], best first; where a token has fewer, weight 0 and the
+    sentinel E."""
+    if reads_values(routing_map) and bool((routing_map.sum(1) > top_k).any()):
+        raise ValueError(
+            f"edl::EDTopKRouter: a token must have at most {top_k} experts, moe_router_topk (got "
+            f"{int(routing_map.sum(1).max())})"
+        )
+    weights, experts = probs.masked_fill(~routing_map, -torch.inf).topk(top_k, dim=1)
+    is_missing = ~routing_map.gather(1, experts)
+    return weights.masked_fill(is_missing, 0.0), experts.masked_fill(is_missing, routing_map.shape[1])
+
+
+def _num_moe_layers(config: Any) -> int:
+    """The MoE layers of the model, on all pipeline stages, counted as Megatron's log does."""
+    frequency = config.moe_layer_freq
+    if getattr(config, "is_hybrid_model", False) or not isinstance(frequency, (int, list)):
+        got = "is_hybrid_model" if isinstance(frequency, (int, list)) else repr(frequency)
+        raise ValueError(
+            "edl::EDTopKRouter: an objective's weight is that of the mean over the model's MoE layers, which "
+            f"moe_layer_freq must tell (got {got})"
+        )
+    pattern = frequency if isinstance(frequency, list) else [i % frequency == 0 for i in range(config.num_layers)]
+    return max(1, sum(map(bool, pattern)))
 
 
 def _check_config(config: Any) -> None:
@@ -248,15 +280,6 @@ def _is_router_captured(config: Any) -> bool:
     return implementation == "full_iteration" or not names or bool(names & {"full_iteration", "moe", "moe_router"})
 
 
-def _context_parallel_boundaries(cu_seqlens: Tensor | None, slices: int) -> Tensor | None:
-    """Boundaries of the documents in this rank's slice: Megatron gives every rank the same share of every (padded)
-    document."""
-    if cu_seqlens is None or slices == 1:
-        return cu_seqlens
-    # Boundaries that cannot be cut so become no boundaries, which `make_segments` refuses.
-    return torch.where((cu_seqlens % slices != 0).any(), torch.full_like(cu_seqlens, -1), cu_seqlens // slices)
-
-
 @functools.lru_cache(maxsize=1)
 def _attach_multiplies_by_group() -> bool:
     """Whether Megatron's `attach_and_log_load_balancing_loss` multiplies a loss per token by the tensor·context ranks
@@ -277,7 +300,7 @@ def _attach_multiplies_by_group() -> bool:
     try:
         with torch.enable_grad():
             activation = TopKRouter.attach_and_log_load_balancing_loss(
-                router, torch.zeros(1, requires_grad=True), 1.0, loss, NAME, None, valid_token_count=1
+                router, torch.zeros(1, requires_grad=True), 1.0, loss, "", None, valid_token_count=1
             )
             (multiplier,) = torch.autograd.grad(activation.sum(), loss)
     finally:
@@ -286,25 +309,30 @@ def _attach_multiplies_by_group() -> bool:
 
 
 class _EndOfStep:
-    """Megatron's `finalize_model_grads_func`, which also ends the step of the routers' memories."""
+    """Megatron's `finalize_model_grads_func`, which also ends the step of the routers' objectives."""
 
     def __init__(self, finalize: Any) -> None:
         self.finalize = finalize
-        self.memories: list[edl.DomainMemory] = []
+        self.objectives: list[Objectives] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self.finalize(*args, **kwargs)
-        for memory in self.memories:
-            memory.step()
+        for objectives in self.objectives:
+            objectives.step()
         return result
 
 
-def _end_step_with_gradients(config: Any, memory: edl.DomainMemory) -> None:
-    """Ends the memory's step when Megatron finishes the gradients. It sets the function after the model is built."""
+def _end_step_with_gradients(config: Any, objectives: Objectives) -> None:
+    """Ends the step when Megatron finishes the gradients. It sets the function after the model is built."""
     finalize = config.finalize_model_grads_func
     if finalize is None:
+        if objectives.has_schedule:
+            raise ValueError(
+                "edl::EDTopKRouter: weights with a schedule need the model's config.finalize_model_grads_func, with "
+                "which a step ends (got None)"
+            )
         return
     if not isinstance(finalize, _EndOfStep):
         config.finalize_model_grads_func = finalize = _EndOfStep(finalize)
-    if not any(known is memory for known in finalize.memories):
-        finalize.memories.append(memory)
+    if not any(known is objectives for known in finalize.objectives):
+        finalize.objectives.append(objectives)

@@ -12,7 +12,9 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 
 from edl.integrations.megatron import metrics
+from edl.integrations.megatron.arguments import refuse_both_forms
 from edl.integrations.megatron.router import EDTopKRouter
+from edl.objectives import ExpertDivergence, Objectives
 
 
 def _builder(router: Any, options: dict[str, Any]) -> Callable:
@@ -71,49 +73,70 @@ def _is_pipelined() -> bool:
 
 def patch_spec(
     spec: Any,
-    num_domains: int | None,
-    coeff: float,
+    num_domains: int | Objectives | None = None,
+    coeff: float | None = None,
     *,
+    objectives: Objectives | None = None,
     eps: float = 1e-6,
     bias_correction: bool = False,
     accumulate: bool = False,
+    steps_taken: Callable[[], int] | None = None,
 ) -> Any:
     """Returns the spec with an `EDTopKRouter` in every MoE layer; the spec itself stays as it is.
+
+    Two forms: `patch_spec(spec, objectives)`, and `patch_spec(spec, num_domains, coeff)` for the Expert Divergence loss
+    alone.
 
     Args:
         spec (ModuleSpec, TransformerBlockSubmodules or what holds them; or a function that returns one): of a decoder
             layer, a block, a hybrid stack or multi-token prediction.
-        num_domains (int): D, at least 2.
+        num_domains (int or Objectives): D, at least 2; or the objectives.
         coeff (float): weight of the loss of each layer, as of Megatron's other auxiliary losses; at least 0. With 0 the
             spec is returned unchanged and num_domains may be None.
-        eps (float): see `edl.ExpertDivergenceLoss`. Default: 1e-6.
-        bias_correction (bool): see `edl.ExpertDivergenceLoss`. Default: False.
-        accumulate (bool): compare the domains over the micro-batches of a step so far (`edl.DomainMemory`), not within
-            each micro-batch. Default: False.
+        objectives (Objectives): bound to no ranks; each router binds a copy. A weight is that of the mean over the MoE
+            layers of the decoder.
+        eps (float): see `edl.ExpertDivergenceLoss`; of the short form. Default: 1e-6.
+        bias_correction (bool): see `edl.ExpertDivergenceLoss`; of the short form. Default: False.
+        accumulate (bool): compute the objectives over the micro-batches of a step so far (`edl.DomainMemory`), not
+            within each micro-batch. Default: False.
+        steps_taken (function, optional): asked once, before the first loss: how many steps the model has been trained
+            for already, where weights with a schedule go on. `options` passes Megatron-LM's `iteration`. Default: none.
 
     Returns:
         The patched spec (or function).
 
     Raises:
-        ValueError: a negative or no finite coeff, no num_domains, a spec without MoE layer (unless pipeline stages
-            share the model), a megatron-core before 0.16, a router that is not derived from `TopKRouter`, or one
-            patched already.
+        ValueError: both forms at once, a negative or no finite coeff, no num_domains, objectives that are bound or
+            need other labels than `domain_ids`, a spec without MoE layer (unless pipeline stages share the model), a
+            megatron-core before 0.16, a router that is not derived from `TopKRouter`, or one patched already.
     """
-    if not 0.0 <= coeff < float("inf"):
-        raise ValueError(f"edl::megatron.patch_spec: coeff must be finite and not negative (got {coeff})")
-    if coeff == 0.0:
-        return spec
-    if num_domains is None:
-        raise ValueError(
-            "edl::megatron.patch_spec: num_domains must be given, --expert-divergence-num-domains (got None)"
+    if isinstance(num_domains, Objectives):
+        if objectives is not None:
+            raise ValueError("edl::megatron.patch_spec: objectives must be given once (got two)")
+        objectives, num_domains = num_domains, None
+    if objectives is None:
+        if coeff is None or not 0.0 <= coeff < float("inf"):
+            raise ValueError(f"edl::megatron.patch_spec: coeff must be finite and not negative (got {coeff})")
+        if coeff == 0.0:
+            return spec
+        if num_domains is None:
+            raise ValueError(
+                "edl::megatron.patch_spec: num_domains must be given, --expert-divergence-num-domains (got None)"
+            )
+        shown = Objectives(
+            {"expert_divergence": (ExpertDivergence(num_domains, eps, bias_correction=bias_correction), coeff)}
         )
-    options: dict[str, Any] = {
-        "num_domains": num_domains,
-        "coeff": coeff,
-        "eps": eps,
-        "bias_correction": bias_correction,
-        "accumulate": accumulate,
-    }
+        options: dict[str, Any] = {
+            "num_domains": num_domains,
+            "coeff": coeff,
+            "eps": eps,
+            "bias_correction": bias_correction,
+        }
+    else:
+        _check_objectives(objectives)
+        refuse_both_forms("megatron.patch_spec", num_domains, coeff, eps, bias_correction)
+        shown, options = objectives, {"objectives": objectives}
+    options |= {"accumulate": accumulate, "steps_taken": steps_taken}
     if isinstance(
         spec, types.FunctionType
     ):  # Megatron-LM's model configuration takes a function of the configuration too
@@ -126,5 +149,18 @@ def patch_spec(
     patched = _patched(spec, options)
     if patched is spec and not _is_pipelined():
         raise ValueError(f"edl::megatron.patch_spec: the spec must hold a Mixture-of-Experts layer (got {spec})")
-    metrics.report_divergence()
+    metrics.report(shown)
     return patched
+
+
+def _check_objectives(objectives: Any) -> None:
+    if not isinstance(objectives, Objectives):
+        raise ValueError(
+            f"edl::megatron.patch_spec: objectives must be edl.objectives.Objectives (got {type(objectives).__name__})"
+        )
+    for name, objective in objectives.objectives.items():
+        if objective.labels not in (None, "domain_ids"):
+            raise ValueError(
+                f"edl::megatron.patch_spec: {name!r} must take its labels from domain_ids, which edl.domain_scope "
+                f"gives (got {objective.labels!r})"
+            )

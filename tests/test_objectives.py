@@ -236,18 +236,12 @@ def test_weights_lie_on_the_cpu_also_where_a_model_has_no_memory_yet():
     assert (total / values["z"]).item() == pytest.approx(0.1)
 
 
-def test_an_integration_hears_of_steps_without_effect_and_warns_itself(recwarn):
-    logits, nothing = torch.randn(4, 5), torch.zeros(4, dtype=torch.bool)
+def test_objectives_tell_of_their_latest_effect():
+    logits, nothing = torch.randn(4, 5, requires_grad=True), torch.zeros(4, dtype=torch.bool)
     bound = Objectives({"z": (RouterZ(), 1.0)})
-    bound(logits)
-    assert bound.has_effect["z"] and bound.end_step() == []
-    told = []
-    for _ in range(99 + 100):
-        bound(logits, nothing)
-        assert not bound.has_effect["z"]
-        told.append(bound.end_step())
-    assert told == [[]] * 198 + [["z"]]  # looked at once in a hundred steps
-    assert not [warning for warning in recwarn if "to act on" in str(warning.message)]
+    for keep in (None, nothing):
+        bound(logits, keep)
+        assert bound.has_effect["z"] == (keep is None)
 
 
 def test_no_token_that_counts_is_0_without_gradient():

@@ -14,7 +14,6 @@ weight. Rank r contributes ∇_r L_m, its own part of it (`edl.objectives.Object
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
 from edl import ops
 from edl.objectives import ExpertDivergence, Objective, Objectives
-from edl.objectives.log import warn_of_no_effect
 from edl.ops import inject
 from edl.reduction.micro_batches import DomainMemory
 from edl.routing import Observation
@@ -168,8 +166,7 @@ class _RouterObjectives:
     def end_step(self) -> None:
         """Ends a step of the optimizer."""
         self.passes = 0
-        for name in self.objectives.end_step():
-            _warn_of_no_effect(name)
+        self.objectives.step()
 
 
 def _is_replay() -> bool:
@@ -588,8 +585,3 @@ def set_step(model: nn.Module, step: int) -> None:
     step = ops._as_integer("torchtitan", "step", step)
     for each in _objectives_of_routers(model).values():
         each.objectives.set_extra_state(step)
-
-
-@functools.cache
-def _warn_of_no_effect(name: str) -> None:
-    warn_of_no_effect("torchtitan", name)

@@ -121,10 +121,10 @@ class EffectWatch:
         return counted
 
 
-def warn_of_no_effect(op: str, name: str, num_steps: int = STEPS_WITHOUT_EFFECT) -> None:
-    """Warns that an objective does nothing, in the name of an integration; each warns once."""
+def warn_of_no_effect(name: str, num_steps: int = STEPS_WITHOUT_EFFECT) -> None:
+    """Warns that an objective does nothing."""
     warnings.warn(
-        f"edl::{op}: a batch must hold something for {name} to act on, for a divergence two domains: mix domains in "
-        f"batches or check masks and labels (got none for {num_steps} steps)",
+        f"edl::Objectives: a batch must hold something for {name} to act on, for a divergence two domains: mix domains "
+        f"in batches or check masks and labels (got none for {num_steps} steps)",
         stacklevel=3,
     )

@@ -34,6 +34,13 @@ def linear_warmup(weight: float, steps: int) -> Callable[[int], float]:
     return lambda step: weight * min(1.0, step / steps)
 
 
+class _Warned(set[str]):
+    """What was warned of: copies of objectives, one for each router, share it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Warned":
+        return self
+
+
 class Objectives(nn.Module):
     """Several objectives of the routing of all layers, with one all-reduce for all of them.
 
@@ -106,7 +113,7 @@ class Objectives(nn.Module):
         self._logs: dict[str, ObjectiveLog] = {}
         self._watches = {name: EffectWatch() for name in self.objectives}
         self._counts_replays = True
-        self._warned: set[str] = set()
+        self._warned = _Warned()
 
     @property
     def has_schedule(self) -> bool:
@@ -170,27 +177,15 @@ class Objectives(nn.Module):
         Raises:
             RuntimeError: what `DomainMemory.step` raises.
         """
-        for name in self.end_step():
-            if name not in self._warned:
-                self._warned.add(name)
-                warn_of_no_effect("Objectives", name)
-
-    def end_step(self) -> list[str]:
-        """`step` for integrations, which warn in their own name, once for all their copies.
-
-        Returns:
-            The objectives that had nothing to act on for a hundred steps.
-
-        Raises:
-            RuntimeError: what `DomainMemory.step` raises.
-        """
         self._step += 1
         self.weights = self._weights_now()
         self._counts_replays = True
-        without_effect = [name for name, watch in self._watches.items() if watch.end_step()]
+        for name, watch in self._watches.items():
+            if watch.end_step() and name not in self._warned:
+                self._warned.add(name)
+                warn_of_no_effect(name)
         if self.memory is not None:
             self.memory.step()
-        return without_effect
 
     def get_extra_state(self) -> Tensor:
         """What `state_dict` saves beside the memory: the number of steps."""

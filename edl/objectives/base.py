@@ -47,6 +47,11 @@ class Objective(abc.ABC):
         """Whether `of_tokens` gives sums for each unit, a sequence for instance, which `of_units` sees whole."""
         return False
 
+    @property
+    def label_sets(self) -> frozenset[str]:
+        """The names of the sets of labels that `segments` asks for."""
+        return frozenset()
+
     def segments(self, batch: Batch) -> Segments:
         """The unit of each token, and the units' labels: by default all tokens that count are one."""
         return batch.counted()

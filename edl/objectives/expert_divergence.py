@@ -113,6 +113,10 @@ class ExpertDivergence(Objective):
     def by_unit(self) -> bool:
         return self.sequence_reduction == "sequence"
 
+    @property
+    def label_sets(self) -> frozenset[str]:
+        return frozenset({self.labels})
+
     def segments(self, batch: Batch) -> Segments:
         segments = batch.segments(self.labels, self.num_domains, self.sequence_reduction)
         if self.bias_correction and segments.labels.is_floating_point():

@@ -316,6 +316,12 @@ class MoELayer(nn.Module):
         super()._load_from_state_dict(*arguments)
         self._widen_expert_bias()  # `assign=True` takes the type of the state
 
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Of router logits [T, E] the weights [T, K] and the experts [T, K] that are chosen."""
+        return ops.route_tokens(
+            logits, self.top_k, self.scores, self.expert_bias, self.normalize_top_k, self.routed_scaling_factor
+        )
+
     def _route(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Tokens [T, H], their logits [T, E], weights [T, K] and experts [T, K], and the order of their rows by
         expert."""
@@ -333,9 +339,7 @@ class MoELayer(nn.Module):
             raise ValueError(
                 f"edl::MoELayer: the router must give {self.num_experts} logits, one per expert (got {logits.shape[1]})"
             )
-        weights, experts = ops.route_tokens(
-            logits, self.top_k, self.scores, self.expert_bias, self.normalize_top_k, self.routed_scaling_factor
-        )
+        weights, experts = self._choose(logits)
         row_order, offsets = ops.sort_by_expert(experts, self.num_experts)
         return tokens, logits, weights, experts, row_order, offsets
 

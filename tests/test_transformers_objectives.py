@@ -655,5 +655,9 @@ def test_collating_and_packing_of_several_sets():
         DomainCollator(DataCollatorWithFlattening(), sets)([examples[0], {"input_ids": [7], "domain_ids": 2}])
     with pytest.raises(ValueError, match="a column modality_ids"):
         pack_documents({"input_ids": [[1]], "domain_ids": [0]}, 1, sets)
+    assert pack_documents({"input_ids": [[5, 6], [7]]}, 3, []).keys() == {"input_ids", "labels", "position_ids"}
+    for name in ("labels", "modality_ids"):
+        with pytest.raises(ValueError, match=rf"every document must have {name} \(got 1 for 2 documents\)"):
+            pack_documents({**columns, name: [[0, 1]]}, 5, sets)
     with pytest.raises(ValueError, match="label_sets must be names of columns"):
         DomainCollator(DataCollatorWithFlattening(), "domain_ids")

@@ -83,7 +83,7 @@ _CHOICES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weight
 def _find_choosers(part: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
     """What tells of choices, by the name of the router: the experts beside it, or a layer of edl around it."""
     by_block = {name.rpartition(".")[0]: name for name in names}
-    found = []
+    found: list[tuple[str, nn.Module]] = []
     for path, module in part.named_modules():
         name = _WRAPPERS.sub("", path)
         block, _, leaf = name.rpartition(".")
@@ -454,7 +454,15 @@ def attach(model: nn.Module, objectives: Objectives | Mapping[str, tuple[Objecti
 
 
 @overload
-def attach(model: nn.Module, num_domains: int, beta: float, **options: Any) -> ObjectivesHandle: ...
+def attach(
+    model: nn.Module, objectives: int, beta: float, num_domains: None = None, **options: Any
+) -> ObjectivesHandle: ...
+
+
+@overload
+def attach(
+    model: nn.Module, objectives: None = None, *, beta: float, num_domains: int, **options: Any
+) -> ObjectivesHandle: ...
 
 
 def attach(model: nn.Module, objectives: Any = None, beta: Any = None, num_domains: Any = None, **options: Any) -> Any:

@@ -37,7 +37,7 @@ def _per_token(op: str, name: str, label: Tensor, n: int) -> list[Any]:
     return [label.item()] * n if label.dim() == 0 else label.tolist()
 
 
-def _token_labels(name: str, labels: list[Tensor], lengths: list[int], batch: dict[str, Any]) -> Tensor:
+def _token_labels(name: str, labels: list[Tensor], lengths: list[int], batch: Mapping[str, Any]) -> Tensor:
     """Labels [B, S_len], one per token and -1 at padding, of examples that were padded, or flattened into one row."""
     per_token = [_per_token("DomainCollator", name, label, n) for label, n in zip(labels, lengths)]
     shape = batch["input_ids"].shape
@@ -159,10 +159,11 @@ def pack_documents(
     for name, of_documents in labels.items():
         if soft := [label for label in of_documents if _is_soft(label)]:
             raise ValueError(f"edl::pack_documents: {name} must be whole numbers (got {soft[0].tolist()})")
-        if not len(documents) == len(of_documents) == len(targets):
+    lengths = {"labels": len(targets), **{name: len(of_documents) for name, of_documents in labels.items()}}
+    for name, count in lengths.items():
+        if count != len(documents):
             raise ValueError(
-                f"edl::pack_documents: every document must have {name}, and labels where there are any "
-                f"(got {len(of_documents)} and {len(targets)} for {len(documents)} documents)"
+                f"edl::pack_documents: every document must have {name} (got {count} for {len(documents)} documents)"
             )
     columns: dict[str, list[int]] = {name: [] for name in ("input_ids", "labels", "position_ids", *label_sets)}
     for place, (tokens, target) in enumerate(zip(documents, targets)):

@@ -153,6 +153,15 @@ class Trainer:
         "from edl.integrations.torchtitan import add_objectives": "config.model_spec.model = model_config()",
     },
     "docs/transformers.md": {
+        "from edl.integrations.transformers import EDTrainerMixin": HUGGING_FACE
+        + """
+import datasets
+from transformers import Trainer, TrainingArguments
+
+examples = {"input_ids": tokens.tolist(), "labels": tokens.tolist(), "domain_ids": domain_ids.tolist()}
+dataset = datasets.Dataset.from_dict(examples)
+args = TrainingArguments(output_dir="output", max_steps=1, logging_steps=1, use_cpu=True, report_to=[])
+""",
         "from edl.integrations.transformers import DomainCollator": DATASETS,
         "from edl.integrations.transformers import attach": HUGGING_FACE
         + 'batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}',
@@ -203,8 +212,12 @@ assert repr(config.model_spec.model).count("coarse=ExpertDivergence(num_domains=
 """,
     },
     "docs/transformers.md": {
+        "from edl.integrations.transformers import EDTrainerMixin": """
+assert {"expert_divergence_loss", "load_balancing_loss"} <= trainer.state.log_history[0].keys()
+""",
         "from edl.integrations.transformers import DomainCollator": "assert len(packed) == 2 and collator",
         "from edl.integrations.transformers import attach": "assert loss.isfinite()",
+        "from edl.objectives import ExpertDivergence, LoadBalancing, Objectives": "assert len(handle.values) == 2",
         "from edl.integrations.transformers import register": "assert model(tokens).logits.isfinite().all()",
     },
 }

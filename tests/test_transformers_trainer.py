@@ -254,7 +254,7 @@ def test_a_resumed_training_goes_on_with_its_memory(tmp_path, saves):
     args = arguments(tmp_path, **options, save_steps=2, save_only_model=not saves)
     whole = train(EDTrainer, args)
     rest = resume(args)
-    assert (tmp_path / "checkpoint-2" / "domain_memory.pt").exists() == saves
+    assert (tmp_path / "checkpoint-2" / "objectives.pt").exists() == saves
     if saves:
         assert_steps(rest, whole.gradients[2:])
     else:  # a memory that begins anew tells
@@ -1026,12 +1026,13 @@ def test_pairs_and_nats_are_those_of_the_loss(tmp_path, accumulation, pairs):
 
 @pytest.mark.parametrize("labels", [[0] * 12, [-1] * 12], ids=["one domain", "no label"])
 def test_steps_without_a_pair_log_no_loss_and_warn_once(tmp_path, labels, monkeypatch):
-    assert edl.integrations.transformers.trainer.STEPS_WITHOUT_PAIR == 100
-    monkeypatch.setattr(edl.integrations.transformers.trainer, "STEPS_WITHOUT_PAIR", 4)
+    assert edl.objectives.log.STEPS_WITHOUT_EFFECT == 100
+    monkeypatch.setattr(edl.objectives.log, "STEPS_WITHOUT_EFFECT", 4)
     args = arguments(tmp_path, per_device_train_batch_size=1, logging_steps=2)
-    with pytest.warns(UserWarning, match="^edl::EDTrainerMixin: a batch must hold two domains") as caught:
+    told = "^edl::Objectives: a batch must hold something for expert_divergence to act on"
+    with pytest.warns(UserWarning, match=told) as caught:
         trainer = train(EDTrainer, args, labelled(labels))
-    assert sum("must hold two domains" in str(warning.message) for warning in caught) == 1
+    assert sum("must hold something" in str(warning.message) for warning in caught) == 1
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == 6
     for entry in entries:

@@ -108,7 +108,7 @@ class Objectives(nn.Module):
             memory.serve(self)
         self.memory = memory
         self._step = 0
-        self.weights = self._weights_now()
+        self.weights = self._weights_now(self._given_weights)
         self.has_effect: dict[str, Tensor] = {}  # whether the latest training losses had something to act on
         self._logs: dict[str, ObjectiveLog] = {}
         self._watches = {name: EffectWatch() for name in self.objectives}
@@ -155,13 +155,14 @@ class Objectives(nn.Module):
         """
         if name not in self.objectives:
             raise ValueError(f"edl::Objectives: name must be one of {list(self.objectives)} (got {name!r})")
-        self._given_weights[name] = weight
-        self.weights = self._weights_now()
+        given = {**self._given_weights, name: weight}
+        self.weights = self._weights_now(given)
+        self._given_weights = given
 
-    def _weights_now(self) -> dict[str, Tensor]:
+    def _weights_now(self, weights_given: Mapping[str, Weight]) -> dict[str, Tensor]:
         """Scalars on the CPU, which a multiplication on any device takes without a copy that waits."""
         weights = {}
-        for name, given in self._given_weights.items():
+        for name, given in weights_given.items():
             weight = given(self._step) if callable(given) else given
             ops._check_numbers("Objectives", weight=weight)
             if not 0.0 <= weight < math.inf:
@@ -178,7 +179,7 @@ class Objectives(nn.Module):
             RuntimeError: what `DomainMemory.step` raises.
         """
         self._step += 1
-        self.weights = self._weights_now()
+        self.weights = self._weights_now(self._given_weights)
         self._counts_replays = True
         for name, watch in self._watches.items():
             if watch.end_step() and name not in self._warned:
@@ -198,7 +199,7 @@ class Objectives(nn.Module):
             ValueError: something that is no number of steps.
         """
         self._step = ops._as_integer("Objectives", "a state's steps", state)
-        self.weights = self._weights_now()
+        self.weights = self._weights_now(self._given_weights)
 
     def log(self) -> dict[str, Tensor]:
         """What to log of the training losses since it was last called; nothing waits for a device.

@@ -1,19 +1,26 @@
-"""The Expert Divergence loss on the router logits of a transformers model, which hooks capture."""
+"""Objectives of the routing of a transformers model, which hooks capture."""
 
+import inspect
 import math
 import re
 import warnings
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from edl.divergence import ExpertDivergenceLoss
+from edl import ops
+from edl.labels.batch import Batch
+from edl.objectives.base import Objective
+from edl.objectives.expert_divergence import ExpertDivergence
+from edl.objectives.objectives import Objectives, Weight
 from edl.reduction.micro_batches import DomainMemory
+from edl.reduction.ranks import Group
 from edl.routers import Router
+from edl.routing import Choice, Observation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,6 +76,24 @@ def _find_routers(model: nn.Module) -> tuple[nn.Module, list[tuple[str, nn.Modul
     return parts.pop(), [(name, router, index) for router, (_, name, index) in found.items()]
 
 
+# The second and third argument of the experts of transformers: what their router chose.
+_CHOICES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
+
+
+def _find_experts(part: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """The experts of transformers, which are told of choices, by the name of the router beside them."""
+    by_block = {name.rpartition(".")[0]: name for name in names}
+    found: list[tuple[str, nn.Module]] = []
+    for path, module in part.named_modules():
+        name = _WRAPPERS.sub("", path)
+        block, _, leaf = name.rpartition(".")
+        if leaf == "experts" and block in by_block:
+            arguments = tuple(inspect.signature(type(module).forward).parameters)
+            if arguments[2:4] in _CHOICES:  # after the module itself and the tokens
+                found.append((by_block[block], module))
+    return found
+
+
 def _frozen_routers(part: nn.Module, names: Sequence[str]) -> list[str]:
     """The routers without a trainable parameter, in themselves or in what PEFT put around them."""
     parameters = [(_WRAPPERS.sub("", path), parameter.requires_grad) for path, parameter in part.named_parameters()]
@@ -76,6 +101,19 @@ def _frozen_routers(part: nn.Module, names: Sequence[str]) -> list[str]:
         name: [requires_grad for path, requires_grad in parameters if path.startswith(f"{name}.")] for name in names
     }
     return [name for name, flags in trainable.items() if flags and not any(flags)]
+
+
+def _are_distributions(routing: Tensor) -> bool | None:
+    """Whether a router gives probabilities; None where its output does not tell. Waits for the device."""
+    if torch.compiler.is_compiling() or type(routing) is not Tensor or routing.is_meta or routing.shape[-1] == 1:
+        return None
+    if routing.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    rows = routing.detach().flatten(0, -2).double()
+    is_finite = rows.isfinite().all(1)
+    is_distribution = (rows >= 0).all(1) & ((rows.sum(1) - 1).abs() < 1e-2)
+    enough, all_are = torch.stack([is_finite.sum() > 1, (is_distribution | ~is_finite).all()]).tolist()
+    return all_are if enough else None
 
 
 class _Record:
@@ -90,40 +128,58 @@ class _Record:
         return self
 
     def __reduce__(self) -> tuple[type["_Record"], tuple[()]]:
-        return (_Record, ())
+        return (type(self), ())
 
     def __call__(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         capture = self.capture()
         if capture is not None:
-            capture.record(self.name, self.index, output)
+            capture.record(self.name, output if isinstance(output, Tensor) else output[self.index])
+            if isinstance(output, Choice):  # of a layer of edl
+                capture.record_choices(self.name, output.experts, output.weights)
+
+
+class _RecordArguments(_Record):
+    """The hook before experts, which get what their router chose."""
+
+    def __call__(self, experts: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        capture = self.capture()
+        if capture is not None:
+            chosen = [*args[1:3], *(kwargs[name] for pair in _CHOICES for name in pair if name in kwargs)]
+            if len(chosen) == 2:
+                capture.record_choices(self.name, chosen[0], chosen[1])
 
 
 class _Capture:
-    """The router logits of the last training forward of one model, in the order in which its routers ran.
+    """What the routers of one model did in its last training forward, in the order in which they ran.
 
     A training forward is one in train mode with gradients enabled, or inside `memory.collect()`. Evaluation, generation
     and the replays of activation checkpointing, which run routers during the backward pass and outside a forward of the
     model, leave no trace. In a copy of the model the hooks do nothing; in a copy of a router that PEFT puts in its
-    place they record as before.
+    place they record as before. Choices are captured where an objective needs them.
     """
 
     def __init__(
         self,
         part: nn.Module | None = None,
         routers: Sequence[tuple[str, nn.Module, int]] = (),
-        memory: DomainMemory | None = None,
+        objectives: Objectives | None = None,
     ) -> None:
         self.part = part
-        self.memory = memory
+        self.objectives = objectives
         self.names = [name for name, _, _ in routers]
         self.warned_of_frozen = False
+        self.gives_probabilities: bool | None = None  # until the routers told
         self.clear()
         self.hooks: list[RemovableHandle] = []
-        if part is not None:
-            self.hooks.append(part.register_forward_pre_hook(self.begin, with_kwargs=True))
-            self.hooks.append(part.register_forward_hook(self.end, always_call=True))
+        if part is None or objectives is None:
+            return
+        self.hooks.append(part.register_forward_pre_hook(self.begin, with_kwargs=True))
+        self.hooks.append(part.register_forward_hook(self.end, always_call=True))
         for name, router, index in routers:
             self.hooks.append(router.register_forward_hook(_Record(self, name, index)))
+        if any(objective.needs & {"experts", "weights"} for objective in objectives.objectives.values()):
+            for name, experts in _find_experts(part, self.names):
+                self.hooks.append(experts.register_forward_pre_hook(_RecordArguments(self, name), with_kwargs=True))
 
     def __reduce__(self) -> tuple[type["_Capture"], tuple[()]]:
         return (_Capture, ())  # copied or pickled along with the hooks of a model
@@ -134,11 +190,13 @@ class _Capture:
         self.lacks_gradient = False
         self.batch_shape: list[int] = [0]
         self.captured: list[tuple[str, Tensor]] = []
+        self.chosen: dict[int, tuple[Tensor, Tensor]] = {}  # by place in `captured`
 
     def begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if part is not self.part or not part.training:
             return
-        is_collecting = not torch.is_grad_enabled() and self.memory is not None and self.memory.in_use
+        memory = None if self.objectives is None else self.objectives.memory
+        is_collecting = not torch.is_grad_enabled() and memory is not None and memory.in_use
         if not torch.is_grad_enabled() and not is_collecting:
             return
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
@@ -150,11 +208,21 @@ class _Capture:
         inputs = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         self.batch_shape = next((list(x.shape[:2]) for x in inputs if isinstance(x, Tensor) and x.dim() >= 2), [0])
 
-    def record(self, name: str, index: int, output: Any) -> None:
+    def record(self, name: str, routing: Tensor) -> None:
         if self.is_recording:
-            self.captured.append((name, output if isinstance(output, Tensor) else output[index]))
+            self.captured.append((name, routing))
             if self.needs_gradient and not torch.is_grad_enabled():
                 self.lacks_gradient = True  # the first pass of reentrant checkpointing
+
+    def last_run(self, name: str) -> int | None:
+        """Where the last run of a router stands in `captured`."""
+        places = [place for place, (ran, _) in enumerate(self.captured) if ran == name] if self.is_recording else []
+        return places[-1] if places else None
+
+    def record_choices(self, name: str, experts: Any, weights: Any) -> None:
+        place = self.last_run(name)
+        if place is not None and isinstance(experts, Tensor) and isinstance(weights, Tensor):
+            self.chosen[place] = (experts.flatten(0, -2), weights.flatten(0, -2))
 
     def end(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.is_recording = False
@@ -172,10 +240,10 @@ class _Capture:
                 stacklevel=2,
             )
 
-    def take(self) -> list[Tensor]:
-        """The logits of each layer, `Tensor[B, S_len, E]`; they are given once."""
+    def take(self) -> list[Observation]:
+        """What each layer did; it is given once."""
         self.warn_of_frozen()  # of a compiled model
-        captured, shape = self.captured, self.batch_shape
+        captured, chosen, shape = self.captured, self.chosen, self.batch_shape
         needs_gradient, lacks_gradient = self.needs_gradient, self.lacks_gradient
         self.clear()
         missing = [name for name in self.names if name not in {ran for ran, _ in captured}]
@@ -199,11 +267,29 @@ class _Capture:
                 "edl::attach: at least one router must be trainable, or something before it (got router logits that "
                 "require no gradient)"
             )
-        # With its batch dimension, so that labels of another batch are refused.
-        return [
-            logits.unflatten(0, shape) if logits.dim() == 2 and logits.shape[0] == math.prod(shape) else logits
-            for _, logits in captured
-        ]
+        if self.gives_probabilities is None:
+            self.gives_probabilities = _are_distributions(captured[0][1])
+        if self.gives_probabilities:
+            self.refuse_probabilities()
+        return [self.observation(routing, chosen.get(place), shape) for place, (_, routing) in enumerate(captured)]
+
+    def refuse_probabilities(self) -> None:
+        assert self.objectives is not None
+        for name, objective in self.objectives.objectives.items():
+            if "logits" in objective.needs:
+                raise ValueError(
+                    f"edl::attach: routing must be logits for {name!r}; for probabilities pass input='probs' to "
+                    "ExpertDivergence (got a router that gives probabilities)"
+                )
+
+    def observation(self, routing: Tensor, chosen: tuple[Tensor, Tensor] | None, shape: list[int]) -> Observation:
+        rows = routing.flatten(0, -2)
+        # With the number of sequences, so that labels of another batch are refused.
+        batch_size = routing.shape[0] if routing.dim() == 3 else shape[0] if len(rows) == math.prod(shape) else -1
+        experts, weights = chosen or (None, None)
+        if self.gives_probabilities:
+            return Observation(scores=rows, weights=weights, experts=experts, batch_size=batch_size)
+        return Observation(logits=rows, weights=weights, experts=experts, batch_size=batch_size)
 
     def remove(self) -> None:
         for hook in self.hooks:
@@ -212,88 +298,206 @@ class _Capture:
         self.clear()
 
 
-class DivergenceHandle:
-    """What `attach` returns: the Expert Divergence loss of an attached model.
+class ObjectivesHandle:
+    """What `attach` returns: the objectives of an attached model.
 
     Attributes:
-        beta (float): the weight of the loss; may be changed at any time.
-        divergence (edl.ExpertDivergenceLoss): the loss.
+        objectives (Objectives): what is computed; its `step()` belongs after each optimizer step.
         model (nn.Module): the attached model.
-        value (Tensor or None): the last loss without beta, detached, for logs.
+        values (dict): name → the last value of each objective without its weight, detached, for logs; empty before the
+            first.
     """
 
-    def __init__(self, model: nn.Module, divergence: ExpertDivergenceLoss, beta: float) -> None:
+    def __init__(self, model: nn.Module, objectives: Objectives) -> None:
+        self.objectives = objectives
+        self.values: dict[str, Tensor] = {}
+        self._factor = 1  # of a sum over layers, in beta and value
+        self._frees_memory = False
+        self._capture = _Capture()
+        self._attach(model)
+
+    def _attach(self, model: nn.Module) -> None:
+        """Attaches to this model, and no longer to another."""
+        part, routers = _find_routers(model)
+        self._capture.remove()
+        self._capture = _Capture(part, routers, self.objectives)
         self.model = model
-        self.divergence = divergence
-        self.beta = beta
-        self.value: Tensor | None = None
-        self._capture = _Capture(*_find_routers(model), divergence.memory)
+
+    def _only(self, name: str) -> str:
+        names = list(self.objectives.objectives)
+        if len(names) > 1:
+            raise ValueError(
+                f"edl::attach: {name} must be that of a single objective, for several there are values and "
+                f"objectives.weights (got {names})"
+            )
+        return names[0]
+
+    @property
+    def beta(self) -> float:
+        """The weight of a single objective, in the short form of the loss; may be changed at any time."""
+        return float(self.objectives.weights[self._only("beta")]) / self._factor
+
+    @beta.setter
+    def beta(self, beta: float) -> None:
+        _check_beta(beta)
+        self.objectives.set_weight(self._only("beta"), beta * self._factor)
+
+    @property
+    def value(self) -> Tensor | None:
+        """The last value of a single objective without its weight, detached; None before the first."""
+        value = self.values.get(self._only("value"))
+        return None if value is None else value * self._factor
 
     def loss(
         self,
-        domain_ids: Tensor,
+        domain_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        **labels: Tensor,
     ) -> Tensor:
-        """beta times the Expert Divergence loss of the model's last training forward, to be added to the model's own.
+        """The objectives of the model's last training forward, with their weights, to be added to the model's own loss.
 
-        Call it once after each training forward: the captured router logits are released. Forwards in eval mode or
-        without gradients (evaluation, generation) do not count, but those inside `collect()` of the loss's memory do.
-        The arguments are those of `edl.ExpertDivergenceLoss`.
+        Call it once after each training forward: what was captured is released. Forwards in eval mode or without
+        gradients (evaluation, generation) do not count, but those inside `collect()` of the objectives' memory do.
 
         Args:
-            domain_ids (Tensor): [B] one label per sequence, [B, S_len] one per token, int32 or int64 in [-1, D), -1 =
-                not counted; floating [B, D] weights; with cu_seqlens also [N] per document.
+            domain_ids (Tensor, optional): the set of labels that `ExpertDivergence` takes by default: [B] one label per
+                sequence, [B, S_len] one per token, int32 or int64 in [-1, D), -1 = not counted; floating [B, D]
+                weights; with cu_seqlens also [N] per document.
             attention_mask (Tensor[B, S_len], optional): 1 = keep, 0 = padding.
             padding_mask (Tensor[B, S_len], optional): True = padding.
             cu_seqlens (Tensor[N + 1], optional): boundaries of packed documents in the flattened batch.
+            **labels (Tensor): further sets of labels, by the names that objectives have for them.
 
         Returns:
-            The loss, a scalar.
+            The total, a scalar.
 
         Raises:
             ValueError: no training forward since the last call, a router that did not run, router logits without
-                gradient (reentrant checkpointing, or all of it frozen), and what `edl.ExpertDivergenceLoss` raises.
+                gradient (reentrant checkpointing, or all of it frozen), a model that does not offer what an objective
+                needs, and what `edl.objectives.Objectives` raises.
         """
-        value = self.divergence(self._capture.take(), domain_ids, attention_mask, padding_mask, cu_seqlens)
-        self.value = value.detach()
-        return self.beta * value
+        if domain_ids is not None:
+            labels["domain_ids"] = domain_ids
+
+        def batch_of(layers: list[Observation]) -> Batch:
+            rows = next(x for x in layers[0] if isinstance(x, Tensor))
+            size = layers[0].batch_size
+            return Batch(rows.shape[0], rows.device, size, attention_mask, padding_mask, cu_seqlens, labels)
+
+        total, self.values = self.objectives.begin_batch(self._capture.take, batch_of)()
+        return total
 
     def remove(self) -> None:
-        """Takes the hooks off the model, releases what they captured, and frees the memory for another loss."""
+        """Takes the hooks off the model and releases what they captured; the memory of the short form is free for
+        another loss."""
         self._capture.remove()
-        self.divergence.memory = None
+        memory = self.objectives.memory
+        if self._frees_memory and memory is not None:
+            memory.release(self.objectives)
+            self.objectives.memory = None
 
 
-def attach(model: nn.Module, num_domains: int, beta: float, **options: Any) -> DivergenceHandle:
-    """Captures the router logits of a model's training forwards for the Expert Divergence loss.
+def _check_beta(beta: float) -> None:
+    ops._check_numbers("attach", beta=beta)
+    if not math.isfinite(beta):
+        raise ValueError(f"edl::attach: beta must be finite (got {beta})")
+
+
+def _attach_divergence(
+    model: nn.Module,
+    num_domains: int,
+    beta: float,
+    layer_reduction: str = "mean",
+    group: Group | None = None,
+    sequence_group: Group | None = None,
+    averaging_ranks: int | None = None,
+    memory: DomainMemory | None = None,
+    **options: Any,
+) -> ObjectivesHandle:
+    """The short form of `attach`: a single objective."""
+    _check_beta(beta)
+    if layer_reduction not in ["mean", "sum"]:  # a list also takes what has no hash
+        raise ValueError(f"edl::attach: layer_reduction must be 'mean' or 'sum' (got {layer_reduction!r})")
+    objective = ExpertDivergence(num_domains, **options)
+    routers = {name for name, _, _ in _find_routers(model)[1]}
+    factor = len(routers) if layer_reduction == "sum" else 1
+    bound = {"expert_divergence": (objective, beta * factor)}
+    handle = ObjectivesHandle(model, Objectives(bound, group, sequence_group, averaging_ranks, memory))
+    handle._factor, handle._frees_memory = factor, True
+    return handle
+
+
+def unbound_objectives(objectives: Objectives | Mapping[str, tuple[Objective, Weight]]) -> Objectives:
+    return objectives if isinstance(objectives, Objectives) else Objectives(objectives)
+
+
+@overload
+def attach(model: nn.Module, objectives: Objectives | Mapping[str, tuple[Objective, Weight]]) -> ObjectivesHandle: ...
+
+
+@overload
+def attach(
+    model: nn.Module, objectives: int, beta: float, num_domains: None = None, **options: Any
+) -> ObjectivesHandle: ...
+
+
+@overload
+def attach(
+    model: nn.Module, objectives: None = None, *, beta: float, num_domains: int, **options: Any
+) -> ObjectivesHandle: ...
+
+
+def attach(model: nn.Module, objectives: Any = None, beta: Any = None, num_domains: Any = None, **options: Any) -> Any:
+    """Captures what the routers of a model do in its training forwards, for objectives of the routing.
+
+        handle = attach(model, {
+            "expert_divergence": (ExpertDivergence(num_domains=3), 1e-2),
+            "load_balancing": (LoadBalancing(), 1e-2),
+        })
+        loss = model(**batch).loss + handle.loss(domain_ids, batch["attention_mask"])
+
+    For the Expert Divergence loss alone `attach(model, num_domains=3, beta=1e-2)` is enough.
 
     Forward hooks read what each router computes: the model's configuration, outputs and its own auxiliary loss stay as
     they are. The routers are those whose logits transformers records (`output_router_logits`), and those of
-    `edl.MoELayer` in the place of a block. Attach before or after wrapping (DDP, FSDP, PEFT), before the first call of
-    a compiled model. A copy of the model is not attached. Several handles on one model are independent of each other.
+    `edl.MoELayer` in the place of a block. What they chose, experts and weights, is read where an objective needs it:
+    from the arguments of the experts beside the router, which Llama 4 and encoder-decoder models do not have. A router
+    that gives probabilities offers scores instead of logits. Attach before or after wrapping (DDP, FSDP, PEFT), before
+    the first call of a compiled model. A copy of the model is not attached. Several handles on one model are
+    independent of each other.
 
     Args:
         model (nn.Module): a model of transformers, or something around one.
-        num_domains (int): D, at least 2.
-        beta (float): weight of the loss, finite.
-        options: as for `edl.ExpertDivergenceLoss`: `scores="sigmoid"` for DeepSeek-V3 and other routers with sigmoid
-            scores, `input="probs"` for routers that give probabilities (Gemma 4).
+        objectives (Objectives, or a mapping of names to (objective, weight)): what to compute. Bind them to ranks and a
+            memory where there are any.
+        num_domains (int): D, at least 2; instead of objectives, as the second argument.
+        beta (float): weight of the loss, finite and not negative.
+        options: with num_domains: as for `edl.ExpertDivergenceLoss`: `scores="sigmoid"` for DeepSeek-V3 and other
+            routers with sigmoid scores, `input="probs"` for routers that give probabilities (Gemma 4);
+            `layer_reduction="sum"` multiplies beta by the number of routers.
 
     Returns:
-        `DivergenceHandle`, with `.loss(domain_ids, attention_mask)` and `.remove()`.
+        `ObjectivesHandle`, with `.loss(domain_ids, attention_mask)` and `.remove()`.
 
     Raises:
         ValueError: a model without routers, or with routers in several parts (attach to one of the parts); options
             outside their range.
-
-    Example:
-        >>> handle = attach(model, num_domains=3, beta=1e-2)
-        >>> loss = model(**batch).loss + handle.loss(domain_ids, batch["attention_mask"])
     """
-    if not math.isfinite(beta):
-        raise ValueError(f"edl::attach: beta must be finite (got {beta})")
-    if options.get("layer_reduction") == "none":
-        raise ValueError("edl::attach: layer_reduction must be 'mean' or 'sum' (got 'none')")
-    return DivergenceHandle(model, ExpertDivergenceLoss(num_domains, **options), beta)
+    if isinstance(objectives, (Objectives, Mapping)):
+        also = [name for name, given in {"num_domains": num_domains, "beta": beta}.items() if given is not None]
+        if also or options:
+            raise ValueError(
+                "edl::attach: objectives must be given alone, as they have options and weights of their own "
+                f"(got {', '.join([*also, *options])} beside them)"
+            )
+        return ObjectivesHandle(model, unbound_objectives(objectives))
+    if num_domains is None:
+        num_domains = objectives
+    if num_domains is None or beta is None:
+        raise ValueError(
+            "edl::attach: objectives, or num_domains and beta, must be given (got "
+            f"{'no num_domains' if num_domains is None else 'no beta'})"
+        )
+    return _attach_divergence(model, num_domains, beta, **options)

@@ -4,7 +4,7 @@ This runs in processes that are forked after torch has used its threads (`datase
 that wants threads never returns. Tensors are therefore read and made here, and everything between is plain Python.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from itertools import chain
 from typing import Any
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 
-def label_of(op: str, domain_ids: Any) -> Tensor:
+def label_of(op: str, name: str, labels: Any) -> Tensor:
     """The label, or labels, of one example, in whatever form a dataset gives them."""
     try:
-        return torch.as_tensor(domain_ids)
+        return torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"edl::{op}: domain_ids must be a number, -1 = unknown, or a list of numbers (got {domain_ids!r})"
+            f"edl::{op}: {name} must be a number, -1 = unknown, or a list of numbers (got {labels!r})"
         ) from None
 
 
@@ -27,19 +27,19 @@ def _is_soft(label: Tensor) -> bool:
     return label.is_floating_point() and label.numel() > 0  # an empty list of labels is floating for torch
 
 
-def _per_token(op: str, label: Tensor, n: int) -> list[Any]:
+def _per_token(op: str, name: str, label: Tensor, n: int) -> list[Any]:
     """The label of each of an example's n tokens."""
     if label.dim() > 0 and label.shape != (n,):
         raise ValueError(
-            f"edl::{op}: domain_ids must be one label per example or per token "
+            f"edl::{op}: {name} must be one label per example or per token "
             f"(got {'x'.join(map(str, label.shape))} for {n} tokens)"
         )
     return [label.item()] * n if label.dim() == 0 else label.tolist()
 
 
-def _token_labels(labels: list[Tensor], lengths: list[int], batch: dict[str, Any]) -> Tensor:
+def _token_labels(name: str, labels: list[Tensor], lengths: list[int], batch: Mapping[str, Any]) -> Tensor:
     """Labels [B, S_len], one per token and -1 at padding, of examples that were padded, or flattened into one row."""
-    per_token = [_per_token("DomainCollator", label, n) for label, n in zip(labels, lengths)]
+    per_token = [_per_token("DomainCollator", name, label, n) for label, n in zip(labels, lengths)]
     shape = batch["input_ids"].shape
     if shape == (1, sum(lengths)):
         return torch.tensor([list(chain.from_iterable(per_token))], dtype=torch.int64)
@@ -63,60 +63,71 @@ def _spread(kept: list[Any], labels: Iterator[int]) -> Iterator[int]:
 class DomainCollator:
     """Lets another collator make the batch and gives it the labels of the examples.
 
-    One label per example becomes `domain_ids [B]`, one per token `[B, S_len]` with -1 at padding, whichever side is
-    padded, and floating weights [D] become `[B, D]`. Where the collator flattens all examples into one row
+    One label per example becomes `[B]`, one per token `[B, S_len]` with -1 at padding, whichever side is padded, and
+    floating weights [D] become `[B, D]`. Where the collator flattens all examples into one row
     (`DataCollatorWithFlattening`), labels become one per token. Batches without labels, such as those of an evaluation
     set, pass as they are.
 
     Args:
-        collator (Callable): makes a batch of tensors of a list of examples, without their `domain_ids`.
+        collator (Callable): makes a batch of tensors of a list of examples, without their labels.
+        label_sets (sequence of str): the columns that hold labels. Default: `domain_ids`.
 
     Raises:
-        ValueError: only some examples have `domain_ids`, or have what is no number; soft labels of several lengths; the
-            tokens of the batch are not those of the examples; or the batch has no tensor `input_ids`.
+        ValueError: only some examples have a set of labels, or have what is no number; soft labels of several lengths;
+            the tokens of the batch are not those of the examples; or the batch has no tensor `input_ids`.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        label_sets: Sequence[str] = ("domain_ids",),
+    ) -> None:
+        if isinstance(label_sets, str) or not all(isinstance(name, str) for name in label_sets):
+            raise ValueError(f"edl::DomainCollator: label_sets must be names of columns (got {label_sets!r})")
         self.collator = collator
+        self.label_sets = tuple(label_sets)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator([{k: v for k, v in example.items() if k != "domain_ids"} for example in examples])
-        labels = [label_of("DomainCollator", example["domain_ids"]) for example in examples if "domain_ids" in example]
-        if not labels:
-            return batch
-        if len(labels) != len(examples):
-            raise ValueError(
-                "edl::DomainCollator: every example must have domain_ids "
-                f"(got {len(labels)} in {len(examples)} examples)"
-            )
-        if not (isinstance(batch, Mapping) and hasattr(batch.get("input_ids"), "shape")):
-            raise ValueError(
-                "edl::DomainCollator: collator must make a batch with a tensor input_ids (got "
-                f"{sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__})"
-            )
-        is_soft = any(map(_is_soft, labels))
-        if len(batch["input_ids"]) == len(examples) and (is_soft or all(label.dim() == 0 for label in labels)):
-            if len({label.shape for label in labels}) > 1:
-                raise ValueError(
-                    "edl::DomainCollator: soft labels must have as many weights in every example, one per domain "
-                    f"(got {' and '.join(str(label.numel()) for label in labels)})"
-                )
-            dtype = reduce(torch.promote_types, (label.dtype for label in labels))
-            batch["domain_ids"] = torch.tensor([label.tolist() for label in labels], dtype=dtype)
-        elif is_soft:
-            raise ValueError(
-                "edl::DomainCollator: soft labels need one row per example (got examples flattened into one row)"
-            )
-        elif not all("input_ids" in example for example in examples):
-            raise ValueError(
-                "edl::DomainCollator: examples with labels of tokens must have input_ids (got one without)"
-            )
-        else:
-            batch["domain_ids"] = _token_labels(labels, [len(example["input_ids"]) for example in examples], batch)
+        batch = self.collator([{k: v for k, v in example.items() if k not in self.label_sets} for example in examples])
+        for name in self.label_sets:
+            labels = [label_of("DomainCollator", name, example[name]) for example in examples if name in example]
+            if labels:
+                batch[name] = _collated(name, labels, examples, batch)
         return batch
 
 
-def pack_documents(examples: dict[str, list[Any]], length: int) -> dict[str, list[list[int]]]:
+def _collated(name: str, labels: list[Tensor], examples: list[dict[str, Any]], batch: Any) -> Tensor:
+    """One set of labels, as a tensor of the batch."""
+    if len(labels) != len(examples):
+        raise ValueError(
+            f"edl::DomainCollator: every example must have {name} (got {len(labels)} in {len(examples)} examples)"
+        )
+    if not (isinstance(batch, Mapping) and hasattr(batch.get("input_ids"), "shape")):
+        raise ValueError(
+            "edl::DomainCollator: collator must make a batch with a tensor input_ids (got "
+            f"{sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__})"
+        )
+    is_soft = any(map(_is_soft, labels))
+    if len(batch["input_ids"]) == len(examples) and (is_soft or all(label.dim() == 0 for label in labels)):
+        if len({label.shape for label in labels}) > 1:
+            raise ValueError(
+                "edl::DomainCollator: soft labels must have as many weights in every example, one per domain "
+                f"(got {' and '.join(str(label.numel()) for label in labels)})"
+            )
+        dtype = reduce(torch.promote_types, (label.dtype for label in labels))
+        return torch.tensor([label.tolist() for label in labels], dtype=dtype)
+    if is_soft:
+        raise ValueError(
+            "edl::DomainCollator: soft labels need one row per example (got examples flattened into one row)"
+        )
+    if not all("input_ids" in example for example in examples):
+        raise ValueError("edl::DomainCollator: examples with labels of tokens must have input_ids (got one without)")
+    return _token_labels(name, labels, [len(example["input_ids"]) for example in examples], batch)
+
+
+def pack_documents(
+    examples: dict[str, list[Any]], length: int, label_sets: Sequence[str] = ("domain_ids",)
+) -> dict[str, list[list[int]]]:
     """Concatenates documents and cuts them into rows of `length` tokens; every token keeps the label of its document.
 
     For `dataset.map(pack_documents, batched=True, fn_kwargs={"length": length}, remove_columns=dataset.column_names)`.
@@ -124,13 +135,14 @@ def pack_documents(examples: dict[str, list[Any]], length: int) -> dict[str, lis
     inside documents (transformers v5, batches without attention_mask) and tells `EDTrainerMixin` their boundaries.
 
     Args:
-        examples (dict): columns `input_ids`, a list of tokens per document; `domain_ids`, a label per document or a
-            list of labels per token; `labels` (optional), a list per document. Default of `labels`: the tokens.
+        examples (dict): columns `input_ids`, a list of tokens per document; each set of labels, a label per document or
+            a list of labels per token; `labels` (optional), a list per document. Default of `labels`: the tokens.
         length (int): tokens per row, at least 1.
+        label_sets (sequence of str): the columns that hold labels. Default: `domain_ids`.
 
     Returns:
         Columns `input_ids`, `labels` (-100 for the first token of a document, which no token precedes), `position_ids`
-        and `domain_ids`, all lists of rows of `length`.
+        and the sets of labels, all lists of rows of `length`.
 
     Raises:
         ValueError: a length below 1, a missing column, a label that is no whole number, or a list of labels with
@@ -138,21 +150,23 @@ def pack_documents(examples: dict[str, list[Any]], length: int) -> dict[str, lis
     """
     if not isinstance(length, int) or length < 1:
         raise ValueError(f"edl::pack_documents: length must be at least 1, a whole number (got {length!r})")
-    for name in ("input_ids", "domain_ids"):
+    for name in ("input_ids", *label_sets):
         if name not in examples:
             raise ValueError(f"edl::pack_documents: documents must have a column {name} (got {sorted(examples)})")
     documents = list(map(_plain, examples["input_ids"]))
     targets = list(map(_plain, examples["labels"])) if "labels" in examples else documents
-    labels = [label_of("pack_documents", domain) for domain in examples["domain_ids"]]
-    if soft := [label for label in labels if _is_soft(label)]:
-        raise ValueError(f"edl::pack_documents: domain_ids must be whole numbers (got {soft[0].tolist()})")
-    if not len(documents) == len(labels) == len(targets):
-        raise ValueError(
-            "edl::pack_documents: every document must have domain_ids, and labels where there are any "
-            f"(got {len(labels)} and {len(targets)} for {len(documents)} documents)"
-        )
-    columns: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": [], "domain_ids": []}
-    for tokens, target, label in zip(documents, targets, labels):
+    labels = {name: [label_of("pack_documents", name, label) for label in examples[name]] for name in label_sets}
+    for name, of_documents in labels.items():
+        if soft := [label for label in of_documents if _is_soft(label)]:
+            raise ValueError(f"edl::pack_documents: {name} must be whole numbers (got {soft[0].tolist()})")
+    lengths = {"labels": len(targets), **{name: len(of_documents) for name, of_documents in labels.items()}}
+    for name, count in lengths.items():
+        if count != len(documents):
+            raise ValueError(
+                f"edl::pack_documents: every document must have {name} (got {count} for {len(documents)} documents)"
+            )
+    columns: dict[str, list[int]] = {name: [] for name in ("input_ids", "labels", "position_ids", *label_sets)}
+    for place, (tokens, target) in enumerate(zip(documents, targets)):
         if len(target) != len(tokens):
             raise ValueError(
                 f"edl::pack_documents: labels must have one entry per token (got {len(target)} for {len(tokens)})"
@@ -163,7 +177,8 @@ def pack_documents(examples: dict[str, list[Any]], length: int) -> dict[str, lis
             columns["position_ids"] += range(end - len(columns["position_ids"]))
         columns["input_ids"] += tokens
         columns["labels"] += [-100, *target[1:]] if target else []
-        columns["domain_ids"] += _per_token("pack_documents", label, len(tokens))
+        for name, of_documents in labels.items():
+            columns[name] += _per_token("pack_documents", name, of_documents[place], len(tokens))
     rows = range(0, len(columns["input_ids"]) // length * length, length)
     return {name: [column[row : row + length] for row in rows] for name, column in columns.items()}
 

@@ -1,5 +1,6 @@
-"""The Expert Divergence loss in transformers' `Trainer`."""
+"""Objectives of the routing in transformers' `Trainer`."""
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -8,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edl.divergence_log import STEPS_WITHOUT_PAIR, DivergenceLog, warn_of_no_pair
 from edl.integrations.transformers.blocks import names_in_blocks
-from edl.integrations.transformers.capture import attach
+from edl.integrations.transformers.capture import ObjectivesHandle, attach, unbound_objectives
 from edl.integrations.transformers.data import label_of
+from edl.objectives.base import Objective
+from edl.objectives.objectives import Objectives, Weight
 from edl.reduction.micro_batches import DomainMemory
 
 if TYPE_CHECKING:
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-_MEMORY_NAME = "domain_memory.pt"  # beside optimizer.pt
+_STATE_NAME = "objectives.pt"  # beside optimizer.pt
+_FORMER_STATE_NAME = "domain_memory.pt"  # with the state of the memory alone
 
 
 class _PackedDocuments:
@@ -74,21 +77,25 @@ def _tokens_of(inputs: dict[str, Any]) -> Any:
     return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
 
 
-def _labels_of_documents(domain_ids: Tensor, cu_seqlens: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Labels of documents, and boundaries, of labels or weights per row: a document ends where its row does."""
+def _documents_in_rows(cu_seqlens: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The row of each document, and boundaries, where labels are per row: a document ends where its row does."""
     row_starts = torch.arange(0, shape.numel(), shape[1], device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     cu_seqlens = torch.cat([cu_seqlens, torch.minimum(row_starts, cu_seqlens[-1:])]).sort().values
     rows = (cu_seqlens[:-1] // shape[1]).clamp(max=shape[0] - 1)
-    return domain_ids[rows.long()], cu_seqlens
+    return rows.long(), cu_seqlens
 
 
-def _has_mixed_documents(domain_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def _is_per_token(labels: Any) -> bool:
+    return bool(labels.dim() == 2 and not labels.is_floating_point())
+
+
+def _has_mixed_documents(per_token: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """Whether labels per token [B, S_len] differ inside what counts as one document."""
-    labels = domain_ids.flatten().long()
+    labels = per_token.flatten().long()
     if attention_mask is not None:
         labels = labels.masked_fill(attention_mask.flatten() == 0, -1)
     if cu_seqlens is None:
-        length = domain_ids.shape[1]
+        length = per_token.shape[1]
         cu_seqlens = torch.arange(0, labels.numel() + 1, max(length, 1), device=labels.device)
     places = torch.arange(labels.numel(), device=labels.device, dtype=cu_seqlens.dtype)
     documents = torch.searchsorted(cu_seqlens[1:].contiguous(), places, right=True)
@@ -129,80 +136,128 @@ def _load_as_from_pretrained(model: nn.Module, checkpoint: str) -> Any:
     return result
 
 
+def _steps_of(checkpoint: str) -> int:
+    """The optimizer steps before a checkpoint."""
+    from transformers import TrainerState
+
+    path = os.path.join(checkpoint, "trainer_state.json")
+    return TrainerState.load_from_json(path).global_step if os.path.exists(path) else 0
+
+
+def _state_of(checkpoint: str) -> dict[str, Any]:
+    """The state of objectives in a checkpoint, of one of former versions too; empty where it has none."""
+    for file, prefix in ((_STATE_NAME, ""), (_FORMER_STATE_NAME, "memory.")):
+        path = os.path.join(checkpoint, file)
+        if os.path.exists(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            return {f"{prefix}{name}": value for name, value in state.items()}
+    return {}
+
+
 class EDTrainerMixin(_Trainer):
-    """Adds the Expert Divergence loss to the training loss of a Trainer: `class EDTrainer(EDTrainerMixin, Trainer)`.
+    """Adds objectives of the routing to the training loss of a Trainer: `class EDTrainer(EDTrainerMixin, Trainer)`.
 
-    The dataset needs a column `domain_ids`: a label per example in [-1, D), -1 = not counted, or a list with one per
-    token. The column is kept, collated (any collator that keeps it; else `DomainCollator`), and taken out before the
-    batch reaches the model. Padding follows `attention_mask`. Documents packed into a row are told apart as in
-    transformers' attention: by `cu_seq_lens_q`, by `seq_idx`, or by `position_ids` that do not go on ([B, S_len], [1,
-    S_len] or, with positions of the text first, [4, B, S_len]; only without `attention_mask` and cache). Labels per
-    token that change inside of what counts as one document are warned of once. Evaluation is left as it is.
+        EDTrainer(model, args, train_dataset=dataset, objectives={
+            "expert_divergence": (ExpertDivergence(num_domains=3), 1e-2),
+            "load_balancing": (LoadBalancing(), linear_warmup(1e-2, steps=1000)),
+        })
 
-    beta times the loss counts once per optimizer step, as the mean over its micro-batches, whatever
-    `num_items_in_batch` or `average_tokens_across_devices` do to the language-model loss. Over several processes the
-    loss is that of their union (`group`). Under gradient accumulation each micro-batch is compared with those before it
-    (`edl.DomainMemory`, which also carries moments over steps), an approximation to the gradient of the whole batch;
-    `two_passes` gives that gradient exactly. Every training begins with an empty memory, or with that of the checkpoint
-    it resumes from (saved where all processes share one).
+    For the Expert Divergence loss alone `num_domains=3, beta=1e-2` instead of `objectives` is enough.
 
-    What is logged as `loss` includes it. Beside it stand, as means over the micro-batches since the last log,
-    `expert_divergence_loss`, without beta (lower is better), and `expert_divergence/nats`, the Jensen-Shannon
-    divergence of the domains (higher is better, at most log 2), both of micro-batches that had two domains to compare;
-    and `expert_divergence/pairs`, the number of pairs of domains. 100 steps without a pair are a warning.
+    The dataset needs a column for each set of labels that an objective names, `domain_ids` for `ExpertDivergence`: a
+    label per example in [-1, D), -1 = not counted, or a list with one per token. Columns are kept, collated (any
+    collator that keeps them; else `DomainCollator`), and taken out before the batch reaches the model. Padding follows
+    `attention_mask`. Documents packed into a row are told apart as in transformers' attention: by `cu_seq_lens_q`, by
+    `seq_idx`, or by `position_ids` that do not go on ([B, S_len], [1, S_len] or, with positions of the text first, [4,
+    B, S_len]; only without `attention_mask` and cache). Labels per token that change inside of what counts as one
+    document are warned of once. Evaluation is left as it is.
+
+    The objectives count with their weights once per optimizer step, as the mean over its micro-batches, whatever
+    `num_items_in_batch` or `average_tokens_across_devices` do to the language-model loss. Over several processes they
+    are those of their union (`group`). Under gradient accumulation each micro-batch is seen together with those before
+    it (`edl.DomainMemory`, which also carries sums over steps), an approximation to the gradient of the whole batch;
+    `two_passes` gives that gradient exactly. Every training begins with an empty memory and at the first step of the
+    weights' schedules, or with those of the checkpoint it resumes from (the memory is saved where all processes share
+    one).
+
+    What is logged as `loss` includes them. Beside it stands what `Objectives.log` tells, as means over the
+    micro-batches since the last log: `expert_divergence_loss`, without beta (lower is better), and
+    `expert_divergence/nats`, the Jensen-Shannon divergence of the domains (higher is better, at most log 2), both of
+    micro-batches that had two domains to compare; `expert_divergence/pairs`, the number of pairs of domains; and so on.
+    100 steps in which an objective had nothing to act on are a warning.
 
     Args:
         args: of the Trainer.
-        num_domains (int): D, at least 2.
-        beta (float): weight of the loss; `trainer.expert_divergence.beta` changes it, from a callback for instance.
-        divergence_options (dict, optional): further options of `edl.ExpertDivergenceLoss`. Default of `memory` under
-            gradient accumulation: `edl.DomainMemory(decay=0.9)`; None: each micro-batch on its own.
+        objectives (Objectives, or a mapping of names to (objective, weight)): not bound to ranks or a memory, which
+            happens here. `trainer.objectives` is the bound copy, whose `set_weight` changes a weight, from a callback
+            for instance.
+        num_domains (int): D, at least 2, in the place of objectives.
+        beta (float): weight of the loss, with num_domains; `trainer.expert_divergence.beta` changes it.
+        divergence_options (dict, optional): with num_domains: further options of `edl.ExpertDivergenceLoss`. Default of
+            `memory` under gradient accumulation: `edl.DomainMemory(decay=0.9)`; None: each micro-batch on its own.
         two_passes (bool): under gradient accumulation run the micro-batches of a step once more, first, without
             gradients. Exact but for dropout, which differs between the passes. Default: False.
         kwargs: of the Trainer.
 
     Raises:
-        ValueError: what `attach` raises; several devices in one process (DataParallel); tensor, context or sequence
-            parallelism; two passes with a `memory` of one's own; layers of edl that `save_pretrained` refuses, where
-            checkpoints are saved; while training, a batch without `domain_ids`, or labels that are no numbers; a
-            checkpoint to resume from that lacks parameters.
+        ValueError: what `attach` raises; objectives that are bound; several devices in one process (DataParallel);
+            tensor, context or sequence parallelism; two passes with a `memory` of one's own; layers of edl that
+            `save_pretrained` refuses, where checkpoints are saved; while training, a batch without labels that an
+            objective names, or labels that are no numbers; a checkpoint to resume from that lacks parameters.
     """
 
     def __init__(
         self,
         *args: Any,
-        num_domains: int,
-        beta: float,
+        objectives: Objectives | Mapping[str, tuple[Objective, Weight]] | None = None,
+        num_domains: int | None = None,
+        beta: float | None = None,
         divergence_options: dict[str, Any] | None = None,
         two_passes: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._check_parallelism()
+        of_short_form = {"num_domains": num_domains, "beta": beta, "divergence_options": divergence_options}
+        given = [name for name, option in of_short_form.items() if option is not None]
+        is_short = "num_domains" in given and "beta" in given
+        if (is_short and objectives is not None) or (not is_short and (objectives is None or given)):
+            raise ValueError(
+                "edl::EDTrainerMixin: either objectives, or num_domains and beta, must be given (got "
+                f"{', '.join([*(['objectives'] if objectives is not None else []), *given]) or 'none'})"
+            )
         if two_passes and "memory" in (divergence_options or {}):
             raise ValueError(
                 "edl::EDTrainerMixin: two_passes has a memory of its own (got memory in divergence_options)"
             )
-        self._divergence_options = {"num_domains": num_domains, "beta": beta, **(divergence_options or {})}
+        binding: dict[str, Any] = {}
         if self.args.world_size > 1:
-            self._divergence_options.setdefault("group", torch.distributed.group.WORLD)
+            binding["group"] = torch.distributed.group.WORLD
         accumulates = self.args.gradient_accumulation_steps > 1
         self._two_passes = two_passes and accumulates
-        if accumulates:
-            self._divergence_options.setdefault("memory", DomainMemory(decay=0.0 if two_passes else 0.9))
-        self._attach(beta)
+        if accumulates and "memory" not in (divergence_options or {}):
+            binding["memory"] = DomainMemory(decay=0.0 if two_passes else 0.9)
+        if objectives is None:
+            options = {"num_domains": num_domains, "beta": beta, **binding, **(divergence_options or {})}
+            self._handle: ObjectivesHandle = attach(self.model, **options)
+            is_common = self.args.world_size == 1 or options["group"] is binding["group"]
+        else:
+            self._handle = attach(self.model, unbound_objectives(objectives).bind(**binding))
+            is_common = True
+        self.objectives: Objectives = self._handle.objectives
+        self._has_common_state = is_common  # whether every process has the same memory
+        named = {objective.labels for objective in self.objectives.objectives.values()}
+        self._label_sets = sorted(name for name in named if name is not None)
         if self.args.save_strategy != "no":
             names_in_blocks(self.model)  # so that what cannot be saved is refused before it was trained
-        self._log = DivergenceLog()
-        self._step_with_pair: int | None = None  # the last known
-        self._warned_of_no_pair = False
         self._packed: list[_PackedDocuments] = []  # of the micro-batches of a step
         self._has_mixed_documents: Any = False  # a tensor from the first labels per token on
         self._warned_of_mixed_documents = False
 
-    def _attach(self, beta: float) -> None:
-        self.expert_divergence = attach(self.model, **{**self._divergence_options, "beta": beta})
-        self.expert_divergence.divergence.keep_moments()
+    @property
+    def expert_divergence(self) -> ObjectivesHandle:
+        """What `attach` returned for the model; its `beta` is the weight in the short form."""
+        return self._handle
 
     def _check_parallelism(self) -> None:
         if self.args.n_gpu > 1:
@@ -219,13 +274,12 @@ class EDTrainerMixin(_Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "domain_ids" not in self._signature_columns:
-            self._signature_columns.append("domain_ids")
+        self._signature_columns += [name for name in self._label_sets if name not in self._signature_columns]
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        memory = self._divergence_options.get("memory")
-        if memory is not None:
-            memory.set_extra_state(())
+        self.objectives.set_extra_state(0)
+        if self.objectives.memory is not None:
+            self.objectives.memory.set_extra_state(())
         return super()._inner_training_loop(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -234,32 +288,31 @@ class EDTrainerMixin(_Trainer):
         except (TypeError, ValueError, RuntimeError):
             self._refuse_labels_that_are_no_numbers()  # which other collators cannot make tensors of
             raise
-        if self.expert_divergence.model is not self.model:  # model_init made a new one, or FSDP wrapped it
-            self.expert_divergence.remove()
-            self._attach(self.expert_divergence.beta)
+        if self._handle.model is not self.model:  # model_init made a new one, or FSDP wrapped it
+            self._handle._attach(self.model)
         self._packed = []
-        packed = [self._packed_documents_of(inputs) for inputs in batch_samples]
-        self._packed = [documents for documents in packed if documents is not None]
+        if self._label_sets:
+            packed = [self._packed_documents_of(inputs) for inputs in batch_samples]
+            self._packed = [documents for documents in packed if documents is not None]
         if self._two_passes:
             self._collect(batch_samples)
         return batch_samples, num_items_in_batch
 
     def _collect(self, batch_samples: list[dict[str, Any]]) -> None:
-        """The first of two passes over the micro-batches of a step: domain moments only."""
+        """The first of two passes over the micro-batches of a step: sums only."""
         model = self.model_wrapped.train()
-        memory = self.expert_divergence.divergence.memory
+        memory = self.objectives.memory
         assert memory is not None
         with memory.collect(), self.compute_loss_context_manager():
             for inputs in batch_samples:
                 inputs = self._prepare_inputs(inputs)
-                model(**{name: value for name, value in inputs.items() if name not in ("domain_ids", "labels")})
-                self._divergence_loss(inputs)
+                model(**{name: value for name, value in self._inputs_of_model(inputs).items() if name != "labels"})
+                self._objectives_loss(inputs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
-        memory = self.expert_divergence.divergence.memory
-        if memory is not None and self.accelerator.sync_gradients:  # the last micro-batch before the optimizer steps
-            memory.step()
+        if self.accelerator.sync_gradients:  # the last micro-batch before the optimizer steps
+            self.objectives.step()
         return loss
 
     def compute_loss(
@@ -271,35 +324,52 @@ class EDTrainerMixin(_Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         result = super().compute_loss(
             model,
-            {name: value for name, value in inputs.items() if name != "domain_ids"},
+            self._inputs_of_model(inputs),
             return_outputs=return_outputs,
             num_items_in_batch=num_items_in_batch,
         )
         if not model.training:
             return result
-        loss = self._divergence_loss(inputs) / self._num_shares(num_items_in_batch)
-        self._note_for_log()
+        loss = self._objectives_loss(inputs) / self._num_shares(num_items_in_batch)
         return (result[0] + loss, result[1]) if return_outputs else result + loss
 
-    def _divergence_loss(self, inputs: dict[str, Any]) -> Tensor:
-        domain_ids = inputs.get("domain_ids")
-        if domain_ids is None:
-            self._refuse_labels_that_are_no_numbers()  # which the default collator drops
-            raise ValueError(
-                "edl::EDTrainerMixin: every training batch must have domain_ids, from a column of the dataset and a "
-                f"collator that keeps it, such as DomainCollator (got {sorted(inputs)})"
-            )
+    def _inputs_of_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name not in self._label_sets}
+
+    def _objectives_loss(self, inputs: dict[str, Any]) -> Tensor:
         attention_mask = inputs.get("attention_mask")
-        is_per_token = domain_ids.dim() == 2 and not domain_ids.is_floating_point()
+        if not self._label_sets:
+            return self._handle.loss(attention_mask=attention_mask)
+        labels = {name: self._labels_of(name, inputs) for name in self._label_sets}
+        per_token = [given for given in labels.values() if _is_per_token(given)]
         tokens, cu_seqlens = _tokens_of(inputs), self._document_boundaries(inputs)
-        if cu_seqlens is not None and not is_per_token and domain_ids.shape[:1] == tokens.shape[:1]:
-            domain_ids, cu_seqlens = _labels_of_documents(domain_ids, cu_seqlens, tokens.shape[:2])
-        loss = self.expert_divergence.loss(domain_ids, attention_mask, cu_seqlens=cu_seqlens)
-        if is_per_token and not self._warned_of_mixed_documents:
-            self._has_mixed_documents |= _has_mixed_documents(domain_ids, attention_mask, cu_seqlens)
-            if domain_ids.device.type == "cpu":  # on other devices once a log waits for them anyway
+        if cu_seqlens is not None:
+            of_rows = {
+                name: given
+                for name, given in labels.items()
+                if not _is_per_token(given) and given.shape[:1] == tokens.shape[:1]
+            }
+            if of_rows:
+                rows, cu_seqlens = _documents_in_rows(cu_seqlens, tokens.shape[:2])
+                labels |= {name: given[rows] for name, given in of_rows.items()}
+        loss = self._handle.loss(attention_mask=attention_mask, cu_seqlens=cu_seqlens, **labels)
+        if per_token and not self._warned_of_mixed_documents:
+            for given in per_token:
+                self._has_mixed_documents |= _has_mixed_documents(given, attention_mask, cu_seqlens)
+            if per_token[0].device.type == "cpu":  # on other devices once a log waits for them anyway
                 self._warn_of_mixed_documents()
         return loss
+
+    def _labels_of(self, name: str, inputs: dict[str, Any]) -> Tensor:
+        labels = inputs.get(name)
+        if labels is None:
+            self._refuse_labels_that_are_no_numbers()  # which the default collator drops
+            raise ValueError(
+                f"edl::EDTrainerMixin: every training batch must have {name}, from a column of the dataset and a "
+                f"collator that keeps it, such as DomainCollator (got {sorted(inputs)})"
+            )
+        result: Tensor = labels
+        return result
 
     def _document_boundaries(self, inputs: dict[str, Any]) -> Tensor | None:
         """Boundaries [N + 1] in the flattened batch [B, S_len] of the documents that transformers' attention tells
@@ -325,14 +395,15 @@ class EDTrainerMixin(_Trainer):
 
     def _refuse_labels_that_are_no_numbers(self) -> None:
         example = None if self.train_dataset is None else next(iter(self.train_dataset), None)
-        if isinstance(example, Mapping) and "domain_ids" in example:
-            label_of("EDTrainerMixin", example["domain_ids"])
+        for name in self._label_sets:
+            if isinstance(example, Mapping) and name in example:
+                label_of("EDTrainerMixin", name, example[name])
 
     def _warn_of_mixed_documents(self) -> None:
         if not self._warned_of_mixed_documents and self._has_mixed_documents:
             self._warned_of_mixed_documents = True
             warnings.warn(
-                "edl::EDTrainerMixin: domain_ids per token should be the same inside each document; documents that "
+                "edl::EDTrainerMixin: labels per token should be the same inside each document; documents that "
                 "share a row are told apart by position_ids without attention_mask and cache, cu_seq_lens_q or seq_idx "
                 "(got a document of several domains, averaged once for each)",
                 stacklevel=2,
@@ -347,26 +418,19 @@ class EDTrainerMixin(_Trainer):
             is_scaled = counts_items or self.compute_loss_func is not None
         return self.current_gradient_accumulation_steps if is_scaled else 1
 
-    @property
-    def _shares_memory(self) -> bool:
-        """Whether there is a memory, and every process has the same."""
-        options = self._divergence_options
-        is_common = self.args.world_size == 1 or options["group"] is torch.distributed.group.WORLD
-        return options.get("memory") is not None and is_common
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._shares_memory and self.args.should_save:
-            torch.save(self._divergence_options["memory"].state_dict(), os.path.join(output_dir, _MEMORY_NAME))
+        if self._has_common_state and self.args.should_save:
+            torch.save(self.objectives.state_dict(), os.path.join(output_dir, _STATE_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self._shares_memory:
+        if checkpoint is None:
             return
-        path = os.path.join(checkpoint, _MEMORY_NAME)
-        if os.path.exists(path):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            self._divergence_options["memory"].load_state_dict(state)
+        self.objectives.set_extra_state(_steps_of(checkpoint))
+        if self._has_common_state:
+            # A memory that only one of checkpoint and training has is left out.
+            self.objectives.load_state_dict(_state_of(checkpoint), strict=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._loaded_checkpoint = resume_from_checkpoint
@@ -384,34 +448,13 @@ class EDTrainerMixin(_Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        inputs = {name: value for name, value in inputs.items() if name != "domain_ids"}
-        return super().prediction_step(model, inputs, *args, **kwargs)
-
-    def _note_for_log(self) -> None:
-        value = self.expert_divergence.value
-        assert value is not None
-        self._log.add(value, self.expert_divergence.divergence.last_moments())
-        if self._step_with_pair is None:
-            self._step_with_pair = self.state.global_step
+        return super().prediction_step(model, self._inputs_of_model(inputs), *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         self._warn_of_mixed_documents()
-        sums = self._log.sums()
-        if sums is not None:
-            loss, nats, pairs, num_with_pair, num = sums.tolist()
-            self._warn_of_no_pair(num_with_pair > 0)
-            if "loss" in logs:
-                logs["expert_divergence/pairs"] = pairs / num
-                if num_with_pair > 0:
-                    logs["expert_divergence_loss"] = loss / num_with_pair
-                    logs["expert_divergence/nats"] = nats / num_with_pair
-                self._log.clear()
+        entries = self.objectives.log() if "loss" in logs else {}
+        if entries:
+            device = next(iter(entries.values())).device
+            values = torch.stack([value.to(device).double() for value in entries.values()]).tolist()
+            logs |= {name: value for name, value in zip(entries, values) if not math.isnan(value)}
         super().log(logs, *args, **kwargs)
-
-    def _warn_of_no_pair(self, has_pair: bool) -> None:
-        step = self.state.global_step
-        if has_pair or self._step_with_pair is None:
-            self._step_with_pair = step
-        elif step - self._step_with_pair >= STEPS_WITHOUT_PAIR and not self._warned_of_no_pair:
-            self._warned_of_no_pair = True
-            warn_of_no_pair("EDTrainerMixin", step - self._step_with_pair)

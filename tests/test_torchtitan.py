@@ -430,7 +430,6 @@ def test_passes_without_a_pair_leave_the_logged_means():
 
 def test_a_hundred_steps_without_a_pair_are_one_warning(monkeypatch):
     monkeypatch.setattr(edl.objectives.log, "STEPS_WITHOUT_EFFECT", 4)
-    titan = interface.integration()
     model, hidden = interface.model_with_divergence(), interface.inputs()
 
     def steps(count, label):

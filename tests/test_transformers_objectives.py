@@ -156,7 +156,7 @@ def test_a_layers_own_bias_decides_what_is_captured():
     decoder.mlp = layer
     handle = attach(model, BALANCE)
     logits = []
-    layer.router.register_forward_hook(lambda router, args, output: logits.append(output))
+    layer.router.register_forward_hook(lambda router, args, choice: logits.append(choice.logits))
     model(make_tokens())
     handle.loss()
     mass = logits[0].softmax(-1).mean(0)

@@ -42,6 +42,10 @@ class Objective(abc.ABC):
     def __init_subclass__(cls) -> None:
         _CLASSES[re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()] = cls
 
+    def __repr__(self) -> str:
+        """The options, which are compared among ranks; a dataclass has its own."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
     @property
     def needs(self) -> frozenset[str]:
         """The fields of an `edl.routing.Observation` that it reads; layers that lack one are skipped."""

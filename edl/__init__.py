@@ -4,18 +4,20 @@ from edl import _extension
 
 _extension.load()
 
-from edl import expert_parallel, flops, objectives, ops, reference, routers, segments  # noqa: E402, F401  (flops registers formulas)
+from edl import flops, objectives, ops, reference  # noqa: E402, F401  (flops registers formulas)
 from edl._build import version as __version__  # noqa: E402  (load() turns a missing build into a sentence)
-from edl.balance import update_expert_bias  # noqa: E402
-from edl.divergence import ExpertDivergenceLoss, expert_divergence_loss  # noqa: E402
 from edl.integrations import tell_transformers  # noqa: E402
-from edl.moe import MoELayer, layer_listeners  # noqa: E402
+from edl.labels import segments  # noqa: E402
+from edl.labels.scope import Labels, current_labels, domain_scope  # noqa: E402
+from edl.moe import expert_parallel, routers  # noqa: E402
+from edl.moe.layer import MoELayer, layer_listeners  # noqa: E402
+from edl.objectives.expert_divergence_loss import ExpertDivergenceLoss, expert_divergence_loss  # noqa: E402
 from edl.objectives.load_balancing import load_balancing_loss  # noqa: E402
 from edl.objectives.router_z import router_z_loss  # noqa: E402
 from edl.ops import inject  # noqa: E402
 from edl.reduction.micro_batches import DomainMemory  # noqa: E402
 from edl.routing import Choice, Routing, RoutingContext  # noqa: E402
-from edl.scope import Labels, current_labels, domain_scope  # noqa: E402
+from edl.training.expert_bias import update_expert_bias  # noqa: E402
 
 layer_listeners.append(tell_transformers)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from edl import ops
+from edl.ops import checks
 
 
 class Routing(NamedTuple):
@@ -77,7 +77,7 @@ def _check_type(context: object) -> None:
     if not isinstance(context, RoutingContext):
         raise ValueError(f"edl::MoELayer: context must be an edl.RoutingContext (got {type(context).__name__})")
     for name, field in zip(context._fields, context):
-        ops._check_given("MoELayer", **{f"context.{name}": field})
+        checks.check_given("MoELayer", **{f"context.{name}": field})
 
 
 def _check_per_token(name: str, tensor: Tensor, width: str, is_shaped: bool, is_typed: bool, tokens: Tensor) -> None:
@@ -139,7 +139,7 @@ def check_choice(choice: Choice, tokens: Tensor, num_experts: int) -> None:
     if not torch.jit.is_scripting():
         if not isinstance(choice, Choice):
             raise ValueError(f"edl::MoELayer: the router must return an edl.Choice (got {type(choice).__name__})")
-        ops._check_tensors("MoELayer", logits=choice.logits, weights=choice.weights, experts=choice.experts)
+        checks.check_tensors("MoELayer", logits=choice.logits, weights=choice.weights, experts=choice.experts)
     logits, weights, experts = choice.logits, choice.weights, choice.experts
     num_tokens = tokens.shape[0]
     if logits.dim() != 2 or logits.shape[0] != num_tokens:

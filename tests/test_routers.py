@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import edl
 from edl import Choice, RoutingContext
-from edl.routers import Router, TopK
+from edl.moe.routers import Router, TopK
 
 H, I, E, K = 16, 24, 6, 2  # noqa: E741
 

@@ -196,7 +196,7 @@ def test_what_cannot_be_told_is_refused(monkeypatch):
         output.sum().backward()
     with edl.domain_scope(BOTH):
         output = reentrant(block, hidden_states(0))
-    for _ in range(edl.scope.REMEMBERED_SCOPES):
+    for _ in range(edl.labels.scope.REMEMBERED_SCOPES):
         with edl.domain_scope(ONE):
             plain(block, hidden_states(1))
     with pytest.raises(RuntimeError, match="^edl::domain_scope: at most 512 forward passes may wait"):

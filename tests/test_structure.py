@@ -8,14 +8,16 @@ import edl
 PACKAGE = Path(edl.__file__).parent
 # Each room may import those of the lines above, and its own.
 FLOORS = [
-    {"machine", "_extension", "_build"},
+    {"_build"},
+    {"_extension", "machine"},
     {"ops", "reference", "flops"},
     {"routing", "labels"},
     {"reduction"},
     {"moe", "objectives"},
     {"training"},
     {"integrations"},
-    {"cli", "__main__", "__init__"},
+    {"cli"},
+    {"__main__", "__init__"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # `from_transformers` and `to_transformers` import the integration when they are called.

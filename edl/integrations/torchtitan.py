@@ -25,12 +25,11 @@ from torch.distributed._functional_collectives import all_reduce
 from torchtitan.distributed.spmd_types import current_spmd_mesh
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
-from edl import ops
+from edl.labels.scope import current_labels
 from edl.objectives import ExpertDivergence, Objective, Objectives
-from edl.ops import inject
+from edl.ops import checks, inject
 from edl.reduction.micro_batches import DomainMemory
 from edl.routing import Observation
-from edl.scope import current_labels
 
 try:
     from torchtitan.models.common.aux_loss import AuxLoss
@@ -348,7 +347,7 @@ else:
 
         def __init__(self, config: Config) -> None:
             super().__init__(config)
-            self.micro_batches = ops._as_integer("torchtitan", "micro_batches", config.micro_batches, lowest=1)
+            self.micro_batches = checks.as_integer("torchtitan", "micro_batches", config.micro_batches, lowest=1)
             self.coeff = config.coeff
             self.objectives = _RouterObjectives(
                 config.objectives, config.memory, shares_tokens=False, passes_of_step=self.micro_batches
@@ -428,8 +427,8 @@ def add_objectives(model_config: Any, objectives: Objectives, *, micro_batches: 
         ValueError: objectives that are bound, need logits, or labels that a scope does not have; no router, a router of
             another class (up to 0.3.0), or one that has objectives already.
     """
-    ops._check_flags("torchtitan", memory=memory)
-    micro_batches = ops._as_integer("torchtitan", "micro_batches", micro_batches, lowest=1)
+    checks.check_flags("torchtitan", memory=memory)
+    micro_batches = checks.as_integer("torchtitan", "micro_batches", micro_batches, lowest=1)
     objectives = _for_routers(objectives)
     found = list(model_config.traverse(TokenChoiceTopKRouter.Config))
     if not found:
@@ -582,6 +581,6 @@ def set_step(model: nn.Module, step: int) -> None:
     Raises:
         ValueError: a step that is no number of steps.
     """
-    step = ops._as_integer("torchtitan", "step", step)
+    step = checks.as_integer("torchtitan", "step", step)
     for each in _objectives_of_routers(model).values():
         each.objectives.set_extra_state(step)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from edl import ops
-from edl.segments import Segments, make_segments, mask_segments
+from edl.labels.segments import Segments, make_segments, mask_segments
+from edl.ops import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Batch:
         Raises:
             ValueError: a mask of a wrong shape, both masks.
         """
-        ops._check_given("Objectives", attention_mask=self.attention_mask, padding_mask=self.padding_mask)
+        checks.check_given("Objectives", attention_mask=self.attention_mask, padding_mask=self.padding_mask)
         ids = torch.zeros(self.num_tokens, dtype=torch.int32, device=self.device)
         ids = mask_segments(ids, 1, self.batch_size, self.attention_mask, self.padding_mask)
         return Segments(ids, 1, torch.zeros(1, dtype=torch.int64, device=self.device))
@@ -57,7 +57,7 @@ class Batch:
         given = self.labels.get(labels)
         if given is None:
             raise ValueError(f"edl::Objectives: {labels} must be given (got labels {sorted(self.labels)})")
-        ops._check_tensors("Objectives", **{labels: given})
+        checks.check_tensors("Objectives", **{labels: given})
         if given.device != self.device:
             raise ValueError(
                 f"edl::Objectives: {labels} must be on the device of the observations "

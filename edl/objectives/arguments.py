@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edl import ops
+from edl.labels.segments import mask_segments
+from edl.ops import checks
 from edl.routing import Routing
-from edl.segments import mask_segments
 
 if typing.TYPE_CHECKING:
     Routings = Routing | Tensor | Sequence[Routing | Tensor]
@@ -32,8 +32,8 @@ def counted_tokens(
 
 
 def check_masks(op: str, attention_mask: Tensor | None, padding_mask: Tensor | None) -> None:
-    ops._check_given(op, attention_mask=attention_mask, padding_mask=padding_mask)
-    ops._check_memory(op, attention_mask=attention_mask, padding_mask=padding_mask)
+    checks.check_given(op, attention_mask=attention_mask, padding_mask=padding_mask)
+    checks.check_memory(op, attention_mask=attention_mask, padding_mask=padding_mask)
 
 
 def layers_of(op: str, name: str, given: "Routings") -> Sequence[Routing | Tensor]:
@@ -50,11 +50,11 @@ def layers_of(op: str, name: str, given: "Routings") -> Sequence[Routing | Tenso
                 f"(got a list with {type(layer).__name__})"
             )
         if isinstance(layer, Routing):
-            ops._check_tensors(op, logits=layer.logits, experts=layer.experts)
-            ops._check_memory(op, logits=layer.logits, experts=layer.experts)
+            checks.check_tensors(op, logits=layer.logits, experts=layer.experts)
+            checks.check_memory(op, logits=layer.logits, experts=layer.experts)
         else:
-            ops._check_tensor(op, name, layer)
-            ops._check_memory(op, **{name: layer})
+            checks.check_tensor(op, name, layer)
+            checks.check_memory(op, **{name: layer})
     return layers
 
 

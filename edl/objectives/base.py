@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from edl.labels.batch import Batch
+from edl.labels.segments import Segments
 from edl.routing import Observation
-from edl.segments import Segments
 
 Sums = dict[str, Tensor]
 _CLASSES: dict[str, type["Objective"]] = {}

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from edl.labels.segments import Segments
 from edl.objectives.base import Objective, Sums
 from edl.reduction.micro_batches import Carried, DomainMemory
 from edl.reduction.ranks import Ranks
 from edl.reduction.share import share
 from edl.routing import Observation
-from edl.segments import Segments
 
 
 class Part(NamedTuple):

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from edl import ops
 from edl.labels.batch import Batch
+from edl.labels.segments import Segments
 from edl.objectives.base import Objective, Sums
+from edl.ops import checks
 from edl.reduction.micro_batches import Carried, former_states
 from edl.routing import Observation
-from edl.segments import Segments
 
 
 def check_choice(op: str, name: str, value: str, choices: list[str]) -> None:
@@ -31,10 +32,10 @@ def check_types(
     pair_reduction: Any,
     bias_correction: Any,
 ) -> None:
-    ops._check_numbers(op, eps=eps)
-    ops._check_texts(op, input=input, scores=scores, sequence_reduction=sequence_reduction)
-    ops._check_texts(op, pair_reduction=pair_reduction)
-    ops._check_flags(op, bias_correction=bias_correction)
+    checks.check_numbers(op, eps=eps)
+    checks.check_texts(op, input=input, scores=scores, sequence_reduction=sequence_reduction)
+    checks.check_texts(op, pair_reduction=pair_reduction)
+    checks.check_flags(op, bias_correction=bias_correction)
 
 
 def check_options(
@@ -98,10 +99,10 @@ class ExpertDivergence(Objective):
 
     def __post_init__(self) -> None:
         op = type(self).__name__
-        object.__setattr__(self, "num_domains", ops._as_integer(op, "num_domains", self.num_domains))
+        object.__setattr__(self, "num_domains", checks.as_integer(op, "num_domains", self.num_domains))
         options = self.scores, self.sequence_reduction, self.pair_reduction, self.bias_correction
         check_types(op, self.eps, self.input, *options)
-        ops._check_texts(op, labels=self.labels)
+        checks.check_texts(op, labels=self.labels)
         object.__setattr__(self, "eps", float(self.eps))
         check_options(op, self.num_domains, self.eps, self.input, *options)
 

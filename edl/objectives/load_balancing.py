@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from edl import ops
+from edl.labels.segments import Segments
 from edl.objectives.arguments import Routings, as_logits, check_logits, check_masks, counted_tokens, flat, layers_of
 from edl.objectives.base import Objective, Sums
+from edl.ops import checks
 from edl.routing import Observation, Routing
-from edl.segments import Segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +133,11 @@ def load_balancing_loss(
     if typing.TYPE_CHECKING or not torch.jit.is_scripting():  # type checkers: from here on a list of Routing
         layers = layers_of("load_balancing_loss", "routings", routings)
         check_masks("load_balancing_loss", attention_mask, padding_mask)
-        ops._check_texts("load_balancing_loss", scores=scores)
+        checks.check_texts("load_balancing_loss", scores=scores)
         if any(not isinstance(layer, Routing) for layer in layers):
             if top_k is None:
                 raise ValueError("edl::load_balancing_loss: router logits need top_k, the experts per token (got None)")
-            ops._check_integers("load_balancing_loss", top_k=top_k)
+            checks.check_integers("load_balancing_loss", top_k=top_k)
         check_logits("load_balancing_loss", as_logits(layers), attention_mask, padding_mask)
         routings = _as_routings(layers, top_k, scores)
     if len(routings) == 0:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edl import ops
 from edl.labels.batch import Batch
 from edl.objectives.base import Objective, Sums
 from edl.objectives.exchange import Exchange, Part, Parts
 from edl.objectives.log import EffectWatch, ObjectiveLog, warn_of_no_effect
+from edl.ops import checks
 from edl.reduction.micro_batches import DomainMemory
 from edl.reduction.ranks import Group, Ranks
 from edl.routing import Observation, observations_of
@@ -27,8 +27,8 @@ def linear_warmup(weight: float, steps: int) -> Callable[[int], float]:
     Raises:
         ValueError: a weight that is negative or not finite, steps below 1.
     """
-    ops._check_numbers("linear_warmup", weight=weight)
-    steps = ops._as_integer("linear_warmup", "steps", steps, lowest=1)
+    checks.check_numbers("linear_warmup", weight=weight)
+    steps = checks.as_integer("linear_warmup", "steps", steps, lowest=1)
     if not 0.0 <= weight < math.inf:
         raise ValueError(f"edl::linear_warmup: weight must be finite and not negative (got {weight})")
     return lambda step: weight * min(1.0, step / steps)
@@ -164,7 +164,7 @@ class Objectives(nn.Module):
         weights = {}
         for name, given in weights_given.items():
             weight = given(self._step) if callable(given) else given
-            ops._check_numbers("Objectives", weight=weight)
+            checks.check_numbers("Objectives", weight=weight)
             if not 0.0 <= weight < math.inf:
                 raise ValueError(
                     f"edl::Objectives: a weight must be finite and not negative (got {weight} of {name!r})"
@@ -198,7 +198,7 @@ class Objectives(nn.Module):
         Raises:
             ValueError: something that is no number of steps.
         """
-        self._step = ops._as_integer("Objectives", "a state's steps", state)
+        self._step = checks.as_integer("Objectives", "a state's steps", state)
         self.weights = self._weights_now(self._given_weights)
 
     def log(self) -> dict[str, Tensor]:
@@ -284,7 +284,7 @@ class Objectives(nn.Module):
 
         def batch_of(layers: list[Observation]) -> Batch:
             seen = next(x for layer in layers for x in layer if isinstance(x, Tensor))
-            ops._check_tensors("Objectives", observations=seen)
+            checks.check_tensors("Objectives", observations=seen)
             size = max(layer.batch_size for layer in layers)
             num_tokens = seen.shape[0] if seen.dim() > 0 else 0
             return Batch(num_tokens, seen.device, size, attention_mask, padding_mask, cu_seqlens, labels)
@@ -417,6 +417,6 @@ def _observed(part: Part, layer: Observation) -> list[Tensor]:
 
 
 def _check_tensor(field: str, tensor: Tensor) -> None:
-    ops._check_tensors("Objectives", **{field: tensor})
+    checks.check_tensors("Objectives", **{field: tensor})
     if tensor.dim() != 2:
         raise ValueError(f"edl::Objectives: {field} must have two dimensions (got {list(tensor.shape)})")

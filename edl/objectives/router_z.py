@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from edl import ops
+from edl.labels.segments import Segments
 from edl.objectives.arguments import RouterLogits, as_logits, check_logits, check_masks, counted_tokens, flat, layers_of
 from edl.objectives.base import Objective, Sums
 from edl.routing import Observation
-from edl.segments import Segments
 
 
 @dataclasses.dataclass(frozen=True)

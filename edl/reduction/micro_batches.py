@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from edl import ops
-from edl.scope import Scope, current_scope
+from edl.labels.scope import Scope, current_scope
+from edl.ops import checks
 
 
 class Carried(NamedTuple):
@@ -76,7 +76,7 @@ class DomainMemory(nn.Module):
 
     def __init__(self, decay: float = 0.0) -> None:
         super().__init__()
-        ops._check_numbers("DomainMemory", decay=decay)
+        checks.check_numbers("DomainMemory", decay=decay)
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"edl::DomainMemory: decay must be at least 0 and below 1 (got {decay!r})")
         self.decay = float(decay)

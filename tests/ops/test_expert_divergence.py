@@ -230,7 +230,7 @@ def test_correction_where_noise_is_all_there_is(device):
     segments[1] = segments[0].flip(0)  # the same two segments in both domains
     counts = torch.full((2,), 2.0, dtype=torch.float64)
     moments = segments.sum(1), segments.square().sum(1), counts
-    means, spreads = moments[0] / 2, reference._spreads(*moments)
+    means, spreads = moments[0] / 2, reference.segment_spreads(*moments)
     assert reference.divergence_bias(means[0], spreads[0], means[1], spreads[1]) > 1e-3
     check(*moments, 1e-6, "mean_of_logs", True, device)
     leaf = moments[1].to(device).requires_grad_()

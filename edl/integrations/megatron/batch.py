@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from edl.labels.batch import Batch
-from edl.scope import Labels
-from edl.segments import Segments
+from edl.labels.scope import Labels
+from edl.labels.segments import Segments
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edl.moe import MoELayer
-from edl.routers import TopK
+from edl.moe.routers import TopK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

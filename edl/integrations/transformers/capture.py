@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from edl import ops
 from edl.labels.batch import Batch
+from edl.moe.routers import Router
 from edl.objectives.base import Objective
 from edl.objectives.expert_divergence import ExpertDivergence
 from edl.objectives.objectives import Objectives, Weight
+from edl.ops import checks
 from edl.reduction.micro_batches import DomainMemory
 from edl.reduction.ranks import Group
-from edl.routers import Router
 from edl.routing import Choice, Observation
 
 if TYPE_CHECKING:
@@ -400,7 +400,7 @@ class ObjectivesHandle:
 
 
 def _check_beta(beta: float) -> None:
-    ops._check_numbers("attach", beta=beta)
+    checks.check_numbers("attach", beta=beta)
     if not math.isfinite(beta):
         raise ValueError(f"edl::attach: beta must be finite (got {beta})")
 

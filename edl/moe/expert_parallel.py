@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edl import ops
+from edl.ops import checks
 from edl.reduction.ranks import Group, first_problem
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-    from edl.moe import MoELayer
+    from edl.moe.layer import MoELayer
 
 
 def as_mesh(group: Group, device: torch.device) -> "dist.device_mesh.DeviceMesh":
@@ -413,7 +414,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     Raises:
         ValueError: no module, or `max_norm` is no number.
     """
-    ops._check_numbers("clip_grad_norm_", max_norm=max_norm)
+    checks.check_numbers("clip_grad_norm_", max_norm=max_norm)
     experts = list(expert_parameters(model).values())
     own = {id(parameter) for parameter in experts}
     others = [parameter for parameter in model.parameters() if id(parameter) not in own]

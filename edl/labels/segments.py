@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edl import ops
+from edl.ops import checks
 
 
 class Segments(NamedTuple):
@@ -29,7 +30,7 @@ class Segments(NamedTuple):
 
 @torch.jit.unused
 def _check_integers(num_tokens: int, num_domains: int, batch_size: int) -> None:
-    ops._check_integers("segments", num_tokens=num_tokens, num_domains=num_domains, batch_size=batch_size)
+    checks.check_integers("segments", num_tokens=num_tokens, num_domains=num_domains, batch_size=batch_size)
     if num_tokens < 0:
         raise ValueError(f"edl::segments: num_tokens must not be negative (got {num_tokens})")
     if num_domains < 1:
@@ -103,10 +104,10 @@ def mask_segments(
         ValueError: a wrong shape, both masks.
     """
     if not torch.jit.is_scripting():
-        ops._check_tensors("segments", segment_ids=segment_ids)
-        ops._check_given("segments", attention_mask=attention_mask, padding_mask=padding_mask)
-        ops._check_memory("segments", attention_mask=attention_mask, padding_mask=padding_mask)
-        ops._check_integers("segments", num_segments=num_segments, batch_size=batch_size)
+        checks.check_tensors("segments", segment_ids=segment_ids)
+        checks.check_given("segments", attention_mask=attention_mask, padding_mask=padding_mask)
+        checks.check_memory("segments", attention_mask=attention_mask, padding_mask=padding_mask)
+        checks.check_integers("segments", num_segments=num_segments, batch_size=batch_size)
     if segment_ids.dim() != 1 or segment_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             "edl::segments: segment_ids must be int32 or int64 of the shape [T] "
@@ -187,7 +188,7 @@ def document_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, cu_
         ValueError: wrong shapes or dtypes.
     """
     if not torch.jit.is_scripting():
-        ops._check_tensors("segments", domain_ids=domain_ids, cu_seqlens=cu_seqlens)
+        checks.check_tensors("segments", domain_ids=domain_ids, cu_seqlens=cu_seqlens)
         _check_integers(num_tokens, num_domains, -1)
     _check_labels(domain_ids, num_domains)
     rows = _rows_of_documents(cu_seqlens, num_tokens)
@@ -224,7 +225,7 @@ def sequence_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, bat
         ValueError: wrong shapes or dtypes.
     """
     if not torch.jit.is_scripting():
-        ops._check_tensors("segments", domain_ids=domain_ids)
+        checks.check_tensors("segments", domain_ids=domain_ids)
         _check_integers(num_tokens, num_domains, batch_size)
     _check_labels(domain_ids, num_domains)
     rows = domain_ids.shape[0]
@@ -272,8 +273,8 @@ def domain_segments(
         ValueError: wrong shapes or dtypes, soft labels.
     """
     if not torch.jit.is_scripting():
-        ops._check_tensors("segments", domain_ids=domain_ids)
-        ops._check_given("segments", cu_seqlens=cu_seqlens)
+        checks.check_tensors("segments", domain_ids=domain_ids)
+        checks.check_given("segments", cu_seqlens=cu_seqlens)
         _check_integers(num_tokens, num_domains, batch_size)
     _check_labels(domain_ids, num_domains)
     if _is_soft(domain_ids):
@@ -329,10 +330,10 @@ def make_segments(
         ValueError: wrong shapes or dtypes, both masks.
     """
     if not torch.jit.is_scripting():
-        ops._check_tensors("segments", domain_ids=domain_ids)
-        ops._check_given("segments", attention_mask=attention_mask, padding_mask=padding_mask, cu_seqlens=cu_seqlens)
-        ops._check_texts("segments", sequence_reduction=sequence_reduction)
-        ops._check_memory("segments", domain_ids=domain_ids, cu_seqlens=cu_seqlens)
+        checks.check_tensors("segments", domain_ids=domain_ids)
+        checks.check_given("segments", attention_mask=attention_mask, padding_mask=padding_mask, cu_seqlens=cu_seqlens)
+        checks.check_texts("segments", sequence_reduction=sequence_reduction)
+        checks.check_memory("segments", domain_ids=domain_ids, cu_seqlens=cu_seqlens)
         _check_integers(num_tokens, num_domains, batch_size)
     if sequence_reduction not in ["sequence", "token"]:
         raise ValueError(

@@ -7,8 +7,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from edl import ops
 from edl.moe import MoELayer
+from edl.ops import checks
 from edl.reduction.ranks import reads_values
 from edl.routing import Routing
 
@@ -20,7 +20,7 @@ def _bias_of(layer: MoELayer) -> Tensor:
     bias = layer._widen_expert_bias()
     if bias is None:
         raise ValueError("edl::update_expert_bias: layers must be made with expert_bias=True (got one without)")
-    ops._check_tensors("update_expert_bias", expert_bias=bias)
+    checks.check_tensors("update_expert_bias", expert_bias=bias)
     return bias
 
 
@@ -41,9 +41,9 @@ def _one_per_layer(name: str, given: Sequence[object], biases: list[Tensor]) -> 
         )
     tensors = []
     for bias, tensor in zip(biases, given):
-        ops._check_tensor("update_expert_bias", name, tensor)
+        checks.check_tensor("update_expert_bias", name, tensor)
         assert isinstance(tensor, Tensor)
-        ops._check_memory("update_expert_bias", **{name: tensor})
+        checks.check_memory("update_expert_bias", **{name: tensor})
         if tensor.shape != bias.shape:
             raise ValueError(
                 f"edl::update_expert_bias: {name} must have the shape [{bias.shape[0]}] (got {list(tensor.shape)})"
@@ -85,7 +85,7 @@ def update_expert_bias(
 
     Source: arXiv 2408.15664, Algorithm 1; arXiv 2412.19437, section 2.1.2.
     """
-    ops._check_numbers("update_expert_bias", rate=rate)
+    checks.check_numbers("update_expert_bias", rate=rate)
     rate = float(rate)
     if not math.isfinite(rate):
         raise ValueError(f"edl::update_expert_bias: rate must be finite (got {rate})")

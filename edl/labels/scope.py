@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from edl import ops
+from edl.ops import checks
 
 # Forward passes that a replay can be told from: far above the micro-batches in flight of any pipeline schedule.
 REMEMBERED_SCOPES = 512
@@ -182,7 +182,7 @@ def domain_scope(
     for name, tensor in labels._asdict().items():
         if not isinstance(tensor, Tensor) and (tensor is not None or name == "domain_ids"):
             raise ValueError(f"edl::domain_scope: {name} must be a tensor (got {type(tensor).__name__})")
-    ops._refuse_dtensor("domain_scope", *labels)
+    checks.refuse_dtensor("domain_scope", *labels)
     scope = Scope(labels)
     del labels
     _SCOPES.add(scope)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from edl import ops
+from edl.ops import checks
 from edl.routing import Choice, RoutingContext
 
 _WEIGHT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -51,12 +52,12 @@ def check_top_k_options(
     router_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Raises where an option is none that `TopK` takes, in the name of who was given it."""
-    top_k = ops._as_integer(op, "top_k", top_k, lowest=1)
-    ops._check_flags(op, normalize_top_k=normalize_top_k)
-    ops._check_numbers(op, routed_scaling_factor=routed_scaling_factor)
+    top_k = checks.as_integer(op, "top_k", top_k, lowest=1)
+    checks.check_flags(op, normalize_top_k=normalize_top_k)
+    checks.check_numbers(op, routed_scaling_factor=routed_scaling_factor)
     if not math.isfinite(routed_scaling_factor):
         raise ValueError(f"edl::{op}: routed_scaling_factor must be finite (got {routed_scaling_factor})")
-    ops._check_texts(op, scores=scores)
+    checks.check_texts(op, scores=scores)
     if top_k > num_experts:
         raise ValueError(f"edl::{op}: top_k must not exceed num_experts (got {top_k} of {num_experts})")
     if scores not in ("softmax", "sigmoid"):
@@ -103,11 +104,11 @@ class TopK(Router):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden_size = ops._as_integer("TopK", "hidden_size", hidden_size, lowest=1)
-        num_experts = ops._as_integer("TopK", "num_experts", num_experts, lowest=1)
+        hidden_size = checks.as_integer("TopK", "hidden_size", hidden_size, lowest=1)
+        num_experts = checks.as_integer("TopK", "num_experts", num_experts, lowest=1)
         check_top_k_options("TopK", num_experts, top_k, scores, normalize_top_k, routed_scaling_factor, router_dtype)
         check_weight_type("TopK", dtype)
-        self.top_k = ops._as_integer("TopK", "top_k", top_k)
+        self.top_k = checks.as_integer("TopK", "top_k", top_k)
         self.scores = scores
         self.normalize_top_k = normalize_top_k
         self.routed_scaling_factor = float(routed_scaling_factor)

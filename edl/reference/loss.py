@@ -1,19 +1,10 @@
-"""Every operator again in plain torch: the definition that the kernels are held to.
-
-Written to be read, not to be fast: no clever order of sums. Feed float64 for a reference. Arguments
-and results are those of the functions of the same name in `edl.ops`.
-"""
+"""The definitions of the loss: token → sequence → domain → pairs."""
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-# ---- the loss: token → sequence → domain → pairs ----
 
 LOWEST_LOG_RATIO = math.log(2.0**-126)
 
@@ -31,11 +22,11 @@ def routing_scores(routing: Tensor, scores: str) -> Tensor:
         return routing.softmax(dim=-1)
     if scores == "sigmoid":
         gates = routing.sigmoid()
-        return gates / (gates.sum(dim=-1, keepdim=True) + 1e-20) * _one_or_nan(routing)
+        return gates / (gates.sum(dim=-1, keepdim=True) + 1e-20) * one_or_nan(routing)
     return routing
 
 
-def _one_or_nan(logits: Tensor) -> Tensor:
+def one_or_nan(logits: Tensor) -> Tensor:
     """1 per row [T, 1]; NaN where all logits are -inf: such a row has no distribution."""
     masked = (logits == -math.inf).all(dim=-1, keepdim=True)
     return torch.where(masked, math.nan, 1.0).to(logits.dtype)
@@ -104,7 +95,7 @@ def _present(counts: Tensor, bias_correction: bool) -> list[int]:
     return [d for d, n in enumerate(counts.tolist()) if not (n < 2 if bias_correction else n <= 0)]
 
 
-def _spreads(sums: Tensor, squares: Tensor, counts: Tensor) -> Tensor:
+def segment_spreads(sums: Tensor, squares: Tensor, counts: Tensor) -> Tensor:
     """Unbiased variance between a domain's segments over their number [D, E], of domains of two segments or more."""
     n = counts.unsqueeze(-1)
     return (squares - sums.square() / n) / (n - 1) / n
@@ -117,7 +108,7 @@ def _pair_divergences(
     present = _present(counts, bias_correction)
     sums, counts = sums[present], counts[present]
     means = sums / counts.unsqueeze(-1)
-    spreads = _spreads(sums, squares[present], counts) if bias_correction else None
+    spreads = segment_spreads(sums, squares[present], counts) if bias_correction else None
     pairs = []
     for a, b in itertools.combinations(range(len(present)), 2):
         divergence = jensen_shannon(means[a], means[b])
@@ -181,101 +172,3 @@ def pairwise_divergence(sums: Tensor, squares: Tensor, counts: Tensor, bias_corr
         for j, k, divergence, bias in _pair_divergences(*layer, bias_correction):
             matrix[j, k] = matrix[k, j] = divergence - bias
     return result.reshape(*sums.shape[:-1], num_domains)
-
-
-# ---- the layer: token → expert → token ----
-
-
-def route_tokens(
-    logits: Tensor,
-    top_k: int,
-    scores: str,
-    bias: Tensor | None = None,
-    normalize: bool = True,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """The weights and experts [T, K] that each token of logits [T, E] gets."""
-    score = logits.softmax(dim=-1) if scores == "softmax" else logits.sigmoid()
-    # Scores rise with the logits, and logits keep apart what rounding would make equal.
-    order = logits if bias is None else score + bias
-    ranks = order.argsort(dim=-1, descending=True, stable=True)
-    # Open experts first, whatever the bias, then the masked ones.
-    masked = logits == -math.inf
-    by_number = torch.where(masked, torch.arange(logits.shape[1], device=logits.device), -1).gather(1, ranks)
-    experts = ranks.gather(1, by_number.argsort(dim=-1, stable=True))[:, :top_k]
-    weights = score.gather(1, experts)
-    if normalize:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + (1e-20 if scores == "sigmoid" else 0.0))
-    return weights * _one_or_nan(logits) * scale, experts
-
-
-def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The slots of experts [T, K] in the order of their experts [N], and where each expert begins [E + 1]."""
-    ids = experts.flatten().long()
-    offsets = (ids[None, :] < torch.arange(num_experts + 1, device=ids.device)[:, None]).sum(dim=1)
-    return ids.argsort(stable=True).int(), offsets.int()
-
-
-def dispatch_tokens(tokens: Tensor, row_order: Tensor, top_k: int) -> Tensor:
-    """Tokens [T, H] in the order of the experts [N, H]."""
-    return tokens[row_order.long() // top_k]
-
-
-def combine_tokens(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_k: int) -> Tensor:
-    """The sum [T, H], weighted or plain, of each token's rows [N, H]; rows of weight 0 are left out."""
-    slots = torch.zeros_like(rows).index_copy(0, row_order.long(), rows)
-    slots = slots.view(rows.shape[0] // top_k, top_k, rows.shape[1])
-    return (slots if weights is None else _weighted(slots, weights)).sum(dim=1)
-
-
-class _Weighted(torch.autograd.Function):
-    """Rows [*, H] times their weights [*]: one of weight 0 takes no part, but its weight's gradient reads it."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights)
-        weights = weights.unsqueeze(-1)
-        return torch.where(weights == 0, 0.0, weights * rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        rows, weights = ctx.saved_tensors
-        return weights.unsqueeze(-1) * grad, (rows * grad).sum(dim=-1)
-
-
-_weighted: Callable[[Tensor, Tensor], Tensor] = _Weighted.apply  # untyped in torch
-
-
-def expert_mlp(
-    tokens: Tensor, weights: Tensor, row_order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
-    """Tokens [T, H] through their experts' SwiGLU networks, weighted and summed [T, H]."""
-    top_k, factors = weights.shape[1], weights.flatten()
-    output = torch.zeros_like(tokens)
-    for expert in range(gate_up.shape[0]):
-        slots = row_order[offsets[expert] : offsets[expert + 1]].long()
-        for used in (True, False):  # a slot of weight 0 takes no part; its weight's gradient alone reads its row
-            own = slots[(factors[slots] != 0) == used]
-            inputs = tokens[own // top_k], gate_up[expert], down[expert]
-            x, first, second = inputs if used else [tensor.detach() for tensor in inputs]
-            gate, up = F.linear(x, first).chunk(2, dim=-1)
-            rows = F.linear(F.silu(gate) * up, second)
-            output = output.index_add(0, own // top_k, _weighted(rows, factors[own]))
-    return output
-
-
-class _Inject(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, carrier: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(scale.to(loss))
-        return carrier.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad, ctx.saved_tensors[0].clone(), None
-
-
-def inject(carrier: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
-    """A copy of the carrier whose backward pass hands `scale` to the loss."""
-    apply: Callable[[Tensor, Tensor, Tensor], Tensor] = _Inject.apply  # untyped in torch
-    return apply(carrier, loss, scale)

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edl import expert_parallel, ops
+from edl import ops
+from edl.moe import expert_parallel
+from edl.moe.routers import Router, TopK, check_top_k_options, check_weight_type
+from edl.ops import checks
 from edl.reduction.ranks import Group
-from edl.routers import Router, TopK, check_top_k_options, check_weight_type
 from edl.routing import Choice, Routing, RoutingContext, check_choice, check_context
 
 
@@ -158,11 +160,11 @@ class MoELayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden_size = ops._as_integer("MoELayer", "hidden_size", hidden_size, lowest=1)
-        intermediate_size = ops._as_integer("MoELayer", "intermediate_size", intermediate_size, lowest=1)
-        num_experts = ops._as_integer("MoELayer", "num_experts", num_experts, lowest=1)
-        num_shared_experts = ops._as_integer("MoELayer", "num_shared_experts", num_shared_experts)
-        ops._check_flags(
+        hidden_size = checks.as_integer("MoELayer", "hidden_size", hidden_size, lowest=1)
+        intermediate_size = checks.as_integer("MoELayer", "intermediate_size", intermediate_size, lowest=1)
+        num_experts = checks.as_integer("MoELayer", "num_experts", num_experts, lowest=1)
+        num_shared_experts = checks.as_integer("MoELayer", "num_shared_experts", num_shared_experts)
+        checks.check_flags(
             "MoELayer", expert_bias=expert_bias, shared_expert_gate=shared_expert_gate, return_routing=return_routing
         )
         check_weight_type("MoELayer", dtype)
@@ -204,7 +206,7 @@ class MoELayer(nn.Module):
         if num_shared_experts > 0:
             width = intermediate_size
             if shared_intermediate_size is not None:
-                width = ops._as_integer("MoELayer", "shared_intermediate_size", shared_intermediate_size, lowest=1)
+                width = checks.as_integer("MoELayer", "shared_intermediate_size", shared_intermediate_size, lowest=1)
             self.shared_expert = SharedExpert(hidden_size, num_shared_experts * width, device, dtype)
             if shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
@@ -281,7 +283,7 @@ class MoELayer(nn.Module):
     def _route(self, hidden: Tensor, context: RoutingContext | None) -> tuple[Tensor, Choice, Tensor, Tensor]:
         """Tokens [T, H], the router's choice, and the order of their rows by expert."""
         if not torch.jit.is_scripting():
-            ops._check_tensors("MoELayer", hidden=hidden)
+            checks.check_tensors("MoELayer", hidden=hidden)
         if hidden.dim() == 0:
             raise ValueError("edl::MoELayer: hidden must have the shape [..., H] (got a scalar)")
         if hidden.shape[-1] != self.hidden_size:

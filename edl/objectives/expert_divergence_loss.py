@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edl import ops
+from edl.labels.segments import Segments, make_segments
 from edl.objectives.base import Sums
 from edl.objectives.exchange import Exchange, Part, Parts
 from edl.objectives.expert_divergence import ExpertDivergence, check_choice, check_options, check_types
+from edl.ops import checks
 from edl.reduction.micro_batches import DomainMemory
 from edl.reduction.ranks import Group, Ranks
 from edl.routing import Observation
-from edl.segments import Segments, make_segments
 
 if TYPE_CHECKING:
     _RouterLogits = Tensor | list[Tensor] | tuple[Tensor, ...]
@@ -53,8 +53,8 @@ def _as_layers(router_logits: _RouterLogits) -> list[Tensor]:
                     "edl::expert_divergence_loss: router_logits must hold tensors, and nothing for a layer without a "
                     f"router (got a list with {type(layer).__name__})"
                 )
-            ops._check_tensor("expert_divergence_loss", "router_logits", layer)
-        ops._refuse_dtensor("expert_divergence_loss", *layers)
+            checks.check_tensor("expert_divergence_loss", "router_logits", layer)
+        checks.refuse_dtensor("expert_divergence_loss", *layers)
     _check_layers(layers)
     return layers
 
@@ -71,15 +71,15 @@ def _segments_of(
 ) -> Segments:
     """What each token of a layer [T, E] or [B, S_len, E] counts for."""
     if not torch.jit.is_scripting():
-        ops._check_tensor("expert_divergence_loss", "domain_ids", domain_ids)
+        checks.check_tensor("expert_divergence_loss", "domain_ids", domain_ids)
         for name, mask in (
             ("attention_mask", attention_mask),
             ("padding_mask", padding_mask),
             ("cu_seqlens", cu_seqlens),
         ):
             if mask is not None:
-                ops._check_tensor("expert_divergence_loss", name, mask)
-        ops._refuse_dtensor("expert_divergence_loss", domain_ids, attention_mask, padding_mask, cu_seqlens)
+                checks.check_tensor("expert_divergence_loss", name, mask)
+        checks.refuse_dtensor("expert_divergence_loss", domain_ids, attention_mask, padding_mask, cu_seqlens)
     if bias_correction and domain_ids.is_floating_point():
         raise ValueError("edl::expert_divergence_loss: bias_correction needs one label per segment (got soft labels)")
     if domain_ids.device != layer.device:
@@ -114,9 +114,9 @@ def expert_divergence_loss(
     What needs a state between calls, process groups and a memory, only the module takes.
     """
     if not torch.jit.is_scripting():
-        num_domains = ops._as_integer("expert_divergence_loss", "num_domains", num_domains)
+        num_domains = checks.as_integer("expert_divergence_loss", "num_domains", num_domains)
         check_types("expert_divergence_loss", eps, input, scores, sequence_reduction, pair_reduction, bias_correction)
-        ops._check_texts("expert_divergence_loss", layer_reduction=layer_reduction)
+        checks.check_texts("expert_divergence_loss", layer_reduction=layer_reduction)
     check_options(
         "expert_divergence_loss", num_domains, eps, input, scores, sequence_reduction, pair_reduction, bias_correction
     )
@@ -211,9 +211,9 @@ class ExpertDivergenceLoss(nn.Module):
         memory: DomainMemory | None = None,
     ) -> None:
         super().__init__()
-        num_domains = ops._as_integer("expert_divergence_loss", "num_domains", num_domains)
+        num_domains = checks.as_integer("expert_divergence_loss", "num_domains", num_domains)
         check_types("expert_divergence_loss", eps, input, scores, sequence_reduction, pair_reduction, bias_correction)
-        ops._check_texts("expert_divergence_loss", layer_reduction=layer_reduction)
+        checks.check_texts("expert_divergence_loss", layer_reduction=layer_reduction)
         check_options(
             "expert_divergence_loss",
             num_domains,
@@ -435,8 +435,8 @@ class ExpertDivergenceLoss(nn.Module):
         """
         if self.memory is None:
             raise ValueError("edl::expert_divergence_loss: allocate_memory() needs a memory (got none)")
-        num_layers = ops._as_integer("expert_divergence_loss", "num_layers", num_layers, lowest=1)
-        num_experts = ops._as_integer("expert_divergence_loss", "num_experts", num_experts, lowest=1)
+        num_layers = checks.as_integer("expert_divergence_loss", "num_layers", num_layers, lowest=1)
+        num_experts = checks.as_integer("expert_divergence_loss", "num_experts", num_experts, lowest=1)
         no_segment = torch.full([1], -1, dtype=torch.int32)
         num_segments = self.num_domains if self.sequence_reduction == "token" else 1
         segments = Segments(no_segment, num_segments, torch.zeros(num_segments, dtype=torch.int64))
@@ -463,7 +463,7 @@ class ExpertDivergenceLoss(nn.Module):
                 "edl::expert_divergence_loss: segments must be edl.segments.Segments, or a function that makes them "
                 f"(got {type(segments).__name__})"
             )
-        ops._check_tensors("expert_divergence_loss", segment_ids=segments.segment_ids, labels=segments.labels)
+        checks.check_tensors("expert_divergence_loss", segment_ids=segments.segment_ids, labels=segments.labels)
         reads_logits = self.input == "logits"
         observations = [Observation(logits=x) if reads_logits else Observation(scores=x) for x in layers]
         # Under a name that tells the ranks of what a part does not hold.

@@ -1,0 +1,160 @@
+"""The operators of the layer: token → expert → token."""
+
+import torch
+from torch import Tensor
+
+from edl.ops import checks
+
+
+def route_tokens(
+    logits: Tensor,
+    top_k: int,
+    scores: str,
+    bias: Tensor | None = None,
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Chooses `top_k` experts for each token and gives them weights.
+
+    Without `bias` the experts with the highest logits are chosen, which is the order of the scores without their
+    rounding; with it, those with the highest score + bias. Ties go to the lowest expert; NaN counts as highest, so that
+    it reaches the weights. Differentiable in `logits` through the chosen weights; with `top_k` 1 and `normalize` the
+    weight is 1 and its gradient 0.
+
+    An expert that is masked, by a logit of -inf, is never chosen while an open one is left, whatever the bias. Where
+    fewer than `top_k` are open, the slots that are left go to masked experts, lowest first, and weigh 0. A token
+    without any open expert has no distribution: its weights, and the gradient of its logits, are NaN.
+
+    Args:
+        logits (Tensor[T, E]): the router's output; float32, float64, bfloat16 or float16.
+        top_k (int): K, experts per token, in [1, E].
+        scores (str): "softmax" over all experts, or "sigmoid" of each logit.
+        bias (Tensor[E], optional): shifts the choice and never enters a weight (DeepSeek-V3, arXiv 2412.19437, Eq. 16).
+        normalize (bool): divide the weights by the sum of the token's chosen scores (sigmoid: sum + 1e-20). Default:
+            True.
+        scale (float): factor of the weights, after the division. Default: 1.
+
+    Returns:
+        weights (Tensor[T, K]), float32, or float64 for float64 logits, and experts (Tensor[T, K], int64), best first.
+
+    Raises:
+        ValueError: a wrong shape, type, device, `top_k` or name of scores.
+    """
+    if not torch.jit.is_scripting():
+        checks.check_tensors("route_tokens", logits=logits)
+        checks.check_given("route_tokens", bias=bias)
+        checks.check_integers("route_tokens", top_k=top_k)
+        checks.check_texts("route_tokens", scores=scores)
+        checks.check_flags("route_tokens", normalize=normalize)
+        checks.check_numbers("route_tokens", scale=scale)
+    results: tuple[Tensor, Tensor] = torch.ops.edl.route_tokens(logits, top_k, scores, bias, normalize, scale)
+    return results
+
+
+def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Groups the slots of all tokens by expert, stably. Slot t·K + k is token t's k-th choice.
+
+    Args:
+        experts (Tensor[T, K]): int32 or int64, in [0, E]; fewer than 2^31 entries. E itself is a sentinel, "no expert
+            here": it sorts last and contributes zeros to `expert_mlp`.
+        num_experts (int): E, at least 1.
+
+    Returns:
+        row_order (Tensor[N], int32), the slot that stands at each row, and offsets (Tensor[E + 1], int32): expert e
+        owns the rows offsets[e] to offsets[e + 1]; offsets[E] is the number of rows without sentinels.
+
+    Raises:
+        ValueError: a wrong shape or type.
+        IndexError: an id outside [0, E] (on the CPU; elsewhere with EDL_CHECK=1).
+    """
+    if not torch.jit.is_scripting():
+        checks.check_tensors("sort_by_expert", experts=experts)
+        checks.check_integers("sort_by_expert", num_experts=num_experts)
+    results: tuple[Tensor, Tensor] = torch.ops.edl.sort_by_expert(experts, num_experts)
+    return results
+
+
+def dispatch_tokens(tokens: Tensor, row_order: Tensor, top_k: int) -> Tensor:
+    """Copies tokens into the order of the experts: row i is token `row_order[i] // top_k`.
+
+    The slots of sentinels are copied like all others and stand last. Differentiable in `tokens`, to any order; the
+    gradient is `combine_tokens` without weights, so rows of sentinels must get zero gradients.
+
+    Args:
+        tokens (Tensor[T, H]): float32, float64, bfloat16 or float16.
+        row_order (Tensor[N]): int32, as `sort_by_expert` gives it: each slot once.
+        top_k (int): K, at least 1.
+
+    Returns:
+        rows (Tensor[N, H]) in the type of tokens.
+
+    Raises:
+        ValueError: a wrong shape, type or device.
+        IndexError: `row_order` does not name each slot once (on the CPU).
+    """
+    if not torch.jit.is_scripting():
+        checks.check_tensors("dispatch_tokens", tokens=tokens, row_order=row_order)
+        checks.check_integers("dispatch_tokens", top_k=top_k)
+    rows: Tensor = torch.ops.edl.dispatch_tokens(tokens, row_order, top_k)
+    return rows
+
+
+def combine_tokens(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_k: int) -> Tensor:
+    """Brings rows back to their tokens: the sum, weighted if weights are given, of each token's rows.
+
+    A row whose weight is exactly 0 takes no part, even if it holds NaN: only the gradient of its weight reads it.
+    Without weights, rows of sentinels must be zeros. Differentiable in `rows` and `weights`; without weights the
+    gradient is `dispatch_tokens`, to any order.
+
+    Args:
+        rows (Tensor[N, H]): float32, float64, bfloat16 or float16.
+        weights (Tensor[T, K], optional): in the type of rows, or float32 beside 16-bit rows; None: a plain sum.
+        row_order (Tensor[N]): int32, as `sort_by_expert` gives it: each slot once.
+        top_k (int): K, at least 1.
+
+    Returns:
+        tokens (Tensor[T, H]) in the type of rows, T = N / K.
+
+    Raises:
+        ValueError: a wrong shape, type or device.
+        IndexError: `row_order` does not name each slot once (on the CPU).
+    """
+    if not torch.jit.is_scripting():
+        checks.check_tensors("combine_tokens", rows=rows, row_order=row_order)
+        checks.check_given("combine_tokens", weights=weights)
+        checks.check_integers("combine_tokens", top_k=top_k)
+    tokens: Tensor = torch.ops.edl.combine_tokens(rows, weights, row_order, top_k)
+    return tokens
+
+
+def expert_mlp(
+    tokens: Tensor, weights: Tensor, row_order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """Runs each expert's SwiGLU network on the tokens that chose it, and sums the weighted results per token.
+
+    output[t] = sum over k of weights[t, k] · down[e] (silu(g) * u), with [g; u] = gate_up[e] tokens[t] and e the k-th
+    choice of token t. Differentiable in tokens, weights, gate_up and down; an expert without tokens gets exact zeros.
+    A choice whose weight is exactly 0 takes no part, even if its token or expert holds NaN, neither in the output nor
+    in the gradients of tokens, gate_up and down: only the gradient of its weight reads it.
+    Under autocast, tokens, gate_up and down are cast as `torch.nn.functional.linear` casts its arguments.
+
+    Args:
+        tokens (Tensor[T, H]): float32, float64, bfloat16 or float16.
+        weights (Tensor[T, K]): in the type of tokens, or float32 beside 16-bit tokens.
+        row_order (Tensor[N]): int32, from `sort_by_expert`.
+        offsets (Tensor[E + 1]): int32, from `sort_by_expert`; slots behind offsets[E] contribute zeros.
+        gate_up (Tensor[E, 2I, H]): in the type of tokens; each expert's first I rows are the gate's.
+        down (Tensor[E, H, I]): in the type of tokens.
+
+    Returns:
+        output (Tensor[T, H]) in the type of tokens.
+
+    Raises:
+        ValueError: a wrong shape, type or device.
+        IndexError: `offsets` or `row_order` name rows that do not exist (on the CPU).
+    """
+    if not torch.jit.is_scripting():
+        checks.check_tensors("expert_mlp", tokens=tokens, weights=weights, row_order=row_order, offsets=offsets)
+        checks.check_tensors("expert_mlp", gate_up=gate_up, down=down)
+    output: Tensor = torch.ops.edl.expert_mlp(tokens, weights, row_order, offsets, gate_up, down)
+    return output

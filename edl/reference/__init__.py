@@ -1,0 +1,41 @@
+"""Every operator again in plain torch: the definition that the kernels are held to.
+
+Written to be read, not to be fast: no clever order of sums. Feed float64 for a reference. Arguments
+and results are those of the functions of the same name in `edl.ops`.
+"""
+
+from edl.reference.injection import inject
+from edl.reference.layer import combine_tokens, dispatch_tokens, expert_mlp, route_tokens, sort_by_expert
+from edl.reference.loss import (
+    LOWEST_LOG_RATIO,
+    aggregate_routing,
+    divergence_bias,
+    domain_moments,
+    expert_divergence,
+    jensen_shannon,
+    one_or_nan,
+    pairwise_divergence,
+    routing_scores,
+    segment_spreads,
+    sequence_segment_ids,
+)
+
+__all__ = [
+    "LOWEST_LOG_RATIO",
+    "aggregate_routing",
+    "combine_tokens",
+    "dispatch_tokens",
+    "divergence_bias",
+    "domain_moments",
+    "expert_divergence",
+    "expert_mlp",
+    "inject",
+    "jensen_shannon",
+    "one_or_nan",
+    "pairwise_divergence",
+    "route_tokens",
+    "routing_scores",
+    "segment_spreads",
+    "sequence_segment_ids",
+    "sort_by_expert",
+]

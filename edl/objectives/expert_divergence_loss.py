@@ -148,6 +148,9 @@ def expert_divergence_loss(
     return loss
 
 
+_OPTIONS = [name for name in ExpertDivergence.__dataclass_fields__ if name != "labels"]
+
+
 class ExpertDivergenceLoss(nn.Module):
     """Expert Divergence: the mean over pairs of domains of -log(JSD + eps) between their average router distributions.
 
@@ -237,6 +240,7 @@ class ExpertDivergenceLoss(nn.Module):
         self._is_alone = sequence_group is None and group is None and averaging_ranks is None
         self._values_checked = False
         self._exchange = Exchange("expert_divergence_loss", self._ranks)
+        self._made: tuple[list[Any], ExpertDivergence] | None = None  # of these options
         self._keeps_moments = False  # for `pairs_and_nats`
         self._sums: Sums | None = None
         self.memory = memory
@@ -446,15 +450,10 @@ class ExpertDivergenceLoss(nn.Module):
     @torch.jit.unused
     def _objective(self) -> ExpertDivergence:
         """The loss as an objective, with the options as they are now."""
-        return ExpertDivergence(
-            self.num_domains,
-            self.eps,
-            self.input,
-            self.scores,
-            self.sequence_reduction,
-            self.pair_reduction,
-            self.bias_correction,
-        )
+        options = [getattr(self, name) for name in _OPTIONS]
+        if self._made is None or options != self._made[0]:
+            self._made = options, ExpertDivergence(*options)
+        return self._made[1]
 
     @torch.jit.unused
     def _part(self, layers: list[Tensor], segments: Segments) -> Part:

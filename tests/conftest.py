@@ -24,8 +24,20 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="edl-inductor-")
 atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
-# Few tests that take minutes: they come first, so that no process is left alone with them at the end.
-LONGEST_FILES = ["test_packaging.py", "test_examples.py", "test_cpp.py", "test_parallel.py", "test_gpu.py"]
+# They take minutes and come first, so that no process is left alone with one at the end; what is compiled for several
+# comes before all.
+LONGEST_FILES = [
+    "test_packaging.py",
+    "test_gpu.py",
+    "test_examples.py",
+    "test_cpp.py",
+    "test_transformers_trainer.py",
+    "test_parallel.py",
+    "test_cuda_emulation.py",
+    "test_transformers_capture.py",
+    "test_threads.py",
+    "test_transformers_blocks.py",
+]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -60,6 +72,14 @@ def poisoned_memory():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Forgets what was compiled: a function that many tests compile would exceed torch's limit of recompilations."""
+    yield
+    if "torch._dynamo" in sys.modules:  # slow to import
+        torch._dynamo.reset()
 
 
 @pytest.fixture

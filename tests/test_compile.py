@@ -8,13 +8,6 @@ from support import first_samples, gradients
 import edl
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("sample", first_samples(2), ids=str)
 def test_every_operator_compiles_into_one_graph(sample, device):
     compiled = torch.compile(operator(sample.op), fullgraph=True, dynamic=True)

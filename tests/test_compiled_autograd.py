@@ -10,10 +10,8 @@ import edl
 
 @pytest.fixture(autouse=True)
 def compiled_autograd():
-    torch._dynamo.reset()
     with torch._dynamo.config.patch(compiled_autograd=True):
         yield
-    torch._dynamo.reset()
 
 
 def gradients(function, leaves: list, compiled: bool) -> list:

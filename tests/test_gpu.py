@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import cases
 import gpu
 import prebuilt
+import pytest
 import torch
 from commands import ENVIRONMENT, ROOT, run
 
@@ -149,22 +151,38 @@ def test_cases_that_fail_hang_crash_or_lose_the_device_keep_none_from_running(tm
     )
 
 
-def test_cases_that_time_did_not_suffice_for_have_not_failed(tmp_path):
+@pytest.fixture
+def time_is_over(monkeypatch):
+    """Stops the clock of tools/gpu.py until a condition holds; then all time is over."""
+
+    def at(condition):
+        clock = types.SimpleNamespace(sleep=time.sleep, monotonic=lambda: 1e6 if condition() else 0.0)
+        monkeypatch.setattr(gpu, "time", clock)
+
+    return at
+
+
+def test_cases_that_time_did_not_suffice_for_have_not_failed(tmp_path, time_is_over):
     (tmp_path / "test_slow.py").write_text("import time\ndef test_one(): pass\ndef test_two(): time.sleep(1000)\n")
     target = gpu.Target("rehearsal", torch.device("cpu"), tmp_path)
     command = gpu.pytest_command("--rootdir", str(tmp_path), str(tmp_path / "test_slow.py"), seconds=1000)
-    seconds = 30
-    assert gpu.run_cases(target, "correctness", [command], seconds) == f"stopped after {seconds} s"
-    assert "1 passed, 0 failed" in (tmp_path / "gpu-rehearsal-correctness.md").read_text()
+    page = tmp_path / "gpu-rehearsal-correctness.md"
+    time_is_over(lambda: page.exists() and "1 passed" in page.read_text())
+    assert gpu.run_cases(target, "correctness", [command], 500) == "stopped after 500 s"
+    assert "stopped after 500 s: 1 passed, 0 failed" in page.read_text()
 
 
-def test_a_stage_that_is_cut_short_before_its_first_case_has_not_failed(tmp_path):
-    (tmp_path / "test_slow.py").write_text("import time\ntime.sleep(1000)\ndef test_one(): pass\n")
+def test_a_stage_that_is_cut_short_before_its_first_case_has_not_failed(tmp_path, time_is_over):
+    begun = tmp_path / "begun"
+    (tmp_path / "test_slow.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(begun)!r}).touch()\ntime.sleep(1000)\ndef test_one(): pass\n"
+    )
     target = gpu.Target("rehearsal", torch.device("cpu"), tmp_path)
     command = gpu.pytest_command("--rootdir", str(tmp_path), str(tmp_path / "test_slow.py"), seconds=1000)
-    seconds = 10
-    assert gpu.run_cases(target, "sanitizer", [command], seconds) == f"stopped after {seconds} s"
-    assert f"stopped after {seconds} s: 0 passed" in (tmp_path / "gpu-rehearsal-sanitizer.md").read_text()
+    time_is_over(begun.exists)
+    assert gpu.run_cases(target, "sanitizer", [command], 500) == "stopped after 500 s"
+    assert "stopped after 500 s: 0 passed" in (tmp_path / "gpu-rehearsal-sanitizer.md").read_text()
+    time_is_over(lambda: False)
     (tmp_path / "test_none.py").write_text("")
     command = gpu.pytest_command("--rootdir", str(tmp_path), str(tmp_path / "test_none.py"))
     assert gpu.run_cases(target, "sanitizer", [command], 100).startswith("failed: 0 of 0 cases")

@@ -540,7 +540,6 @@ def test_compiles_in_one_graph_that_a_schedule_does_not_change():
         _, experts = edl.ops.route_tokens(logits.detach(), K, "softmax")
         return bound(Observation(logits=logits, experts=experts))[0]
 
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(total_of, fullgraph=True, backend="aot_eager")
     logits = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
@@ -550,7 +549,6 @@ def test_compiles_in_one_graph_that_a_schedule_does_not_change():
         assert_close(*(torch.autograd.grad(x, logits)[0] for x in (total, expected)), EXACT)
         bound.step()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

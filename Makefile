@@ -33,7 +33,7 @@ lint: $(STAMPS)/lint
 # Threads that wait leave their processor to the other processes.
 test: $(STAMPS)/test
 	OMP_WAIT_POLICY=passive $(VENV_PYTHON) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder \
-	  --cov=edl --cov-report=term
+	  --cov=edl --cov-report=term --cov-fail-under=90
 
 demo: $(STAMPS)/demo
 	$(VENV_PYTHON) examples/pretrain/train.py $(if $(DATA),--data "$(DATA)")

@@ -156,8 +156,10 @@ if torch is not None:
 
         def finalize_options(self):
             super().finalize_options()
+            version = ("EDL_VERSION", f'"{self.distribution.get_version()}"')
             for extension in self.extensions:
-                extension.define_macros.append(("EDL_VERSION", f'"{self.distribution.get_version()}"'))
+                if version not in extension.define_macros:  # builds finalise more than once, by how they were asked for
+                    extension.define_macros.append(version)
             if self.editable_mode:  # pip would build in a folder of its own, and everything again each time
                 self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
 

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
 
 
-def run(*command, **options) -> str:
+def run(*command, env=ENVIRONMENT, **options) -> str:
     """The output of a command that succeeds."""
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=ENVIRONMENT, **options)
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env, **options)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

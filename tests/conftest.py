@@ -4,7 +4,6 @@ import atexit
 import os
 import shutil
 import sys
-import tarfile
 import tempfile
 import venv
 from pathlib import Path
@@ -166,23 +165,18 @@ def source_archive(once, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def wheel(once, source_archive, tmp_path_factory):
-    """The wheel that pip builds from the source archive, in a folder that stays, so that only changes are compiled
-    again."""
+def wheel(once, tmp_path_factory):
+    """The wheel that pip builds from the checkout, which the source archive is, file by file, and whose objects are
+    compiled already."""
 
     def make_wheel():
-        unpacked = ROOT / "build" / "source-archive"
-        project = unpacked / source_archive.name.removesuffix(".tar.gz")
-        if project.exists():
-            for path in project.iterdir():
-                if path.name != "build":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        with tarfile.open(source_archive) as files:
-            files.extractall(unpacked, filter="data")
+        for former in [*(ROOT / "build").glob("lib*"), *(ROOT / "build").glob("bdist*")]:
+            shutil.rmtree(former)  # what was deleted since would still be in it
         folder = tmp_path_factory.mktemp("wheel")
         run(
             *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"),
-            *("--wheel-dir", folder, project),
+            *("--wheel-dir", folder, ROOT),
+            env=os.environ,  # another ninja than that of `make` would take no object as its own
         )
         return next(folder.glob("*.whl"))
 

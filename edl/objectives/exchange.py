@@ -75,7 +75,7 @@ class Exchange:
         before = None if memory is None else memory.before_pass()
         parts, sums, layout, problem = self._sum_own_tokens(parts_of, memory)
         problem = ranks.agree(layout, lambda: "nothing" if before is None else before.described(), problem)
-        if problem is None and not (ranks.is_alone or torch.compiler.is_compiling()):
+        if problem is None and not (self._stand_ins or ranks.is_alone or torch.compiler.is_compiling()):
             self._stand_ins = [(part.objective, _of_no_token(part, of_part)) for part, of_part in zip(parts, sums)]
         if ranks.sequence_group is not None:
             sums, problem = self._over_sequence_group(parts, sums, problem)

@@ -1,5 +1,6 @@
 """Objectives with their weights, bound to the ranks and micro-batches that share a batch."""
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,6 +22,15 @@ Weight = float | Callable[[int], float]
 Losses = tuple[Tensor, dict[str, Tensor]]
 
 
+@dataclasses.dataclass(frozen=True)
+class _LinearWarmup:
+    weight: float
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        return self.weight * min(1.0, step / self.steps)
+
+
 def linear_warmup(weight: float, steps: int) -> Callable[[int], float]:
     """A weight that rises from 0 to `weight` over so many optimizer steps, and stays.
 
@@ -31,7 +41,7 @@ def linear_warmup(weight: float, steps: int) -> Callable[[int], float]:
     steps = checks.as_integer("linear_warmup", "steps", steps, lowest=1)
     if not 0.0 <= weight < math.inf:
         raise ValueError(f"edl::linear_warmup: weight must be finite and not negative (got {weight})")
-    return lambda step: weight * min(1.0, step / steps)
+    return _LinearWarmup(float(weight), steps)
 
 
 class _Warned(set[str]):

@@ -53,6 +53,7 @@ class Exchange:
     def __init__(self, op: str, ranks: Ranks) -> None:
         self._op = op
         self._ranks = ranks
+        self._seen: tuple[list[Any], Layout] | None = None  # of the last call
         self._stand_ins: list[tuple[Objective, Sums]] = []  # sums over no tokens, of a rank that has none to give
 
     @property
@@ -138,11 +139,18 @@ class Exchange:
                         _of_units(part, of_part)
             if self._ranks.is_alone or torch.compiler.is_compiling():
                 return parts, sums, None, None
-            objectives = tuple((part.name, repr(part.objective)) for part in parts)
-            shapes = tuple(_shapes(part, of_part) for part, of_part in zip(parts, sums))
-            return parts, sums, Layout(objectives, shapes, first.device.type, self._ranks.averaging_ranks), None
+            return parts, sums, self._layout(parts, sums, first.device.type), None
         except Exception as error:
             return [], [], None, error
+
+    def _layout(self, parts: Parts, sums: list[Sums], device: str) -> Layout:
+        """What ranks compare, in words; made anew only where something differs from the last call."""
+        seen = [(part.name, part.objective, _shapes(part, of_part), device) for part, of_part in zip(parts, sums)]
+        if self._seen is None or seen != self._seen[0]:
+            objectives = tuple((part.name, repr(part.objective)) for part in parts)
+            shapes = tuple(", ".join(f"{name} {shape} {dtype}" for name, shape, dtype in each[2]) for each in seen)
+            self._seen = seen, Layout(objectives, shapes, device, self._ranks.averaging_ranks)
+        return self._seen[1]
 
     def _over_sequence_group(
         self, parts: Parts, sums: list[Sums], problem: Exception | None
@@ -204,14 +212,9 @@ def _of_no_token(part: Part, sums: Sums) -> Sums:
     return {name: x.new_zeros((x.shape[0], 0, *x.shape[2:])) for name, x in sums.items()}
 
 
-def _shapes(part: Part, sums: Sums) -> str:
-    shapes = []
-    for name, x in sums.items():
-        shape = list(x.shape)
-        if part.objective.by_unit:
-            shape[1] = -1
-        shapes.append(f"{name} {shape} {x.dtype}")
-    return ", ".join(shapes)
+def _shapes(part: Part, sums: Sums) -> list[tuple[str, list[int], torch.dtype]]:
+    of_unit = part.objective.by_unit
+    return [(name, [x.shape[0], -1, *x.shape[2:]] if of_unit else list(x.shape), x.dtype) for name, x in sums.items()]
 
 
 def _meaning(parts: Parts, sums: list[Sums]) -> str:

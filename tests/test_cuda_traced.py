@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import edl
 from edl import ops
+from edl.objectives import ExpertDivergence, LoadBalancing, Objectives, RouterZ
+from edl.routing import Observation
 
 
 class Calls(TorchDispatchMode):
@@ -115,3 +117,19 @@ def test_all_layers_of_a_loss_are_one_operator(pretended, place, num_layers):
         torch.ops.edl._segment_sums(layers, ids, 5, "softmax")
     name = "edl.aggregate_routing.default" if num_layers == 1 else "edl._aggregate_layers.default"
     assert [str(operator) for operator in calls.named("edl")] == [name]
+
+
+@pytest.mark.parametrize("averaging_ranks", [1, 2], ids=["alone", "shared"])
+def test_layers_on_different_devices_have_one_loss(pretended, averaging_ranks):
+    layers = [torch.randn(6, 4, device=device) for device in ("cuda:0", "cuda:1", "cuda:0", "cuda:1")]
+    observations = [Observation(logits=x, experts=x.topk(2).indices) for x in layers]
+    objectives = Objectives(
+        {"apart": (ExpertDivergence(2), 1e-2), "balance": (LoadBalancing(), 1e-2), "z": (RouterZ(), 1e-3)},
+        averaging_ranks=averaging_ranks,
+    ).eval()
+    total, values = objectives(
+        observations,
+        domain_ids=torch.tensor([0, 1], device="cuda:0"),
+        attention_mask=torch.ones(2, 3, device="cuda:0"),
+    )
+    assert {x.device for x in (total, *values.values())} == {torch.device("cuda:0")}

@@ -82,14 +82,16 @@ class Exchange:
             sums, problem = self._over_sequence_group(parts, sums, problem)
         sums, problem = self._over_units(parts, sums, problem)
 
-        versions, read = _versions(parts), parts
+        read = [] if torch.compiler.is_compiling() else [x for part in parts for x in _read(part)]
+        versions = [_version(x) for x in read]
+        own: Sequence[Tensor] = []
         if self.is_alone and memory is None:
-            own = total = None
             wait: Callable[[], tuple[Any, Exception | None]] = lambda: (None, problem)
         else:
-            own = self._packed_stand_in() if problem is not None else _packed(sums).double()
+            own = self._sums_of_no_token() if problem is not None else _in_a_row(sums)
             # In the second of two passes what was collected is the sum already.
-            wait = ranks.start_sum(None if memory is not None and memory.has_collected else ranks.group, [own], problem)
+            group = None if memory is not None and memory.has_collected else ranks.group
+            wait = ranks.start_sum(group, own, torch.float64, problem)
         carried: Carried | None = None
         if memory is not None:  # micro-batches are carried in the order in which they begin
             total, problem = wait()
@@ -101,23 +103,23 @@ class Exchange:
             total, problem = wait()
             if problem is not None:
                 raise problem
-            if _versions(read) != versions:
+            if versions != [_version(x) for x in read]:
                 raise RuntimeError(
                     f"edl::{self._op}: router_logits and labels must stay as they are until a loss that was begun is "
                     "finished (got one that was changed in place)"
                 )
-            if own is None:
+            if not own:
                 return parts, sums
             worth = None if carried is None else carried.worth
             whole = total if carried is None else carried.numbers
-            return parts, _unpacked(share(own, whole, float(ranks.averaging_ranks), worth), sums)
+            return parts, _named(share(own, whole, float(ranks.averaging_ranks), worth), sums)
 
         return finish
 
     def reserve(self, parts: Parts, memory: DomainMemory) -> None:
         """Fixes the size of a memory's state as the first micro-batch would, by an example of one."""
         with torch.no_grad():
-            sums = [part.objective.of_tokens(part.layers, part.segments) for part in parts]
+            sums = [_of_tokens(part) for part in parts]
             sums, problem = self._over_units(parts, sums, None)
         if problem is not None:
             raise problem
@@ -130,7 +132,7 @@ class Exchange:
             parts = parts_of()
             if memory is not None:
                 memory.refuse_without_values(_read(parts[0])[0])
-            sums = [part.objective.of_tokens(part.layers, part.segments) for part in parts]
+            sums = [_of_tokens(part) for part in parts]
             first = next(iter(sums[0].values()))
             if self._ranks.compares_values(first):
                 # Labels are looked at with the units; the ranks of sequence_group must hear of wrong ones before.
@@ -156,9 +158,8 @@ class Exchange:
         self, parts: Parts, sums: list[Sums], problem: Exception | None
     ) -> tuple[list[Sums], Exception | None]:
         labels = [part.segments.labels for part in parts if part.objective.by_unit]
-        own = None if problem is not None else _packed(sums)
-        total, problem = self._ranks.sum_tokens(own, labels, problem, self._row_of_no_token)
-        return (sums if problem is not None else _unpacked(total, sums)), problem
+        total, problem = self._ranks.sum_tokens(_in_a_row(sums), labels, problem, self._units_of_no_token)
+        return (sums if problem is not None else _named(total, sums)), problem
 
     def _over_units(
         self, parts: Parts, sums: list[Sums], problem: Exception | None
@@ -172,20 +173,31 @@ class Exchange:
                 problem = error
         return [], problem
 
-    def _row_of_no_token(self, num_units: list[int]) -> Tensor:
+    def _units_of_no_token(self, num_units: list[int]) -> list[Tensor]:
         units = iter(num_units)
         rows = []
         for objective, sums in self._stand_ins:
             size = next(units) if objective.by_unit else 0
             shapes = [(x.shape[0], size, *x.shape[2:]) if objective.by_unit else x.shape for x in sums.values()]
             rows.append({name: x.new_zeros(shape) for (name, x), shape in zip(sums.items(), shapes)})
-        return _packed(rows)
+        return _in_a_row(rows)
 
-    def _packed_stand_in(self) -> Tensor:
+    def _sums_of_no_token(self) -> list[Tensor]:
         no_label = next(iter(self._stand_ins[0][1].values())).new_zeros(0, dtype=torch.int64)
         with torch.no_grad():
-            rows = [each.of_units(sums, no_label) if each.by_unit else sums for each, sums in self._stand_ins]
-            return _packed(rows).double()
+            return _in_a_row(
+                [each.of_units(sums, no_label) if each.by_unit else sums for each, sums in self._stand_ins]
+            )
+
+
+def _of_tokens(part: Part) -> Sums:
+    """Sums of a part, on the device of its segments, which is that of the batch, wherever the layers lie."""
+    ids = part.segments.segment_ids
+    device = _read(part)[0].device
+    if device == ids.device:
+        return part.objective.of_tokens(part.layers, part.segments)
+    there = part.segments._replace(segment_ids=ids.to(device), labels=part.segments.labels.to(device))
+    return {name: x.to(ids.device) for name, x in part.objective.of_tokens(part.layers, there).items()}
 
 
 def _of_units(part: Part, sums: Sums) -> Sums:
@@ -194,16 +206,17 @@ def _of_units(part: Part, sums: Sums) -> Sums:
 
 def _read(part: Part) -> list[Tensor]:
     """What the sums of a part are computed from."""
-    needs = sorted(part.objective.needs)
-    observed = [getattr(layer, field) for layer in part.layers for field in needs]
-    return [*observed, part.segments.segment_ids, part.segments.labels]
+    needs = part.objective.needs
+    return [
+        *[getattr(layer, field) for layer in part.layers for field in needs],
+        part.segments.segment_ids,
+        part.segments.labels,
+    ]
 
 
-def _versions(parts: Parts) -> list[int]:
-    """Tells tensors that were changed in place; where there is no telling, nothing."""
-    if torch.compiler.is_compiling():
-        return []
-    return [-1 if tensor.is_inference() else tensor._version for part in parts for tensor in _read(part)]
+def _version(tensor: Tensor) -> int:
+    """Tells whether a tensor was changed in place, where there is telling."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _of_no_token(part: Part, sums: Sums) -> Sums:
@@ -226,14 +239,10 @@ def _meaning(parts: Parts, sums: list[Sums]) -> str:
     return "; ".join(of_parts)
 
 
-def _packed(sums: Sequence[Sums]) -> Tensor:
-    rows = [x.reshape(-1) for of_part in sums for x in of_part.values()]
-    if any(row.dtype != torch.float32 for row in rows):  # numbers of choices too are exact in float64
-        rows = [row.double() for row in rows]
-    return torch.cat(rows)
+def _in_a_row(sums: Sequence[Sums]) -> list[Tensor]:
+    return [x for of_part in sums for x in of_part.values()]
 
 
-def _unpacked(row: Tensor, sums: Sequence[Sums]) -> list[Sums]:
-    """Views of the row, named and shaped as the sums that were packed."""
-    pieces = iter(row.split([x.numel() for of_part in sums for x in of_part.values()]))
-    return [{name: next(pieces).view(x.shape) for name, x in of_part.items()} for of_part in sums]
+def _named(row: Sequence[Tensor], sums: Sequence[Sums]) -> list[Sums]:
+    tensors = iter(row)
+    return [{name: next(tensors) for name in of_part} for of_part in sums]

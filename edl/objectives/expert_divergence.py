@@ -134,7 +134,7 @@ class ExpertDivergence(Objective):
 
     def of_units(self, sums: Sums, labels: Tensor) -> Sums:
         moments, squares, counts = torch.ops.edl.domain_moments(
-            sums["sums"], sums["counts"][0].detach(), labels, self.num_domains, self.bias_correction
+            sums["sums"], sums["counts"].squeeze(0).detach(), labels, self.num_domains, self.bias_correction
         )
         return {"sums": moments, **({"squares": squares} if self.bias_correction else {}), "counts": counts}
 
@@ -147,7 +147,7 @@ class ExpertDivergence(Objective):
         return loss
 
     def has_effect(self, sums: Sums) -> Tensor:
-        return self._is_present(sums)[-1].sum() > 1  # as in all layers
+        return self._is_present(sums).select(0, -1).sum() > 1  # as in all layers
 
     def measures(self, sums: Sums) -> dict[str, Tensor]:
         """The pairs of domains that were compared, and their Jensen-Shannon divergence: the mean over pairs and layers,

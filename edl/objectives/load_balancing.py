@@ -73,7 +73,7 @@ def _balance_sums(logits: Tensor, experts: Tensor, counted: Tensor, scores: str)
     # The sort counts without a scatter; a token that does not count is a sentinel there.
     chosen = torch.where((counted == 0).unsqueeze(1), experts, torch.full_like(experts, num_experts))
     _, offsets = ops.sort_by_expert(chosen, num_experts)
-    return mass[0], tokens[0], offsets[1:] - offsets[:-1]
+    return mass.squeeze(0), tokens.squeeze(0), offsets.diff()
 
 
 def _balance(mass: Tensor, tokens: Tensor, choices: Tensor) -> Tensor:

@@ -121,10 +121,10 @@ class EffectWatch:
         return counted
 
 
-def warn_of_no_effect(name: str, num_steps: int = STEPS_WITHOUT_EFFECT) -> None:
+def warn_of_no_effect(name: str) -> None:
     """Warns that an objective does nothing."""
     warnings.warn(
         f"edl::Objectives: a batch must hold something for {name} to act on, for a divergence two domains: mix domains "
-        f"in batches or check masks and labels (got none for {num_steps} steps)",
+        f"in batches or check masks and labels (got none for {STEPS_WITHOUT_EFFECT} steps)",
         stacklevel=3,
     )

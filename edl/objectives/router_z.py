@@ -51,8 +51,8 @@ def _squares_and_tokens(logits: Tensor, counted: Tensor, is_masked: bool) -> tup
     z = torch.where(torch.isneginf(z), torch.full_like(z, float("nan")), z)
     squares = torch.where(is_counted, z.square(), torch.zeros_like(z)).sum()
     # A sum of ones, by the operator that refuses mask values which are not allowed.
-    tokens, _ = ops.aggregate_routing(torch.ones_like(wide[:, :1]), counted, 1, "none")
-    return squares, tokens[0, 0]
+    tokens, _ = ops.aggregate_routing(torch.ones_like(z).unsqueeze(1), counted, 1, "none")
+    return squares, tokens.sum()
 
 
 def router_z_loss(

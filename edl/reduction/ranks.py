@@ -8,7 +8,7 @@ ranks that share the batch. Every rank then has the loss of the whole batch and 
 import copy
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Optional, TypeVar, Union
 
 import torch
@@ -178,28 +178,28 @@ class Ranks:
 
     def sum_tokens(
         self,
-        own: Tensor | None,
+        own: list[Tensor],
         labels: list[Tensor],
         problem: Exception | None,
-        stand_in: Callable[[list[int]], Tensor],
-    ) -> tuple[Tensor, Exception | None]:
+        stand_in: Callable[[list[int]], list[Tensor]],
+    ) -> tuple[Sequence[Tensor], Exception | None]:
         """Adds sums over tokens over `sequence_group`, so that those of a unit, a sequence for instance, are whole.
 
         Args:
-            own (Tensor[N], optional): this rank's; needed of a rank without a problem, as are labels.
+            own (list of Tensor): this rank's; none where it has a problem.
             labels (list of Tensor[S, ...]): of the units that the sums are of, compared between ranks where values are
-                looked at.
+                looked at; none where there is a problem.
             problem (Exception, optional): why this rank has none of them.
-            stand_in (Callable): a row for so many units, for a rank that has none to give.
+            stand_in (Callable): sums for so many units, for a rank that has none to give.
 
         Returns:
-            The total, differentiable in one's own part; NaN, and a problem, where a rank failed.
+            The totals, differentiable in one's own parts; NaN, and a problem, where a rank failed.
         """
         group = self.sequence_group
         assert group is not None
-        row = stand_in(self._num_units) if own is None else own
+        sums = own if problem is None else stand_in(self._num_units)
         numbers = [len(each) for each in labels] if problem is None else self._num_units
-        if numbers and reads_values(row):
+        if numbers and reads_values(sums[0]):
             # A collective of different sizes may end the process; other labels would be a wrong loss without a word.
             item = None if problem else [(len(each), zlib.crc32(repr(each.tolist()).encode())) for each in labels]
             given = {rank: units for rank, units in gather(group, item) if units is not None}
@@ -217,26 +217,34 @@ class Ranks:
                     f"of whole sequences (got{got})"
                 )
             if not are_equal or not given:
-                return row, problem
+                return sums, problem
             numbers = first
-            row = row if own is not None and problem is None else stand_in(numbers)
+            sums = own if problem is None else stand_in(numbers)
         self._num_units = numbers
-        total, problem = self.start_sum(group, [row], problem)()
-        return share(row, total), problem
+        # Numbers of choices are exact in float64 only.
+        dtype = torch.float32 if all(x.dtype == torch.float32 for x in sums) else torch.float64
+        total, problem = self.start_sum(group, sums, dtype, problem)()
+        return share(sums, total), problem
 
     def start_sum(
-        self, group: Optional["dist.ProcessGroup"], numbers: list[Tensor], problem: Exception | None
+        self,
+        group: Optional["dist.ProcessGroup"],
+        numbers: Sequence[Tensor],
+        dtype: torch.dtype,
+        problem: Exception | None,
     ) -> Callable[[], tuple[Tensor, Exception | None]]:
         """Starts to add up this rank's numbers over a group; a rank that failed takes part with NaN.
 
-        Returns a function that waits for the total, one row without gradient; NaN, and a problem, where a rank failed.
+        Returns a function that waits for the total, one row of a type without gradient; NaN, and a problem, where a
+        rank failed.
         """
         with torch.no_grad():
+            rows = [x.reshape(-1).to(dtype) for x in numbers]
             if group is None:
-                total = numbers[0] if len(numbers) == 1 else torch.cat([x.reshape(-1) for x in numbers])
-                return lambda: (total.detach(), problem)
-            failed = numbers[0].new_full([1], float(problem is not None))  # counts the ranks that did
-            row = torch.cat([*(x.reshape(-1) for x in numbers), failed])
+                own = torch.cat(rows)
+                return lambda: (own, problem)
+            failed = numbers[0].new_full([1], float(problem is not None), dtype=dtype)  # counts the ranks that did
+            row = torch.cat([*rows, failed])
             if problem is not None:
                 row[:-1] = float("nan")
             total = torch.ops._c10d_functional.all_reduce(row, "sum", group.group_name)

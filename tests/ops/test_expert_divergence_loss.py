@@ -90,8 +90,10 @@ def of_moments(
     """In the steps between which ranks and micro-batches add their parts; the gradient eight times as large."""
     sums, counts = torch.ops.edl._segment_sums(layers, ids, num_segments, scores)
     parts = moments_of(sums, counts, labels, num_domains, sequence_reduction, corrected)
-    moments, squares = (share(part, part.detach(), 2.0, torch.tensor(4.0).double()) for part in parts[:2])
-    loss = ops.expert_divergence(moments, squares, parts[2], eps, pairs, corrected).to(sums.dtype)
+    row = torch.cat([part.detach().flatten() for part in parts])
+    loss = ops.expert_divergence(*share(parts, row, 2.0, torch.tensor(4.0).double()), eps, pairs, corrected).to(
+        sums.dtype
+    )
     return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[layer_reduction]()
 
 

@@ -331,7 +331,9 @@ class EDTrainerMixin(_Trainer):
         if not model.training:
             return result
         loss = self._objectives_loss(inputs) / self._num_shares(num_items_in_batch)
-        return (result[0] + loss, result[1]) if return_outputs else result + loss
+        language_loss = result[0] if return_outputs else result
+        total = language_loss + loss.to(language_loss.device)  # of a model that is spread over devices
+        return (total, result[1]) if return_outputs else total
 
     def _inputs_of_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in inputs.items() if name not in self._label_sets}

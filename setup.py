@@ -131,6 +131,7 @@ def check_torch_version():
 
 
 # Most of a source's compile time is reading these: they are read once for all.
+INCLUDE_DIRS = [str(ROOT / "csrc"), str(ROOT / "csrc" / "include")]
 TORCH_HEADERS = ("ATen/Parallel.h", "torch/csrc/autograd/custom_function.h", "torch/library.h")
 
 # The flags of each build of cpu/isa/*.cpp, and the width of its vector registers.
@@ -207,7 +208,7 @@ if torch is not None:
                 objects += self.compiler.compile(
                     glob("csrc/cpu/isa/*.cpp"),
                     output_dir=os.path.join(self.build_temp, name),
-                    include_dirs=[str(ROOT / "csrc")],
+                    include_dirs=INCLUDE_DIRS,
                     macros=[("EDL_ISA", name), ("EDL_VECTOR_BYTES", str(vector_bytes))],
                     extra_postargs=[
                         "-std=c++20",
@@ -224,12 +225,7 @@ if torch is not None:
 
         def copy_headers(self, package):
             shutil.rmtree(package / "include", ignore_errors=True)
-            for pattern in ("edl.h", "common/*.h", "ops/*.h"):
-                for header in (ROOT / "csrc").glob(pattern):
-                    target = package / "include" / "edl" / header.relative_to(ROOT / "csrc")
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    # A program finds `edl/common/...`; a bare `common/...` could be its own.
-                    target.write_text(header.read_text().replace('#include "', '#include "edl/'))
+            shutil.copytree(ROOT / "csrc" / "include", package / "include")
 
         def get_ext_filename(self, name):
             # `name` comes with or without its packages; only the library goes without Python's suffix.
@@ -275,7 +271,7 @@ def extensions():
     library = make_extension(
         LIBRARY,
         sources,
-        include_dirs=[str(ROOT / "csrc")],
+        include_dirs=INCLUDE_DIRS,
         define_macros=macros,
         extra_compile_args=flags,
         extra_link_args=[

@@ -1,5 +1,5 @@
 // Facts about the library itself. Every operator registers in its own file.
-#include "edl.h"
+#include "edl/edl.h"
 
 #include <torch/library.h>
 

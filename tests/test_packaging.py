@@ -35,7 +35,7 @@ def test_source_archive_is_the_checkout_without_build_products(source_archive):
 
 def test_wheel_has_library_headers_and_cmake_files(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("lib/libedl.so", "include/edl/edl.h", "include/edl/ops/aggregate_routing.h", "py.typed", "cli.py"):
+    for name in ("lib/libedl.so", "include/edl/edl.h", "include/edl/aggregate_routing.h", "py.typed", "cli.py"):
         assert f"edl/{name}" in names
     assert "edl/share/cmake/edl/edlConfig.cmake" in names
     assert not [name for name in names if name.startswith(("csrc", "tests", "examples", "build"))]

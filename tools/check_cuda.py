@@ -35,7 +35,17 @@ def compile_source(nvcc: str, folder: Path, source: Path, flags: list[str]) -> t
     goes below the folder."""
     target = (folder / source.relative_to(ROOT)).with_suffix(".o")
     target.parent.mkdir(parents=True, exist_ok=True)
-    command = [nvcc, "-std=c++20", f"-I{ROOT / 'csrc'}", *flags, "-c", str(source), "-o", str(target)]
+    command = [
+        nvcc,
+        "-std=c++20",
+        f"-I{ROOT / 'csrc'}",
+        f"-I{ROOT / 'csrc/include'}",
+        *flags,
+        "-c",
+        str(source),
+        "-o",
+        str(target),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assembly = ""
     cuobjdump = find_cuobjdump(nvcc)

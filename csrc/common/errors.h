@@ -17,7 +17,7 @@ inline bool holds(const c10::SymBool& condition) {
 } // namespace edl
 
 // One sentence: the op, the rule, and what was got. ValueError in Python.
-#define EDL_CHECK(condition, ...) TORCH_CHECK_VALUE(::edl::holds(condition), __VA_ARGS__)
+#define EDL_ENSURE(condition, ...) TORCH_CHECK_VALUE(::edl::holds(condition), __VA_ARGS__)
 
 // The same for an id outside its range. IndexError in Python.
-#define EDL_CHECK_INDEX(condition, ...) TORCH_CHECK_INDEX(condition, __VA_ARGS__)
+#define EDL_ENSURE_INDEX(condition, ...) TORCH_CHECK_INDEX(condition, __VA_ARGS__)

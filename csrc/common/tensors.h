@@ -31,7 +31,7 @@ inline void check_memory(const char* op, const at::Tensor& tensor) {
   const size_t needed = at::detail::computeStorageNbytes(
       tensor.sizes(), tensor.strides(), tensor.element_size(), tensor.storage_offset());
   const size_t held = tensor.storage().nbytes();
-  EDL_CHECK(
+  EDL_ENSURE(
       needed <= held, op, ": a tensor must have the memory of its shape, which FSDP frees outside its module's passes ",
       "(got ", held, " of ", needed, " bytes for ", tensor.sizes(), ")");
 }

@@ -87,7 +87,7 @@ void for_runs(const Indices& ids, int64_t num_tokens, Take take) {
 int64_t count_segments(const Indices& ids, int64_t num_tokens, int64_t num_segments, std::vector<int64_t>* counts) {
   int64_t runs = 0;
   for_runs(ids, num_tokens, [&](IdRun run) {
-    EDL_CHECK_INDEX(
+    EDL_ENSURE_INDEX(
         run.id >= -1 && run.id < num_segments, kOp, ": segment_ids must be at least -1 and below ", num_segments,
         ", the number of segments (got ", run.id, " at row ", run.begin,
         "; edl.segments gives this id to a token whose label or mask value is not allowed, and to all where cu_seqlens "
@@ -263,7 +263,7 @@ void check_unchanged_ids(const Id* ids, int64_t begin, int64_t end, int64_t num_
   for (int64_t t = begin; t < end; ++t) {
     all_valid &= ids[t] >= -1 && ids[t] < num_segments;
   }
-  EDL_CHECK_INDEX(
+  EDL_ENSURE_INDEX(
       all_valid, kOp,
       ": segment_ids must stay as they are until the backward pass (got one that is now below -1 or not "
       "below ",

@@ -23,7 +23,7 @@ DomainMeans domain_means(
   const int64_t size = result.size() * result.width;
   result.means.assign(size, 0.0);
   result.log_means.assign(size, 0.0);
-  result.spread.assign(squares != nullptr ? size : 0, 0.0);
+  result.variance.assign(squares != nullptr ? size : 0, 0.0);
   for (int64_t j = 0; j < result.size(); ++j) {
     const double n = result.counts[j];
     const double* sum = sums + result.domains[j] * num_experts;
@@ -34,7 +34,7 @@ DomainMeans domain_means(
       const double* square = squares + result.domains[j] * num_experts;
       for (int64_t e = 0; e < num_experts; ++e) {
         const double variance = (square[e] - sum[e] * (sum[e] / n)) / (n - 1);
-        result.spread[j * result.width + e] = variance < 0 ? 0.0 : variance / n; // below 0 by rounding alone
+        result.variance[j * result.width + e] = variance < 0 ? 0.0 : variance / n; // below 0 by rounding alone
       }
     }
   }

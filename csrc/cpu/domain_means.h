@@ -13,7 +13,7 @@ struct DomainMeans {
   std::vector<double> counts; //    [M]
   std::vector<double> means; //     [M, width]
   std::vector<double> log_means; // [M, width]
-  std::vector<double> spread; //    [M, width] variance of the mean, V/n; empty without bias correction
+  std::vector<double> variance; //    [M, width] variance of the mean, V/n; empty without bias correction
   int64_t width; //                 E, padded to whole vectors with zeros
 
   int64_t size() const {
@@ -25,8 +25,8 @@ struct DomainMeans {
   const double* log_mean(int64_t j) const {
     return log_means.data() + j * width;
   }
-  const double* spread_of(int64_t j) const {
-    return spread.data() + j * width;
+  const double* variance_of(int64_t j) const {
+    return variance.data() + j * width;
   }
 };
 

@@ -39,7 +39,7 @@ Membership members_by_id(const at::Tensor& labels, int64_t num_domains) {
   Membership members;
   members.first.push_back(0);
   for (int64_t s = 0; s < dense.size(0); ++s) {
-    EDL_CHECK_INDEX(
+    EDL_ENSURE_INDEX(
         ids[s] >= -1 && ids[s] < num_domains,
         "edl::domain_moments: labels must be at least -1 and below num_domains = ", num_domains, " (got ", ids[s],
         " for segment ", s, ")");
@@ -59,7 +59,7 @@ Membership members_by_weight(const at::Tensor& labels, int64_t num_domains) {
   for (int64_t s = 0; s < dense.size(0); ++s) {
     for (int64_t d = 0; d < num_domains; ++d) {
       const double weight = weights[s * num_domains + d];
-      EDL_CHECK(
+      EDL_ENSURE(
           weight >= 0 && std::isfinite(weight),
           "edl::domain_moments: labels as weights must be finite and at least 0 (got ", weight, " for segment ", s,
           " and domain ", d, ")");

@@ -66,7 +66,7 @@ void add_pair(
   double factor = logs ? slope_factor(divergence + rule.eps, pairs) : 1.0;
   if (rule.bias_correction) {
     const double bias = loops.bias(
-        layer.mean(j), layer.mean(k), layer.spread_of(j), layer.spread_of(k), width, scratch.bias_slope.data(),
+        layer.mean(j), layer.mean(k), layer.variance_of(j), layer.variance_of(k), width, scratch.bias_slope.data(),
         scratch.inverse.data());
     // max(D, b), but a NaN on either side stays.
     const double larger = divergence < bias ? bias : divergence;

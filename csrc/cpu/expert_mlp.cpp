@@ -3,8 +3,8 @@
 //
 // Windows of rows, one after the other; in each, stages of independent tasks, which threads take as they come free:
 //
-//   forward    hidden (rows x columns of I) ─► output (columns of H)
-//   backward   grad_hidden (rows x columns of I) ─► grad_tokens (columns of H), grad_factors,
+//   forward    activations (rows x columns of I) ─► output (columns of H)
+//   backward   grad_activations (rows x columns of I) ─► grad_tokens (columns of H), grad_factors,
 //                                                   grad_gate_up, grad_down (blocks)
 //
 // Everything is computed and summed in float32 (float64 for float64). Each result is written by one task, in an order
@@ -57,7 +57,7 @@ void check_rows(const at::Tensor& order, const at::Tensor& bounds) {
   const int32_t* offsets = bounds.const_data_ptr<int32_t>();
   int64_t previous = 0;
   for (int64_t e = 0; e < bounds.size(0); ++e) {
-    EDL_CHECK_INDEX(
+    EDL_ENSURE_INDEX(
         offsets[e] >= previous && offsets[e] <= order.size(0) && (e > 0 || offsets[e] == 0), kOp,
         ": offsets must rise from 0 to at most ", order.size(0), ", the number of rows (got ", offsets[e],
         " at position ", e, ")");
@@ -100,8 +100,8 @@ class ExpertMlp {
         storage_(static_cast<int>(storage_of(arguments.tokens))),
         offsets_(arguments.bounds.const_data_ptr<int32_t>()),
         options_(sums.options()) {
-    task.hidden = arguments.tokens.size(1);
-    task.intermediate = arguments.down.size(2);
+    task.hidden_size = arguments.tokens.size(1);
+    task.intermediate_size = arguments.down.size(2);
     task.top_k = arguments.factors.size(1);
     task.slots = arguments.order.const_data_ptr<int32_t>();
     task.factors = arguments.factors.const_data_ptr();
@@ -115,16 +115,16 @@ class ExpertMlp {
     }
     task.pre_activation = pre_activation.defined() ? pre_activation.data_ptr() : nullptr;
     task.sums = sums.mutable_data_ptr();
-    const int64_t operations = (backward ? 12 : 6) * offsets_[num_experts_] * task.hidden * task.intermediate;
+    const int64_t operations = (backward ? 12 : 6) * offsets_[num_experts_] * task.hidden_size * task.intermediate_size;
     num_threads_ = std::clamp<int64_t>(operations / kGrainOperations, 1, at::get_num_threads());
     allocate(backward);
   }
 
   void forward() {
-    const auto output_columns = cut_columns(task.hidden, num_threads_);
+    const auto output_columns = cut_columns(task.hidden_size, num_threads_);
     for (const Window& window : windows_) {
       task.window_begin = window.begin();
-      over_rows(window, kHiddenColumns, loops_.hidden[storage_]);
+      over_rows(window, kActivationColumns, loops_.activations[storage_]);
       run(output_columns.size(), [&](int64_t i, void* own) {
         loops_.output[storage_](task, window.experts.data(), window.experts.size(), output_columns[i], own);
       });
@@ -134,7 +134,7 @@ class ExpertMlp {
   void backward(std::array<bool, 4> needed) {
     for (const Window& window : windows_) {
       task.window_begin = window.begin();
-      over_rows(window, kWideColumns, loops_.grad_hidden[storage_]);
+      over_rows(window, kWideColumns, loops_.grad_activations[storage_]);
       finish_gradients(window, needed);
     }
   }
@@ -150,8 +150,8 @@ class ExpertMlp {
     const auto padded = [](int64_t width) {
       return (width + kRowPadding - 1) / kRowPadding * kRowPadding + kRowPadding;
     };
-    task.activation_stride = padded(task.intermediate);
-    task.pre_activation_stride = padded(2 * task.intermediate);
+    task.activation_stride = padded(task.intermediate_size);
+    task.pre_activation_stride = padded(2 * task.intermediate_size);
     const int64_t row = task.activation_stride + (backward ? task.pre_activation_stride : 0);
     const int64_t row_bytes = row * static_cast<int64_t>(options_.dtype().itemsize());
     const int64_t most = std::max(kTaskRows, num_threads_ * kWindowBytes / row_bytes);
@@ -170,22 +170,22 @@ class ExpertMlp {
         storage_ != static_cast<int>(StorageType::float64)) {
       allocate_carried();
     }
-    thread_elements_ = padded(expert_mlp_thread_elements(task.hidden, task.intermediate));
+    thread_elements_ = padded(expert_mlp_thread_elements(task.hidden_size, task.intermediate_size));
     thread_scratch_ = scratch(num_threads_ * thread_elements_);
   }
 
   void allocate_carried() {
     for (const Window& window : windows_) {
       if (window.begin() > offsets_[window.experts.front().expert] && !carried_.defined()) {
-        carried_ = scratch(3 * task.hidden * task.intermediate);
+        carried_ = scratch(3 * task.hidden_size * task.intermediate_size);
         task.carried_gate_up = carried_.mutable_data_ptr();
-        task.carried_down = carried_.slice(0, 2 * task.hidden * task.intermediate).mutable_data_ptr();
+        task.carried_down = carried_.slice(0, 2 * task.hidden_size * task.intermediate_size).mutable_data_ptr();
       }
     }
   }
 
   int64_t parts(int64_t width) const {
-    return (task.intermediate + width - 1) / width;
+    return (task.intermediate_size + width - 1) / width;
   }
 
   template <typename Task>
@@ -198,14 +198,16 @@ class ExpertMlp {
     const int64_t pieces = parts(width);
     run(window.blocks.size() * pieces, [&](int64_t i, void* own) {
       const int64_t column = i % pieces * width;
-      loop(task, window.blocks[i / pieces], {column, std::min(task.intermediate, column + width)}, own);
+      loop(task, window.blocks[i / pieces], {column, std::min(task.intermediate_size, column + width)}, own);
     });
   }
 
   void finish_gradients(const Window& window, std::array<bool, 4> needed) {
-    const auto columns = needed[0] ? cut_columns(task.hidden, num_threads_) : std::vector<Columns>();
-    const auto gate_up = needed[2] ? grad_blocks(window, 2 * task.intermediate, task.hidden) : std::vector<GradBlock>();
-    const auto down = needed[3] ? grad_blocks(window, task.hidden, task.intermediate) : std::vector<GradBlock>();
+    const auto columns = needed[0] ? cut_columns(task.hidden_size, num_threads_) : std::vector<Columns>();
+    const auto gate_up =
+        needed[2] ? grad_blocks(window, 2 * task.intermediate_size, task.hidden_size) : std::vector<GradBlock>();
+    const auto down =
+        needed[3] ? grad_blocks(window, task.hidden_size, task.intermediate_size) : std::vector<GradBlock>();
     const int64_t first_gate_up = columns.size(), first_down = first_gate_up + gate_up.size();
     const int64_t factors = first_down + down.size();
     run(factors + needed[1], [&](int64_t i, void* own) {
@@ -298,7 +300,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
   check_memory(kOp, grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation);
   const Arguments arguments = dense(tokens, weights, row_order, offsets, gate_up, down);
   const at::Tensor grad = with_dense_rows(grad_output);
-  const at::Tensor hidden = pre_activation.contiguous();
+  const at::Tensor kept = pre_activation.contiguous();
   const auto empty_if = [&](bool is_needed, const at::Tensor& input) {
     return is_needed ? on_huge_pages(at::empty(input.sizes(), input.options())) : at::empty({0}, input.options());
   };
@@ -307,7 +309,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
   at::Tensor grad_gate_up = empty_if(needed[2], gate_up), grad_down = empty_if(needed[3], down);
   const at::Tensor zeros = at::zeros({tokens.size(1)}, tokens.options());
 
-  ExpertMlp experts(arguments, token_sums, hidden, /*backward=*/true);
+  ExpertMlp experts(arguments, token_sums, kept, /*backward=*/true);
   experts.task.grad_output = grad.const_data_ptr();
   experts.task.grad_output_stride = grad.stride(0);
   experts.task.zeros = zeros.const_data_ptr();

@@ -27,7 +27,7 @@ void fill_row(const DomainMeans& layer, int64_t j, bool bias_correction, int64_t
         layer.mean(j), layer.mean(k), layer.log_mean(j), layer.log_mean(k), layer.width, nullptr, nullptr);
     if (bias_correction) {
       value -= loops.bias(
-          layer.mean(j), layer.mean(k), layer.spread_of(j), layer.spread_of(k), layer.width, scratch.data(),
+          layer.mean(j), layer.mean(k), layer.variance_of(j), layer.variance_of(k), layer.width, scratch.data(),
           scratch.data() + layer.width);
     }
     const int64_t column = layer.domains[k];

@@ -71,7 +71,7 @@ at::Tensor route_tokens_backward_cpu(
   const at::Tensor dense_experts = experts.contiguous();
   const int64_t* ids = dense_experts.const_data_ptr<int64_t>();
   const int64_t num_experts = rows.size(1);
-  EDL_CHECK_INDEX(
+  EDL_ENSURE_INDEX(
       std::all_of(ids, ids + dense_experts.numel(), [=](int64_t id) { return id >= 0 && id < num_experts; }),
       "edl::_route_tokens_backward: experts must be at least 0 and below ", num_experts, ", the number of experts");
   at::Tensor grad_logits = at::empty(logits.sizes(), logits.options().memory_format(at::MemoryFormat::Contiguous));

@@ -12,7 +12,7 @@ inline std::vector<int32_t> rows_of_slots(const char* op, const int32_t* row_ord
   std::vector<int32_t> rows(num_rows, -1);
   for (int64_t i = 0; i < num_rows; ++i) {
     const int64_t slot = row_order[i];
-    EDL_CHECK_INDEX(
+    EDL_ENSURE_INDEX(
         slot >= 0 && slot < num_rows && rows[slot] < 0, op, ": row_order must name each of the ", num_rows,
         " slots once (got ", slot, " at row ", i, ")");
     rows[slot] = static_cast<int32_t>(i);

@@ -57,7 +57,7 @@ std::vector<int32_t> count_ids(const Indices& ids, int64_t num_slots, int64_t nu
     }
   });
   for (const int64_t bad : first_bad) {
-    EDL_CHECK_INDEX(
+    EDL_ENSURE_INDEX(
         bad < 0, "edl::sort_by_expert: experts must be at least 0 and at most ", num_experts,
         ", the number of experts, which means no expert (got ", bad < 0 ? 0 : ids[bad], " at slot ", bad, ")");
   }

@@ -36,7 +36,7 @@ std::tuple<at::Tensor, at::Tensor> aggregate(
     at::TensorList layers, const at::Tensor& segment_ids, int64_t num_segments, std::string_view scores_name) {
   const at::Tensor& routing = layers[0];
   const Scores scores = check_aggregate_routing(routing, segment_ids, num_segments, scores_name);
-  EDL_CHECK(
+  EDL_ENSURE(
       num_segments < std::numeric_limits<int32_t>::max(), kOp, ": on CUDA num_segments must be below 2^31 - 1 (got ",
       num_segments, ")");
   const c10::cuda::CUDAGuard guard(routing.device());
@@ -134,7 +134,7 @@ std::tuple<at::Tensor, at::Tensor> aggregate_layers_cuda(
 std::vector<at::Tensor> aggregate_layers_backward_cuda(
     const at::Tensor& grad_sums, at::TensorList layers, const at::Tensor& segment_ids, std::string_view scores) {
   check_layers_alike(layers);
-  EDL_CHECK(
+  EDL_ENSURE(
       grad_sums.dim() == 3 && grad_sums.size(0) == static_cast<int64_t>(layers.size()), kOp,
       ": the gradient of sums must have one matrix per layer (got ", grad_sums.sizes(), " for ", layers.size(),
       " layers)");

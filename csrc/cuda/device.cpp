@@ -27,7 +27,7 @@ bool values_are_checked(const char* op) {
   if (wanted == nullptr || std::string_view(wanted) != "1") {
     return false;
   }
-  EDL_CHECK(
+  EDL_ENSURE(
       !is_capturing(), op,
       ": EDL_CHECK=1 reads values on the host, which a CUDA graph cannot capture (got a stream that is being captured; "
       "unset "

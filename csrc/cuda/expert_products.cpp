@@ -29,14 +29,14 @@ int compute_capability(const at::Device& device) {
 // Sizes may be symbolic, and a device's index still open.
 bool one_kernel_serves_all(const at::Tensor& gate_up, const at::Tensor& down) {
   const auto most_groups = gate_up.sym_size(0).maybe_as_int();
-  const auto hidden = down.sym_size(1).maybe_as_int(), intermediate = down.sym_size(2).maybe_as_int();
-  if (gate_up.scalar_type() != at::kBFloat16 || !most_groups || !hidden || !intermediate) {
+  const auto hidden_size = down.sym_size(1).maybe_as_int(), intermediate_size = down.sym_size(2).maybe_as_int();
+  if (gate_up.scalar_type() != at::kBFloat16 || !most_groups || !hidden_size || !intermediate_size) {
     return false;
   }
   const at::Device device = gate_up.device();
   const int major =
       compute_capability(device.has_index() ? device : c10::Device(c10::kCUDA, c10::cuda::current_device()));
-  return *most_groups <= kMostGroups && *hidden % kPack == 0 && *intermediate % kPack == 0 &&
+  return *most_groups <= kMostGroups && *hidden_size % kPack == 0 && *intermediate_size % kPack == 0 &&
       (major == 9 || major == 10);
 }
 
@@ -64,7 +64,7 @@ ExpertProducts::ExpertProducts(
       "only where one kernel serves all of them: bfloat16, compute capability 9 or 10, H and I multiples of 8, fewer "
       "than 1024 experts (got ";
   const int major = compute_capability(gate_up.device());
-  EDL_CHECK(
+  EDL_ENSURE(
       !is_capturing(), op, ": a CUDA graph can capture the experts ", kRule, gate_up.scalar_type(), ", capability ",
       major, ", H = ", down.size(1), ", I = ", down.size(2), ", E = ", down.size(0), ")");
   TORCH_WARN_ONCE(

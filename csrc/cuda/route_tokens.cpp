@@ -23,7 +23,7 @@ std::tuple<at::Tensor, at::Tensor> route_tokens_cuda(
     double scale) {
   const Scores scores = check_route_tokens(logits, top_k, scores_name, bias);
   const StorageType storage = storage_of(logits);
-  EDL_CHECK(
+  EDL_ENSURE(
       logits.size(1) <= most_experts_to_route(storage), kOp, ": on CUDA the number of experts must be at most ",
       most_experts_to_route(storage), " for ", logits.scalar_type(), " logits (got ", logits.size(1), ")");
   const c10::cuda::CUDAGuard guard(logits.device());

@@ -16,7 +16,7 @@ constexpr const char* kOp = "edl::sort_by_expert";
 
 std::tuple<at::Tensor, at::Tensor> sort_by_expert_cuda(const at::Tensor& experts, int64_t num_experts) {
   check_sort_by_expert(experts, num_experts);
-  EDL_CHECK(
+  EDL_ENSURE(
       num_experts <= most_experts_to_sort(), kOp, ": on CUDA num_experts must be at most ", most_experts_to_sort(),
       " (got ", num_experts, ")");
   const c10::cuda::CUDAGuard guard(experts.device());

@@ -1,7 +1,6 @@
 // token → segment: sums[s, e] = sum over t with segment_ids[t] = s of score(routing[t])[e].
 #include "ops/aggregate_routing.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/stack.h>
@@ -11,6 +10,7 @@
 
 #include "common/dtypes.h"
 #include "common/errors.h"
+#include "common/operators.h"
 
 namespace edl {
 namespace {
@@ -18,19 +18,19 @@ namespace {
 constexpr const char* kOp = "edl::aggregate_routing";
 
 void check_rows(const at::Tensor& routing, const at::Tensor& segment_ids) {
-  EDL_CHECK(routing.dim() == 2, kOp, ": routing must have the shape [T, E] (got ", routing.dim(), " dimensions)");
-  EDL_CHECK(
+  EDL_ENSURE(routing.dim() == 2, kOp, ": routing must have the shape [T, E] (got ", routing.dim(), " dimensions)");
+  EDL_ENSURE(
       is_storage_type(routing.scalar_type()), kOp, ": routing must be float32, float64, bfloat16 or float16 (got ",
       routing.scalar_type(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       segment_ids.dim() == 1, kOp, ": segment_ids must have the shape [T] (got ", segment_ids.dim(), " dimensions)");
-  EDL_CHECK(
+  EDL_ENSURE(
       is_index_type(segment_ids.scalar_type()), kOp, ": segment_ids must be int32 or int64 (got ",
       segment_ids.scalar_type(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       segment_ids.device() == routing.device(), kOp, ": segment_ids must be on the device of routing (got ",
       segment_ids.device(), " and ", routing.device(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       segment_ids.sym_size(0).sym_eq(routing.sym_size(0)), kOp,
       ": segment_ids must have one entry per row of routing (got ", segment_ids.sym_size(0), " ids for ",
       routing.sym_size(0), " rows)");
@@ -44,21 +44,21 @@ Scores check_aggregate_routing(
     const c10::SymInt& num_segments,
     std::string_view scores) {
   check_rows(routing, segment_ids);
-  EDL_CHECK(
+  EDL_ENSURE(
       routing.sym_size(1).sym_ge(1), kOp, ": routing must have at least one expert (got a tensor of ",
       routing.sym_size(0), " by ", routing.sym_size(1), ")");
-  EDL_CHECK(num_segments.sym_ge(0), kOp, ": num_segments must not be negative (got ", num_segments, ")");
+  EDL_ENSURE(num_segments.sym_ge(0), kOp, ": num_segments must not be negative (got ", num_segments, ")");
   return parse_scores(kOp, scores);
 }
 
 Scores check_aggregate_routing_backward(
     const at::Tensor& grad_sums, const at::Tensor& routing, const at::Tensor& segment_ids, std::string_view scores) {
   check_rows(routing, segment_ids);
-  EDL_CHECK(
+  EDL_ENSURE(
       grad_sums.dim() == 2 && grad_sums.scalar_type() == accumulation_type(routing.scalar_type()), kOp,
       ": the gradient of sums must be a matrix of the accumulation type (got ", grad_sums.dim(), " dimensions of ",
       grad_sums.scalar_type(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       grad_sums.sym_size(1).sym_eq(routing.sym_size(1)), kOp,
       ": the gradient of sums must have one column per expert (got ", grad_sums.sym_size(1), " for ",
       routing.sym_size(1), " experts)");
@@ -67,26 +67,20 @@ Scores check_aggregate_routing_backward(
 
 std::tuple<at::Tensor, at::Tensor> aggregate_routing(
     const at::Tensor& routing, const at::Tensor& segment_ids, c10::SymInt num_segments, std::string_view scores) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::aggregate_routing", "")
-                             .typed<std::tuple<at::Tensor, at::Tensor>(
-                                 const at::Tensor&, const at::Tensor&, c10::SymInt, std::string_view)>();
+  static const auto op = find_operator<decltype(aggregate_routing)>("edl::aggregate_routing");
   return op.call(routing, segment_ids, std::move(num_segments), scores);
 }
 
 at::Tensor aggregate_routing_backward(
     const at::Tensor& grad_sums, const at::Tensor& routing, const at::Tensor& segment_ids, std::string_view scores) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("edl::_aggregate_routing_backward", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, std::string_view)>();
+  static const auto op = find_operator<decltype(aggregate_routing_backward)>("edl::_aggregate_routing_backward");
   return op.call(grad_sums, routing, segment_ids, scores);
 }
 
 void check_layers_alike(at::TensorList layers) {
-  EDL_CHECK(!layers.empty(), kOp, ": layers must hold at least one tensor (got an empty list)");
+  EDL_ENSURE(!layers.empty(), kOp, ": layers must hold at least one tensor (got an empty list)");
   for (const at::Tensor& layer : layers) {
-    EDL_CHECK(
+    EDL_ENSURE(
         layer.sizes() == layers[0].sizes() && layer.scalar_type() == layers[0].scalar_type() &&
             layer.device() == layers[0].device(),
         kOp, ": all layers must have one shape, type and device (got ", layers[0].sizes(), " ", layers[0].scalar_type(),
@@ -96,19 +90,13 @@ void check_layers_alike(at::TensorList layers) {
 
 std::tuple<at::Tensor, at::Tensor> aggregate_layers(
     at::TensorList layers, const at::Tensor& segment_ids, c10::SymInt num_segments, std::string_view scores) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::_aggregate_layers", "")
-                             .typed<std::tuple<at::Tensor, at::Tensor>(
-                                 at::TensorList, const at::Tensor&, c10::SymInt, std::string_view)>();
+  static const auto op = find_operator<decltype(aggregate_layers)>("edl::_aggregate_layers");
   return op.call(layers, segment_ids, std::move(num_segments), scores);
 }
 
 std::vector<at::Tensor> aggregate_layers_backward(
     const at::Tensor& grad_sums, at::TensorList layers, const at::Tensor& segment_ids, std::string_view scores) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("edl::_aggregate_layers_backward", "")
-          .typed<std::vector<at::Tensor>(const at::Tensor&, at::TensorList, const at::Tensor&, std::string_view)>();
+  static const auto op = find_operator<decltype(aggregate_layers_backward)>("edl::_aggregate_layers_backward");
   return op.call(grad_sums, layers, segment_ids, scores);
 }
 

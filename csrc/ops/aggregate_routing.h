@@ -6,52 +6,48 @@
 #include <tuple>
 #include <vector>
 
-#include "common/export.h"
 #include "common/scores.h"
+#include "edl/aggregate_routing.h"
 
 namespace edl {
 
-// Sums the router's distribution over the tokens of each segment.
-//
-// Differentiable in `routing`. `scores`: "softmax", "sigmoid" (normalised over experts), "none" (already
-// probabilities). Returns sums [S, E] and counts [S] (tokens), float32, or float64 for float64 input.
-EDL_API std::tuple<at::Tensor, at::Tensor> aggregate_routing(
-    const at::Tensor& routing, //     [T, E] logits or probabilities
-    const at::Tensor& segment_ids, // [T] int32 or int64, in [-1, S); -1 = not counted
     c10::SymInt num_segments, //      S
     std::string_view scores);
 
-// The gradient to `routing`; no second derivative.
-at::Tensor aggregate_routing_backward(
-    const at::Tensor& grad_sums, //   [S, E]
-    const at::Tensor& routing, //     [T, E]
-    const at::Tensor& segment_ids, // [T]
-    std::string_view scores);
+    // The gradient to `routing`; no second derivative.
+    at::Tensor aggregate_routing_backward(
+        const at::Tensor& grad_sums, //   [S, E]
+        const at::Tensor& routing, //     [T, E]
+        const at::Tensor& segment_ids, // [T]
+        std::string_view scores);
 
-// The same for several layers of one shape, type and device, on CUDA in one launch; below autograd. Returns sums [L, S,
-// E] and counts [S].
-std::tuple<at::Tensor, at::Tensor> aggregate_layers(
-    at::TensorList layers, //         L times [T, E]
-    const at::Tensor& segment_ids, // [T]
-    c10::SymInt num_segments, //      S
-    std::string_view scores);
+    // The same for several layers of one shape, type and device, on CUDA in one launch; below autograd. Returns sums [L, S,
+    // E] and counts [S].
+    std::tuple<at::Tensor, at::Tensor> aggregate_layers(
+        at::TensorList layers, //         L times [T, E]
+        const at::Tensor& segment_ids, // [T]
+        c10::SymInt num_segments, //      S
+        std::string_view scores);
 
-// The gradient to each layer.
-std::vector<at::Tensor> aggregate_layers_backward(
-    const at::Tensor& grad_sums, //   [L, S, E]
-    at::TensorList layers, //         L times [T, E]
-    const at::Tensor& segment_ids, // [T]
-    std::string_view scores);
+    // The gradient to each layer.
+    std::vector<at::Tensor> aggregate_layers_backward(
+        const at::Tensor& grad_sums, //   [L, S, E]
+        at::TensorList layers, //         L times [T, E]
+        const at::Tensor& segment_ids, // [T]
+        std::string_view scores);
 
-void check_layers_alike(at::TensorList layers);
+    void check_layers_alike(at::TensorList layers);
 
-Scores check_aggregate_routing(
-    const at::Tensor& routing, const at::Tensor& segment_ids, const c10::SymInt& num_segments, std::string_view scores);
+    Scores check_aggregate_routing(
+        const at::Tensor& routing,
+        const at::Tensor& segment_ids,
+        const c10::SymInt& num_segments,
+        std::string_view scores);
 
-Scores check_aggregate_routing_backward(
-    const at::Tensor& grad_sums, //   [S, E]
-    const at::Tensor& routing, //     [T, E]
-    const at::Tensor& segment_ids, // [T]
-    std::string_view scores);
+    Scores check_aggregate_routing_backward(
+        const at::Tensor& grad_sums, //   [S, E]
+        const at::Tensor& routing, //     [T, E]
+        const at::Tensor& segment_ids, // [T]
+        std::string_view scores);
 
-} // namespace edl
+    } // namespace edl

@@ -1,7 +1,6 @@
 // row → token: the (weighted) sum of a token's rows.
 #include "ops/combine_tokens.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -9,7 +8,9 @@
 
 #include "common/dtypes.h"
 #include "common/errors.h"
+#include "common/operators.h"
 #include "ops/dispatch_tokens.h"
+#include "ops/routing_checks.h"
 
 namespace edl {
 namespace {
@@ -18,44 +19,26 @@ constexpr const char* kOp = "edl::combine_tokens";
 
 } // namespace
 
-void check_routing_weights(
-    const char* op, const at::Tensor& weights, const at::Tensor& values, const char* values_name) {
-  EDL_CHECK(weights.dim() == 2, op, ": weights must have the shape [T, K] (got ", weights.dim(), " dimensions)");
-  EDL_CHECK(
-      weights.scalar_type() == values.scalar_type() || weights.scalar_type() == accumulation_type(values.scalar_type()),
-      op, ": weights must have the type of ", values_name, ", or be float32 beside 16-bit ", values_name, " (got ",
-      weights.scalar_type(), " beside ", values.scalar_type(), ")");
-  EDL_CHECK(
-      weights.device() == values.device(), op, ": weights must be on the device of ", values_name, " (got ",
-      weights.device(), " and ", values.device(), ")");
-}
-
 void check_combine_tokens(
     const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& row_order, int64_t top_k) {
-  EDL_CHECK(rows.dim() == 2, kOp, ": rows must have the shape [N, H] (got ", rows.dim(), " dimensions)");
-  EDL_CHECK(
+  EDL_ENSURE(rows.dim() == 2, kOp, ": rows must have the shape [N, H] (got ", rows.dim(), " dimensions)");
+  EDL_ENSURE(
       is_storage_type(rows.scalar_type()), kOp, ": rows must be float32, float64, bfloat16 or float16 (got ",
       rows.scalar_type(), ")");
-  EDL_CHECK(
-      row_order.dim() == 1 && row_order.scalar_type() == at::kInt, kOp,
-      ": row_order must be an int32 vector, as sort_by_expert gives it (got ", row_order.dim(), " dimensions of ",
-      row_order.scalar_type(), ")");
-  EDL_CHECK(
-      row_order.device() == rows.device(), kOp, ": row_order must be on the device of rows (got ", row_order.device(),
-      " and ", rows.device(), ")");
-  EDL_CHECK(
+  check_sorted_indices(kOp, row_order, "row_order", rows, "rows");
+  EDL_ENSURE(
       row_order.sym_size(0).sym_eq(rows.sym_size(0)), kOp, ": row_order must have one entry per row (got ",
       row_order.sym_size(0), " for ", rows.sym_size(0), " rows)");
-  EDL_CHECK(top_k >= 1, kOp, ": top_k must be at least 1 (got ", top_k, ")");
-  EDL_CHECK(
+  EDL_ENSURE(top_k >= 1, kOp, ": top_k must be at least 1 (got ", top_k, ")");
+  EDL_ENSURE(
       (rows.sym_size(0) % top_k).sym_eq(0), kOp, ": rows must be top_k per token (got ", rows.sym_size(0),
       " rows and top_k ", top_k, ")");
   if (weights.has_value()) {
     check_routing_weights(kOp, *weights, rows, "rows");
-    EDL_CHECK(
+    EDL_ENSURE(
         weights->sym_size(1).sym_eq(top_k), kOp, ": weights must have top_k columns (got ", weights->sym_size(1),
         " and top_k ", top_k, ")");
-    EDL_CHECK(
+    EDL_ENSURE(
         (weights->sym_size(0) * top_k).sym_eq(rows.sym_size(0)), kOp, ": weights must have one entry per row (got ",
         weights->sym_size(0), " by ", top_k, " for ", rows.sym_size(0), " rows)");
   }
@@ -68,11 +51,11 @@ void check_combine_tokens_backward(
     const at::Tensor& row_order,
     int64_t top_k) {
   check_combine_tokens(rows, weights, row_order, top_k);
-  EDL_CHECK(
+  EDL_ENSURE(
       grad_output.dim() == 2 && grad_output.scalar_type() == rows.scalar_type(), kOp,
       ": the gradient of the output must be a matrix in the type of rows (got ", grad_output.dim(), " dimensions of ",
       grad_output.scalar_type(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       (grad_output.sym_size(0) * top_k).sym_eq(rows.sym_size(0)) & grad_output.sym_size(1).sym_eq(rows.sym_size(1)),
       kOp, ": the gradient of the output must have the shape [T, H] (got ", grad_output.sym_size(0), " by ",
       grad_output.sym_size(1), ")");
@@ -80,10 +63,7 @@ void check_combine_tokens_backward(
 
 at::Tensor combine_tokens(
     const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& row_order, int64_t top_k) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("edl::combine_tokens", "")
-          .typed<at::Tensor(const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, int64_t)>();
+  static const auto op = find_operator<decltype(combine_tokens)>("edl::combine_tokens");
   return op.call(rows, weights, row_order, top_k);
 }
 
@@ -98,11 +78,7 @@ TwoGradients combine_tokens_backward(
     const at::Tensor& row_order,
     int64_t top_k,
     std::array<bool, 2> needed) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::_combine_tokens_backward", "")
-                             .typed<TwoGradients(
-                                 const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                                 const at::Tensor&, int64_t, std::array<bool, 2>)>();
+  static const auto op = find_operator<decltype(combine_tokens_backward)>("edl::_combine_tokens_backward");
   return op.call(grad_output, rows, weights, row_order, top_k, needed);
 }
 

@@ -1,14 +1,15 @@
 // token → row: each token once for every expert that it chose, in the order of the experts.
 #include "ops/dispatch_tokens.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "common/dtypes.h"
 #include "common/errors.h"
+#include "common/operators.h"
 #include "ops/combine_tokens.h"
+#include "ops/routing_checks.h"
 
 namespace edl {
 namespace {
@@ -18,28 +19,20 @@ constexpr const char* kOp = "edl::dispatch_tokens";
 } // namespace
 
 void check_dispatch_tokens(const at::Tensor& tokens, const at::Tensor& row_order, int64_t top_k) {
-  EDL_CHECK(tokens.dim() == 2, kOp, ": tokens must have the shape [T, H] (got ", tokens.dim(), " dimensions)");
-  EDL_CHECK(
+  EDL_ENSURE(tokens.dim() == 2, kOp, ": tokens must have the shape [T, H] (got ", tokens.dim(), " dimensions)");
+  EDL_ENSURE(
       is_storage_type(tokens.scalar_type()), kOp, ": tokens must be float32, float64, bfloat16 or float16 (got ",
       tokens.scalar_type(), ")");
-  EDL_CHECK(
-      row_order.dim() == 1 && row_order.scalar_type() == at::kInt, kOp,
-      ": row_order must be an int32 vector, as sort_by_expert gives it (got ", row_order.dim(), " dimensions of ",
-      row_order.scalar_type(), ")");
-  EDL_CHECK(
-      row_order.device() == tokens.device(), kOp, ": row_order must be on the device of tokens (got ",
-      row_order.device(), " and ", tokens.device(), ")");
-  EDL_CHECK(top_k >= 1, kOp, ": top_k must be at least 1 (got ", top_k, ")");
-  EDL_CHECK(
+  check_sorted_indices(kOp, row_order, "row_order", tokens, "tokens");
+  EDL_ENSURE(top_k >= 1, kOp, ": top_k must be at least 1 (got ", top_k, ")");
+  EDL_ENSURE(
       row_order.sym_size(0).sym_eq(tokens.sym_size(0) * top_k), kOp,
       ": row_order must have top_k entries per token (got ", row_order.sym_size(0), " for ", tokens.sym_size(0),
       " tokens and top_k ", top_k, ")");
 }
 
 at::Tensor dispatch_tokens(const at::Tensor& tokens, const at::Tensor& row_order, int64_t top_k) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::dispatch_tokens", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t)>();
+  static const auto op = find_operator<decltype(dispatch_tokens)>("edl::dispatch_tokens");
   return op.call(tokens, row_order, top_k);
 }
 

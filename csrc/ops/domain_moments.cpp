@@ -1,7 +1,6 @@
 // segment → domain: sums of the segments' mean distributions, and of their squares, per domain.
 #include "ops/domain_moments.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -9,6 +8,7 @@
 
 #include "common/dtypes.h"
 #include "common/errors.h"
+#include "common/operators.h"
 
 namespace edl {
 namespace {
@@ -16,23 +16,23 @@ namespace {
 constexpr const char* kOp = "edl::domain_moments";
 
 void check_segments(const at::Tensor& segment_sums, const at::Tensor& segment_counts) {
-  EDL_CHECK(
+  EDL_ENSURE(
       segment_sums.dim() >= 2, kOp, ": segment_sums must have the shape [..., S, E] (got ", segment_sums.dim(),
       " dimensions)");
-  EDL_CHECK(
+  EDL_ENSURE(
       segment_sums.scalar_type() == at::kFloat || segment_sums.scalar_type() == at::kDouble, kOp,
       ": segment_sums must be float32 or float64 (got ", segment_sums.scalar_type(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       segment_counts.scalar_type() == segment_sums.scalar_type(), kOp,
       ": segment_counts must have the dtype of segment_sums (got ", segment_counts.scalar_type(), " and ",
       segment_sums.scalar_type(), ")");
   const int64_t leading = segment_sums.dim() - 1;
-  EDL_CHECK(
+  EDL_ENSURE(
       segment_counts.dim() == 1 || segment_counts.dim() == leading, kOp,
       ": segment_counts must have the shape [S] or [..., S] of segment_sums (got ", segment_counts.dim(),
       " dimensions for ", segment_sums.dim(), ")");
   for (int64_t i = 1; i <= segment_counts.dim(); ++i) {
-    EDL_CHECK(
+    EDL_ENSURE(
         segment_counts.sym_size(-i).sym_eq(segment_sums.sym_size(-i - 1)), kOp,
         ": segment_counts must have one entry per segment of segment_sums (got ", segment_counts.sym_sizes(), " for ",
         segment_sums.sym_sizes(), ")");
@@ -40,17 +40,17 @@ void check_segments(const at::Tensor& segment_sums, const at::Tensor& segment_co
 }
 
 void check_labels(const at::Tensor& segment_sums, const at::Tensor& labels, const c10::SymInt& num_domains) {
-  EDL_CHECK(num_domains.sym_ge(1), kOp, ": num_domains must be at least 1 (got ", num_domains, ")");
+  EDL_ENSURE(num_domains.sym_ge(1), kOp, ": num_domains must be at least 1 (got ", num_domains, ")");
   const bool ids = labels.dim() == 1 && is_index_type(labels.scalar_type());
   const bool weights = labels.dim() == 2 && is_storage_type(labels.scalar_type());
-  EDL_CHECK(
+  EDL_ENSURE(
       ids || weights, kOp, ": labels must be ids [S] of int32 or int64, or weights [S, D] of a floating type (got ",
       labels.dim(), " dimensions of ", labels.scalar_type(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       labels.sym_size(0).sym_eq(segment_sums.sym_size(-2)), kOp, ": labels must have one row per segment (got ",
       labels.sym_size(0), " for ", segment_sums.sym_size(-2), " segments)");
   if (weights) {
-    EDL_CHECK(
+    EDL_ENSURE(
         labels.sym_size(1).sym_eq(num_domains), kOp, ": labels as weights must have one column per domain (got ",
         labels.sym_size(1), " for num_domains = ", num_domains, ")");
   }
@@ -65,14 +65,14 @@ void check_domain_moments(
     const c10::SymInt& num_domains) {
   check_segments(segment_sums, segment_counts);
   check_labels(segment_sums, labels, num_domains);
-  EDL_CHECK(
+  EDL_ENSURE(
       segment_counts.device() == segment_sums.device() && labels.device() == segment_sums.device(), kOp,
       ": all tensors must be on one device (got ", segment_sums.device(), ", ", segment_counts.device(), " and ",
       labels.device(), ")");
 }
 
 void check_domain_moments_inputs_without_gradient(const at::Tensor& segment_counts, const at::Tensor& labels) {
-  EDL_CHECK(
+  EDL_ENSURE(
       !segment_counts.requires_grad() && !labels.requires_grad(), kOp,
       ": only segment_sums has a gradient (got segment_counts or labels with requires_grad = True)");
 }
@@ -84,7 +84,7 @@ void check_domain_moments_backward(
     const at::Tensor& segment_counts,
     const at::Tensor& labels) {
   const bool with_squares = grad_squares.dim() == grad_sums.dim();
-  EDL_CHECK(
+  EDL_ENSURE(
       grad_sums.dim() == segment_sums.dim() && grad_sums.scalar_type() == at::kDouble &&
           (grad_squares.scalar_type() == at::kDouble || !with_squares),
       kOp, ": the gradients of sums and squares must be float64 in their shape (got ", grad_sums.dim(),
@@ -92,7 +92,7 @@ void check_domain_moments_backward(
   check_domain_moments(segment_sums, segment_counts, labels, grad_sums.sym_size(-2));
   for (int64_t i = 0; i < grad_sums.dim(); ++i) {
     const c10::SymInt expected = i == grad_sums.dim() - 2 ? grad_sums.sym_size(i) : segment_sums.sym_size(i);
-    EDL_CHECK(
+    EDL_ENSURE(
         grad_sums.sym_size(i).sym_eq(expected).sym_and(
             (with_squares ? grad_squares : grad_sums).sym_size(i).sym_eq(expected)),
         kOp, ": the gradients of sums and squares must have their shape (got ", grad_sums.sym_sizes(), " and ",
@@ -106,10 +106,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments(
     const at::Tensor& labels,
     c10::SymInt num_domains,
     bool squares) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::domain_moments", "")
-                             .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-                                 const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::SymInt, bool)>();
+  static const auto op = find_operator<decltype(domain_moments)>("edl::domain_moments");
   return op.call(segment_sums, segment_counts, labels, std::move(num_domains), squares);
 }
 
@@ -119,11 +116,7 @@ at::Tensor domain_moments_backward(
     const at::Tensor& segment_sums,
     const at::Tensor& segment_counts,
     const at::Tensor& labels) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("edl::_domain_moments_backward", "")
-          .typed<at::Tensor(
-              const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
+  static const auto op = find_operator<decltype(domain_moments_backward)>("edl::_domain_moments_backward");
   return op.call(grad_sums, grad_squares, segment_sums, segment_counts, labels);
 }
 

@@ -2,46 +2,34 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <tuple>
-
-#include "common/export.h"
+#include "edl/domain_moments.h"
 
 namespace edl {
 
-// Sums the segments' mean distributions over the domains: with x_s = segment_sums[s] / segment_counts[s] over segments
-// that have tokens, sums[d] = Σ w_sd x_s, squares[d] = Σ w_sd x_s² and counts[d] = Σ w_sd.
-//
-// Differentiable in `segment_sums`. Returns sums and squares [..., D, E] (squares has no element unless asked for) and
-// counts [..., D], all float64: they are small, and variances are differences.
-EDL_API std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments(
-    const at::Tensor& segment_sums, //   [..., S, E] float32 or float64
-    const at::Tensor& segment_counts, // [..., S], or [S] shared by all
-    const at::Tensor&
-        labels, //         [S] int32 or int64 in [-1, D), -1 = not counted; or [S, D] weights of at least 0
     c10::SymInt num_domains, //          D
     bool squares);
 
-// The gradient to `segment_sums`; no second derivative.
-at::Tensor domain_moments_backward(
-    const at::Tensor& grad_sums, //      [..., D, E] float64
-    const at::Tensor& grad_squares, //   [..., D, E] float64, or 0 elements
-    const at::Tensor& segment_sums, //   [..., S, E]
-    const at::Tensor& segment_counts, // [..., S] or [S]
-    const at::Tensor& labels); //        [S] or [S, D]
+    // The gradient to `segment_sums`; no second derivative.
+    at::Tensor domain_moments_backward(
+        const at::Tensor& grad_sums, //      [..., D, E] float64
+        const at::Tensor& grad_squares, //   [..., D, E] float64, or 0 elements
+        const at::Tensor& segment_sums, //   [..., S, E]
+        const at::Tensor& segment_counts, // [..., S] or [S]
+        const at::Tensor& labels); //        [S] or [S, D]
 
-void check_domain_moments(
-    const at::Tensor& segment_sums,
-    const at::Tensor& segment_counts,
-    const at::Tensor& labels,
-    const c10::SymInt& num_domains);
+    void check_domain_moments(
+        const at::Tensor& segment_sums,
+        const at::Tensor& segment_counts,
+        const at::Tensor& labels,
+        const c10::SymInt& num_domains);
 
-void check_domain_moments_inputs_without_gradient(const at::Tensor& segment_counts, const at::Tensor& labels);
+    void check_domain_moments_inputs_without_gradient(const at::Tensor& segment_counts, const at::Tensor& labels);
 
-void check_domain_moments_backward(
-    const at::Tensor& grad_sums, //      [..., D, E] float64
-    const at::Tensor& grad_squares, //   [..., D, E] float64, or 0 elements
-    const at::Tensor& segment_sums, //   [..., S, E]
-    const at::Tensor& segment_counts, // [..., S] or [S]
-    const at::Tensor& labels); //        [S] or [S, D]
+    void check_domain_moments_backward(
+        const at::Tensor& grad_sums, //      [..., D, E] float64
+        const at::Tensor& grad_squares, //   [..., D, E] float64, or 0 elements
+        const at::Tensor& segment_sums, //   [..., S, E]
+        const at::Tensor& segment_counts, // [..., S] or [S]
+        const at::Tensor& labels); //        [S] or [S, D]
 
-} // namespace edl
+    } // namespace edl

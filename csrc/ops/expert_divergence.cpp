@@ -2,7 +2,6 @@
 // they are computed with it and saved; backward only scales them.
 #include "ops/expert_divergence.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -12,6 +11,7 @@
 #include <cmath>
 
 #include "common/errors.h"
+#include "common/operators.h"
 
 namespace edl {
 namespace {
@@ -22,7 +22,7 @@ PairReduction parse_reduction(std::string_view reduction) {
   if (reduction == "mean_of_logs") {
     return PairReduction::mean_of_logs;
   }
-  EDL_CHECK(
+  EDL_ENSURE(
       reduction == "log_of_mean", kOp, ": reduction must be 'mean_of_logs' or 'log_of_mean' (got '", reduction, "')");
   return PairReduction::log_of_mean;
 }
@@ -31,30 +31,30 @@ PairReduction parse_reduction(std::string_view reduction) {
 
 void check_moments(
     const char* op, const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction) {
-  EDL_CHECK(sums.dim() >= 2, op, ": sums must have the shape [..., D, E] (got ", sums.dim(), " dimensions)");
-  EDL_CHECK(
+  EDL_ENSURE(sums.dim() >= 2, op, ": sums must have the shape [..., D, E] (got ", sums.dim(), " dimensions)");
+  EDL_ENSURE(
       sums.scalar_type() == at::kDouble && counts.scalar_type() == at::kDouble, op,
       ": sums and counts must be float64 (got ", sums.scalar_type(), " and ", counts.scalar_type(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       counts.dim() == sums.dim() - 1, op, ": counts must have the shape [..., D] of sums (got ", counts.dim(),
       " dimensions for ", sums.dim(), ")");
   for (int64_t i = 0; i < counts.dim(); ++i) {
-    EDL_CHECK(
+    EDL_ENSURE(
         counts.sym_size(i).sym_eq(sums.sym_size(i)), op, ": counts must have one entry per domain of sums (got ",
         counts.sym_sizes(), " for ", sums.sym_sizes(), ")");
   }
-  EDL_CHECK(
+  EDL_ENSURE(
       counts.device() == sums.device(), op, ": all tensors must be on one device (got ", sums.device(), " and ",
       counts.device(), ")");
   if (!bias_correction) {
     return;
   }
-  EDL_CHECK(
+  EDL_ENSURE(
       squares.scalar_type() == at::kDouble && squares.dim() == sums.dim() && squares.device() == sums.device(), op,
       ": with bias_correction squares must be float64 in the shape of sums (got ", squares.dim(), " dimensions of ",
       squares.scalar_type(), ")");
   for (int64_t i = 0; i < sums.dim(); ++i) {
-    EDL_CHECK(
+    EDL_ENSURE(
         squares.sym_size(i).sym_eq(sums.sym_size(i)), op,
         ": with bias_correction squares must have the shape of sums (got ", squares.sym_sizes(), " for ",
         sums.sym_sizes(), ")");
@@ -69,9 +69,9 @@ PairReduction check_expert_divergence(
     std::string_view reduction,
     bool bias_correction) {
   check_moments(kOp, sums, squares, counts, bias_correction);
-  EDL_CHECK(eps >= 0 && std::isfinite(eps), kOp, ": eps must be finite and not negative (got ", eps, ")");
+  EDL_ENSURE(eps >= 0 && std::isfinite(eps), kOp, ": eps must be finite and not negative (got ", eps, ")");
   const PairReduction parsed = parse_reduction(reduction);
-  EDL_CHECK(
+  EDL_ENSURE(
       !bias_correction || parsed == PairReduction::mean_of_logs, kOp,
       ": bias_correction is defined for reduction = 'mean_of_logs' only (got '", reduction, "')");
   return parsed;
@@ -84,10 +84,7 @@ at::Tensor expert_divergence(
     double eps,
     std::string_view reduction,
     bool bias_correction) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("edl::expert_divergence", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, double, std::string_view, bool)>();
+  static const auto op = find_operator<decltype(expert_divergence)>("edl::expert_divergence");
   return op.call(sums, squares, counts, eps, reduction, bias_correction);
 }
 
@@ -99,10 +96,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient(
     std::string_view reduction,
     bool bias_correction) {
   static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("edl::_expert_divergence_with_gradient", "")
-          .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-              const at::Tensor&, const at::Tensor&, const at::Tensor&, double, std::string_view, bool)>();
+      find_operator<decltype(expert_divergence_with_gradient)>("edl::_expert_divergence_with_gradient");
   return op.call(sums, squares, counts, eps, reduction, bias_correction);
 }
 
@@ -114,11 +108,7 @@ std::tuple<at::Tensor, at::Tensor> expert_divergence_backward(
     const at::Tensor& grad_squares,
     const at::Tensor& sums,
     const at::Tensor& squares) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("edl::_expert_divergence_backward", "")
-          .typed<std::tuple<at::Tensor, at::Tensor>(
-              const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
+  static const auto op = find_operator<decltype(expert_divergence_backward)>("edl::_expert_divergence_backward");
   return op.call(grad_loss, grad_sums, grad_squares, sums, squares);
 }
 
@@ -195,11 +185,8 @@ at::Tensor expert_divergence_autograd(
     double eps,
     std::string_view reduction,
     bool bias_correction) {
-  EDL_CHECK(!counts.requires_grad(), kOp, ": counts have no gradient (got counts with requires_grad = True)");
-  const bool backward = at::GradMode::is_enabled() && (sums.requires_grad() || squares.requires_grad());
-  // A tangent of forward-mode differentiation goes to the autograd function, which refuses it; below it would be lost.
-  const bool forward = sums._fw_grad(/*level=*/0).defined() || squares._fw_grad(/*level=*/0).defined();
-  if (!backward && !forward) {
+  EDL_ENSURE(!counts.requires_grad(), kOp, ": counts have no gradient (got counts with requires_grad = True)");
+  if (!needs_gradient({sums, squares})) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return expert_divergence(sums, squares, counts, eps, reduction, bias_correction);
   }

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "common/errors.h"
+#include "common/operators.h"
 #include "ops/aggregate_routing.h"
 #include "ops/domain_moments.h"
 #include "ops/expert_divergence.h"
@@ -42,7 +43,7 @@ struct LossAndGradient {
 };
 
 bool is_by_token(std::string_view sequence_reduction) {
-  EDL_CHECK(
+  EDL_ENSURE(
       sequence_reduction == "token" || sequence_reduction == "sequence", kOp,
       ": sequence_reduction must be 'sequence' or 'token' (got '", sequence_reduction, "')");
   return sequence_reduction == "token";
@@ -56,17 +57,17 @@ Options parse_options(
     bool bias_correction,
     std::string_view layer_reduction) {
   const bool by_token = is_by_token(sequence_reduction);
-  EDL_CHECK(
+  EDL_ENSURE(
       layer_reduction == "mean" || layer_reduction == "sum" || layer_reduction == "none", kOp,
       ": layer_reduction must be 'mean', 'sum' or 'none' (got '", layer_reduction, "')");
-  EDL_CHECK(
+  EDL_ENSURE(
       !by_token || !bias_correction, kOp,
       ": bias_correction needs sequence_reduction = 'sequence' (got sequence_reduction = 'token')");
   return {scores, by_token, eps, pair_reduction, bias_correction, layer_reduction};
 }
 
 void check_layers(at::TensorList layers) {
-  EDL_CHECK(!layers.empty(), kOp, ": layers must hold at least one tensor (got an empty list)");
+  EDL_ENSURE(!layers.empty(), kOp, ": layers must hold at least one tensor (got an empty list)");
 }
 
 // [T, E] from [T, E] or [B, S_len, E].
@@ -98,7 +99,7 @@ SegmentSums sum_segments(
 Moments moments_of(
     const SegmentSums& segments, const at::Tensor& labels, c10::SymInt num_domains, bool by_token, bool squares) {
   if (by_token) {
-    EDL_CHECK(
+    EDL_ENSURE(
         segments.counts.sym_size(0) == num_domains, kOp,
         ": with sequence_reduction = 'token' the segments are the domains (got ", segments.counts.sym_size(0),
         " segments and num_domains = ", num_domains, ")");
@@ -245,16 +246,6 @@ struct SegmentSumsFunction : torch::autograd::Function<SegmentSumsFunction> {
   }
 };
 
-bool needs_autograd(at::TensorList layers) {
-  for (const at::Tensor& routing : layers) {
-    // A tangent of forward-mode differentiation goes to the autograd function, which refuses it.
-    if ((at::GradMode::is_enabled() && routing.requires_grad()) || routing._fw_grad(/*level=*/0).defined()) {
-      return true;
-    }
-  }
-  return false;
-}
-
 // The loss of one process's batch.
 at::Tensor expert_divergence_loss(
     at::TensorList layers, //         L times [T, E] or [B, S_len, E]
@@ -277,7 +268,7 @@ at::Tensor expert_divergence_loss(
     const Moments moments = moments_of(segments, labels, num_domains, options.by_token, options.bias_correction);
     return loss_of(moments, segments, labels, options, with_gradient);
   };
-  if (needs_autograd(layers)) {
+  if (needs_gradient(layers)) {
     return ExpertDivergenceLossFunction::apply(
         layers, segment_ids, scores, [&make] { return make(/*with_gradient=*/true); });
   }
@@ -290,7 +281,7 @@ std::tuple<at::Tensor, at::Tensor> segment_sums(
     at::TensorList layers, const at::Tensor& segment_ids, c10::SymInt num_segments, std::string_view scores) {
   check_layers(layers);
   at::Tensor counts;
-  if (needs_autograd(layers)) {
+  if (needs_gradient(layers)) {
     at::Tensor sums = SegmentSumsFunction::apply(layers, segment_ids, num_segments, scores, &counts);
     return {sums, counts};
   }

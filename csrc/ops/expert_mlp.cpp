@@ -1,21 +1,19 @@
 // tokens → experts → tokens, without a dispatched copy of the tokens.
 #include "ops/expert_mlp.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <initializer_list>
 #include <limits>
 #include <string>
 
 #include "common/autocast.h"
 #include "common/dtypes.h"
 #include "common/errors.h"
-#include "ops/combine_tokens.h"
+#include "common/operators.h"
+#include "ops/routing_checks.h"
 
 namespace edl {
 namespace {
@@ -24,24 +22,14 @@ constexpr const char* kOp = "edl::expert_mlp";
 constexpr int64_t kMostSlots = std::numeric_limits<int32_t>::max();
 
 void check_parameter(const at::Tensor& parameter, const char* name, const char* shape, const at::Tensor& tokens) {
-  EDL_CHECK(
+  EDL_ENSURE(
       parameter.dim() == 3, kOp, ": ", name, " must have the shape ", shape, " (got ", parameter.dim(), " dimensions)");
-  EDL_CHECK(
+  EDL_ENSURE(
       parameter.scalar_type() == tokens.scalar_type(), kOp, ": ", name, " must have the type of tokens (got ",
       parameter.scalar_type(), " beside ", tokens.scalar_type(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       parameter.device() == tokens.device(), kOp, ": ", name, " must be on the device of tokens (got ",
       parameter.device(), " and ", tokens.device(), ")");
-}
-
-void check_indices(const at::Tensor& indices, const char* name, const at::Tensor& tokens) {
-  EDL_CHECK(
-      indices.dim() == 1 && indices.scalar_type() == at::kInt, kOp, ": ", name,
-      " must be an int32 vector, as sort_by_expert gives it (got ", indices.dim(), " dimensions of ",
-      indices.scalar_type(), ")");
-  EDL_CHECK(
-      indices.device() == tokens.device(), kOp, ": ", name, " must be on the device of tokens (got ", indices.device(),
-      " and ", tokens.device(), ")");
 }
 
 ProductsWait& products_wait() {
@@ -62,43 +50,43 @@ void check_expert_mlp(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down) {
-  EDL_CHECK(tokens.dim() == 2, kOp, ": tokens must have the shape [T, H] (got ", tokens.dim(), " dimensions)");
-  EDL_CHECK(
+  EDL_ENSURE(tokens.dim() == 2, kOp, ": tokens must have the shape [T, H] (got ", tokens.dim(), " dimensions)");
+  EDL_ENSURE(
       is_storage_type(tokens.scalar_type()), kOp, ": tokens must be float32, float64, bfloat16 or float16 (got ",
       tokens.scalar_type(), ")");
   check_routing_weights(kOp, weights, tokens, "tokens");
-  check_indices(row_order, "row_order", tokens);
-  check_indices(offsets, "offsets", tokens);
+  check_sorted_indices(kOp, row_order, "row_order", tokens, "tokens");
+  check_sorted_indices(kOp, offsets, "offsets", tokens, "tokens");
   check_parameter(gate_up, "gate_up", "[E, 2I, H]", tokens);
   check_parameter(down, "down", "[E, H, I]", tokens);
-  EDL_CHECK(
+  EDL_ENSURE(
       weights.sym_size(0).sym_eq(tokens.sym_size(0)), kOp, ": weights must have one row per token (got ",
       weights.sym_size(0), " for ", tokens.sym_size(0), " tokens)");
-  EDL_CHECK(
+  EDL_ENSURE(
       weights.sym_size(1).sym_ge(1), kOp, ": weights must have at least one column (got ", weights.sym_size(1), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       row_order.sym_size(0).sym_eq(weights.sym_numel()), kOp, ": row_order must have one entry per weight (got ",
       row_order.sym_size(0), " for ", weights.sym_numel(), " weights)");
   // A symbolic size would turn this into a bound on the batch that users of torch.export had to state.
   if (const auto num_slots = weights.sym_numel().maybe_as_int()) {
-    EDL_CHECK(*num_slots <= kMostSlots, kOp, ": weights must have fewer than 2^31 entries (got ", *num_slots, ")");
+    EDL_ENSURE(*num_slots <= kMostSlots, kOp, ": weights must have fewer than 2^31 entries (got ", *num_slots, ")");
   }
-  EDL_CHECK(
+  EDL_ENSURE(
       gate_up.sym_size(0).sym_ge(1), kOp, ": gate_up must have at least one expert (got ", gate_up.sym_size(0), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       offsets.sym_size(0).sym_eq(gate_up.sym_size(0) + 1), kOp,
       ": offsets must have one entry more than there are experts (got ", offsets.sym_size(0), " for ",
       gate_up.sym_size(0), " experts)");
-  EDL_CHECK(
+  EDL_ENSURE(
       gate_up.sym_size(2).sym_eq(tokens.sym_size(1)), kOp, ": gate_up must have one column per entry of a token (got ",
       gate_up.sym_size(2), " for tokens of ", tokens.sym_size(1), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       down.sym_size(0).sym_eq(gate_up.sym_size(0)), kOp, ": down must have as many experts as gate_up (got ",
       down.sym_size(0), " and ", gate_up.sym_size(0), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       down.sym_size(1).sym_eq(tokens.sym_size(1)), kOp, ": down must have one row per entry of a token (got ",
       down.sym_size(1), " for tokens of ", tokens.sym_size(1), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       gate_up.sym_size(1).sym_eq(down.sym_size(2) * 2), kOp,
       ": gate_up must have twice as many rows as down has columns (got ", gate_up.sym_size(1), " and ",
       down.sym_size(2), ")");
@@ -114,19 +102,19 @@ void check_expert_mlp_backward(
     const at::Tensor& down,
     const at::Tensor& pre_activation) {
   check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
-  EDL_CHECK(
+  EDL_ENSURE(
       grad_output.dim() == 2 && grad_output.scalar_type() == tokens.scalar_type(), kOp,
       ": the gradient of the output must be a matrix in the type of tokens (got ", grad_output.dim(), " dimensions of ",
       grad_output.scalar_type(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       grad_output.sym_size(0).sym_eq(tokens.sym_size(0)) & grad_output.sym_size(1).sym_eq(tokens.sym_size(1)), kOp,
       ": the gradient of the output must have the shape of tokens (got ", grad_output.sym_size(0), " by ",
       grad_output.sym_size(1), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       pre_activation.dim() == 2 && pre_activation.scalar_type() == tokens.scalar_type(), kOp,
       ": pre_activation must be a matrix in the type of tokens (got ", pre_activation.dim(), " dimensions of ",
       pre_activation.scalar_type(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       pre_activation.sym_size(0).sym_eq(row_order.sym_size(0)) & pre_activation.sym_size(1).sym_eq(gate_up.sym_size(1)),
       kOp, ": pre_activation must have the shape [N, 2I] (got ", pre_activation.sym_size(0), " by ",
       pre_activation.sym_size(1), ")");
@@ -139,11 +127,7 @@ at::Tensor expert_mlp(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::expert_mlp", "")
-                             .typed<at::Tensor(
-                                 const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                 const at::Tensor&, const at::Tensor&)>();
+  static const auto op = find_operator<decltype(expert_mlp)>("edl::expert_mlp");
   return op.call(tokens, weights, row_order, offsets, gate_up, down);
 }
 
@@ -157,11 +141,6 @@ bool waits(const at::Tensor& gate_up, const at::Tensor& down) {
   return gate_up.is_cuda() && (told == nullptr || told(gate_up, down));
 }
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find_operator(const char* name, const char* overload) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
-}
-
 Forward expert_mlp_forward(
     const at::Tensor& tokens,
     const at::Tensor& weights,
@@ -169,10 +148,8 @@ Forward expert_mlp_forward(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down) {
-  using Signature = Forward(
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&);
-  static const auto op = find_operator<Signature>("edl::_expert_mlp_forward", "");
-  static const auto waiting = find_operator<Signature>("edl::_expert_mlp_forward", "waiting");
+  static const auto op = find_operator<decltype(expert_mlp_forward)>("edl::_expert_mlp_forward");
+  static const auto waiting = find_operator<decltype(expert_mlp_forward)>("edl::_expert_mlp_forward", "waiting");
   return (waits(gate_up, down) ? waiting : op).call(tokens, weights, row_order, offsets, gate_up, down);
 }
 
@@ -186,11 +163,8 @@ Gradients expert_mlp_backward(
     const at::Tensor& down,
     const at::Tensor& pre_activation,
     std::array<bool, 4> needed) {
-  using Signature = Gradients(
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-      const at::Tensor&, const at::Tensor&, std::array<bool, 4>);
-  static const auto op = find_operator<Signature>("edl::_expert_mlp_backward", "");
-  static const auto waiting = find_operator<Signature>("edl::_expert_mlp_backward", "waiting");
+  static const auto op = find_operator<decltype(expert_mlp_backward)>("edl::_expert_mlp_backward");
+  static const auto waiting = find_operator<decltype(expert_mlp_backward)>("edl::_expert_mlp_backward", "waiting");
   return (waits(gate_up, down) ? waiting : op)
       .call(grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation, needed);
 }
@@ -276,11 +250,7 @@ at::Tensor expert_mlp_autograd(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down) {
-  const std::initializer_list<at::Tensor> differentiable = {tokens, weights, gate_up, down};
-  const bool needs_gradient = std::any_of(differentiable.begin(), differentiable.end(), [](const at::Tensor& x) {
-    return (at::GradMode::is_enabled() && x.requires_grad()) || x._fw_grad(/*level=*/0).defined();
-  });
-  if (!needs_gradient) { // nothing to save
+  if (!needs_gradient({tokens, weights, gate_up, down})) { // nothing to save
     at::AutoDispatchBelowADInplaceOrView guard;
     if (waits(gate_up, down)) {
       return std::get<0>(expert_mlp_forward(tokens, weights, row_order, offsets, gate_up, down));

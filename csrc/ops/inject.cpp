@@ -1,7 +1,6 @@
 // carrier + 0 · loss, where the backward pass hands `scale` to the loss. A copy needs no kernel of its own.
 #include "ops/inject.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/clone.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
@@ -10,6 +9,7 @@
 
 #include "common/dtypes.h"
 #include "common/errors.h"
+#include "common/operators.h"
 #include "common/tensors.h"
 
 namespace edl {
@@ -18,8 +18,8 @@ namespace {
 constexpr const char* kOp = "edl::inject";
 
 void check_scalar(const at::Tensor& value, const char* name) {
-  EDL_CHECK(value.dim() == 0, kOp, ": ", name, " must be a scalar tensor (got ", value.dim(), " dimensions)");
-  EDL_CHECK(
+  EDL_ENSURE(value.dim() == 0, kOp, ": ", name, " must be a scalar tensor (got ", value.dim(), " dimensions)");
+  EDL_ENSURE(
       is_storage_type(value.scalar_type()), kOp, ": ", name, " must be float32, float64, bfloat16 or float16 (got ",
       value.scalar_type(), ")");
 }
@@ -27,7 +27,7 @@ void check_scalar(const at::Tensor& value, const char* name) {
 } // namespace
 
 void check_inject(const at::Tensor& carrier, const at::Tensor& loss, const at::Tensor& scale) {
-  EDL_CHECK(
+  EDL_ENSURE(
       is_storage_type(carrier.scalar_type()), kOp, ": carrier must be float32, float64, bfloat16 or float16 (got ",
       carrier.scalar_type(), ")");
   check_scalar(loss, "loss");
@@ -35,9 +35,7 @@ void check_inject(const at::Tensor& carrier, const at::Tensor& loss, const at::T
 }
 
 at::Tensor inject(const at::Tensor& carrier, const at::Tensor& loss, const at::Tensor& scale) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::inject", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
+  static const auto op = find_operator<decltype(inject)>("edl::inject");
   return op.call(carrier, loss, scale);
 }
 

@@ -1,12 +1,12 @@
 // The matrix of Jensen-Shannon divergences between domains: what the loss pushes up, pair by pair.
 #include "ops/pairwise_divergence.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include "common/errors.h"
+#include "common/operators.h"
 #include "ops/expert_divergence.h"
 
 namespace edl {
@@ -18,9 +18,7 @@ void check_pairwise_divergence(
 
 at::Tensor pairwise_divergence(
     const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::pairwise_divergence", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, bool)>();
+  static const auto op = find_operator<decltype(pairwise_divergence)>("edl::pairwise_divergence");
   return op.call(sums, squares, counts, bias_correction);
 }
 

@@ -1,7 +1,6 @@
 // token → experts: the top_k experts of each row of logits, and their weights.
 #include "ops/route_tokens.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -9,6 +8,7 @@
 
 #include "common/dtypes.h"
 #include "common/errors.h"
+#include "common/operators.h"
 
 namespace edl {
 namespace {
@@ -16,24 +16,24 @@ namespace {
 constexpr const char* kOp = "edl::route_tokens";
 
 Scores check_logits(const at::Tensor& logits, std::string_view scores) {
-  EDL_CHECK(logits.dim() == 2, kOp, ": logits must have the shape [T, E] (got ", logits.dim(), " dimensions)");
-  EDL_CHECK(
+  EDL_ENSURE(logits.dim() == 2, kOp, ": logits must have the shape [T, E] (got ", logits.dim(), " dimensions)");
+  EDL_ENSURE(
       is_storage_type(logits.scalar_type()), kOp, ": logits must be float32, float64, bfloat16 or float16 (got ",
       logits.scalar_type(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       scores == "softmax" || scores == "sigmoid", kOp, ": scores must be 'softmax' or 'sigmoid' (got '", scores, "')");
   return parse_scores(kOp, scores);
 }
 
 void check_bias(const at::Tensor& bias, const at::Tensor& logits) {
-  EDL_CHECK(bias.dim() == 1, kOp, ": bias must have the shape [E] (got ", bias.dim(), " dimensions)");
-  EDL_CHECK(
+  EDL_ENSURE(bias.dim() == 1, kOp, ": bias must have the shape [E] (got ", bias.dim(), " dimensions)");
+  EDL_ENSURE(
       is_storage_type(bias.scalar_type()), kOp, ": bias must be float32, float64, bfloat16 or float16 (got ",
       bias.scalar_type(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       bias.device() == logits.device(), kOp, ": bias must be on the device of logits (got ", bias.device(), " and ",
       logits.device(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       bias.sym_size(0).sym_eq(logits.sym_size(1)), kOp, ": bias must have one entry per expert (got ", bias.sym_size(0),
       " for ", logits.sym_size(1), " experts)");
 }
@@ -43,8 +43,8 @@ void check_bias(const at::Tensor& bias, const at::Tensor& logits) {
 Scores check_route_tokens(
     const at::Tensor& logits, int64_t top_k, std::string_view scores, const std::optional<at::Tensor>& bias) {
   const Scores parsed = check_logits(logits, scores);
-  EDL_CHECK(top_k >= 1, kOp, ": top_k must be at least 1 (got ", top_k, ")");
-  EDL_CHECK(
+  EDL_ENSURE(top_k >= 1, kOp, ": top_k must be at least 1 (got ", top_k, ")");
+  EDL_ENSURE(
       logits.sym_size(1).sym_ge(top_k), kOp, ": top_k must not exceed the number of experts (got ", top_k, " of ",
       logits.sym_size(1), ")");
   if (bias.has_value()) {
@@ -56,17 +56,17 @@ Scores check_route_tokens(
 Scores check_route_tokens_backward(
     const at::Tensor& grad_weights, const at::Tensor& logits, const at::Tensor& experts, std::string_view scores) {
   const Scores parsed = check_logits(logits, scores);
-  EDL_CHECK(
+  EDL_ENSURE(
       experts.dim() == 2 && experts.scalar_type() == at::kLong, kOp, ": experts must be an int64 matrix (got ",
       experts.dim(), " dimensions of ", experts.scalar_type(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       experts.sym_size(0).sym_eq(logits.sym_size(0)), kOp, ": experts must have one row per token (got ",
       experts.sym_size(0), " for ", logits.sym_size(0), " tokens)");
-  EDL_CHECK(
+  EDL_ENSURE(
       grad_weights.dim() == 2 && grad_weights.scalar_type() == accumulation_type(logits.scalar_type()), kOp,
       ": the gradient of weights must be a matrix of the accumulation type (got ", grad_weights.dim(),
       " dimensions of ", grad_weights.scalar_type(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       grad_weights.sym_size(0).sym_eq(experts.sym_size(0)) & grad_weights.sym_size(1).sym_eq(experts.sym_size(1)), kOp,
       ": the gradient of weights must have the shape of experts (got ", grad_weights.sym_size(0), " by ",
       grad_weights.sym_size(1), ")");
@@ -80,11 +80,7 @@ std::tuple<at::Tensor, at::Tensor> route_tokens(
     const std::optional<at::Tensor>& bias,
     bool normalize,
     double scale) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("edl::route_tokens", "")
-          .typed<std::tuple<at::Tensor, at::Tensor>(
-              const at::Tensor&, int64_t, std::string_view, const std::optional<at::Tensor>&, bool, double)>();
+  static const auto op = find_operator<decltype(route_tokens)>("edl::route_tokens");
   return op.call(logits, top_k, scores, bias, normalize, scale);
 }
 
@@ -97,10 +93,7 @@ at::Tensor route_tokens_backward(
     std::string_view scores,
     bool normalize,
     double scale) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("edl::_route_tokens_backward", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, std::string_view, bool, double)>();
+  static const auto op = find_operator<decltype(route_tokens_backward)>("edl::_route_tokens_backward");
   return op.call(grad_weights, logits, experts, scores, normalize, scale);
 }
 

@@ -4,28 +4,11 @@
 
 #include <optional>
 #include <string_view>
-#include <tuple>
 
-#include "common/export.h"
 #include "common/scores.h"
+#include "edl/route_tokens.h"
 
 namespace edl {
-
-// Chooses top_k experts for each token and gives them weights.
-//
-// Without `bias` the experts with the highest logits are chosen (the order of the scores, without their rounding); with
-// it, those with the highest score + bias, where a softmax score is a probability over all experts. Ties go to the
-// lowest expert; NaN counts as highest, so that it reaches the weights. `bias` never enters a weight. A weight is the
-// score, divided by the sum of the token's chosen scores if `normalize` (sigmoid: sum + 1e-20), times `scale`.
-// Differentiable in `logits` through the chosen weights.
-// Returns weights [T, K], float32, or float64 for float64 logits, and experts [T, K] int64, best first.
-EDL_API std::tuple<at::Tensor, at::Tensor> route_tokens(
-    const at::Tensor& logits, //             [T, E]
-    int64_t top_k, //                        K, in [1, E]
-    std::string_view scores, //              "softmax" or "sigmoid"
-    const std::optional<at::Tensor>& bias = std::nullopt, // [E]
-    bool normalize = true,
-    double scale = 1.0);
 
 Scores check_route_tokens(
     const at::Tensor& logits, int64_t top_k, std::string_view scores, const std::optional<at::Tensor>& bias);

@@ -7,7 +7,6 @@
 // does not reach it, as TF32 would change which experts are the highest. The gradient of the logits becomes two bfloat16
 // numbers, high + low, which leave out 2^-16 of it at most.
 #include <ATen/Context.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -21,24 +20,21 @@
 #include <array>
 #include <tuple>
 
+#include "common/operators.h"
+
 namespace edl {
 namespace {
 
 using TwoGradients = std::tuple<at::Tensor, at::Tensor>;
 
 at::Tensor router_product(const at::Tensor& tokens, const at::Tensor& weight) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::_router_product", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&)>();
+  static const auto op = find_operator<decltype(router_product)>("edl::_router_product");
   return op.call(tokens, weight);
 }
 
 TwoGradients router_product_backward(
     const at::Tensor& grad, const at::Tensor& tokens, const at::Tensor& weight, std::array<bool, 2> needed) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("edl::_router_product_backward", "")
-          .typed<TwoGradients(const at::Tensor&, const at::Tensor&, const at::Tensor&, std::array<bool, 2>)>();
+  static const auto op = find_operator<decltype(router_product_backward)>("edl::_router_product_backward");
   return op.call(grad, tokens, weight, needed);
 }
 

@@ -2,13 +2,13 @@
 // token t belongs to sequence t / (T / B), and to none (-1) where that has the label -1.
 #include "ops/sequence_segment_ids.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/eq.h>
 #include <torch/library.h>
 
 #include "common/dtypes.h"
 #include "common/errors.h"
+#include "common/operators.h"
 
 namespace edl {
 namespace {
@@ -18,21 +18,19 @@ constexpr const char* kOp = "edl::sequence_segment_ids";
 } // namespace
 
 void check_sequence_segment_ids(const at::Tensor& labels, const c10::SymInt& num_tokens) {
-  EDL_CHECK(
+  EDL_ENSURE(
       labels.dim() == 1 && is_index_type(labels.scalar_type()), kOp,
       ": labels must be int32 or int64 of the shape [B] (got ", labels.dim(), " dimensions of ", labels.scalar_type(),
       ")");
-  EDL_CHECK(num_tokens.sym_ge(0), kOp, ": num_tokens must not be negative (got ", num_tokens, ")");
-  EDL_CHECK(
+  EDL_ENSURE(num_tokens.sym_ge(0), kOp, ": num_tokens must not be negative (got ", num_tokens, ")");
+  EDL_ENSURE(
       ((num_tokens / labels.sym_size(0).max(1)) * labels.sym_size(0)).sym_eq(num_tokens), kOp,
       ": the tokens must be a whole number of sequences of one length (got ", num_tokens, " tokens for ",
       labels.sym_size(0), " sequences)");
 }
 
 at::Tensor sequence_segment_ids(const at::Tensor& labels, c10::SymInt num_tokens) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::sequence_segment_ids", "")
-                             .typed<at::Tensor(const at::Tensor&, c10::SymInt)>();
+  static const auto op = find_operator<decltype(sequence_segment_ids)>("edl::sequence_segment_ids");
   return op.call(labels, std::move(num_tokens));
 }
 

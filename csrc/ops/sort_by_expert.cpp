@@ -1,7 +1,6 @@
 // slots by expert: row_order and offsets, the index space in which the experts work.
 #include "ops/sort_by_expert.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -9,6 +8,7 @@
 
 #include "common/dtypes.h"
 #include "common/errors.h"
+#include "common/operators.h"
 
 namespace edl {
 namespace {
@@ -19,24 +19,22 @@ constexpr int64_t kMostSlots = std::numeric_limits<int32_t>::max();
 } // namespace
 
 void check_sort_by_expert(const at::Tensor& experts, const c10::SymInt& num_experts) {
-  EDL_CHECK(experts.dim() == 2, kOp, ": experts must have the shape [T, K] (got ", experts.dim(), " dimensions)");
-  EDL_CHECK(
+  EDL_ENSURE(experts.dim() == 2, kOp, ": experts must have the shape [T, K] (got ", experts.dim(), " dimensions)");
+  EDL_ENSURE(
       is_index_type(experts.scalar_type()), kOp, ": experts must be int32 or int64 (got ", experts.scalar_type(), ")");
-  EDL_CHECK(
+  EDL_ENSURE(
       num_experts.sym_ge(1) & num_experts.sym_lt(kMostSlots), kOp,
       ": num_experts must be at least 1 and below 2^31 - 1 "
       "(got ",
       num_experts, ")");
   // A symbolic size would turn this into a bound on the batch that users of torch.export had to state.
   if (const auto num_slots = experts.sym_numel().maybe_as_int()) {
-    EDL_CHECK(*num_slots <= kMostSlots, kOp, ": experts must have fewer than 2^31 entries (got ", *num_slots, ")");
+    EDL_ENSURE(*num_slots <= kMostSlots, kOp, ": experts must have fewer than 2^31 entries (got ", *num_slots, ")");
   }
 }
 
 std::tuple<at::Tensor, at::Tensor> sort_by_expert(const at::Tensor& experts, c10::SymInt num_experts) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("edl::sort_by_expert", "")
-                             .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, c10::SymInt)>();
+  static const auto op = find_operator<decltype(sort_by_expert)>("edl::sort_by_expert");
   return op.call(experts, std::move(num_experts));
 }
 

@@ -1,8 +1,8 @@
 // The tasks of expert_mlp (ops/expert_mlp.h), in the accumulation type: float32 for 16-bit storage too.
 //
-//   hidden        P = X gate_up^T, A = silu(gate) * up           4·H·I operations per row
+//   activations   P = X gate_up^T, A = silu(gate) * up           4·H·I operations per row
 //   output        output[token] += factor · A down^T             2·H·I
-//   grad_hidden   dA = dO down, dP = factor · dA · dA/dP         2·H·I
+//   grad_activations  dA = dO down, dP = factor · dA · dA/dP         2·H·I
 //   grad_tokens   dX[token] += dP gate_up                        4·H·I
 //   grad_gate_up  dP^T X per expert                              4·H·I
 //   grad_down     dO^T (factor · A) per expert                   2·H·I
@@ -154,7 +154,7 @@ void add_to_tokens(
       continue;
     }
     const Acc factor = weighted ? own : Acc(1);
-    Acc* sum = static_cast<Acc*>(task.sums) + task.slots[begin + i] / task.top_k * task.hidden + columns.begin;
+    Acc* sum = static_cast<Acc*>(task.sums) + task.slots[begin + i] / task.top_k * task.hidden_size + columns.begin;
     int64_t c = 0;
     for (; c + kLanes<Acc> <= width; c += kLanes<Acc>) {
       store(load(sum + c) + load(rows + c) * factor, sum + c);
@@ -179,34 +179,34 @@ void activate(const ExpertMlpTask& task, int64_t begin, int64_t count, Columns c
   const int64_t width = columns.end - columns.begin;
   for (int64_t i = 0; i < count; ++i, c += 2 * half) {
     auto* kept = static_cast<Storage*>(task.pre_activation);
-    Storage* gate = kept ? kept + (begin + i) * 2 * task.intermediate + columns.begin : nullptr;
+    Storage* gate = kept ? kept + (begin + i) * 2 * task.intermediate_size + columns.begin : nullptr;
     Acc* activation = activation_of<Storage>(task, begin + i) + columns.begin;
     for (int64_t j = 0; j < width; j += kLanes<Acc>) {
       const Vector<Acc> g = load(c + j), u = load(c + half + j);
       store_some<Acc>(g * sigmoid_of<Acc>(g) * u, width - j, activation + j);
       if (gate != nullptr) {
         store_some<Acc>(g, width - j, gate + j);
-        store_some<Acc>(u, width - j, gate + task.intermediate + j);
+        store_some<Acc>(u, width - j, gate + task.intermediate_size + j);
       }
     }
   }
 }
 
 template <typename Storage>
-void hidden(const ExpertMlpTask& task, ExpertRows rows, Columns columns, void* memory) {
+void activations(const ExpertMlpTask& task, ExpertRows rows, Columns columns, void* memory) {
   using Acc = Accumulation<Storage>;
   const Own<Acc> own(memory);
   const int64_t width = columns.end - columns.begin, half = round_up(width, kTileColumns<Acc>);
   const int64_t stride = task.gate_up_strides[1];
   const Storage* gate = gate_up_of<Storage>(task, rows.expert, columns.begin);
-  const Storage* up = gate_up_of<Storage>(task, rows.expert, task.intermediate + columns.begin);
-  in_parts(0, task.hidden, kDepth, [&](int64_t k, int64_t part) {
+  const Storage* up = gate_up_of<Storage>(task, rows.expert, task.intermediate_size + columns.begin);
+  in_parts(0, task.hidden_size, kDepth, [&](int64_t k, int64_t part) {
     Acc* panels = own.b + k * 2 * half;
     pack_transposed(gate + k, stride, part, width, panels);
     pack_transposed(up + k, stride, part, width, panels + part * half);
   });
   in_parts(rows.begin, rows.end, kBlockRows, [&](int64_t begin, int64_t count) {
-    multiply_gathered(tokens_of<Storage>(task), begin, count, task.hidden, 2 * half, own);
+    multiply_gathered(tokens_of<Storage>(task), begin, count, task.hidden_size, 2 * half, own);
     activate<Storage>(task, begin, count, columns, half, own.c);
   });
 }
@@ -218,12 +218,12 @@ void output(const ExpertMlpTask& task, const ExpertRows* experts, int64_t num_ex
   const int64_t width = columns.end - columns.begin, padded = round_up(width, kTileColumns<Acc>);
   for (const ExpertRows* rows = experts; rows != experts + num_experts; ++rows) {
     const Storage* down = down_of<Storage>(task, rows->expert, columns.begin);
-    in_parts(0, task.intermediate, kDepth, [&](int64_t k, int64_t part) {
+    in_parts(0, task.intermediate_size, kDepth, [&](int64_t k, int64_t part) {
       pack_transposed(down + k, task.down_strides[1], part, width, own.b + k * padded);
     });
     in_parts(rows->begin, rows->end, kBlockRows, [&](int64_t begin, int64_t count) {
       const Acc* activation = activation_of<Storage>(task, begin);
-      multiply_scratch(activation, task.activation_stride, count, task.intermediate, padded, own);
+      multiply_scratch(activation, task.activation_stride, count, task.intermediate_size, padded, own);
       add_to_tokens<Storage, true>(task, begin, count, columns, own.c, padded);
     });
   }
@@ -235,7 +235,7 @@ void output(const ExpertMlpTask& task, const ExpertRows* experts, int64_t num_ex
 template <typename Storage, typename Acc>
 void activate_backward(
     const ExpertMlpTask& task, int64_t begin, int64_t count, Columns columns, int64_t stride, const Acc* c) {
-  const int64_t width = columns.end - columns.begin, intermediate = task.intermediate;
+  const int64_t width = columns.end - columns.begin, intermediate = task.intermediate_size;
   Acc* dots = static_cast<Acc*>(task.dots) + columns.begin / kWideColumns * task.window_rows;
   for (int64_t row = begin; row < begin + count; ++row, c += stride) {
     const auto* gate = static_cast<const Storage*>(task.pre_activation) + row * 2 * intermediate + columns.begin;
@@ -260,16 +260,16 @@ void activate_backward(
 }
 
 template <typename Storage>
-void grad_hidden(const ExpertMlpTask& task, ExpertRows rows, Columns columns, void* memory) {
+void grad_activations(const ExpertMlpTask& task, ExpertRows rows, Columns columns, void* memory) {
   using Acc = Accumulation<Storage>;
   const Own<Acc> own(memory);
   const int64_t width = columns.end - columns.begin, padded = round_up(width, kTileColumns<Acc>);
-  in_parts(0, task.hidden, kDepth, [&](int64_t k, int64_t part) {
+  in_parts(0, task.hidden_size, kDepth, [&](int64_t k, int64_t part) {
     const auto row = [&](int64_t h) { return down_of<Storage>(task, rows.expert, k + h) + columns.begin; };
     pack_panels(row, part, width, own.b + k * padded);
   });
   in_parts(rows.begin, rows.end, kBlockRows, [&](int64_t begin, int64_t count) {
-    multiply_gathered(grad_output_of<Storage>(task), begin, count, task.hidden, padded, own);
+    multiply_gathered(grad_output_of<Storage>(task), begin, count, task.hidden_size, padded, own);
     activate_backward<Storage>(task, begin, count, columns, padded, own.c);
   });
 }
@@ -280,7 +280,7 @@ void grad_tokens(
   using Acc = Accumulation<Storage>;
   const Own<Acc> own(memory);
   const int64_t width = columns.end - columns.begin, padded = round_up(width, kTileColumns<Acc>);
-  const int64_t depth = 2 * task.intermediate;
+  const int64_t depth = 2 * task.intermediate_size;
   for (const ExpertRows* rows = experts; rows != experts + num_experts; ++rows) {
     in_parts(0, depth, kDepth, [&](int64_t k, int64_t part) {
       const auto row = [&](int64_t j) { return gate_up_of<Storage>(task, rows->expert, k + j) + columns.begin; };
@@ -300,7 +300,7 @@ void grad_factors(const ExpertMlpTask& task, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const Acc* dots = static_cast<const Acc*>(task.dots) + row - task.window_begin;
     Acc sum = 0;
-    for (int64_t column = 0; column < task.intermediate; column += kWideColumns, dots += task.window_rows) {
+    for (int64_t column = 0; column < task.intermediate_size; column += kWideColumns, dots += task.window_rows) {
       sum += *dots;
     }
     static_cast<Acc*>(task.grad_factors)[task.slots[row]] = sum;
@@ -372,7 +372,7 @@ void grad_gate_up(const ExpertMlpTask& task, const GradBlock& block, void* memor
   using Acc = Accumulation<Storage>;
   const auto tokens = tokens_of<Storage>(task);
   const auto* zeros = static_cast<const Storage*>(task.zeros);
-  const int64_t m = 2 * task.intermediate, n = task.hidden;
+  const int64_t m = 2 * task.intermediate_size, n = task.hidden_size;
   grad_block<Storage>(
       block, [&](int64_t row) { return grad_pre_activation_of<Storage>(task, row) + block.row; }, m,
       [&](int64_t row) { return (factor_of<Storage>(task, row) == 0 ? zeros : tokens(row)) + block.column; }, n,
@@ -384,7 +384,7 @@ template <typename Storage>
 void grad_down(const ExpertMlpTask& task, const GradBlock& block, void* memory) {
   using Acc = Accumulation<Storage>;
   const auto grad_output = grad_output_of<Storage>(task);
-  const int64_t m = task.hidden, n = task.intermediate;
+  const int64_t m = task.hidden_size, n = task.intermediate_size;
   grad_block<Storage>(
       block, [&](int64_t row) { return grad_output(row) + block.row; }, m,
       [&](int64_t row) { return activation_of<Storage>(task, row) + block.column; }, n,
@@ -396,7 +396,7 @@ void grad_down(const ExpertMlpTask& task, const GradBlock& block, void* memory) 
 #define EDL_ALL_STORAGE(loop) {loop<float>, loop<double>, loop<BFloat16>, loop<Float16>}
 
 extern const ExpertMlpLoops expert_mlp_loops = {
-    EDL_ALL_STORAGE(hidden),      EDL_ALL_STORAGE(output),       EDL_ALL_STORAGE(grad_hidden),
+    EDL_ALL_STORAGE(activations), EDL_ALL_STORAGE(output),       EDL_ALL_STORAGE(grad_activations),
     EDL_ALL_STORAGE(grad_tokens), EDL_ALL_STORAGE(grad_factors), EDL_ALL_STORAGE(grad_gate_up),
     EDL_ALL_STORAGE(grad_down),
 };

@@ -11,7 +11,8 @@ namespace edl::cpu {
 
 inline constexpr int64_t kDepth = 256; //        k of one pass over a block
 inline constexpr int64_t kBlockRows = 84; //     rows of A: whole tiles of 6 and of 14 rows
-inline constexpr int64_t kHiddenColumns = 64; // columns of I of a task that computes gate and up; all are whole panels
+inline constexpr int64_t kActivationColumns =
+    64; // columns of I of a task that computes gate and up; all are whole panels
 inline constexpr int64_t kWideColumns = 256; //  columns of I where there is one product: fewer gathers of its rows
 inline constexpr int64_t kTokenColumns = 128; // columns of H of a task that adds to tokens
 inline constexpr int64_t kGradColumns = 256; //  columns of a task over a parameter's gradient, of kBlockRows rows
@@ -21,8 +22,8 @@ inline constexpr int64_t kGradColumns = 256; //  columns of a task over a parame
 // "Storage": the type of tokens; "accumulation type": float, or double for double. Strides are in elements; the last
 // dimension is dense everywhere.
 struct ExpertMlpTask {
-  int64_t hidden; //              H
-  int64_t intermediate; //        I
+  int64_t hidden_size; //              H
+  int64_t intermediate_size; //        I
   int64_t top_k; //               K
   const int32_t* slots; //        [N]
   const void* factors; //         [T, K] accumulation type
@@ -80,12 +81,12 @@ struct GradBlock {
 // Tasks of one stage may run at once; `own` is the scratch of the thread, aligned to 64 bytes. Indexed by storage.
 struct ExpertMlpLoops {
   // Columns of I: pre_activation and activation of the rows.
-  void (*hidden[kStorageTypes])(const ExpertMlpTask& task, ExpertRows rows, Columns columns, void* own);
+  void (*activations[kStorageTypes])(const ExpertMlpTask& task, ExpertRows rows, Columns columns, void* own);
   // Columns of H: sums[token] += factor · down activation, expert after expert.
   void (*output[kStorageTypes])(
       const ExpertMlpTask& task, const ExpertRows* experts, int64_t num_experts, Columns columns, void* own);
   // Columns of I: grad_pre_activation and dots of the rows; activation times its factor.
-  void (*grad_hidden[kStorageTypes])(const ExpertMlpTask& task, ExpertRows rows, Columns columns, void* own);
+  void (*grad_activations[kStorageTypes])(const ExpertMlpTask& task, ExpertRows rows, Columns columns, void* own);
   // Columns of H: sums[token] += gate_up^T grad_pre_activation, expert after expert.
   void (*grad_tokens[kStorageTypes])(
       const ExpertMlpTask& task, const ExpertRows* experts, int64_t num_experts, Columns columns, void* own);
@@ -99,8 +100,8 @@ EDL_ISA_LOOPS(ExpertMlpLoops, expert_mlp_loops)
 
 // Elements of the accumulation type that a thread needs: A [kBlockRows, kDepth], C [kBlockRows, kGradColumns], and the
 // panels of B: 256 columns of a parameter, or [kDepth, kGradColumns].
-inline int64_t expert_mlp_thread_elements(int64_t hidden, int64_t intermediate) {
-  const int64_t longest = hidden > intermediate ? hidden : intermediate;
+inline int64_t expert_mlp_thread_elements(int64_t hidden_size, int64_t intermediate_size) {
+  const int64_t longest = hidden_size > intermediate_size ? hidden_size : intermediate_size;
   return kBlockRows * (kDepth + kGradColumns) + kGradColumns * (longest > kDepth ? longest : kDepth);
 }
 

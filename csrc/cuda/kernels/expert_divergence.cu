@@ -39,7 +39,7 @@ __device__ inline double at_least(double x, double lowest) {
 __device__ inline double mean_of(double sum, double count) {
   return sum / count;
 }
-__device__ inline double spread_of(double sum, double square, double count) {
+__device__ inline double variance_of(double sum, double square, double count) {
   const double variance = (square - sum * (sum / count)) / (count - 1);
   return variance < 0 ? 0.0 : variance / count; // below 0 by rounding alone
 }
@@ -136,9 +136,9 @@ __global__ void __launch_bounds__(kThreads)
       const double q = mean_of(moments.sums[at_k], count_k);
       divergence += divergence_term(p, q);
       if (with_bias) {
-        const double spread = spread_of(moments.sums[at_j], moments.squares[at_j], count_j) +
-            spread_of(moments.sums[at_k], moments.squares[at_k], count_k);
-        bias += spread * inverse_mean(p, q);
+        const double variance = variance_of(moments.sums[at_j], moments.squares[at_j], count_j) +
+            variance_of(moments.sums[at_k], moments.squares[at_k], count_k);
+        bias += variance * inverse_mean(p, q);
       }
     }
     divergence = 0.5 * team_sum(divergence, kWarp);
@@ -234,10 +234,10 @@ __device__ void add_slopes(
     const double bias = loss.biases[pair];
     const double larger = divergence < bias ? bias : divergence; // a NaN on either side stays
     factor = slope_factor(larger + bias + loss.eps, pairs);
-    const double spread = spread_of(sum_j, moments.squares[row * num_experts + e], count_j) +
-        spread_of(sum_k, moments.squares[other * num_experts + e], count_k);
+    const double variance = variance_of(sum_j, moments.squares[row * num_experts + e], count_j) +
+        variance_of(sum_k, moments.squares[other * num_experts + e], count_k);
     const double inverse = inverse_mean(p, q);
-    slopes->by_mean -= factor * (-4.0 * spread * inverse * inverse); // d(1 / 8m)/dp = -4 (1 / 8m)²
+    slopes->by_mean -= factor * (-4.0 * variance * inverse * inverse); // d(1 / 8m)/dp = -4 (1 / 8m)²
     slopes->by_spread -= factor * inverse;
   }
   slopes->by_mean += factor * (0.5 * log_ratio(p, q));

@@ -2,18 +2,18 @@
 
 // The C++ surface of edl. Including this header also keeps libedl linked, and with it the registered operators.
 
-#include "common/export.h"
-#include "ops/aggregate_routing.h"
-#include "ops/combine_tokens.h"
-#include "ops/dispatch_tokens.h"
-#include "ops/domain_moments.h"
-#include "ops/expert_divergence.h"
-#include "ops/expert_mlp.h"
-#include "ops/inject.h"
-#include "ops/pairwise_divergence.h"
-#include "ops/route_tokens.h"
-#include "ops/sequence_segment_ids.h"
-#include "ops/sort_by_expert.h"
+#include "edl/aggregate_routing.h"
+#include "edl/combine_tokens.h"
+#include "edl/dispatch_tokens.h"
+#include "edl/domain_moments.h"
+#include "edl/expert_divergence.h"
+#include "edl/expert_mlp.h"
+#include "edl/export.h"
+#include "edl/inject.h"
+#include "edl/pairwise_divergence.h"
+#include "edl/route_tokens.h"
+#include "edl/sequence_segment_ids.h"
+#include "edl/sort_by_expert.h"
 
 namespace edl {
 

@@ -1,0 +1,17 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+// Rules for what sort_by_expert and a router hand on, shared by the operators of the layer. `values_name` is what the
+// operator calls the tokens or rows that these belong to.
+namespace edl {
+
+// Routing weights [T, K], in the type of the values, or float32 beside 16-bit ones.
+void check_routing_weights(
+    const char* op, const at::Tensor& weights, const at::Tensor& values, const char* values_name);
+
+// A vector of int32 that sort_by_expert gives, row_order or offsets.
+void check_sorted_indices(
+    const char* op, const at::Tensor& indices, const char* name, const at::Tensor& values, const char* values_name);
+
+} // namespace edl

@@ -189,6 +189,10 @@ class Observation(NamedTuple):
         weights (Tensor[T, K], optional): of the chosen experts.
         experts (Tensor[T, K], optional): int32 or int64, the chosen experts.
         batch_size (int): B where it is known, else -1 (default).
+        tokens_per_expert (Tensor[E], optional): int64, how often each expert was chosen.
+        output_gram (Tensor[T, K, K], optional): inner products of each token's K expert outputs before their weights,
+            as `edl.ops.expert_mlp_with_gram` gives them.
+        activation_gram (Tensor[T, K, K], optional): of the K activations before `down`.
     """
 
     logits: Tensor | None = None
@@ -196,6 +200,12 @@ class Observation(NamedTuple):
     weights: Tensor | None = None
     experts: Tensor | None = None
     batch_size: int = -1
+    tokens_per_expert: Tensor | None = None
+    output_gram: Tensor | None = None
+    activation_gram: Tensor | None = None
+
+
+_pytree._register_namedtuple(Observation, serialized_type_name="edl.routing.Observation")
 
 
 def observations_of(given: Any) -> list[Observation]:
@@ -223,7 +233,8 @@ def _observation_of(layer: Any) -> Observation:
     if isinstance(layer, Observation):
         return layer
     if isinstance(layer, Routing):
-        return Observation(logits=layer.logits, weights=layer.weights, experts=layer.experts)
+        logits, weights, experts, tokens_per_expert = layer
+        return Observation(logits, weights=weights, experts=experts, tokens_per_expert=tokens_per_expert)
     if isinstance(layer, Tensor):
         if layer.dim() == 3:
             return Observation(logits=layer.flatten(0, 1), batch_size=layer.shape[0])

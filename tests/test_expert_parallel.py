@@ -99,6 +99,25 @@ def forward_and_gradients(rank, folder):
             assert_same_as_one_process(one, spread, tokens, rank)
 
 
+def how_alike_the_outputs_of_a_token_are(rank, folder):
+    one, spread = make_layers(6, 3, dist.group.WORLD, dtype=torch.float64, output_gram=True)
+    for counts in ((5, 9), (0, 4)):
+        tokens = [torch.randn(count, H, dtype=torch.float64) for count in counts]
+        cotangent = torch.randn(sum(counts), 3, 3, dtype=torch.float64)
+        one.zero_grad()
+        everything = torch.cat(tokens).requires_grad_()
+        expected = one(everything)[1].output_gram
+        (expected * cotangent).sum().backward()
+        own = tokens[rank].clone().requires_grad_()
+        gram = spread(own)[1].output_gram
+        (gram * cotangent.split(counts)[rank]).sum().backward()
+        torch.testing.assert_close(gram, expected.split(counts)[rank])
+        torch.testing.assert_close(own.grad, everything.grad.split(counts)[rank])
+        for name in ("gate_up_proj", "down_proj"):
+            torch.testing.assert_close(whole(getattr(spread, name).grad), getattr(one, name).grad)
+        spread.zero_grad()
+
+
 def any_number_of_experts(rank, folder):
     for num_experts, top_k in ((2, 1), (2, 2), (8, 8), (512, 8)):
         one, spread = make_layers(num_experts, top_k, dist.group.WORLD, dtype=torch.float64)
@@ -218,6 +237,10 @@ def refusals(rank, folder):
         fits.format("int"): lambda: edl.MoELayer(H, I, 6, 2, expert_group=2),
         fits.format("a mesh of 2 dimensions"): lambda: edl.MoELayer(H, I, 6, 2, expert_group=mesh),
         fits.format(type(alone[1 - rank]).__name__): lambda: edl.MoELayer(H, I, 6, 2, expert_group=alone[1 - rank]),
+        "edl::MoELayer: activation_gram needs all activations of a token in one process, which no expert_group has "
+        "(got an expert_group)": (
+            lambda: edl.MoELayer(H, I, 6, 2, activation_gram=True, expert_group=dist.group.WORLD)
+        ),
         "edl::MoELayer: num_experts must be a multiple of the number of ranks in expert_group (got 5 for 2)": (
             lambda: edl.MoELayer(H, I, 5, 2, expert_group=dist.group.WORLD)
         ),
@@ -438,6 +461,7 @@ def checkpoints(rank, folder):
 
 ON_TWO = [
     forward_and_gradients,
+    how_alike_the_outputs_of_a_token_are,
     any_number_of_experts,
     all_tokens_to_one_expert,
     a_token_of_nan_touches_no_other_token,

@@ -29,6 +29,7 @@
 #include "cpu/expert_mlp_plan.h"
 #include "cpu/pages.h"
 #include "cpu/row_order.h"
+#include "cpu/token_gram.h"
 
 namespace edl::cpu {
 namespace {
@@ -47,36 +48,47 @@ struct Arguments {
   at::Tensor bounds;
   at::Tensor gate_up;
   at::Tensor down;
+  std::vector<int32_t> row_of_slot;
+
+  int64_t num_used() const { // rows from here on have no expert
+    return bounds.const_data_ptr<int32_t>()[bounds.size(0) - 1];
+  }
 };
 
 at::Tensor with_dense_last(const at::Tensor& tensor) {
   return tensor.stride(-1) == 1 || tensor.size(-1) == 1 ? tensor : tensor.contiguous();
 }
 
-void check_rows(const at::Tensor& order, const at::Tensor& bounds) {
+void check_offsets(const char* op, const at::Tensor& order, const at::Tensor& bounds) {
   const int32_t* offsets = bounds.const_data_ptr<int32_t>();
   int64_t previous = 0;
   for (int64_t e = 0; e < bounds.size(0); ++e) {
     EDL_ENSURE_INDEX(
-        offsets[e] >= previous && offsets[e] <= order.size(0) && (e > 0 || offsets[e] == 0), kOp,
+        offsets[e] >= previous && offsets[e] <= order.size(0) && (e > 0 || offsets[e] == 0), op,
         ": offsets must rise from 0 to at most ", order.size(0), ", the number of rows (got ", offsets[e],
         " at position ", e, ")");
     previous = offsets[e];
   }
-  rows_of_slots(kOp, order.const_data_ptr<int32_t>(), order.size(0));
 }
 
 Arguments dense(
+    const char* op,
     const at::Tensor& tokens,
     const at::Tensor& weights,
     const at::Tensor& row_order,
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down) {
-  const Arguments arguments{with_dense_rows(tokens),  weights.to(accumulation_type(weights.scalar_type())).contiguous(),
-                            row_order.contiguous(),   offsets.contiguous(),
-                            with_dense_last(gate_up), with_dense_last(down)};
-  check_rows(arguments.order, arguments.bounds);
+  Arguments arguments{
+      with_dense_rows(tokens),
+      weights.to(accumulation_type(weights.scalar_type())).contiguous(),
+      row_order.contiguous(),
+      offsets.contiguous(),
+      with_dense_last(gate_up),
+      with_dense_last(down),
+      {}};
+  check_offsets(op, arguments.order, arguments.bounds);
+  arguments.row_of_slot = rows_of_slots(op, arguments.order.const_data_ptr<int32_t>(), arguments.order.size(0));
   return arguments;
 }
 
@@ -251,9 +263,12 @@ at::Tensor zero_sums(const at::Tensor& tokens) {
   return at::zeros(tokens.sizes(), tokens.options().dtype(accumulation_type(tokens.scalar_type())));
 }
 
-at::Tensor run_forward(const Arguments& arguments, const at::Tensor& pre_activation) {
+// `pre_activation` and `rows` are filled where they are defined.
+at::Tensor run_forward(const Arguments& arguments, const at::Tensor& pre_activation, const at::Tensor& rows) {
   const at::Tensor sums = zero_sums(arguments.tokens);
-  ExpertMlp(arguments, sums, pre_activation, /*backward=*/false).forward();
+  ExpertMlp experts(arguments, sums, pre_activation, /*backward=*/false);
+  experts.task.rows = rows.defined() ? rows.data_ptr() : nullptr;
+  experts.forward();
   return sums.to(arguments.tokens.scalar_type());
 }
 
@@ -264,30 +279,117 @@ at::Tensor expert_mlp_cpu(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down) {
-  check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
+  check_expert_mlp(kOp, tokens, weights, row_order, offsets, gate_up, down);
   check_memory(kOp, tokens, weights, row_order, offsets, gate_up, down);
-  return run_forward(dense(tokens, weights, row_order, offsets, gate_up, down), at::Tensor());
+  return run_forward(dense(kOp, tokens, weights, row_order, offsets, gate_up, down), at::Tensor(), at::Tensor());
 }
 
-std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cpu(
+// ---- Gram matrices: of the outputs before the weights, and of the activations ----
+
+TokenRows token_rows(const Arguments& arguments, const at::Tensor& rows, bool are_gate_and_up) {
+  return {
+      .rows = rows.const_data_ptr(),
+      .rows_stride = rows.size(1),
+      .are_gate_and_up = are_gate_and_up,
+      .row_of_slot = arguments.row_of_slot.data(),
+      .num_used = arguments.num_used(),
+      .weights = arguments.factors.const_data_ptr(),
+      .top_k = arguments.factors.size(1),
+      .width = are_gate_and_up ? rows.size(1) / 2 : rows.size(1)};
+}
+
+at::Tensor gram_if(bool is_asked, const Arguments& arguments, const at::Tensor& rows, bool are_gate_and_up) {
+  const auto& tokens = arguments.tokens;
+  return is_asked
+      ? grams_of(token_rows(arguments, rows, are_gate_and_up), storage_of(tokens), tokens.size(0), tokens.options())
+      : at::empty({0}, arguments.factors.options());
+}
+
+// What the gradients of the Gram matrices make of a backward pass.
+struct GramGradients {
+  at::Tensor grad_rows; //       [T·K, H], in the order of the slots: all of the gradient of the outputs
+  at::Tensor grad_weights; //    [T, K] accumulation type, with grad_rows
+  at::Tensor grad_activation; // [T·K, I] accumulation type, in the order of the slots
+};
+
+GramGradients gradients_of_grams(
+    const Arguments& arguments,
+    const at::Tensor& grad_output,
+    const std::optional<at::Tensor>& grad_output_gram,
+    const std::optional<at::Tensor>& grad_activation_gram,
+    const at::Tensor& pre_activation,
+    const at::Tensor& rows) {
+  GramGradients result;
+  const at::Tensor& tokens = arguments.tokens;
+  const int64_t num_rows = arguments.order.size(0);
+  if (grad_output_gram.has_value()) {
+    const at::Tensor grad = grad_output_gram->contiguous();
+    const at::Tensor dense = rows.contiguous();
+    result.grad_rows = on_huge_pages(at::empty({num_rows, tokens.size(1)}, tokens.options()));
+    result.grad_weights = at::empty(arguments.factors.sizes(), arguments.factors.options());
+    spread_grams(
+        {.tokens = token_rows(arguments, dense, /*are_gate_and_up=*/false),
+         .grad_gram = grad.const_data_ptr(),
+         .grad_output = grad_output.const_data_ptr(),
+         .grad_output_stride = grad_output.stride(0),
+         .grad_weights = result.grad_weights.mutable_data_ptr(),
+         .grad_rows = result.grad_rows.mutable_data_ptr(),
+         .by_slot = true,
+         .is_accumulated = false},
+        storage_of(tokens), tokens.size(0));
+  }
+  if (grad_activation_gram.has_value()) {
+    const at::Tensor grad = grad_activation_gram->contiguous();
+    result.grad_activation =
+        on_huge_pages(at::empty({num_rows, pre_activation.size(1) / 2}, arguments.factors.options()));
+    spread_grams(
+        {.tokens = token_rows(arguments, pre_activation, /*are_gate_and_up=*/true),
+         .grad_gram = grad.const_data_ptr(),
+         .grad_output = nullptr,
+         .grad_output_stride = 0,
+         .grad_weights = nullptr,
+         .grad_rows = result.grad_activation.mutable_data_ptr(),
+         .by_slot = true,
+         .is_accumulated = true},
+        storage_of(tokens), tokens.size(0));
+  }
+  return result;
+}
+
+// ---- with gradients ----
+
+ExpertMlpResults expert_mlp_forward_cpu(
     const at::Tensor& tokens,
     const at::Tensor& weights,
     const at::Tensor& row_order,
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
-    const at::Tensor& down) {
-  check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
-  check_memory(kOp, tokens, weights, row_order, offsets, gate_up, down);
-  const Arguments arguments = dense(tokens, weights, row_order, offsets, gate_up, down);
+    const at::Tensor& down,
+    bool output_gram,
+    bool activation_gram) {
+  const char* op = expert_mlp_name(output_gram || activation_gram);
+  check_expert_mlp(op, tokens, weights, row_order, offsets, gate_up, down);
+  check_memory(op, tokens, weights, row_order, offsets, gate_up, down);
+  const Arguments arguments = dense(op, tokens, weights, row_order, offsets, gate_up, down);
   at::Tensor pre_activation = on_huge_pages(at::empty({row_order.size(0), gate_up.size(1)}, tokens.options()));
-  const int64_t used = arguments.bounds.const_data_ptr<int32_t>()[gate_up.size(0)];
+  const int64_t used = arguments.num_used();
   pre_activation.narrow(0, used, row_order.size(0) - used).zero_(); // sentinels
-  return {run_forward(arguments, pre_activation), pre_activation};
+  at::Tensor rows;
+  if (output_gram) {
+    rows = on_huge_pages(at::empty({row_order.size(0), tokens.size(1)}, tokens.options()));
+  }
+  const at::Tensor output = run_forward(arguments, pre_activation, rows);
+  return {
+      output, pre_activation, output_gram ? rows : at::empty({0}, tokens.options()),
+      gram_if(output_gram, arguments, rows, /*are_gate_and_up=*/false),
+      gram_if(activation_gram, arguments, pre_activation, /*are_gate_and_up=*/true)};
 }
 
 // Gradients that nobody needs are empty.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_cpu(
+ExpertMlpGradients expert_mlp_backward_cpu(
     const at::Tensor& grad_output,
+    const std::optional<at::Tensor>& grad_output_gram,
+    const std::optional<at::Tensor>& grad_activation_gram,
     const at::Tensor& tokens,
     const at::Tensor& weights,
     const at::Tensor& row_order,
@@ -295,12 +397,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
     const at::Tensor& gate_up,
     const at::Tensor& down,
     const at::Tensor& pre_activation,
+    const at::Tensor& rows,
     std::array<bool, 4> needed) {
-  check_expert_mlp_backward(grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation);
-  check_memory(kOp, grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation);
-  const Arguments arguments = dense(tokens, weights, row_order, offsets, gate_up, down);
+  check_expert_mlp_backward(
+      grad_output, grad_output_gram, grad_activation_gram, tokens, weights, row_order, offsets, gate_up, down,
+      pre_activation, rows);
+  check_memory(
+      kOp, grad_output, grad_output_gram, grad_activation_gram, tokens, weights, row_order, offsets, gate_up, down,
+      pre_activation, rows);
+  Arguments arguments = dense(kOp, tokens, weights, row_order, offsets, gate_up, down);
   const at::Tensor grad = with_dense_rows(grad_output);
   const at::Tensor kept = pre_activation.contiguous();
+  const GramGradients of_grams =
+      gradients_of_grams(arguments, grad, grad_output_gram, grad_activation_gram, kept, rows);
+  if (of_grams.grad_rows.defined()) { // which the weights are in: what is left of them is who takes part
+    arguments.factors = arguments.factors.ne(0).to(arguments.factors.scalar_type());
+  }
   const auto empty_if = [&](bool is_needed, const at::Tensor& input) {
     return is_needed ? on_huge_pages(at::empty(input.sizes(), input.options())) : at::empty({0}, input.options());
   };
@@ -310,16 +422,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
   const at::Tensor zeros = at::zeros({tokens.size(1)}, tokens.options());
 
   ExpertMlp experts(arguments, token_sums, kept, /*backward=*/true);
-  experts.task.grad_output = grad.const_data_ptr();
-  experts.task.grad_output_stride = grad.stride(0);
+  const at::Tensor& grad_rows = of_grams.grad_rows.defined() ? of_grams.grad_rows : grad;
+  experts.task.grad_output = grad_rows.const_data_ptr();
+  experts.task.grad_output_stride = grad_rows.stride(0);
+  experts.task.grad_top_k = of_grams.grad_rows.defined() ? 1 : weights.size(1);
+  experts.task.grad_activation =
+      of_grams.grad_activation.defined() ? of_grams.grad_activation.const_data_ptr() : nullptr;
   experts.task.zeros = zeros.const_data_ptr();
   experts.task.grad_factors = factors.mutable_data_ptr();
   experts.task.grad_gate_up = grad_gate_up.mutable_data_ptr();
   experts.task.grad_down = grad_down.mutable_data_ptr();
   experts.backward(needed);
+  const at::Tensor& grad_weights = of_grams.grad_weights.defined() ? of_grams.grad_weights : factors;
   return {
       token_sums.to(tokens.scalar_type()),
-      needed[1] ? factors.to(weights.scalar_type()) : at::empty({0}, weights.options()), grad_gate_up, grad_down};
+      needed[1] ? grad_weights.to(weights.scalar_type()) : at::empty({0}, weights.options()), grad_gate_up, grad_down};
 }
 
 } // namespace

@@ -22,6 +22,7 @@
 #include "cuda/expert_products.h"
 #include "cuda/kernels/expert_mlp.h"
 #include "cuda/rows.h"
+#include "cuda/token_gram.h"
 
 namespace edl::cuda {
 namespace {
@@ -90,33 +91,50 @@ at::Tensor activate(const Rows& rows, at::Tensor& pre_activation) {
   return activation;
 }
 
-std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cuda(
+at::Tensor gram_if(bool is_asked, const Rows& rows, const at::Tensor& of_rows, const at::Tensor& row_of_slot) {
+  return is_asked ? grams_of(of_rows, row_of_slot, rows.weights, rows.top_k()) : at::empty({0}, rows.weights.options());
+}
+
+ExpertMlpResults expert_mlp_forward_cuda(
     const at::Tensor& tokens,
     const at::Tensor& weights,
     const at::Tensor& row_order,
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
-    const at::Tensor& down) {
-  check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
+    const at::Tensor& down,
+    bool output_gram,
+    bool activation_gram) {
+  const char* op = expert_mlp_name(output_gram || activation_gram);
+  check_expert_mlp(op, tokens, weights, row_order, offsets, gate_up, down);
   const c10::cuda::CUDAGuard guard(tokens.device());
-  if (values_are_checked(kOp)) {
+  if (values_are_checked(op)) {
     check_values(weights, row_order, offsets);
   }
   const Rows rows(row_order, offsets, weights);
   if (is_empty(tokens, rows, down)) {
-    return {at::zeros(tokens.sizes(), tokens.options()), at::zeros({rows.count(), gate_up.size(1)}, tokens.options())};
+    const auto zeros_if = [&](bool is_asked) {
+      return is_asked ? at::zeros({tokens.size(0), rows.top_k(), rows.top_k()}, rows.weights.options())
+                      : at::empty({0}, rows.weights.options());
+    };
+    return {
+        at::zeros(tokens.sizes(), tokens.options()), at::zeros({rows.count(), gate_up.size(1)}, tokens.options()),
+        output_gram ? at::zeros({rows.count(), tokens.size(1)}, tokens.options()) : at::empty({0}, tokens.options()),
+        zeros_if(output_gram), zeros_if(activation_gram)};
   }
-  const ExpertProducts products(kOp, rows.offsets, gate_up, down);
+  const ExpertProducts products(op, rows.offsets, gate_up, down);
   const at::Tensor first = products.dense(gate_up);
   const at::Tensor second = products.dense(down);
   const at::Tensor inputs = gather_rows(tokens, rows.order, rows.top_k(), rows.num_used());
   at::Tensor pre_activation = products.by_row(inputs, first.transpose(1, 2));
   const at::Tensor activation = activate(rows, pre_activation);
   const at::Tensor outputs = products.by_row(activation, second.transpose(1, 2));
-  const at::Tensor output =
-      combine_rows(outputs, rows_of_slots(rows.order, rows.num_used()), rows.weights, rows.top_k());
-  check_launch(kOp);
-  return {output, pre_activation};
+  const at::Tensor row_of_slot = rows_of_slots(rows.order, rows.num_used());
+  const at::Tensor output = combine_rows(outputs, row_of_slot, rows.weights, rows.top_k());
+  const ExpertMlpResults results = {
+      output, pre_activation, output_gram ? outputs : at::empty({0}, tokens.options()),
+      gram_if(output_gram, rows, outputs, row_of_slot), gram_if(activation_gram, rows, activation, row_of_slot)};
+  check_launch(op);
+  return results;
 }
 
 at::Tensor expert_mlp_cuda(
@@ -126,7 +144,55 @@ at::Tensor expert_mlp_cuda(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down) {
-  return std::get<0>(expert_mlp_forward_cuda(tokens, weights, row_order, offsets, gate_up, down));
+  return std::get<0>(expert_mlp_forward_cuda(tokens, weights, row_order, offsets, gate_up, down, false, false));
+}
+
+// The gradient of the outputs before the weights, [N, H]: of the tokens' outputs, and of their Gram matrices.
+struct OutputGradients {
+  at::Tensor grad_rows;
+  at::Tensor grad_weights; // [T, K], accumulation type
+};
+
+OutputGradients gradients_of_outputs(
+    const Rows& rows, const at::Tensor& grad_output, const at::Tensor& grad_gram, const at::Tensor& outputs) {
+  const at::Tensor grad = with_dense_rows(grad_output);
+  const at::Tensor of_gram = grad_gram.contiguous();
+  const at::Tensor source = outputs.contiguous();
+  const at::Tensor row_of_slot = rows_of_slots(rows.order, rows.num_used());
+  OutputGradients result = {
+      at::empty(source.sizes(), source.options()),
+      at::full_like(rows.weights, std::numeric_limits<double>::quiet_NaN())}; // of slots that no row names
+  launch_token_gram_backward(
+      {.tokens = token_rows(source, row_of_slot, rows.weights, rows.top_k()),
+       .grad_gram = of_gram.const_data_ptr(),
+       .row_order = rows.order.const_data_ptr<int32_t>(),
+       .num_used = rows.num_used(),
+       .grad_output = grad.const_data_ptr(),
+       .grad_output_stride = grad.stride(0),
+       .grad_weights = result.grad_weights.mutable_data_ptr(),
+       .grad_rows = result.grad_rows.mutable_data_ptr()},
+      stream_of(source));
+  return result;
+}
+
+// The gradient of the activations that their Gram matrices have, [N, I]. The activations are computed once more.
+at::Tensor gradient_of_activations(const Rows& rows, const at::Tensor& grad_gram, const at::Tensor& pre_activation) {
+  at::Tensor kept = pre_activation; // rows without an expert are zeros already
+  const at::Tensor activation = activate(rows, kept);
+  const at::Tensor of_gram = grad_gram.contiguous();
+  const at::Tensor row_of_slot = rows_of_slots(rows.order, rows.num_used());
+  at::Tensor grad_rows = at::empty(activation.sizes(), activation.options());
+  launch_token_gram_backward(
+      {.tokens = token_rows(activation, row_of_slot, rows.weights, rows.top_k()),
+       .grad_gram = of_gram.const_data_ptr(),
+       .row_order = rows.order.const_data_ptr<int32_t>(),
+       .num_used = rows.num_used(),
+       .grad_output = nullptr,
+       .grad_output_stride = 0,
+       .grad_weights = nullptr,
+       .grad_rows = grad_rows.mutable_data_ptr()},
+      stream_of(activation));
+  return grad_rows;
 }
 
 // What the SwiGLU's backward pass leaves for the products after it.
@@ -138,8 +204,10 @@ struct ActivationGradients {
 
 ActivationGradients activate_backward(
     const Rows& rows,
+    const at::Tensor& weights, //           [T, K], accumulation type
     const at::Tensor& pre_activation, //    [N, 2I]
-    const at::Tensor& grad_activation) { // [N, I]
+    const at::Tensor& grad_activation, //   [N, I]
+    const at::Tensor& more) { //            [N, I], or undefined
   ActivationGradients gradients = {
       at::empty(grad_activation.sizes(), grad_activation.options()),
       at::empty(pre_activation.sizes(), grad_activation.options()),
@@ -149,18 +217,19 @@ ActivationGradients activate_backward(
        .grad_activation = grad_activation.const_data_ptr(),
        .storage = storage_of(pre_activation),
        .row_order = rows.order.const_data_ptr<int32_t>(),
-       .weights = rows.weights.const_data_ptr(),
+       .weights = weights.const_data_ptr(),
        .num_rows = rows.count(),
        .num_used = rows.num_used(),
        .width = grad_activation.size(1),
        .activation = gradients.activation.mutable_data_ptr(),
        .grad_pre_activation = gradients.grad_pre_activation.mutable_data_ptr(),
-       .grad_weights = gradients.grad_weights.mutable_data_ptr()},
+       .grad_weights = gradients.grad_weights.mutable_data_ptr(),
+       .more = more.defined() ? more.const_data_ptr() : nullptr},
       stream_of(pre_activation));
   return gradients;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> zero_gradients(
+ExpertMlpGradients zero_gradients(
     const at::Tensor& tokens,
     const at::Tensor& weights,
     const at::Tensor& gate_up,
@@ -174,8 +243,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> zero_gradients(
       zeros_if(needed[3], down)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_cuda(
+ExpertMlpGradients expert_mlp_backward_cuda(
     const at::Tensor& grad_output,
+    const std::optional<at::Tensor>& grad_output_gram,
+    const std::optional<at::Tensor>& grad_activation_gram,
     const at::Tensor& tokens,
     const at::Tensor& weights,
     const at::Tensor& row_order,
@@ -183,8 +254,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
     const at::Tensor& gate_up,
     const at::Tensor& down,
     const at::Tensor& pre_activation,
+    const at::Tensor& outputs,
     std::array<bool, 4> needed) {
-  check_expert_mlp_backward(grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation);
+  check_expert_mlp_backward(
+      grad_output, grad_output_gram, grad_activation_gram, tokens, weights, row_order, offsets, gate_up, down,
+      pre_activation, outputs);
   const c10::cuda::CUDAGuard guard(tokens.device());
   const Rows rows(row_order, offsets, weights);
   if (is_empty(tokens, rows, down)) {
@@ -193,9 +267,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
   const ExpertProducts products(kOp, rows.offsets, gate_up, down);
   const at::Tensor first = products.dense(gate_up);
   const at::Tensor second = products.dense(down);
-  const at::Tensor grad_rows = gather_rows(grad_output, rows.order, rows.top_k(), rows.num_used());
+  const at::Tensor kept = pre_activation.contiguous();
+  at::Tensor grad_rows, grad_weights, factors = rows.weights, more;
+  if (grad_output_gram.has_value()) { // the weights are in these rows: what is left of them is who takes part
+    const OutputGradients of_outputs = gradients_of_outputs(rows, grad_output, *grad_output_gram, outputs);
+    grad_rows = of_outputs.grad_rows;
+    grad_weights = of_outputs.grad_weights;
+    factors = rows.weights.ne(0).to(rows.weights.scalar_type());
+  } else {
+    grad_rows = gather_rows(grad_output, rows.order, rows.top_k(), rows.num_used());
+  }
+  if (grad_activation_gram.has_value()) {
+    more = gradient_of_activations(rows, *grad_activation_gram, kept);
+  }
   const at::Tensor grad_activation = products.by_row(grad_rows, second);
-  const ActivationGradients own = activate_backward(rows, pre_activation.contiguous(), grad_activation);
+  const ActivationGradients own = activate_backward(rows, factors, kept, grad_activation, more);
   at::Tensor grad_tokens = at::empty({0}, tokens.options());
   at::Tensor grad_gate_up = at::empty({0}, gate_up.options());
   at::Tensor grad_down = at::empty({0}, down.options());
@@ -212,9 +298,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
     grad_tokens = combine_rows(grad_inputs, row_of_slot, rows.weights, rows.top_k(), /*already_weighted=*/true);
   }
   check_launch(kOp);
+  if (!grad_weights.defined()) {
+    grad_weights = own.grad_weights;
+  }
   return {
-      grad_tokens, needed[1] ? own.grad_weights.to(weights.scalar_type()) : at::empty({0}, weights.options()),
-      grad_gate_up, grad_down};
+      grad_tokens, needed[1] ? grad_weights.to(weights.scalar_type()) : at::empty({0}, weights.options()), grad_gate_up,
+      grad_down};
 }
 
 } // namespace

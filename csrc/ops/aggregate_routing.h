@@ -11,43 +11,37 @@
 
 namespace edl {
 
+// The gradient to `routing`; no second derivative.
+at::Tensor aggregate_routing_backward(
+    const at::Tensor& grad_sums, //   [S, E]
+    const at::Tensor& routing, //     [T, E]
+    const at::Tensor& segment_ids, // [T]
+    std::string_view scores);
+
+// The same for several layers of one shape, type and device, on CUDA in one launch; below autograd. Returns sums [L, S,
+// E] and counts [S].
+std::tuple<at::Tensor, at::Tensor> aggregate_layers(
+    at::TensorList layers, //         L times [T, E]
+    const at::Tensor& segment_ids, // [T]
     c10::SymInt num_segments, //      S
     std::string_view scores);
 
-    // The gradient to `routing`; no second derivative.
-    at::Tensor aggregate_routing_backward(
-        const at::Tensor& grad_sums, //   [S, E]
-        const at::Tensor& routing, //     [T, E]
-        const at::Tensor& segment_ids, // [T]
-        std::string_view scores);
+// The gradient to each layer.
+std::vector<at::Tensor> aggregate_layers_backward(
+    const at::Tensor& grad_sums, //   [L, S, E]
+    at::TensorList layers, //         L times [T, E]
+    const at::Tensor& segment_ids, // [T]
+    std::string_view scores);
 
-    // The same for several layers of one shape, type and device, on CUDA in one launch; below autograd. Returns sums [L, S,
-    // E] and counts [S].
-    std::tuple<at::Tensor, at::Tensor> aggregate_layers(
-        at::TensorList layers, //         L times [T, E]
-        const at::Tensor& segment_ids, // [T]
-        c10::SymInt num_segments, //      S
-        std::string_view scores);
+void check_layers_alike(at::TensorList layers);
 
-    // The gradient to each layer.
-    std::vector<at::Tensor> aggregate_layers_backward(
-        const at::Tensor& grad_sums, //   [L, S, E]
-        at::TensorList layers, //         L times [T, E]
-        const at::Tensor& segment_ids, // [T]
-        std::string_view scores);
+Scores check_aggregate_routing(
+    const at::Tensor& routing, const at::Tensor& segment_ids, const c10::SymInt& num_segments, std::string_view scores);
 
-    void check_layers_alike(at::TensorList layers);
+Scores check_aggregate_routing_backward(
+    const at::Tensor& grad_sums, //   [S, E]
+    const at::Tensor& routing, //     [T, E]
+    const at::Tensor& segment_ids, // [T]
+    std::string_view scores);
 
-    Scores check_aggregate_routing(
-        const at::Tensor& routing,
-        const at::Tensor& segment_ids,
-        const c10::SymInt& num_segments,
-        std::string_view scores);
-
-    Scores check_aggregate_routing_backward(
-        const at::Tensor& grad_sums, //   [S, E]
-        const at::Tensor& routing, //     [T, E]
-        const at::Tensor& segment_ids, // [T]
-        std::string_view scores);
-
-    } // namespace edl
+} // namespace edl

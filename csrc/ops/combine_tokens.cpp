@@ -21,27 +21,7 @@ constexpr const char* kOp = "edl::combine_tokens";
 
 void check_combine_tokens(
     const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& row_order, int64_t top_k) {
-  EDL_ENSURE(rows.dim() == 2, kOp, ": rows must have the shape [N, H] (got ", rows.dim(), " dimensions)");
-  EDL_ENSURE(
-      is_storage_type(rows.scalar_type()), kOp, ": rows must be float32, float64, bfloat16 or float16 (got ",
-      rows.scalar_type(), ")");
-  check_sorted_indices(kOp, row_order, "row_order", rows, "rows");
-  EDL_ENSURE(
-      row_order.sym_size(0).sym_eq(rows.sym_size(0)), kOp, ": row_order must have one entry per row (got ",
-      row_order.sym_size(0), " for ", rows.sym_size(0), " rows)");
-  EDL_ENSURE(top_k >= 1, kOp, ": top_k must be at least 1 (got ", top_k, ")");
-  EDL_ENSURE(
-      (rows.sym_size(0) % top_k).sym_eq(0), kOp, ": rows must be top_k per token (got ", rows.sym_size(0),
-      " rows and top_k ", top_k, ")");
-  if (weights.has_value()) {
-    check_routing_weights(kOp, *weights, rows, "rows");
-    EDL_ENSURE(
-        weights->sym_size(1).sym_eq(top_k), kOp, ": weights must have top_k columns (got ", weights->sym_size(1),
-        " and top_k ", top_k, ")");
-    EDL_ENSURE(
-        (weights->sym_size(0) * top_k).sym_eq(rows.sym_size(0)), kOp, ": weights must have one entry per row (got ",
-        weights->sym_size(0), " by ", top_k, " for ", rows.sym_size(0), " rows)");
-  }
+  check_rows_of_tokens(kOp, rows, weights, row_order, top_k);
 }
 
 void check_combine_tokens_backward(

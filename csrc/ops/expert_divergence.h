@@ -9,36 +9,27 @@
 
 namespace edl {
 
-    const at::Tensor& counts, //  [..., D] float64
-    double eps, //                at least 0
+// The loss [...], and its gradients to `sums` and `squares` (no element without bias_correction).
+std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient(
+    const at::Tensor& sums,
+    const at::Tensor& squares,
+    const at::Tensor& counts,
+    double eps,
     std::string_view reduction,
     bool bias_correction);
 
-    // The loss [...], and its gradients to `sums` and `squares` (no element without bias_correction).
-    std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient(
-        const at::Tensor& sums,
-        const at::Tensor& squares,
-        const at::Tensor& counts,
-        double eps,
-        std::string_view reduction,
-        bool bias_correction);
+enum class PairReduction { mean_of_logs, log_of_mean };
 
-    enum class PairReduction { mean_of_logs, log_of_mean };
+PairReduction check_expert_divergence(
+    const at::Tensor& sums,
+    const at::Tensor& squares,
+    const at::Tensor& counts,
+    double eps,
+    std::string_view reduction,
+    bool bias_correction);
 
-    PairReduction check_expert_divergence(
-        const at::Tensor& sums,
-        const at::Tensor& squares,
-        const at::Tensor& counts,
-        double eps,
-        std::string_view reduction,
-        bool bias_correction);
+// Shapes and dtypes of moments [..., D, E], as domain_moments returns them.
+void check_moments(
+    const char* op, const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction);
 
-    // Shapes and dtypes of moments [..., D, E], as domain_moments returns them.
-    void check_moments(
-        const char* op,
-        const at::Tensor& sums,
-        const at::Tensor& squares,
-        const at::Tensor& counts,
-        bool bias_correction);
-
-    } // namespace edl
+} // namespace edl

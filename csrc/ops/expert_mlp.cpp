@@ -2,6 +2,7 @@
 #include "ops/expert_mlp.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -19,17 +20,34 @@ namespace edl {
 namespace {
 
 constexpr const char* kOp = "edl::expert_mlp";
+constexpr const char* kWithGram = "edl::expert_mlp_with_gram";
 constexpr int64_t kMostSlots = std::numeric_limits<int32_t>::max();
 
-void check_parameter(const at::Tensor& parameter, const char* name, const char* shape, const at::Tensor& tokens) {
+void check_parameter(
+    const char* op, const at::Tensor& parameter, const char* name, const char* shape, const at::Tensor& tokens) {
   EDL_ENSURE(
-      parameter.dim() == 3, kOp, ": ", name, " must have the shape ", shape, " (got ", parameter.dim(), " dimensions)");
+      parameter.dim() == 3, op, ": ", name, " must have the shape ", shape, " (got ", parameter.dim(), " dimensions)");
   EDL_ENSURE(
-      parameter.scalar_type() == tokens.scalar_type(), kOp, ": ", name, " must have the type of tokens (got ",
+      parameter.scalar_type() == tokens.scalar_type(), op, ": ", name, " must have the type of tokens (got ",
       parameter.scalar_type(), " beside ", tokens.scalar_type(), ")");
   EDL_ENSURE(
-      parameter.device() == tokens.device(), kOp, ": ", name, " must be on the device of tokens (got ",
+      parameter.device() == tokens.device(), op, ": ", name, " must be on the device of tokens (got ",
       parameter.device(), " and ", tokens.device(), ")");
+}
+
+void check_gradient_of_gram(
+    const std::optional<at::Tensor>& grad, const at::Tensor& weights, const at::Tensor& tokens) {
+  if (!grad.has_value()) {
+    return;
+  }
+  EDL_ENSURE(
+      grad->dim() == 3 && grad->scalar_type() == accumulation_type(tokens.scalar_type()), kOp,
+      ": the gradient of a Gram matrix must be [T, K, K] in the accumulation type (got ", grad->dim(),
+      " dimensions of ", grad->scalar_type(), ")");
+  EDL_ENSURE(
+      grad->sym_size(0).sym_eq(tokens.sym_size(0)) & grad->sym_size(1).sym_eq(weights.sym_size(1)) &
+          grad->sym_size(2).sym_eq(weights.sym_size(1)),
+      kOp, ": the gradient of a Gram matrix must have the shape [T, K, K] (got ", grad->sym_sizes(), ")");
 }
 
 ProductsWait& products_wait() {
@@ -43,65 +61,73 @@ void tell_whether_products_wait(ProductsWait told) {
   products_wait() = told;
 }
 
+const char* expert_mlp_name(bool with_gram) {
+  return with_gram ? kWithGram : kOp;
+}
+
 void check_expert_mlp(
+    const char* op,
     const at::Tensor& tokens,
     const at::Tensor& weights,
     const at::Tensor& row_order,
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down) {
-  EDL_ENSURE(tokens.dim() == 2, kOp, ": tokens must have the shape [T, H] (got ", tokens.dim(), " dimensions)");
+  EDL_ENSURE(tokens.dim() == 2, op, ": tokens must have the shape [T, H] (got ", tokens.dim(), " dimensions)");
   EDL_ENSURE(
-      is_storage_type(tokens.scalar_type()), kOp, ": tokens must be float32, float64, bfloat16 or float16 (got ",
+      is_storage_type(tokens.scalar_type()), op, ": tokens must be float32, float64, bfloat16 or float16 (got ",
       tokens.scalar_type(), ")");
-  check_routing_weights(kOp, weights, tokens, "tokens");
-  check_sorted_indices(kOp, row_order, "row_order", tokens, "tokens");
-  check_sorted_indices(kOp, offsets, "offsets", tokens, "tokens");
-  check_parameter(gate_up, "gate_up", "[E, 2I, H]", tokens);
-  check_parameter(down, "down", "[E, H, I]", tokens);
+  check_routing_weights(op, weights, tokens, "tokens");
+  check_sorted_indices(op, row_order, "row_order", tokens, "tokens");
+  check_sorted_indices(op, offsets, "offsets", tokens, "tokens");
+  check_parameter(op, gate_up, "gate_up", "[E, 2I, H]", tokens);
+  check_parameter(op, down, "down", "[E, H, I]", tokens);
   EDL_ENSURE(
-      weights.sym_size(0).sym_eq(tokens.sym_size(0)), kOp, ": weights must have one row per token (got ",
+      weights.sym_size(0).sym_eq(tokens.sym_size(0)), op, ": weights must have one row per token (got ",
       weights.sym_size(0), " for ", tokens.sym_size(0), " tokens)");
   EDL_ENSURE(
-      weights.sym_size(1).sym_ge(1), kOp, ": weights must have at least one column (got ", weights.sym_size(1), ")");
+      weights.sym_size(1).sym_ge(1), op, ": weights must have at least one column (got ", weights.sym_size(1), ")");
   EDL_ENSURE(
-      row_order.sym_size(0).sym_eq(weights.sym_numel()), kOp, ": row_order must have one entry per weight (got ",
+      row_order.sym_size(0).sym_eq(weights.sym_numel()), op, ": row_order must have one entry per weight (got ",
       row_order.sym_size(0), " for ", weights.sym_numel(), " weights)");
   // A symbolic size would turn this into a bound on the batch that users of torch.export had to state.
   if (const auto num_slots = weights.sym_numel().maybe_as_int()) {
-    EDL_ENSURE(*num_slots <= kMostSlots, kOp, ": weights must have fewer than 2^31 entries (got ", *num_slots, ")");
+    EDL_ENSURE(*num_slots <= kMostSlots, op, ": weights must have fewer than 2^31 entries (got ", *num_slots, ")");
   }
   EDL_ENSURE(
-      gate_up.sym_size(0).sym_ge(1), kOp, ": gate_up must have at least one expert (got ", gate_up.sym_size(0), ")");
+      gate_up.sym_size(0).sym_ge(1), op, ": gate_up must have at least one expert (got ", gate_up.sym_size(0), ")");
   EDL_ENSURE(
-      offsets.sym_size(0).sym_eq(gate_up.sym_size(0) + 1), kOp,
+      offsets.sym_size(0).sym_eq(gate_up.sym_size(0) + 1), op,
       ": offsets must have one entry more than there are experts (got ", offsets.sym_size(0), " for ",
       gate_up.sym_size(0), " experts)");
   EDL_ENSURE(
-      gate_up.sym_size(2).sym_eq(tokens.sym_size(1)), kOp, ": gate_up must have one column per entry of a token (got ",
+      gate_up.sym_size(2).sym_eq(tokens.sym_size(1)), op, ": gate_up must have one column per entry of a token (got ",
       gate_up.sym_size(2), " for tokens of ", tokens.sym_size(1), ")");
   EDL_ENSURE(
-      down.sym_size(0).sym_eq(gate_up.sym_size(0)), kOp, ": down must have as many experts as gate_up (got ",
+      down.sym_size(0).sym_eq(gate_up.sym_size(0)), op, ": down must have as many experts as gate_up (got ",
       down.sym_size(0), " and ", gate_up.sym_size(0), ")");
   EDL_ENSURE(
-      down.sym_size(1).sym_eq(tokens.sym_size(1)), kOp, ": down must have one row per entry of a token (got ",
+      down.sym_size(1).sym_eq(tokens.sym_size(1)), op, ": down must have one row per entry of a token (got ",
       down.sym_size(1), " for tokens of ", tokens.sym_size(1), ")");
   EDL_ENSURE(
-      gate_up.sym_size(1).sym_eq(down.sym_size(2) * 2), kOp,
+      gate_up.sym_size(1).sym_eq(down.sym_size(2) * 2), op,
       ": gate_up must have twice as many rows as down has columns (got ", gate_up.sym_size(1), " and ",
       down.sym_size(2), ")");
 }
 
 void check_expert_mlp_backward(
     const at::Tensor& grad_output,
+    const std::optional<at::Tensor>& grad_output_gram,
+    const std::optional<at::Tensor>& grad_activation_gram,
     const at::Tensor& tokens,
     const at::Tensor& weights,
     const at::Tensor& row_order,
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down,
-    const at::Tensor& pre_activation) {
-  check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
+    const at::Tensor& pre_activation,
+    const at::Tensor& rows) {
+  check_expert_mlp(kOp, tokens, weights, row_order, offsets, gate_up, down);
   EDL_ENSURE(
       grad_output.dim() == 2 && grad_output.scalar_type() == tokens.scalar_type(), kOp,
       ": the gradient of the output must be a matrix in the type of tokens (got ", grad_output.dim(), " dimensions of ",
@@ -118,6 +144,16 @@ void check_expert_mlp_backward(
       pre_activation.sym_size(0).sym_eq(row_order.sym_size(0)) & pre_activation.sym_size(1).sym_eq(gate_up.sym_size(1)),
       kOp, ": pre_activation must have the shape [N, 2I] (got ", pre_activation.sym_size(0), " by ",
       pre_activation.sym_size(1), ")");
+  check_gradient_of_gram(grad_activation_gram, weights, tokens);
+  check_gradient_of_gram(grad_output_gram, weights, tokens);
+  if (grad_output_gram.has_value()) {
+    EDL_ENSURE(
+        rows.dim() == 2 && rows.scalar_type() == tokens.scalar_type(), kOp,
+        ": rows must be a matrix in the type of tokens (got ", rows.dim(), " dimensions of ", rows.scalar_type(), ")");
+    EDL_ENSURE(
+        rows.sym_size(0).sym_eq(row_order.sym_size(0)) & rows.sym_size(1).sym_eq(tokens.sym_size(1)), kOp,
+        ": rows must have the shape [N, H] (got ", rows.sym_size(0), " by ", rows.sym_size(1), ")");
+  }
 }
 
 at::Tensor expert_mlp(
@@ -131,30 +167,47 @@ at::Tensor expert_mlp(
   return op.call(tokens, weights, row_order, offsets, gate_up, down);
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_mlp_with_gram(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down,
+    bool output_gram,
+    bool activation_gram) {
+  static const auto op = find_operator<decltype(expert_mlp_with_gram)>("edl::expert_mlp_with_gram");
+  return op.call(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram);
+}
+
 namespace {
 
-using Forward = std::tuple<at::Tensor, at::Tensor>;
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using WithGram = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 bool waits(const at::Tensor& gate_up, const at::Tensor& down) {
   const ProductsWait told = products_wait();
   return gate_up.is_cuda() && (told == nullptr || told(gate_up, down));
 }
 
-Forward expert_mlp_forward(
+ExpertMlpResults expert_mlp_forward(
     const at::Tensor& tokens,
     const at::Tensor& weights,
     const at::Tensor& row_order,
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
-    const at::Tensor& down) {
+    const at::Tensor& down,
+    bool output_gram,
+    bool activation_gram) {
   static const auto op = find_operator<decltype(expert_mlp_forward)>("edl::_expert_mlp_forward");
   static const auto waiting = find_operator<decltype(expert_mlp_forward)>("edl::_expert_mlp_forward", "waiting");
-  return (waits(gate_up, down) ? waiting : op).call(tokens, weights, row_order, offsets, gate_up, down);
+  return (waits(gate_up, down) ? waiting : op)
+      .call(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram);
 }
 
-Gradients expert_mlp_backward(
+ExpertMlpGradients expert_mlp_backward(
     const at::Tensor& grad_output,
+    const std::optional<at::Tensor>& grad_output_gram,
+    const std::optional<at::Tensor>& grad_activation_gram,
     const at::Tensor& tokens,
     const at::Tensor& weights,
     const at::Tensor& row_order,
@@ -162,11 +215,14 @@ Gradients expert_mlp_backward(
     const at::Tensor& gate_up,
     const at::Tensor& down,
     const at::Tensor& pre_activation,
+    const at::Tensor& rows,
     std::array<bool, 4> needed) {
   static const auto op = find_operator<decltype(expert_mlp_backward)>("edl::_expert_mlp_backward");
   static const auto waiting = find_operator<decltype(expert_mlp_backward)>("edl::_expert_mlp_backward", "waiting");
   return (waits(gate_up, down) ? waiting : op)
-      .call(grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation, needed);
+      .call(
+          grad_output, grad_output_gram, grad_activation_gram, tokens, weights, row_order, offsets, gate_up, down,
+          pre_activation, rows, needed);
 }
 
 at::Tensor expert_mlp_meta(
@@ -176,24 +232,37 @@ at::Tensor expert_mlp_meta(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down) {
-  check_expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
+  check_expert_mlp(kOp, tokens, weights, row_order, offsets, gate_up, down);
   return at::empty_symint(tokens.sym_sizes(), tokens.options());
 }
 
-Forward expert_mlp_forward_meta(
+ExpertMlpResults expert_mlp_forward_meta(
     const at::Tensor& tokens,
     const at::Tensor& weights,
     const at::Tensor& row_order,
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
-    const at::Tensor& down) {
+    const at::Tensor& down,
+    bool output_gram,
+    bool activation_gram) {
+  check_expert_mlp(expert_mlp_name(output_gram || activation_gram), tokens, weights, row_order, offsets, gate_up, down);
+  const auto accumulated = tokens.options().dtype(accumulation_type(tokens.scalar_type()));
+  const auto gram_if = [&](bool is_asked) {
+    return is_asked ? at::empty_symint({tokens.sym_size(0), weights.sym_size(1), weights.sym_size(1)}, accumulated)
+                    : at::empty({0}, accumulated);
+  };
   return {
-      expert_mlp_meta(tokens, weights, row_order, offsets, gate_up, down),
-      at::empty_symint({row_order.sym_size(0), gate_up.sym_size(1)}, tokens.options())};
+      at::empty_symint(tokens.sym_sizes(), tokens.options()),
+      at::empty_symint({row_order.sym_size(0), gate_up.sym_size(1)}, tokens.options()),
+      output_gram ? at::empty_symint({row_order.sym_size(0), tokens.sym_size(1)}, tokens.options())
+                  : at::empty({0}, tokens.options()),
+      gram_if(output_gram), gram_if(activation_gram)};
 }
 
-Gradients expert_mlp_backward_meta(
+ExpertMlpGradients expert_mlp_backward_meta(
     const at::Tensor& grad_output,
+    const std::optional<at::Tensor>& grad_output_gram,
+    const std::optional<at::Tensor>& grad_activation_gram,
     const at::Tensor& tokens,
     const at::Tensor& weights,
     const at::Tensor& row_order,
@@ -201,8 +270,11 @@ Gradients expert_mlp_backward_meta(
     const at::Tensor& gate_up,
     const at::Tensor& down,
     const at::Tensor& pre_activation,
+    const at::Tensor& rows,
     std::array<bool, 4> needed) {
-  check_expert_mlp_backward(grad_output, tokens, weights, row_order, offsets, gate_up, down, pre_activation);
+  check_expert_mlp_backward(
+      grad_output, grad_output_gram, grad_activation_gram, tokens, weights, row_order, offsets, gate_up, down,
+      pre_activation, rows);
   const auto gradient_of = [](const at::Tensor& input, bool is_needed) {
     const auto nothing = {c10::SymInt(0)};
     return at::empty_symint(is_needed ? input.sym_sizes() : c10::SymIntArrayRef(nothing), input.options());
@@ -212,34 +284,50 @@ Gradients expert_mlp_backward_meta(
       gradient_of(down, needed[3])};
 }
 
+// One for both operators: the output, and behind it the Gram matrices where any is asked for.
 struct ExpertMlpFunction : torch::autograd::Function<ExpertMlpFunction> {
   static constexpr bool is_traceable = true;
 
-  static at::Tensor forward(
+  static torch::autograd::variable_list forward(
       torch::autograd::AutogradContext* context,
       const at::Tensor& tokens,
       const at::Tensor& weights,
       const at::Tensor& row_order,
       const at::Tensor& offsets,
       const at::Tensor& gate_up,
-      const at::Tensor& down) {
+      const at::Tensor& down,
+      bool output_gram,
+      bool activation_gram) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, pre_activation] = expert_mlp_forward(tokens, weights, row_order, offsets, gate_up, down);
-    context->save_for_backward({tokens, weights, row_order, offsets, gate_up, down, pre_activation});
-    return output;
+    auto [output, pre_activation, rows, of_outputs, of_activations] =
+        expert_mlp_forward(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram);
+    context->save_for_backward({tokens, weights, row_order, offsets, gate_up, down, pre_activation, rows});
+    context->set_materialize_grads(false);
+    if (!output_gram && !activation_gram) {
+      return {output};
+    }
+    return {output, of_outputs, of_activations};
   }
 
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
     const auto saved = context->get_saved_variables();
+    const at::Tensor& tokens = saved[0];
     const std::array<bool, 4> needed = {
         context->needs_input_grad(0), context->needs_input_grad(1), context->needs_input_grad(4),
         context->needs_input_grad(5)};
-    auto [grad_tokens, grad_weights, grad_gate_up, grad_down] =
-        expert_mlp_backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], needed);
+    const auto gradient_of_gram = [&](size_t i) -> std::optional<at::Tensor> {
+      return i < grads.size() && grads[i].defined() && grads[i].dim() == 3 ? std::make_optional(grads[i])
+                                                                           : std::nullopt;
+    };
+    const at::Tensor grad_output =
+        grads[0].defined() ? grads[0] : at::zeros_symint(tokens.sym_sizes(), tokens.options());
+    auto [grad_tokens, grad_weights, grad_gate_up, grad_down] = expert_mlp_backward(
+        grad_output, gradient_of_gram(1), gradient_of_gram(2), tokens, saved[1], saved[2], saved[3], saved[4], saved[5],
+        saved[6], saved[7], needed);
     const auto if_needed = [&](size_t i, const at::Tensor& gradient) { return needed[i] ? gradient : at::Tensor(); };
     return {if_needed(0, grad_tokens),  if_needed(1, grad_weights), {}, {},
-            if_needed(2, grad_gate_up), if_needed(3, grad_down)};
+            if_needed(2, grad_gate_up), if_needed(3, grad_down),    {}, {}};
   }
 };
 
@@ -253,11 +341,51 @@ at::Tensor expert_mlp_autograd(
   if (!needs_gradient({tokens, weights, gate_up, down})) { // nothing to save
     at::AutoDispatchBelowADInplaceOrView guard;
     if (waits(gate_up, down)) {
-      return std::get<0>(expert_mlp_forward(tokens, weights, row_order, offsets, gate_up, down));
+      return std::get<0>(expert_mlp_forward(tokens, weights, row_order, offsets, gate_up, down, false, false));
     }
     return expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
   }
-  return ExpertMlpFunction::apply(tokens, weights, row_order, offsets, gate_up, down);
+  return ExpertMlpFunction::apply(tokens, weights, row_order, offsets, gate_up, down, false, false)[0];
+}
+
+WithGram expert_mlp_with_gram_below_autograd(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down,
+    bool output_gram,
+    bool activation_gram) {
+  auto [output, pre_activation, rows, of_outputs, of_activations] =
+      expert_mlp_forward(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram);
+  return {output, of_outputs, of_activations};
+}
+
+WithGram expert_mlp_with_gram_autograd(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down,
+    bool output_gram,
+    bool activation_gram) {
+  EDL_ENSURE(
+      output_gram || activation_gram, kWithGram,
+      ": output_gram or activation_gram must be asked for, or expert_mlp is the operator (got neither)");
+  if (!needs_gradient({tokens, weights, gate_up, down})) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return expert_mlp_with_gram(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram);
+  }
+  auto results =
+      ExpertMlpFunction::apply(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram);
+  return {results[0], results[1], results[2]};
+}
+
+template <at::DeviceType device>
+at::Tensor cast_for_autocast(const at::Tensor& tensor) {
+  return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
 }
 
 template <at::DeviceType device, c10::DispatchKey key>
@@ -269,29 +397,50 @@ at::Tensor expert_mlp_autocast(
     const at::Tensor& gate_up,
     const at::Tensor& down) {
   c10::impl::ExcludeDispatchKeyGuard guard(key);
-  const auto type = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const at::Tensor& tensor) { return at::autocast::cached_cast(type, tensor, device); };
+  const auto cast = cast_for_autocast<device>;
   return expert_mlp(cast(tokens), weights, row_order, offsets, cast(gate_up), cast(down));
+}
+
+template <at::DeviceType device, c10::DispatchKey key>
+WithGram expert_mlp_with_gram_autocast(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down,
+    bool output_gram,
+    bool activation_gram) {
+  c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const auto cast = cast_for_autocast<device>;
+  return expert_mlp_with_gram(
+      cast(tokens), weights, row_order, offsets, cast(gate_up), cast(down), output_gram, activation_gram);
 }
 
 } // namespace
 } // namespace edl
 
 TORCH_LIBRARY_FRAGMENT(edl, m) {
-  m.def(
-      "expert_mlp(Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, Tensor gate_up, Tensor down) "
-      "-> Tensor");
-  const std::string forward =
-      "(Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, Tensor gate_up, Tensor down) "
-      "-> (Tensor output, Tensor pre_activation)";
-  const std::string backward =
-      "(Tensor grad_output, Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, Tensor gate_up, "
-      "Tensor down, Tensor pre_activation, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)";
+  const std::string arguments =
+      "Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, Tensor gate_up, Tensor down";
+  m.def(("expert_mlp(" + arguments + ") -> Tensor").c_str());
+  m.def(("expert_mlp_with_gram(" + arguments +
+         ", bool output_gram, bool activation_gram) -> (Tensor output, Tensor output_gram, Tensor activation_gram)")
+            .c_str());
+  const std::string forward = "(" + arguments +
+      ", bool output_gram, bool activation_gram) -> (Tensor output, Tensor pre_activation, Tensor rows, Tensor "
+      "output_gram, Tensor activation_gram)";
+  const std::string backward = "(Tensor grad_output, Tensor? grad_output_gram, Tensor? grad_activation_gram, " +
+      arguments + ", Tensor pre_activation, Tensor rows, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)";
   m.def(("_expert_mlp_forward" + forward).c_str());
   m.def(("_expert_mlp_backward" + backward).c_str());
   // The same, for experts whose products wait for the device: torch.compile splits its CUDA graphs there.
   m.def(("_expert_mlp_forward.waiting" + forward).c_str(), {at::Tag::cudagraph_unsafe});
   m.def(("_expert_mlp_backward.waiting" + backward).c_str(), {at::Tag::cudagraph_unsafe});
+}
+
+TORCH_LIBRARY_IMPL(edl, CompositeExplicitAutograd, m) {
+  m.impl("expert_mlp_with_gram", edl::expert_mlp_with_gram_below_autograd);
 }
 
 TORCH_LIBRARY_IMPL(edl, Meta, m) {
@@ -304,6 +453,7 @@ TORCH_LIBRARY_IMPL(edl, Meta, m) {
 
 TORCH_LIBRARY_IMPL(edl, Autograd, m) {
   m.impl("expert_mlp", edl::expert_mlp_autograd);
+  m.impl("expert_mlp_with_gram", edl::expert_mlp_with_gram_autograd);
   for (const char* name :
        {"_expert_mlp_forward", "_expert_mlp_forward.waiting", "_expert_mlp_backward", "_expert_mlp_backward.waiting"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
@@ -312,8 +462,10 @@ TORCH_LIBRARY_IMPL(edl, Autograd, m) {
 
 TORCH_LIBRARY_IMPL(edl, AutocastCPU, m) {
   m.impl("expert_mlp", (edl::expert_mlp_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>));
+  m.impl("expert_mlp_with_gram", (edl::expert_mlp_with_gram_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>));
 }
 
 TORCH_LIBRARY_IMPL(edl, Autocast, m) { // CUDA
   m.impl("expert_mlp", (edl::expert_mlp_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>));
+  m.impl("expert_mlp_with_gram", (edl::expert_mlp_with_gram_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>));
 }

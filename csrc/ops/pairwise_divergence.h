@@ -6,10 +6,7 @@
 
 namespace edl {
 
-    const at::Tensor& counts, //  [..., D] float64
-    bool bias_correction);
+void check_pairwise_divergence(
+    const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction);
 
-    void check_pairwise_divergence(
-        const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction);
-
-    } // namespace edl
+} // namespace edl

@@ -2,6 +2,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 // Rules for what sort_by_expert and a router hand on, shared by the operators of the layer. `values_name` is what the
 // operator calls the tokens or rows that these belong to.
 namespace edl {
@@ -13,5 +15,13 @@ void check_routing_weights(
 // A vector of int32 that sort_by_expert gives, row_order or offsets.
 void check_sorted_indices(
     const char* op, const at::Tensor& indices, const char* name, const at::Tensor& values, const char* values_name);
+
+// Rows [N, H] in the order of the experts, K for each token, with or without weights [T, K].
+void check_rows_of_tokens(
+    const char* op,
+    const at::Tensor& rows,
+    const std::optional<at::Tensor>& weights,
+    const at::Tensor& row_order,
+    int64_t top_k);
 
 } // namespace edl

@@ -6,8 +6,6 @@
 
 namespace edl {
 
-    c10::SymInt num_tokens); //  T, a multiple of B
+void check_sequence_segment_ids(const at::Tensor& labels, const c10::SymInt& num_tokens);
 
-    void check_sequence_segment_ids(const at::Tensor& labels, const c10::SymInt& num_tokens);
-
-    } // namespace edl
+} // namespace edl

@@ -225,7 +225,8 @@ def expert_mlp(
     gate_up: Tensor,
     down: Tensor,
     mesh: "dist.device_mesh.DeviceMesh",
-) -> Tensor:
+    output_gram: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """`edl.ops.expert_mlp` with the experts spread over the ranks of a mesh, each rank with tokens of its own.
 
     All ranks call it together, forward and backward; T may differ, and be 0. Routing weights stay at home and are
@@ -240,10 +241,12 @@ def expert_mlp(
         gate_up (DTensor[E, 2I, H]): sharded by expert over the mesh.
         down (DTensor[E, H, I]): sharded alike.
         mesh (DeviceMesh): of one dimension.
+        output_gram (bool): whether the inner products of a token's outputs are asked for: of the rows that come back.
+            Default: False.
 
     Returns:
-        output (Tensor[T, H]) in the type of tokens, under autocast in its type. The gradients of gate_up and down are
-        sums over the tokens of all ranks of the mesh.
+        output (Tensor[T, H]) in the type of tokens, under autocast in its type, and output_gram (Tensor[T, K, K]) or
+        None. The gradients of gate_up and down are sums over the tokens of all ranks of the mesh.
 
     Raises:
         ValueError: another type of tokens than of experts, or of routing weights than of tokens, experts that are
@@ -282,7 +285,8 @@ def expert_mlp(
     rows = _all_to_all(rows, from_ranks, to_ranks, group)
     if num_none > 0:
         rows = F.pad(rows, (0, 0, 0, num_none))
-    return ops.combine_tokens(rows, weights, row_order, weights.shape[1])
+    gram = ops.token_gram(rows, weights, row_order, weights.shape[1]) if output_gram else None
+    return ops.combine_tokens(rows, weights, row_order, weights.shape[1]), gram
 
 
 # ---- around the layer: data parallelism, clipping ----

@@ -15,7 +15,7 @@ from edl.moe import expert_parallel
 from edl.moe.routers import Router, TopK, check_top_k_options, check_weight_type
 from edl.ops import checks
 from edl.reduction.ranks import Group
-from edl.routing import Choice, Routing, RoutingContext, check_choice, check_context
+from edl.routing import Choice, Observation, Routing, RoutingContext, check_choice, check_context
 
 
 class SharedExpert(nn.Module):
@@ -58,6 +58,21 @@ def _check_own_router(router: Router, options: dict[str, Any], expert_bias: bool
         raise ValueError(
             "edl::MoELayer: expert_bias needs a router whose forward takes it, as forward(tokens, context=None, "
             f"expert_bias=None) (got {type(router).__name__})"
+        )
+
+
+def _check_grams(output_gram: bool, activation_gram: bool, return_routing: bool, has_group: bool) -> None:
+    """Raises where a layer cannot tell how alike its experts answer."""
+    checks.check_flags("MoELayer", output_gram=output_gram, activation_gram=activation_gram)
+    if (output_gram or activation_gram) and not return_routing:
+        raise ValueError(
+            "edl::MoELayer: output_gram and activation_gram are returned with the routing, they need "
+            "return_routing=True (got False)"
+        )
+    if activation_gram and has_group:
+        raise ValueError(
+            "edl::MoELayer: activation_gram needs all activations of a token in one process, which no expert_group has "
+            "(got an expert_group)"
         )
 
 
@@ -122,6 +137,11 @@ class MoELayer(nn.Module):
             experts are here.
         return_routing (bool): return (output, `Routing`), the default; False returns the output alone, as any
             feed-forward module does.
+        output_gram (bool): return (output, `edl.routing.Observation`), in which `output_gram [T, K, K]` tells
+            objectives how alike the outputs of a token's experts are; it is differentiable, and keeps these outputs
+            until the backward pass. Default: False.
+        activation_gram (bool): the same of the experts' activations before `down`, as `activation_gram`; nothing more
+            is kept. Not with `expert_group`, whose ranks hold a token's activations apart. Default: False.
         device (torch.device, str or int, optional): where the parameters are created.
         dtype (torch.dtype, optional): type of the parameters.
 
@@ -132,7 +152,9 @@ class MoELayer(nn.Module):
 
     if TYPE_CHECKING:  # TorchScript would make an attribute of it, which no state_dict holds and `to` does not move
         expert_bias: Tensor | None
-    return_routing: Final[bool]  # decides the type that a scripted layer returns
+    return_routing: Final[bool]  # these decide the type that a scripted layer returns
+    output_gram: Final[bool]
+    activation_gram: Final[bool]
     transformers_family: str | None = None  # the model type of the block that the layer was made from
     top_k, scores = _of_router("top_k"), _of_router("scores")
     normalize_top_k, routed_scaling_factor = _of_router("normalize_top_k"), _of_router("routed_scaling_factor")
@@ -156,6 +178,8 @@ class MoELayer(nn.Module):
         shared_expert_gate: bool = False,
         expert_group: Group | None = None,
         return_routing: bool = True,
+        output_gram: bool = False,
+        activation_gram: bool = False,
         device: torch.types.Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -167,6 +191,7 @@ class MoELayer(nn.Module):
         checks.check_flags(
             "MoELayer", expert_bias=expert_bias, shared_expert_gate=shared_expert_gate, return_routing=return_routing
         )
+        _check_grams(output_gram, activation_gram, return_routing, expert_group is not None)
         check_weight_type("MoELayer", dtype)
         if num_shared_experts == 0 and (shared_expert_gate or shared_intermediate_size is not None):
             raise ValueError(
@@ -192,6 +217,8 @@ class MoELayer(nn.Module):
         self.num_experts = num_experts
         self.num_shared_experts = num_shared_experts
         self.return_routing = return_routing
+        self.output_gram = output_gram
+        self.activation_gram = activation_gram
         self.router = router
         self.expert_mesh: torch.distributed.device_mesh.DeviceMesh | None = None
         if expert_group is not None:
@@ -313,22 +340,46 @@ class MoELayer(nn.Module):
             context (RoutingContext, optional): what the router is told beside them.
 
         Returns:
-            output (Tensor[..., H]), and the `Routing` of the T tokens unless `return_routing` is False.
+            output (Tensor[..., H]), and the `Routing` of the T tokens unless `return_routing` is False; with
+            `output_gram` or `activation_gram` an `edl.routing.Observation` in its place.
 
         Raises:
             ValueError: no dense tensor, a last dimension other than H, a type or device other than that of the experts,
                 a DTensor, a context of other tokens, or a choice that the layer cannot follow.
             RuntimeError: with `expert_group`, an error on another rank before the exchange.
         """
-        if self.expert_mesh is None:
-            tokens, choice, row_order, offsets = self._route(hidden, context)
-            output = ops.expert_mlp(tokens, choice.weights, row_order, offsets, self.gate_up_proj, self.down_proj)
-        else:
+        output_gram: Tensor | None = None
+        activation_gram: Tensor | None = None
+        if self.expert_mesh is not None:
             with expert_parallel.reporting_failures(self.gate_up_proj, self.expert_mesh):
                 tokens, choice, row_order, offsets = self._route(hidden, context)
-            output = expert_parallel.expert_mlp(
-                tokens, choice.weights, row_order, offsets, self.gate_up_proj, self.down_proj, self.expert_mesh
+            output, output_gram = expert_parallel.expert_mlp(
+                tokens,
+                choice.weights,
+                row_order,
+                offsets,
+                self.gate_up_proj,
+                self.down_proj,
+                self.expert_mesh,
+                self.output_gram,
             )
+        else:
+            tokens, choice, row_order, offsets = self._route(hidden, context)
+            if self.output_gram or self.activation_gram:
+                output, of_outputs, of_activations = ops.expert_mlp_with_gram(
+                    tokens,
+                    choice.weights,
+                    row_order,
+                    offsets,
+                    self.gate_up_proj,
+                    self.down_proj,
+                    self.output_gram,
+                    self.activation_gram,
+                )
+                output_gram = of_outputs if self.output_gram else None
+                activation_gram = of_activations if self.activation_gram else None
+            else:
+                output = ops.expert_mlp(tokens, choice.weights, row_order, offsets, self.gate_up_proj, self.down_proj)
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens)
             if self.shared_expert_gate is not None:
@@ -339,6 +390,17 @@ class MoELayer(nn.Module):
         output = output.view_as(hidden) if torch.jit.is_tracing() else torch.ops.aten._unsafe_view(output, hidden.shape)
         if self.return_routing:
             tokens_per_expert = (offsets[1:] - offsets[:-1]).to(torch.int64)
+            if self.output_gram or self.activation_gram:
+                return output, Observation(
+                    choice.logits,
+                    None,
+                    choice.weights,
+                    choice.experts,
+                    -1,
+                    tokens_per_expert,
+                    output_gram,
+                    activation_gram,
+                )
             return output, Routing(choice.logits, choice.weights, choice.experts, tokens_per_expert)
         return output
 
@@ -392,5 +454,6 @@ class MoELayer(nn.Module):
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
             f"num_experts={self.num_experts}, expert_bias={self.expert_bias is not None}, "
             f"num_shared_experts={self.num_shared_experts}, return_routing={self.return_routing}"
+            + "".join(f", {name}=True" for name in ("output_gram", "activation_gram") if getattr(self, name))
             + (f", expert_group of {self.expert_mesh.size()} ranks" if self.expert_mesh is not None else "")
         )

@@ -18,6 +18,10 @@ from edl.reduction.micro_batches import DomainMemory
 from edl.reduction.ranks import Group, Ranks
 from edl.routing import Observation, observations_of
 
+_GRAMS = (
+    "output_gram",
+    "activation_gram",
+)  # [T, K, K] in observations; all else that objectives read has two dimensions
 Weight = float | Callable[[int], float]
 Losses = tuple[Tensor, dict[str, Tensor]]
 
@@ -428,5 +432,6 @@ def _observed(part: Part, layer: Observation) -> list[Tensor]:
 
 def _check_tensor(field: str, tensor: Tensor) -> None:
     checks.check_tensors("Objectives", **{field: tensor})
-    if tensor.dim() != 2:
-        raise ValueError(f"edl::Objectives: {field} must have two dimensions (got {list(tensor.shape)})")
+    if tensor.dim() != (3 if field in _GRAMS else 2):
+        wanted = "the shape [T, K, K]" if field in _GRAMS else "two dimensions"
+        raise ValueError(f"edl::Objectives: {field} must have {wanted} (got {list(tensor.shape)})")

@@ -6,7 +6,16 @@ products of `expert_mlp` on CUDA follow torch's switches for TF32 and for reduct
 """
 
 from edl.ops.injection import inject
-from edl.ops.layer import combine_tokens, dispatch_tokens, expert_mlp, route_tokens, sort_by_expert
+from edl.ops.layer import (
+    combine_tokens,
+    dispatch_tokens,
+    expert_mlp,
+    expert_mlp_with_gram,
+    mean_squared_cosine,
+    route_tokens,
+    sort_by_expert,
+    token_gram,
+)
 from edl.ops.loss import aggregate_routing, domain_moments, expert_divergence, pairwise_divergence, sequence_segment_ids
 
 __all__ = [
@@ -16,9 +25,12 @@ __all__ = [
     "domain_moments",
     "expert_divergence",
     "expert_mlp",
+    "expert_mlp_with_gram",
     "inject",
+    "mean_squared_cosine",
     "pairwise_divergence",
     "route_tokens",
     "sequence_segment_ids",
     "sort_by_expert",
+    "token_gram",
 ]

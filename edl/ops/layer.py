@@ -127,6 +127,33 @@ def combine_tokens(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_
     return tokens
 
 
+def token_gram(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_k: int) -> Tensor:
+    """How alike each token's rows are: the matrix of their inner products.
+
+    gram[t, j, k] = <row of slot t·K + j, row of slot t·K + k>, whatever the weights are, but that a row whose weight is
+    exactly 0 takes no part, even if it holds NaN: its entries are 0. Differentiable in `rows`.
+
+    Args:
+        rows (Tensor[N, H]): float32, float64, bfloat16 or float16.
+        weights (Tensor[T, K], optional): in the type of rows, or float32 beside 16-bit rows; None: all take part.
+        row_order (Tensor[N]): int32, as `sort_by_expert` gives it: each slot once.
+        top_k (int): K, at least 1.
+
+    Returns:
+        gram (Tensor[T, K, K]), symmetric; float32, or float64 for float64 rows.
+
+    Raises:
+        ValueError: a wrong shape, type or device.
+        IndexError: `row_order` does not name each slot once (on the CPU).
+    """
+    if not torch.jit.is_scripting():
+        checks.check_tensors("token_gram", rows=rows, row_order=row_order)
+        checks.check_given("token_gram", weights=weights)
+        checks.check_integers("token_gram", top_k=top_k)
+    gram: Tensor = torch.ops.edl.token_gram(rows, weights, row_order, top_k)
+    return gram
+
+
 def expert_mlp(
     tokens: Tensor, weights: Tensor, row_order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
@@ -158,3 +185,79 @@ def expert_mlp(
         checks.check_tensors("expert_mlp", gate_up=gate_up, down=down)
     output: Tensor = torch.ops.edl.expert_mlp(tokens, weights, row_order, offsets, gate_up, down)
     return output
+
+
+def expert_mlp_with_gram(
+    tokens: Tensor,
+    weights: Tensor,
+    row_order: Tensor,
+    offsets: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    output_gram: bool = False,
+    activation_gram: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`expert_mlp`, and how alike the K experts of each token answer it, without their rows leaving the operator.
+
+    With y[t, k] the output of the k-th expert of token t before its weight, and z[t, k] = silu(g) * u its activation
+    before `down`: output_gram[t, j, k] = <y[t, j], y[t, k]> and activation_gram[t, j, k] = <z[t, j], z[t, k]>. A choice
+    whose weight is exactly 0 and a sentinel take no part: their entries are 0. Both are differentiable in tokens,
+    gate_up and down. For backward passes the rows y [N, H] are kept with `output_gram`; `activation_gram` keeps nothing
+    that `expert_mlp` does not. `edl.ops.mean_squared_cosine` makes one number per token of either.
+
+    Args:
+        tokens, weights, row_order, offsets, gate_up, down: as `expert_mlp` takes them.
+        output_gram (bool): whether it is asked for. Default: False.
+        activation_gram (bool): whether it is asked for. Default: False.
+
+    Returns:
+        output (Tensor[T, H]) in the type of tokens, output_gram and activation_gram (Tensor[T, K, K]), float32, or
+        float64 for float64 tokens; what was not asked for has no element.
+
+    Raises:
+        ValueError: a wrong shape, type or device; neither matrix is asked for.
+        IndexError: `offsets` or `row_order` name rows that do not exist (on the CPU).
+    """
+    if not torch.jit.is_scripting():
+        op = "expert_mlp_with_gram"
+        checks.check_tensors(op, tokens=tokens, weights=weights, row_order=row_order, offsets=offsets)
+        checks.check_tensors(op, gate_up=gate_up, down=down)
+        checks.check_flags(op, output_gram=output_gram, activation_gram=activation_gram)
+    results: tuple[Tensor, Tensor, Tensor] = torch.ops.edl.expert_mlp_with_gram(
+        tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram
+    )
+    return results
+
+
+def mean_squared_cosine(gram: Tensor) -> Tensor:
+    """The mean over a token's pairs of rows of the squared cosine between them: 0 where all are orthogonal, 1 where all
+    are parallel.
+
+    Rows without length, of choices that take no part, are in no pair; a token without any pair has 0. The value does
+    not change with the lengths of the rows, nor is there a gradient along them.
+
+    Args:
+        gram (Tensor[T, K, K]): inner products, as `token_gram` and `expert_mlp_with_gram` give them; floating.
+
+    Returns:
+        Tensor[T], in the type of gram.
+
+    Raises:
+        ValueError: no such matrices.
+
+    Source: the regulariser R_sp of arXiv 2602.14159 (second-hand), as a mean over pairs in the place of a sum.
+    """
+    if not torch.jit.is_scripting():
+        checks.check_tensors("mean_squared_cosine", gram=gram)
+    if gram.dim() != 3 or gram.shape[1] != gram.shape[2] or not gram.is_floating_point():
+        raise ValueError(
+            "edl::mean_squared_cosine: gram must have the shape [T, K, K] and be floating (got "
+            f"{list(gram.shape)} {gram.dtype})"
+        )
+    squares = gram.diagonal(dim1=1, dim2=2)
+    has_length = squares > 0
+    lengths = torch.where(has_length, squares, torch.ones_like(squares)).rsqrt()
+    cosines = gram * lengths.unsqueeze(1) * lengths.unsqueeze(2)
+    is_pair = (has_length.unsqueeze(1) & has_length.unsqueeze(2)).triu(diagonal=1)
+    pairs = is_pair.sum(dim=(1, 2)).clamp(min=1)
+    return torch.where(is_pair, cosines.square(), torch.zeros_like(cosines)).sum(dim=(1, 2)) / pairs

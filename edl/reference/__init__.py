@@ -5,7 +5,15 @@ and results are those of the functions of the same name in `edl.ops`.
 """
 
 from edl.reference.injection import inject
-from edl.reference.layer import combine_tokens, dispatch_tokens, expert_mlp, route_tokens, sort_by_expert
+from edl.reference.layer import (
+    combine_tokens,
+    dispatch_tokens,
+    expert_mlp,
+    expert_mlp_with_gram,
+    route_tokens,
+    sort_by_expert,
+    token_gram,
+)
 from edl.reference.loss import (
     LOWEST_LOG_RATIO,
     aggregate_routing,
@@ -29,6 +37,7 @@ __all__ = [
     "domain_moments",
     "expert_divergence",
     "expert_mlp",
+    "expert_mlp_with_gram",
     "inject",
     "jensen_shannon",
     "one_or_nan",
@@ -38,4 +47,5 @@ __all__ = [
     "segment_spreads",
     "sequence_segment_ids",
     "sort_by_expert",
+    "token_gram",
 ]

@@ -46,11 +46,24 @@ def dispatch_tokens(tokens: Tensor, row_order: Tensor, top_k: int) -> Tensor:
     return tokens[row_order.long() // top_k]
 
 
+def _by_slot(rows: Tensor, row_order: Tensor, top_k: int) -> Tensor:
+    """Rows [N, H] in the order of the slots [T, K, H]."""
+    slots = torch.zeros_like(rows).index_copy(0, row_order.long(), rows)
+    return slots.view(rows.shape[0] // top_k, top_k, rows.shape[1])
+
+
 def combine_tokens(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_k: int) -> Tensor:
     """The sum [T, H], weighted or plain, of each token's rows [N, H]; rows of weight 0 are left out."""
-    slots = torch.zeros_like(rows).index_copy(0, row_order.long(), rows)
-    slots = slots.view(rows.shape[0] // top_k, top_k, rows.shape[1])
+    slots = _by_slot(rows, row_order, top_k)
     return (slots if weights is None else _weighted(slots, weights)).sum(dim=1)
+
+
+def token_gram(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_k: int) -> Tensor:
+    """The inner products [T, K, K] of each token's rows [N, H]; rows of weight 0 count as zeros."""
+    slots = _by_slot(rows, row_order, top_k)
+    slots = slots if weights is None else torch.where(weights.unsqueeze(-1) == 0, 0.0, slots)
+    wide = slots if slots.dtype == torch.float64 else slots.float()
+    return wide @ wide.mT
 
 
 class _Weighted(torch.autograd.Function):
@@ -87,3 +100,34 @@ def expert_mlp(
             rows = F.linear(F.silu(gate) * up, second)
             output = output.index_add(0, own // top_k, _weighted(rows, factors[own]))
     return output
+
+
+def expert_mlp_with_gram(
+    tokens: Tensor,
+    weights: Tensor,
+    row_order: Tensor,
+    offsets: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    output_gram: bool = False,
+    activation_gram: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`expert_mlp`, and the inner products [T, K, K] of a token's outputs and activations; nothing where not asked."""
+    top_k, factors = weights.shape[1], weights.flatten()
+    outputs = tokens.new_zeros(tokens.shape[0] * top_k, down.shape[1])
+    activations = tokens.new_zeros(tokens.shape[0] * top_k, down.shape[2])
+    for expert in range(gate_up.shape[0]):
+        slots = row_order[offsets[expert] : offsets[expert + 1]].long()
+        slots = slots[factors[slots] != 0]
+        gate, up = F.linear(tokens[slots // top_k], gate_up[expert]).chunk(2, dim=-1)
+        activation = F.silu(gate) * up
+        outputs = outputs.index_copy(0, slots, F.linear(activation, down[expert]))
+        activations = activations.index_copy(0, slots, activation)
+    in_order = torch.arange(outputs.shape[0], device=tokens.device)
+    grams = [
+        token_gram(rows, None, in_order, top_k)
+        if is_asked
+        else token_gram(rows[:0], None, in_order[:0], top_k)[0:0, 0, 0]
+        for rows, is_asked in ((outputs, output_gram), (activations, activation_gram))
+    ]
+    return expert_mlp(tokens, weights, row_order, offsets, gate_up, down), grams[0], grams[1]

@@ -113,6 +113,7 @@ CATCH_TEST_CASE("swiglu_backward: gradients of both halves and of the weights; n
       for (const int64_t used : {0, 13, 18}) {
         const Element element = element_of(storage), wide = accumulation_of(storage);
         const int64_t num_rows = 18, width = shape.width;
+        const bool with_more = used != 18;
         Values pre_values = with_unused_rows(random_values(num_rows * 2 * width, 2, 1), 2 * width, used);
         std::fill_n(pre_values.begin() + 7 * 2 * width, 2 * width, kNan); // of weight 0
         const Values grad_values = with_unused_rows(random_values(num_rows * width, 1, 2), width, used);
@@ -124,6 +125,8 @@ CATCH_TEST_CASE("swiglu_backward: gradients of both halves and of the weights; n
         slots[4] = static_cast<double>(num_rows);
         const Buffer pre = Buffer::input("pre_activation", element, pre_values, shape.offset);
         const Buffer grad = Buffer::input("grad_activation", element, grad_values, shape.offset);
+        const Buffer more = Buffer::input(
+            "more", element, with_unused_rows(random_values(num_rows * width, 1, 4), width, used), shape.offset);
         const Buffer row_order = Buffer::input("row_order", Element::int32, slots);
         Values weight_values = random_values(num_rows, 1, 3);
         weight_values[static_cast<size_t>(slots[7])] = 0;
@@ -144,10 +147,11 @@ CATCH_TEST_CASE("swiglu_backward: gradients of both halves and of the weights; n
                .width = width,
                .activation = activation.data(),
                .grad_pre_activation = grad_pre.data(),
-               .grad_weights = grad_weights.data()},
+               .grad_weights = grad_weights.data(),
+               .more = with_more ? more.data() : nullptr},
               nullptr);
         });
-        const Values x = pre.values(), d = grad.values(), w = weights.values();
+        const Values x = pre.values(), d = grad.values(), w = weights.values(), m = more.values();
         Values expected(num_rows * width), expected_pre(num_rows * 2 * width), expected_weights(num_rows, kNan);
         for (int64_t i = 0; i < num_rows; ++i) {
           if (slots[i] < 0 || slots[i] >= static_cast<double>(num_rows)) {
@@ -166,12 +170,13 @@ CATCH_TEST_CASE("swiglu_backward: gradients of both halves and of the weights; n
               continue;
             }
             expected[i * width + c] = w[slot] * silu * up;
-            expected_pre[i * 2 * width + c] = w[slot] * slope * up * (s + silu * (1 - s));
-            expected_pre[i * 2 * width + width + c] = w[slot] * slope * silu;
+            const double total = w[slot] * slope + (with_more ? m[i * width + c] : 0);
+            expected_pre[i * 2 * width + c] = total * up * (s + silu * (1 - s));
+            expected_pre[i * 2 * width + width + c] = total * silu;
           }
         }
         check_close(activation.values(), expected, tolerance(element, wide, 1), 1);
-        check_close(grad_pre.values(), expected_pre, tolerance(element, wide, 1), 1);
+        check_close(grad_pre.values(), expected_pre, tolerance(element, wide, 2), 1);
         check_close(
             grad_weights.values(), expected_weights, tolerance(wide, wide, width),
             std::sqrt(static_cast<double>(width)));

@@ -9,7 +9,7 @@ from samples.dispatch_tokens import matrix_of, order_of, sorted_order
 from samples.tables import DTYPES, Inputs, Refusal, Sample
 
 
-def _experts_at_work(
+def experts_at_work(
     num_tokens,
     hidden_size,
     intermediate_size,
@@ -42,7 +42,7 @@ def _expert_mlp(case, *shape, **options):
     return Sample(
         "expert_mlp",
         case,
-        _experts_at_work(*shape, **options),
+        experts_at_work(*shape, **options),
         differentiable=(0, 1, 4, 5),
         length=shape[0] + shape[1] + shape[2],
         roundings=4,  # pre-activation, activation, the expert's output, the sum
@@ -72,7 +72,7 @@ def _replaced(position: int, replace: Callable[[Inputs, Tensor], Tensor]) -> Cal
     """Good arguments of expert_mlp, T = 6, H = 3, I = 4, E = 5, K = 2, with one of them replaced."""
 
     def make(inputs: Inputs) -> tuple:
-        arguments = list(_experts_at_work(6, 3, 4, 5, 2)(inputs))
+        arguments = list(experts_at_work(6, 3, 4, 5, 2)(inputs))
         arguments[position] = replace(inputs, arguments[position])
         return tuple(arguments)
 

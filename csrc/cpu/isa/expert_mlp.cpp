@@ -58,7 +58,7 @@ GatheredRows<Storage> tokens_of(const ExpertMlpTask& task) {
 }
 template <typename Storage>
 GatheredRows<Storage> grad_output_of(const ExpertMlpTask& task) {
-  return {static_cast<const Storage*>(task.grad_output), task.grad_output_stride, task.slots, task.top_k};
+  return {static_cast<const Storage*>(task.grad_output), task.grad_output_stride, task.slots, task.grad_top_k};
 }
 
 template <typename Storage, typename Acc = Accumulation<Storage>>
@@ -93,30 +93,6 @@ EDL_INLINE void in_parts(int64_t begin, int64_t end, int64_t step, Part part) {
     part(begin, std::min(step, end - begin));
     begin += step;
   } while (begin < end);
-}
-
-// The last, incomplete vector of a row of storage goes through a buffer.
-template <typename Acc, typename Storage>
-EDL_INLINE Vector<Acc> load_some(const Storage* data, int64_t count) {
-  if (count >= kLanes<Acc>) {
-    return load(data);
-  }
-  Vector<Acc> x{};
-  for (int64_t lane = 0; lane < count; ++lane) {
-    x[lane] = widen(data[lane]);
-  }
-  return x;
-}
-
-template <typename Acc, typename Storage>
-EDL_INLINE void store_some(Vector<Acc> x, int64_t count, Storage* out) {
-  if (count >= kLanes<Acc>) {
-    store(x, out);
-    return;
-  }
-  for (int64_t lane = 0; lane < count; ++lane) {
-    narrow(x[lane], out + lane);
-  }
 }
 
 // ---- products ----
@@ -165,13 +141,16 @@ void add_to_tokens(
   }
 }
 
-// ---- forward ----
-
-template <typename Acc>
-EDL_INLINE Vector<Acc> sigmoid_of(Vector<Acc> x) {
-  const Vector<Acc> decay = exp_of(x < 0 ? x : -x); // exp(-|x|): no overflow on either side
-  return (x < 0 ? decay : broadcast<Acc>(1)) / (1 + decay);
+template <typename Acc, typename To>
+void copy_block(const Acc* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; ++i, from += from_stride, to += to_stride) {
+    for (int64_t j = 0; j < columns; j += kLanes<Acc>) {
+      store_some<Acc>(load_some<Acc>(from + j, columns - j), columns - j, to + j);
+    }
+  }
 }
+
+// ---- forward ----
 
 // From own.c: gate in the first half of the columns, up in the second.
 template <typename Storage, typename Acc>
@@ -224,6 +203,10 @@ void output(const ExpertMlpTask& task, const ExpertRows* experts, int64_t num_ex
     in_parts(rows->begin, rows->end, kBlockRows, [&](int64_t begin, int64_t count) {
       const Acc* activation = activation_of<Storage>(task, begin);
       multiply_scratch(activation, task.activation_stride, count, task.intermediate_size, padded, own);
+      if (task.rows != nullptr) {
+        auto* kept = static_cast<Storage*>(task.rows) + begin * task.hidden_size + columns.begin;
+        copy_block(own.c, padded, count, width, kept, task.hidden_size);
+      }
       add_to_tokens<Storage, true>(task, begin, count, columns, own.c, padded);
     });
   }
@@ -232,28 +215,38 @@ void output(const ExpertMlpTask& task, const ExpertRows* experts, int64_t num_ex
 // ---- backward ----
 
 // From own.c: the gradient of the activation before its factor.
-template <typename Storage, typename Acc>
+template <typename Storage, bool with_more, typename Acc>
 void activate_backward(
     const ExpertMlpTask& task, int64_t begin, int64_t count, Columns columns, int64_t stride, const Acc* c) {
-  const int64_t width = columns.end - columns.begin, intermediate = task.intermediate_size;
+  const int64_t width = columns.end - columns.begin, intermediate_size = task.intermediate_size;
   Acc* dots = static_cast<Acc*>(task.dots) + columns.begin / kWideColumns * task.window_rows;
   for (int64_t row = begin; row < begin + count; ++row, c += stride) {
-    const auto* gate = static_cast<const Storage*>(task.pre_activation) + row * 2 * intermediate + columns.begin;
+    const auto* gate = static_cast<const Storage*>(task.pre_activation) + row * 2 * intermediate_size + columns.begin;
+    const Acc* more = with_more
+        ? static_cast<const Acc*>(task.grad_activation) + task.slots[row] * intermediate_size + columns.begin
+        : nullptr;
     Acc* activation = activation_of<Storage>(task, row) + columns.begin;
     Acc* grad_gate = grad_pre_activation_of<Storage>(task, row) + columns.begin;
     const Acc factor = factor_of<Storage>(task, row);
     Vector<Acc> dot{};
     for (int64_t j = 0; j < width; j += kLanes<Acc>) {
       const int64_t left = width - j;
-      const Vector<Acc> g = load_some<Acc>(gate + j, left), u = load_some<Acc>(gate + intermediate + j, left);
+      const Vector<Acc> g = load_some<Acc>(gate + j, left), u = load_some<Acc>(gate + intermediate_size + j, left);
       const Vector<Acc> d = load(c + j);
       const Vector<Acc> s = sigmoid_of<Acc>(g);
       const Vector<Acc> silu = g * s;
       const Vector<Acc> slope = s * (1 + g * (1 - s));
       dot += d * silu * u;
       store_some<Acc>(scaled<Acc>(silu * u, factor), left, activation + j);
-      store_some<Acc>(scaled<Acc>(d * u * slope, factor), left, grad_gate + j);
-      store_some<Acc>(scaled<Acc>(d * silu, factor), left, grad_gate + intermediate + j);
+      if constexpr (with_more) {
+        const Vector<Acc> total = d * factor + load_some<Acc>(more + j, left);
+        const Acc takes_part = factor == 0 ? Acc(0) : Acc(1);
+        store_some<Acc>(scaled<Acc>(total * u * slope, takes_part), left, grad_gate + j);
+        store_some<Acc>(scaled<Acc>(total * silu, takes_part), left, grad_gate + intermediate_size + j);
+      } else {
+        store_some<Acc>(scaled<Acc>(d * u * slope, factor), left, grad_gate + j);
+        store_some<Acc>(scaled<Acc>(d * silu, factor), left, grad_gate + intermediate_size + j);
+      }
     }
     dots[row - task.window_begin] = sum_of<Acc>(dot);
   }
@@ -270,7 +263,11 @@ void grad_activations(const ExpertMlpTask& task, ExpertRows rows, Columns column
   });
   in_parts(rows.begin, rows.end, kBlockRows, [&](int64_t begin, int64_t count) {
     multiply_gathered(grad_output_of<Storage>(task), begin, count, task.hidden_size, padded, own);
-    activate_backward<Storage>(task, begin, count, columns, padded, own.c);
+    if (task.grad_activation == nullptr) {
+      activate_backward<Storage, false>(task, begin, count, columns, padded, own.c);
+    } else {
+      activate_backward<Storage, true>(task, begin, count, columns, padded, own.c);
+    }
   });
 }
 
@@ -327,15 +324,6 @@ void multiply_outer(
     const bool first = begin == range.begin && !accumulate;
     multiply(Left<Layout::columns, Acc>{own.a, kBlockRows}, own.b, rows, columns, part, c, stride, !first);
   });
-}
-
-template <typename Acc, typename To>
-void copy_block(const Acc* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
-  for (int64_t i = 0; i < rows; ++i, from += from_stride, to += to_stride) {
-    for (int64_t j = 0; j < columns; j += kLanes<Acc>) {
-      store_some<Acc>(load_some<Acc>(from + j, columns - j), columns - j, to + j);
-    }
-  }
 }
 
 // A block of the gradient [M, N] of one expert: summed in place, or, for 16-bit storage, beside it.

@@ -35,10 +35,15 @@ struct ExpertMlpTask {
   int64_t down_strides[2];
   void* pre_activation; //        [N, 2I] storage; null where no gradient is wanted
   void* sums; //                  [T, H] accumulation type: output, or gradient of tokens
+  void* rows; //                  [N, H] storage: what is kept of the outputs before the weights, or null
 
   // Backward only.
-  const void* grad_output; //     [T, H] storage
+  const void* grad_output; //     [T, H] storage, or a row for each slot, where grad_top_k is 1
   int64_t grad_output_stride;
+  int64_t grad_top_k; //          K
+  const void*
+      grad_activation; // [T·K, I] accumulation type, in the order of the slots: further gradient of the activation,
+                               // which its factor does not scale; or null
   const void* zeros; //           [H] storage, all 0
   void* grad_factors; //          [T, K] accumulation type
   void* grad_gate_up; //          [E, 2I, H] storage

@@ -200,6 +200,30 @@ EDL_INLINE void store(Floats x, Float16* out) {
 #endif
 }
 
+// The last, incomplete vector of a row of storage goes through a buffer.
+template <typename Acc, typename Storage>
+EDL_INLINE Vector<Acc> load_some(const Storage* data, int64_t count) {
+  if (count >= kLanes<Acc>) {
+    return load(data);
+  }
+  Vector<Acc> x{};
+  for (int64_t lane = 0; lane < count; ++lane) {
+    x[lane] = widen(data[lane]);
+  }
+  return x;
+}
+
+template <typename Acc, typename Storage>
+EDL_INLINE void store_some(Vector<Acc> x, int64_t count, Storage* out) {
+  if (count >= kLanes<Acc>) {
+    store(x, out);
+    return;
+  }
+  for (int64_t lane = 0; lane < count; ++lane) {
+    narrow(x[lane], out + lane);
+  }
+}
+
 // Stores past the caches: for outputs larger than them, it saves reading each line before it is overwritten.
 // `out` is aligned to the vector. Call `stream_fence` before another thread reads.
 EDL_INLINE void stream(Floats x, float* out) {
@@ -337,6 +361,12 @@ EDL_INLINE Doubles exp_of(Doubles x) {
     x[lane] = std::exp(x[lane]);
   }
   return x;
+}
+
+template <typename Acc>
+EDL_INLINE Vector<Acc> sigmoid_of(Vector<Acc> x) {
+  const Vector<Acc> decay = exp_of(x < 0 ? x : -x); // exp(-|x|): no overflow on either side
+  return (x < 0 ? decay : broadcast<Acc>(1)) / (1 + decay);
 }
 
 // log of `count` vectors, in place, for normal positive x: error below 2e-16 + 2 units in the last place; NaN stays NaN.

@@ -95,6 +95,7 @@ struct Backward {
   Storage* activation;
   Storage* grad_pre_activation;
   Accumulation<Storage>* grad_weights;
+  const Storage* more;
 };
 
 template <typename Storage, int width>
@@ -126,6 +127,10 @@ __global__ void __launch_bounds__(kThreads, 4) swiglu_backward(Backward<Storage>
     const Pack<Storage, width> g = load_pack<width>(gate + c);
     const Pack<Storage, width> u = load_pack<width>(gate + columns + c);
     const Pack<Storage, width> d = load_pack<width>(grad + c);
+    Pack<Storage, width> more = {};
+    if (task.more != nullptr) {
+      more = load_pack<width>(task.more + i * columns + c);
+    }
     Pack<Storage, width> a, dg, du;
 #pragma unroll
     for (int j = 0; j < width; ++j) {
@@ -134,11 +139,12 @@ __global__ void __launch_bounds__(kThreads, 4) swiglu_backward(Backward<Storage>
       const Acc slope = widen(d.values[j]);
       const Acc s = sigmoid(x);
       const Acc silu = x * s;
+      const Acc total = weight * slope + widen(more.values[j]);
       dot += slope * silu * up;
       // A row of weight 0 takes no part, whatever it holds; only the gradient of its weight reads it.
       a.values[j] = narrow<Storage>(weight == 0 ? Acc(0) : weight * silu * up);
-      dg.values[j] = narrow<Storage>(weight == 0 ? Acc(0) : weight * slope * up * (s * (1 + x * (1 - s))));
-      du.values[j] = narrow<Storage>(weight == 0 ? Acc(0) : weight * slope * silu);
+      dg.values[j] = narrow<Storage>(weight == 0 ? Acc(0) : total * up * (s * (1 + x * (1 - s))));
+      du.values[j] = narrow<Storage>(weight == 0 ? Acc(0) : total * silu);
     }
     store_pack<width>(a, activation + c);
     store_pack<width>(dg, grad_gate + c);
@@ -200,7 +206,8 @@ void launch_swiglu(const SwigluTask& task, cudaStream_t stream) {
 void launch_swiglu_backward(const SwigluGradient& gradient, cudaStream_t stream) {
   const bool aligned = gradient.width * size_of(gradient.storage) % 16 == 0 &&
       is_aligned_to_16(gradient.pre_activation) && is_aligned_to_16(gradient.grad_activation) &&
-      is_aligned_to_16(gradient.activation) && is_aligned_to_16(gradient.grad_pre_activation);
+      is_aligned_to_16(gradient.activation) && is_aligned_to_16(gradient.grad_pre_activation) &&
+      is_aligned_to_16(gradient.more);
   with_storage(gradient.storage, [&]<typename Storage>() {
     using Acc = Accumulation<Storage>;
     const Backward<Storage> problem = {
@@ -213,7 +220,8 @@ void launch_swiglu_backward(const SwigluGradient& gradient, cudaStream_t stream)
         gradient.width,
         static_cast<Storage*>(gradient.activation),
         static_cast<Storage*>(gradient.grad_pre_activation),
-        static_cast<Acc*>(gradient.grad_weights)};
+        static_cast<Acc*>(gradient.grad_weights),
+        static_cast<const Storage*>(gradient.more)};
     with_pack<Storage>(aligned, [&]<int width>() {
       EDL_LAUNCH((swiglu_backward<Storage, width>), blocks_for(gradient.num_rows), kThreads, 0, stream, problem);
     });

@@ -45,6 +45,7 @@ struct SwigluGradient {
   void* activation; //             [N, I]: weight · silu(gate) * up
   void* grad_pre_activation; //    [N, 2I], with the weights
   void* grad_weights; //           [T, K] accumulation type: <grad_activation, silu(gate) * up>
+  const void* more = nullptr; //   [N, I]: further gradient of the activation, which the weights do not scale; or null
 };
 
 // Rows without an expert become zeros, their grad_weights too. Slots that row_order does not name keep what

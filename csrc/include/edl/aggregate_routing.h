@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <string_view>
 #include <tuple>
 
 #include "edl/export.h"
@@ -15,5 +16,7 @@ namespace edl {
 EDL_API std::tuple<at::Tensor, at::Tensor> aggregate_routing(
     const at::Tensor& routing, //     [T, E] logits or probabilities
     const at::Tensor& segment_ids, // [T] int32 or int64, in [-1, S); -1 = not counted
+    c10::SymInt num_segments, //      S
+    std::string_view scores);
 
 } // namespace edl

@@ -18,5 +18,7 @@ EDL_API std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments(
     const at::Tensor& segment_counts, // [..., S], or [S] shared by all
     const at::Tensor&
         labels, //         [S] int32 or int64 in [-1, D), -1 = not counted; or [S, D] weights of at least 0
+    c10::SymInt num_domains, //          D
+    bool squares);
 
 } // namespace edl

@@ -14,6 +14,7 @@
 #include "edl/route_tokens.h"
 #include "edl/sequence_segment_ids.h"
 #include "edl/sort_by_expert.h"
+#include "edl/token_gram.h"
 
 namespace edl {
 

@@ -2,6 +2,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <string_view>
+
 #include "edl/export.h"
 
 namespace edl {
@@ -16,5 +18,9 @@ namespace edl {
 EDL_API at::Tensor expert_divergence(
     const at::Tensor& sums, //    [..., D, E] float64
     const at::Tensor& squares, // [..., D, E] float64; not read without bias_correction
+    const at::Tensor& counts, //  [..., D] float64
+    double eps, //                at least 0
+    std::string_view reduction,
+    bool bias_correction);
 
 } // namespace edl

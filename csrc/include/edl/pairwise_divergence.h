@@ -13,5 +13,7 @@ namespace edl {
 EDL_API at::Tensor pairwise_divergence(
     const at::Tensor& sums, //    [..., D, E] float64
     const at::Tensor& squares, // [..., D, E] float64; not read without bias_correction
+    const at::Tensor& counts, //  [..., D] float64
+    bool bias_correction);
 
 } // namespace edl

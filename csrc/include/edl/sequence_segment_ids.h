@@ -10,5 +10,6 @@ namespace edl {
 // t / (T / B), and to none (-1) where that has the label -1. No gradient. Returns ids [T] int32.
 EDL_API at::Tensor sequence_segment_ids(
     const at::Tensor& labels, // [B] int32 or int64; -1 = not counted
+    c10::SymInt num_tokens); //  T, a multiple of B
 
 } // namespace edl

@@ -35,7 +35,8 @@ def test_second_derivative_is_right_or_refused(sample):
     try:
         torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
     except RuntimeError as error:
-        assert f"derivative for edl::_{sample.op}" in str(error) and "is not implemented" in str(error)
+        name = sample.op.removesuffix("_with_gram")  # both have one backward operator
+        assert f"derivative for edl::_{name}" in str(error) and "is not implemented" in str(error)
     else:
         assert torch.autograd.gradgradcheck(lambda *x: differentiable_outputs(sample, x), leaves)
 

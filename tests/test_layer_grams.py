@@ -115,7 +115,7 @@ def test_an_objective_reads_it():
     counted = ops.mean_squared_cosine(observed[0].activation_gram)[mask == 1]
     assert values["cosine"].item() == pytest.approx(counted.mean().item(), rel=1e-12)
     total.backward()
-    assert layers[0].gate_up_proj.grad.abs().sum() > 0 and layers[0].down_proj.grad is None
+    assert (layers[0].gate_up_proj.grad != 0).any() and (layers[0].down_proj.grad == 0).all()
 
 
 @pytest.mark.parametrize("given", [torch.zeros(4, 9), torch.zeros(4)])

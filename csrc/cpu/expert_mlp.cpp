@@ -14,6 +14,7 @@
 #include "ops/expert_mlp.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -307,9 +308,9 @@ at::Tensor gram_if(bool is_asked, const Arguments& arguments, const at::Tensor& 
 
 // What the gradients of the Gram matrices make of a backward pass.
 struct GramGradients {
-  at::Tensor grad_rows; //       [T·K, H], in the order of the slots: all of the gradient of the outputs
+  at::Tensor grad_rows; //       [N, H]: all of the gradient of the outputs, the weights in it
   at::Tensor grad_weights; //    [T, K] accumulation type, with grad_rows
-  at::Tensor grad_activation; // [T·K, I] accumulation type, in the order of the slots
+  at::Tensor grad_activation; // [N, I] accumulation type
 };
 
 GramGradients gradients_of_grams(
@@ -334,7 +335,6 @@ GramGradients gradients_of_grams(
          .grad_output_stride = grad_output.stride(0),
          .grad_weights = result.grad_weights.mutable_data_ptr(),
          .grad_rows = result.grad_rows.mutable_data_ptr(),
-         .by_slot = true,
          .is_accumulated = false},
         storage_of(tokens), tokens.size(0));
   }
@@ -349,7 +349,6 @@ GramGradients gradients_of_grams(
          .grad_output_stride = 0,
          .grad_weights = nullptr,
          .grad_rows = result.grad_activation.mutable_data_ptr(),
-         .by_slot = true,
          .is_accumulated = true},
         storage_of(tokens), tokens.size(0));
   }
@@ -410,7 +409,8 @@ ExpertMlpGradients expert_mlp_backward_cpu(
   const at::Tensor kept = pre_activation.contiguous();
   const GramGradients of_grams =
       gradients_of_grams(arguments, grad, grad_output_gram, grad_activation_gram, kept, rows);
-  if (of_grams.grad_rows.defined()) { // which the weights are in: what is left of them is who takes part
+  const bool in_rows = of_grams.grad_rows.defined();
+  if (in_rows) { // which the weights are in: what is left of them is who takes part
     arguments.factors = arguments.factors.ne(0).to(arguments.factors.scalar_type());
   }
   const auto empty_if = [&](bool is_needed, const at::Tensor& input) {
@@ -422,10 +422,12 @@ ExpertMlpGradients expert_mlp_backward_cpu(
   const at::Tensor zeros = at::zeros({tokens.size(1)}, tokens.options());
 
   ExpertMlp experts(arguments, token_sums, kept, /*backward=*/true);
-  const at::Tensor& grad_rows = of_grams.grad_rows.defined() ? of_grams.grad_rows : grad;
+  const at::Tensor& grad_rows = in_rows ? of_grams.grad_rows : grad;
+  const at::Tensor grad_slots = in_rows ? at::arange(row_order.size(0), row_order.options()) : arguments.order;
   experts.task.grad_output = grad_rows.const_data_ptr();
   experts.task.grad_output_stride = grad_rows.stride(0);
-  experts.task.grad_top_k = of_grams.grad_rows.defined() ? 1 : weights.size(1);
+  experts.task.grad_slots = grad_slots.const_data_ptr<int32_t>();
+  experts.task.grad_top_k = in_rows ? 1 : weights.size(1);
   experts.task.grad_activation =
       of_grams.grad_activation.defined() ? of_grams.grad_activation.const_data_ptr() : nullptr;
   experts.task.zeros = zeros.const_data_ptr();
@@ -433,7 +435,7 @@ ExpertMlpGradients expert_mlp_backward_cpu(
   experts.task.grad_gate_up = grad_gate_up.mutable_data_ptr();
   experts.task.grad_down = grad_down.mutable_data_ptr();
   experts.backward(needed);
-  const at::Tensor& grad_weights = of_grams.grad_weights.defined() ? of_grams.grad_weights : factors;
+  const at::Tensor& grad_weights = in_rows ? of_grams.grad_weights : factors;
   return {
       token_sums.to(tokens.scalar_type()),
       needed[1] ? grad_weights.to(weights.scalar_type()) : at::empty({0}, weights.options()), grad_gate_up, grad_down};

@@ -90,7 +90,6 @@ at::Tensor token_gram_backward_cpu(
        .grad_output_stride = 0,
        .grad_weights = nullptr,
        .grad_rows = grad_rows.mutable_data_ptr(),
-       .by_slot = false,
        .is_accumulated = false},
       storage_of(rows), rows.size(0) / top_k);
   return grad_rows;

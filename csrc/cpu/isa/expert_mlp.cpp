@@ -58,7 +58,7 @@ GatheredRows<Storage> tokens_of(const ExpertMlpTask& task) {
 }
 template <typename Storage>
 GatheredRows<Storage> grad_output_of(const ExpertMlpTask& task) {
-  return {static_cast<const Storage*>(task.grad_output), task.grad_output_stride, task.slots, task.grad_top_k};
+  return {static_cast<const Storage*>(task.grad_output), task.grad_output_stride, task.grad_slots, task.grad_top_k};
 }
 
 template <typename Storage, typename Acc = Accumulation<Storage>>
@@ -222,9 +222,8 @@ void activate_backward(
   Acc* dots = static_cast<Acc*>(task.dots) + columns.begin / kWideColumns * task.window_rows;
   for (int64_t row = begin; row < begin + count; ++row, c += stride) {
     const auto* gate = static_cast<const Storage*>(task.pre_activation) + row * 2 * intermediate_size + columns.begin;
-    const Acc* more = with_more
-        ? static_cast<const Acc*>(task.grad_activation) + task.slots[row] * intermediate_size + columns.begin
-        : nullptr;
+    const Acc* more =
+        with_more ? static_cast<const Acc*>(task.grad_activation) + row * intermediate_size + columns.begin : nullptr;
     Acc* activation = activation_of<Storage>(task, row) + columns.begin;
     Acc* grad_gate = grad_pre_activation_of<Storage>(task, row) + columns.begin;
     const Acc factor = factor_of<Storage>(task, row);

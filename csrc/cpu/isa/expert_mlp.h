@@ -38,12 +38,11 @@ struct ExpertMlpTask {
   void* rows; //                  [N, H] storage: what is kept of the outputs before the weights, or null
 
   // Backward only.
-  const void* grad_output; //     [T, H] storage, or a row for each slot, where grad_top_k is 1
+  const void* grad_output; //     [T, H] storage, or [N, H] in sorted order where Gram matrices have a part in it
   int64_t grad_output_stride;
-  int64_t grad_top_k; //          K
-  const void*
-      grad_activation; // [T·K, I] accumulation type, in the order of the slots: further gradient of the activation,
-                               // which its factor does not scale; or null
+  const int32_t* grad_slots; //   [N]: row i is row grad_slots[i] / grad_top_k of grad_output
+  int64_t grad_top_k;
+  const void* grad_activation; // [N, I] accumulation type: further gradient, which the factor does not scale; or null
   const void* zeros; //           [H] storage, all 0
   void* grad_factors; //          [T, K] accumulation type
   void* grad_gate_up; //          [E, 2I, H] storage

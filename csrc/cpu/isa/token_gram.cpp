@@ -130,7 +130,7 @@ EDL_INLINE void spread_rows(
       if (takes_part<Acc>(task.tokens, slot)) {
         sum = grad == nullptr ? mixed[i] : mixed[i] + of_output * (weights == nullptr ? Acc(1) : weights[slot]);
       }
-      const int64_t row = task.by_slot ? slot : task.tokens.row_of_slot[slot];
+      const int64_t row = task.tokens.row_of_slot[slot];
       store_some<Acc>(sum, count - c, static_cast<Out*>(task.grad_rows) + row * width + column + c);
     }
   }

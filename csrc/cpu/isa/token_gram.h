@@ -34,7 +34,6 @@ struct TokenGramGradient {
   int64_t grad_output_stride;
   void* grad_weights; //         [T, K] accumulation type, with grad_output: <grad_output, row k>; or null
   void* grad_rows; //            [N, width] contiguous
-  bool by_slot; //               whether grad_rows stand in the order of the slots
   bool is_accumulated; //        whether grad_rows are of the accumulation type
 };
 

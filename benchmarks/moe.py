@@ -29,6 +29,8 @@ from report import Run, Section, main, markdown_table, table_of
 from shapes import CPU, CUDA, FEW_ROWS, LAYER, ROUTINGS, Inputs, Shape, in_type, make_inputs
 from torch import Tensor
 
+from edl import ops
+
 ALLOWED_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 WARM_UP = Shape(64, 64, 32, 4, 2)
 LONGEST_STEP = 2.0  # seconds; a peer that would take longer is left out
@@ -314,6 +316,51 @@ def compare_routings(measurer: Measurer, shape: Shape, dtype: torch.dtype) -> Se
     return Section(f"Routings, {shape}, {name_of(dtype)}, forward + backward", routing_table(cases), summary=True)
 
 
+def gram_steps(inputs: Inputs) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Forward and backward of the layer, and with how alike a token's experts answer: by edl, and by torch, which needs
+    their rows."""
+    top_k, num_experts = inputs.weights.shape[1], inputs.down.shape[0]
+    row_order, offsets = ops.sort_by_expert(inputs.experts, num_experts)
+    of_gram = torch.randn(len(inputs.tokens), top_k, top_k, device=inputs.tokens.device)
+    arguments = inputs.tokens, inputs.weights, row_order, offsets, inputs.gate_up, inputs.down
+
+    def step(outputs: Callable[[], tuple[Tensor, ...]], gradients: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: torch.autograd.grad(outputs(), inputs.leaves, gradients)
+
+    def with_gram(**asked: bool) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: tuple(x for x in ops.expert_mlp_with_gram(*arguments, **asked) if x.numel() > 0)
+
+    def by_torch() -> tuple[Tensor, Tensor]:
+        rows = ops.dispatch_tokens(inputs.tokens, row_order, top_k)
+        order = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+        rows = ops.expert_mlp(rows, torch.ones_like(rows[:, :1]), order, offsets, inputs.gate_up, inputs.down)
+        rows = torch.empty_like(rows).index_copy(0, row_order.long(), rows).view(-1, top_k, rows.shape[1])
+        output = (rows * inputs.weights.unsqueeze(-1)).sum(dim=1)
+        return output, (rows @ rows.mT).float()
+
+    return {
+        "the layer": step(lambda: (ops.expert_mlp(*arguments),), [inputs.upstream]),
+        "with output_gram": step(with_gram(output_gram=True), [inputs.upstream, of_gram]),
+        "with activation_gram": step(with_gram(activation_gram=True), [inputs.upstream, of_gram]),
+        "outputs by torch": step(by_torch, [inputs.upstream, of_gram]),
+    }
+
+
+def gram_table(run: Run, shape: Shape, dtype: torch.dtype) -> Section:
+    """What it costs to see how alike experts answer, in times of the layer."""
+    inputs = in_type(make_inputs(shape, device=run.device), dtype)
+    timings = interleaved(gram_steps(inputs), run.device, 3 * run.seconds)
+    plain = timings["the layer"].median
+    rows = [
+        {"way": name, "ms": str(timing), "times": f"{timing.median / plain:.3f}x"} for name, timing in timings.items()
+    ]
+    return Section(
+        f"How alike a token's experts answer, {shape}, {name_of(dtype)}, forward + backward",
+        table_of(rows),
+        summary=True,
+    )
+
+
 def sections(run: Run) -> Iterator[Section]:
     """Every case, the routings, and the summary."""
     torch._inductor.config.cpp.threads = run.threads  # else its cache may hold code for another number of threads
@@ -338,6 +385,7 @@ def sections(run: Run) -> Iterator[Section]:
     yield Section("Experts: how many times as long as edl a peer takes", text, summary=True)
     for dtype in dtypes[:1] if run.quick else dtypes:
         yield compare_routings(measurer, CUDA[1] if on_cuda else LAYER, dtype)
+        yield gram_table(run, CUDA[1] if on_cuda else LAYER, dtype)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ it lets pass. WORDs choose mutations by how their line of the table begins. Need
 CUDA; takes a quarter of an hour.
 """
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -109,6 +110,15 @@ WRITTEN = [
     Mutation("sort_by_expert.cu", "fill_places", "index", "const int offset = before + inclusive - total;", "const int offset = before + inclusive;"),
     Mutation("sort_by_expert.cu", "place_round", "index", "places[id] = place + __popc(equal);", "places[id] = place + 1;"),
     Mutation("sort_by_expert.cu", "place_slots", "bound", "ids[r] = slot < problem.num_slots ?", "ids[r] = slot <= problem.num_slots ?"),
+    # token_gram
+    Mutation("token_gram.cu", "row_of", "bound", "weights == nullptr || weights[slot] != 0 ?", "true ?"),
+    Mutation("token_gram.cu", "multiply_rows", "bound", "others[i] = first + i < top_k ?", "others[i] = first + i <= top_k ?"),
+    Mutation("token_gram.cu", "multiply_rows", "index", "gram[k * top_k + j] = sum;", "gram[k * top_k] = sum;"),
+    Mutation("token_gram.cu", "multiply_rows", "unknown", "sum = is_unknown ? kNan<Acc> : sum;", ""),
+    Mutation("token_gram.cu", "token_gram", "bound", "if (t >= tokens.num_tokens) {", "if (t > tokens.num_tokens) {"),
+    Mutation("token_gram.cu", "token_gram_backward", "bound", "if (i >= num_rows) {", "if (i > num_rows) {"),
+    Mutation("token_gram.cu", "token_gram_backward", "index", "of_gram[j * tokens.top_k + k];", "of_gram[k * tokens.top_k + j];"),
+    Mutation("token_gram.cu", "token_gram_backward", "weight", "weight == 0 ? Acc(0) : sums[v]", "sums[v]"),
 ]  # fmt: skip
 
 
@@ -191,10 +201,15 @@ def cases_of(file: str) -> str:
     return ",".join(re.sub(r"([\\,\[\]])", r"\\\1", name) for name in names)
 
 
-def main(words: list[str]) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("words", nargs="*", metavar="WORD", help="mutations whose line begins so; default: all")
+    words = parser.parse_args().words
     mutations = [
         m for m in WRITTEN + barriers() if not words or any(" ".join(m[:3]).startswith(word) for word in words)
     ]
+    if not mutations:
+        parser.error(f"a WORD must begin a line of the table (got {' '.join(words)})")
     mutations.sort(key=lambda mutation: mutation.file)
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -222,4 +237,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

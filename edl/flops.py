@@ -18,7 +18,14 @@ def _product(row_order: Sequence[int], down: Sequence[int]) -> int:
     return 2 * row_order[0] * hidden_size * intermediate_size
 
 
-@register_flop_formula([torch.ops.edl.expert_mlp, torch.ops.edl._expert_mlp_forward])
+def _gram(rows: Sequence[int], top_k: int) -> int:
+    """The inner products of each row [N, H] with the K of its token."""
+    return 2 * rows[0] * rows[1] * top_k
+
+
+@register_flop_formula(
+    [torch.ops.edl.expert_mlp, torch.ops.edl.expert_mlp_with_gram, torch.ops.edl._expert_mlp_forward]
+)
 def expert_mlp_flops(
     tokens: Sequence[int],
     weights: Sequence[int],
@@ -26,15 +33,20 @@ def expert_mlp_flops(
     offsets: Sequence[int],
     gate_up: Sequence[int],
     down: Sequence[int],
+    output_gram: bool = False,
+    activation_gram: bool = False,
     **_: Any,
 ) -> int:
-    """The products with the gate, up and down matrices, from the shapes of the arguments."""
-    return 3 * _product(row_order, down)
+    """The products with the gate, up and down matrices, and Gram matrices, from the shapes of the arguments."""
+    width = output_gram * down[1] + activation_gram * down[2]
+    return 3 * _product(row_order, down) + _gram([row_order[0], width], weights[1])
 
 
 @register_flop_formula(torch.ops.edl._expert_mlp_backward)
 def expert_mlp_backward_flops(
     grad_output: Sequence[int],
+    grad_output_gram: Sequence[int] | None,
+    grad_activation_gram: Sequence[int] | None,
     tokens: Sequence[int],
     weights: Sequence[int],
     row_order: Sequence[int],
@@ -42,12 +54,37 @@ def expert_mlp_backward_flops(
     gate_up: Sequence[int],
     down: Sequence[int],
     pre_activation: Sequence[int],
+    rows: Sequence[int],
     needed: Sequence[bool],
     **_: Any,
 ) -> int:
-    """The gradient of the activation, and those of tokens (two products), gate_up (two) and down where needed."""
+    """The gradient of the activation, and those of tokens (two products), gate_up (two) and down where needed; the
+    gradients of Gram matrices."""
     of_tokens, _of_weights, of_gate_up, of_down = needed
-    return (1 + 2 * of_tokens + 2 * of_gate_up + of_down) * _product(row_order, down)
+    products = (1 + 2 * of_tokens + 2 * of_gate_up + of_down) * _product(row_order, down)
+    width = (grad_output_gram is not None) * down[1] + (grad_activation_gram is not None) * down[2]
+    return products + _gram([row_order[0], width], weights[1])
+
+
+@register_flop_formula(torch.ops.edl.token_gram)
+def token_gram_flops(
+    rows: Sequence[int], weights: Sequence[int] | None, row_order: Sequence[int], top_k: int, **_: Any
+) -> int:
+    """Each row times the K of its token."""
+    return _gram(rows, top_k)
+
+
+@register_flop_formula(torch.ops.edl._token_gram_backward)
+def token_gram_backward_flops(
+    grad_gram: Sequence[int],
+    rows: Sequence[int],
+    weights: Sequence[int] | None,
+    row_order: Sequence[int],
+    top_k: int,
+    **_: Any,
+) -> int:
+    """As many again."""
+    return _gram(rows, top_k)
 
 
 @register_flop_formula(torch.ops.edl._router_product)

@@ -61,8 +61,11 @@ def test_those_that_wait_stay_out_of_cuda_graphs_and_compute_the_same(name):
     assert torch.Tag.cudagraph_unsafe not in operator.default.tags
     arguments = experts_arguments("cpu", torch.float32)
     if name == "_expert_mlp_backward":
-        _, pre_activation = torch.ops.edl._expert_mlp_forward(*arguments)
-        arguments = torch.randn(6, 16), *arguments, pre_activation, [True] * 4
+        _, *saved = torch.ops.edl._expert_mlp_forward(*arguments, True, True)
+        grams = torch.randn(2, 6, 2, 2).unbind()
+        arguments = torch.randn(6, 16), *grams, *arguments, *saved[:2], [True] * 4
+    else:
+        arguments = *arguments, True, True
     for one, other in zip(operator.default(*arguments), operator.waiting(*arguments), strict=True):
         assert one.equal(other)
     on_meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments]

@@ -55,3 +55,15 @@ def test_a_whole_step_counts_three_times_its_forward():
         layer(tokens)[0].sum().backward()
 
     assert counted(step) == 3 * (ROUTER + 3 * PRODUCT)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_gram_matrices_count_as_the_products_that_they_are(grad):
+    layer, tokens = make_layer(output_gram=True, activation_gram=True)
+    grams = 2 * TOKENS * TOP_K * TOP_K * (HIDDEN + INTERMEDIATE)
+    with torch.set_grad_enabled(grad):
+        assert counted(lambda: layer(tokens)) == ROUTER + 3 * PRODUCT + grams
+    if grad:
+        _, observed = layer(tokens)
+        loss = observed.output_gram.sum() + observed.activation_gram.sum()
+        assert counted(loss.backward) == (1 + 2 + 1) * PRODUCT + grams + ROUTER

@@ -319,13 +319,13 @@ GramGradients gradients_of_grams(
     const std::optional<at::Tensor>& grad_output_gram,
     const std::optional<at::Tensor>& grad_activation_gram,
     const at::Tensor& pre_activation,
-    const at::Tensor& rows) {
+    const std::optional<at::Tensor>& rows) {
   GramGradients result;
   const at::Tensor& tokens = arguments.tokens;
   const int64_t num_rows = arguments.order.size(0);
   if (grad_output_gram.has_value()) {
     const at::Tensor grad = grad_output_gram->contiguous();
-    const at::Tensor dense = rows.contiguous();
+    const at::Tensor dense = rows->contiguous();
     result.grad_rows = on_huge_pages(at::empty({num_rows, tokens.size(1)}, tokens.options()));
     result.grad_weights = at::empty(arguments.factors.sizes(), arguments.factors.options());
     spread_grams(
@@ -396,7 +396,7 @@ ExpertMlpGradients expert_mlp_backward_cpu(
     const at::Tensor& gate_up,
     const at::Tensor& down,
     const at::Tensor& pre_activation,
-    const at::Tensor& rows,
+    const std::optional<at::Tensor>& rows,
     std::array<bool, 4> needed) {
   check_expert_mlp_backward(
       grad_output, grad_output_gram, grad_activation_gram, tokens, weights, row_order, offsets, gate_up, down,

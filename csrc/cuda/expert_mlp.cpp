@@ -254,7 +254,7 @@ ExpertMlpGradients expert_mlp_backward_cuda(
     const at::Tensor& gate_up,
     const at::Tensor& down,
     const at::Tensor& pre_activation,
-    const at::Tensor& outputs,
+    const std::optional<at::Tensor>& outputs,
     std::array<bool, 4> needed) {
   check_expert_mlp_backward(
       grad_output, grad_output_gram, grad_activation_gram, tokens, weights, row_order, offsets, gate_up, down,
@@ -270,7 +270,7 @@ ExpertMlpGradients expert_mlp_backward_cuda(
   const at::Tensor kept = pre_activation.contiguous();
   at::Tensor grad_rows, grad_weights, factors = rows.weights, more;
   if (grad_output_gram.has_value()) { // the weights are in these rows: what is left of them is who takes part
-    const OutputGradients of_outputs = gradients_of_outputs(rows, grad_output, *grad_output_gram, outputs);
+    const OutputGradients of_outputs = gradients_of_outputs(rows, grad_output, *grad_output_gram, *outputs);
     grad_rows = of_outputs.grad_rows;
     grad_weights = of_outputs.grad_weights;
     factors = rows.weights.ne(0).to(rows.weights.scalar_type());

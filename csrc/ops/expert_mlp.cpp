@@ -126,7 +126,7 @@ void check_expert_mlp_backward(
     const at::Tensor& gate_up,
     const at::Tensor& down,
     const at::Tensor& pre_activation,
-    const at::Tensor& rows) {
+    const std::optional<at::Tensor>& rows) {
   check_expert_mlp(kOp, tokens, weights, row_order, offsets, gate_up, down);
   EDL_ENSURE(
       grad_output.dim() == 2 && grad_output.scalar_type() == tokens.scalar_type(), kOp,
@@ -148,11 +148,12 @@ void check_expert_mlp_backward(
   check_gradient_of_gram(grad_output_gram, weights, tokens);
   if (grad_output_gram.has_value()) {
     EDL_ENSURE(
-        rows.dim() == 2 && rows.scalar_type() == tokens.scalar_type(), kOp,
-        ": rows must be a matrix in the type of tokens (got ", rows.dim(), " dimensions of ", rows.scalar_type(), ")");
+        rows.has_value() && rows->dim() == 2 && rows->scalar_type() == tokens.scalar_type(), kOp,
+        ": the gradient of output_gram needs rows, a matrix in the type of tokens (got ",
+        rows.has_value() ? rows->dim() : 0, " dimensions)");
     EDL_ENSURE(
-        rows.sym_size(0).sym_eq(row_order.sym_size(0)) & rows.sym_size(1).sym_eq(tokens.sym_size(1)), kOp,
-        ": rows must have the shape [N, H] (got ", rows.sym_size(0), " by ", rows.sym_size(1), ")");
+        rows->sym_size(0).sym_eq(row_order.sym_size(0)) & rows->sym_size(1).sym_eq(tokens.sym_size(1)), kOp,
+        ": rows must have the shape [N, H] (got ", rows->sym_size(0), " by ", rows->sym_size(1), ")");
   }
 }
 
@@ -215,7 +216,7 @@ ExpertMlpGradients expert_mlp_backward(
     const at::Tensor& gate_up,
     const at::Tensor& down,
     const at::Tensor& pre_activation,
-    const at::Tensor& rows,
+    const std::optional<at::Tensor>& rows,
     std::array<bool, 4> needed) {
   static const auto op = find_operator<decltype(expert_mlp_backward)>("edl::_expert_mlp_backward");
   static const auto waiting = find_operator<decltype(expert_mlp_backward)>("edl::_expert_mlp_backward", "waiting");
@@ -270,7 +271,7 @@ ExpertMlpGradients expert_mlp_backward_meta(
     const at::Tensor& gate_up,
     const at::Tensor& down,
     const at::Tensor& pre_activation,
-    const at::Tensor& rows,
+    const std::optional<at::Tensor>& rows,
     std::array<bool, 4> needed) {
   check_expert_mlp_backward(
       grad_output, grad_output_gram, grad_activation_gram, tokens, weights, row_order, offsets, gate_up, down,
@@ -301,7 +302,11 @@ struct ExpertMlpFunction : torch::autograd::Function<ExpertMlpFunction> {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [output, pre_activation, rows, of_outputs, of_activations] =
         expert_mlp_forward(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram);
-    context->save_for_backward({tokens, weights, row_order, offsets, gate_up, down, pre_activation, rows});
+    torch::autograd::variable_list saved = {tokens, weights, row_order, offsets, gate_up, down, pre_activation};
+    if (output_gram) {
+      saved.push_back(rows);
+    }
+    context->save_for_backward(std::move(saved));
     context->set_materialize_grads(false);
     if (!output_gram && !activation_gram) {
       return {output};
@@ -313,6 +318,7 @@ struct ExpertMlpFunction : torch::autograd::Function<ExpertMlpFunction> {
       torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
     const auto saved = context->get_saved_variables();
     const at::Tensor& tokens = saved[0];
+    const auto rows = saved.size() > 7 ? std::make_optional(saved[7]) : std::nullopt;
     const std::array<bool, 4> needed = {
         context->needs_input_grad(0), context->needs_input_grad(1), context->needs_input_grad(4),
         context->needs_input_grad(5)};
@@ -324,7 +330,7 @@ struct ExpertMlpFunction : torch::autograd::Function<ExpertMlpFunction> {
         grads[0].defined() ? grads[0] : at::zeros_symint(tokens.sym_sizes(), tokens.options());
     auto [grad_tokens, grad_weights, grad_gate_up, grad_down] = expert_mlp_backward(
         grad_output, gradient_of_gram(1), gradient_of_gram(2), tokens, saved[1], saved[2], saved[3], saved[4], saved[5],
-        saved[6], saved[7], needed);
+        saved[6], rows, needed);
     const auto if_needed = [&](size_t i, const at::Tensor& gradient) { return needed[i] ? gradient : at::Tensor(); };
     return {if_needed(0, grad_tokens),  if_needed(1, grad_weights), {}, {},
             if_needed(2, grad_gate_up), if_needed(3, grad_down),    {}, {}};
@@ -431,7 +437,7 @@ TORCH_LIBRARY_FRAGMENT(edl, m) {
       ", bool output_gram, bool activation_gram) -> (Tensor output, Tensor pre_activation, Tensor rows, Tensor "
       "output_gram, Tensor activation_gram)";
   const std::string backward = "(Tensor grad_output, Tensor? grad_output_gram, Tensor? grad_activation_gram, " +
-      arguments + ", Tensor pre_activation, Tensor rows, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)";
+      arguments + ", Tensor pre_activation, Tensor? rows, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)";
   m.def(("_expert_mlp_forward" + forward).c_str());
   m.def(("_expert_mlp_backward" + backward).c_str());
   // The same, for experts whose products wait for the device: torch.compile splits its CUDA graphs there.

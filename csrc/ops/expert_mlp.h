@@ -40,7 +40,7 @@ void check_expert_mlp_backward(
     const at::Tensor& gate_up,
     const at::Tensor& down,
     const at::Tensor& pre_activation, // [N, 2I], rows in sorted order
-    const at::Tensor& rows); //          [N, H] in sorted order, before the weights; no element without output_gram
+    const std::optional<at::Tensor>& rows); // [N, H] in sorted order, before the weights; with grad_output_gram
 
 // Whether the products of CUDA tensors wait for the device, by types and sizes alone, which may be symbolic. Without a
 // CUDA build nobody tells, and they count as waiting.

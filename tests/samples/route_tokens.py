@@ -45,12 +45,10 @@ def _logits_of(
             logits = logits.round()
         wide = dtype if dtype == torch.float64 else torch.float32
         shift = inputs.normal(num_experts, dtype=wide, scale=0.1) if bias else None
-        arguments = logits, top_k, scores, shift, normalize, scale
-        if allowed is None and given is None:
-            return arguments
         size = num_tokens, num_experts, top_k
         mask = None if allowed is None else allowed_of(inputs, *size, layout=allowed)
-        return *arguments, mask, None if given is None else given_of(inputs, *size, allowed=mask, **given)
+        experts = None if given is None else given_of(inputs, *size, allowed=mask, **given)
+        return logits, top_k, scores, shift, normalize, scale, mask, experts
 
     return make
 

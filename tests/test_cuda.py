@@ -170,6 +170,27 @@ def test_a_wrong_label_makes_the_loss_nan(bad):
     assert module(torch.randn(4, 5, 8, device=CUDA), labels.unsqueeze(1).expand(4, 5)).isnan()
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_limits_of_a_choice_that_the_cpu_refuses_make_their_token_nan(scores, normalize):
+    def refused(**limits):
+        logits = torch.randn(4, 6, device=CUDA, requires_grad=True)
+        limits = {name: torch.tensor(limit, device=CUDA) for name, limit in limits.items()}
+        weights, experts = ops.route_tokens(logits, 2, scores, None, normalize, **limits)
+        (gradient,) = torch.autograd.grad(weights.sum(), logits)
+        nan = weights.isnan().all(dim=1)
+        for found in (weights.isnan().any(dim=1), gradient.isnan().all(dim=1), gradient.isnan().any(dim=1)):
+            assert found.equal(nan)
+        return nan.tolist(), experts.tolist()
+
+    few = [[True] * 6, [False, True] + [False] * 4, [False] * 6, [True, False, False, False, False, True]]
+    assert refused(allowed=few)[0] == [False, True, True, False]
+    nan, experts = refused(experts=[[0, 1], [6, 1], [-2, 1], [-1, 1]])
+    assert nan == [False, True, True, False] and experts == [[0, 1], [-1, 1], [-1, 1], [6, 1]]
+    assert refused(experts=[[0, 1], [2**40, -1], [3, 3], [-1, -1]])[0] == [False, True, True, False]
+    assert refused(allowed=few, experts=[[0, 1], [1, 2], [-1, 0], [5, -1]])[0] == [False, True, True, False]
+
+
 def test_a_wrong_expert_makes_its_token_nan():
     tokens, experts = torch.randn(3, 8, device=CUDA), torch.tensor([[0, 1], [7, 1], [1, 0]], device=CUDA)
     row_order, offsets = ops.sort_by_expert(experts, 2)

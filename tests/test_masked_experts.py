@@ -1,5 +1,7 @@
 """Experts that are masked by a logit of -inf, tokens without any open expert, and choices of weight 0."""
 
+from typing import Optional
+
 import pytest
 import torch
 
@@ -72,6 +74,63 @@ def test_a_layer_with_masked_experts_and_updates_never_chooses_them(scores):
     edl.update_expert_bias(layer, torch.tensor([0, 0, 9, 5, 0, 5]), rate=0.5, open_experts=is_open)
     # The first is open and had no luck: it rises, and the masked ones stay.
     torch.testing.assert_close(layer.expert_bias - before, 0.5 * torch.tensor([1.0, 0, -1, -1, 0, -1]))
+
+
+class Allows(edl.routers.TopK):
+    """Tokens of group g take the experts g and g + 1, 3, 4 or 5, whatever the logits and the bias say."""
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        context: Optional[edl.RoutingContext] = None,  # noqa: UP045
+        expert_bias: Optional[torch.Tensor] = None,  # noqa: UP045
+    ) -> edl.Choice:
+        logits = self.logits_of(tokens)
+        choices: Optional[torch.Tensor] = None  # noqa: UP045
+        allowed = torch.ones_like(logits, dtype=torch.bool)
+        if context is not None:
+            groups, choices = context.groups, context.choices
+            if groups is not None:
+                number = torch.arange(6, device=logits.device)
+                allowed = (number >= 3) | (number == groups[:, None]) | (number == groups[:, None] + 1)
+        weights, experts = ops.route_tokens(
+            logits,
+            self.top_k,
+            self.scores,
+            expert_bias,
+            self.normalize_top_k,
+            self.routed_scaling_factor,
+            allowed,
+            choices,
+        )
+        return edl.Choice(logits, weights, experts)
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_a_layer_whose_router_allows_some_experts(scores):
+    layer = edl.MoELayer(16, 8, 6, expert_bias=True, router=Allows(16, 6, 2, scores=scores))
+    tokens, groups = torch.randn(64, 16), (torch.arange(64) % 2).int()
+    context = edl.RoutingContext(groups=groups)
+    with torch.no_grad():
+        layer.expert_bias[:] = torch.tensor([5.0, 0, 5, 0, 0, 0])
+    output, routing = layer(tokens, context=context)
+    assert (routing.experts[groups == 0] != 2).all() and (routing.experts[groups == 1] != 0).all()
+    assert (routing.experts[groups == 0] == 0).any() and (routing.experts[groups == 1] == 2).any()
+    assert routing.logits.isfinite().all()  # before the rule: what objectives read
+    recorded = context._replace(choices=routing.experts)
+    for run in (layer, torch.jit.script(layer)):
+        again, same = run(tokens, context=recorded)
+        assert same.experts.equal(routing.experts) and same.weights.equal(routing.weights)
+        torch.testing.assert_close(again, output, rtol=0, atol=0)
+        with pytest.raises((IndexError, RuntimeError), match="edl::route_tokens: experts must be allowed"):
+            run(tokens, context=recorded._replace(groups=1 - groups))
+    # An expert that nobody may take spoils nothing, nor does its logit.
+    with torch.no_grad():
+        layer.gate_up_proj[2] = layer.router.weight[2] = float("nan")
+    output, routing = layer(tokens, context=edl.RoutingContext(groups=torch.zeros(64, dtype=torch.int32)))
+    assert routing.logits[:, 2].isnan().all() and output.isfinite().all()
+    output.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
 # ---- a token without any open expert has no distribution: NaN, unless it does not count ----

@@ -100,6 +100,13 @@ WRITTEN = [
     Mutation("route_tokens.cu", "spread_over_row", "index", "grad[k] * problem.scale - dot", "grad[0] * problem.scale - dot"),
     Mutation("route_tokens.cu", "spread_over_chosen", "bound", "e < problem.num_experts; e += kWarp", "e <= problem.num_experts; e += kWarp"),
     Mutation("route_tokens.cu", "spread_rows", "bound", "if (t >= problem.num_tokens) {", "if (t > problem.num_tokens) {"),
+    Mutation("route_tokens.cu", "expert", "bound", "id >= 0 && id < num_experts ? id", "id >= 0 && id <= num_experts ? id"),
+    Mutation("route_tokens.cu", "token_of", "index", "problem.allowed + t * problem.allowed_stride", "problem.allowed + t"),
+    Mutation("route_tokens.cu", "ids_from", "index", "sizeof(int64_t) : sizeof(int32_t)", "sizeof(int64_t) : sizeof(int64_t)"),
+    Mutation("route_tokens.cu", "is_refused", "bound", "before < k; ++before", "before + 1 < k; ++before"),
+    Mutation("route_tokens.cu", "is_refused", "index", "token.forbids(e)", "token.forbids(k)"),
+    Mutation("route_tokens.cu", "is_undefined", "index", "const Acc z = token[e];", "const Acc z = token[lane];"),
+    Mutation("route_tokens.cu", "fill_row", "bound", "e < num_experts; e += kWarp", "e <= num_experts; e += kWarp"),
     # sort_by_expert
     Mutation("sort_by_expert.cu", "id_of", "bound", "id >= 0 && id <= problem.num_experts", "id <= problem.num_experts"),
     Mutation("sort_by_expert.cu", "count_chunks", "bound", "slot < first + kChunk && slot < problem.num_slots", "slot < first + kChunk"),

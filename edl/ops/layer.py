@@ -13,6 +13,8 @@ def route_tokens(
     bias: Tensor | None = None,
     normalize: bool = True,
     scale: float = 1.0,
+    allowed: Tensor | None = None,
+    experts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chooses `top_k` experts for each token and gives them weights.
 
@@ -25,6 +27,19 @@ def route_tokens(
     fewer than `top_k` are open, the slots that are left go to masked experts, lowest first, and weigh 0. A token
     without any open expert has no distribution: its weights, and the gradient of its logits, are NaN.
 
+    An expert that `allowed` forbids a token takes no part at all, whatever its logit, be it NaN, and its bias: it is
+    never chosen, a softmax runs over the allowed experts alone, and the gradient of its logit is 0. Among the allowed
+    ones a logit of -inf masks as it does without `allowed`.
+
+    `experts` are weighed in the place of a choice, by the same formulas: a share of the softmax over all allowed
+    experts, or a sigmoid, and `normalize` divides by the sum over the given ones. `bias` has no say. -1 is none: its
+    weight is 0, no gradient comes from it, and it is returned as E, the sentinel of `sort_by_expert`; a token with
+    nothing else has only weights and gradients of 0. A given expert that is not allowed is refused; `top_k` allowed
+    ones are not asked for then.
+
+    On CUDA, where no value can be refused, the weights of such a token and the gradient of its logits are NaN; an id
+    outside [-1, E) is returned as -1, which `sort_by_expert` refuses or makes NaN.
+
     Args:
         logits (Tensor[T, E]): the router's output; float32, float64, bfloat16 or float16.
         top_k (int): K, experts per token, in [1, E].
@@ -33,21 +48,30 @@ def route_tokens(
         normalize (bool): divide the weights by the sum of the token's chosen scores (sigmoid: sum + 1e-20). Default:
             True.
         scale (float): factor of the weights, after the division. Default: 1.
+        allowed (Tensor[T, E], optional): bool, the experts that each token may take, `top_k` at least. It must stay as
+            it is until the backward pass.
+        experts (Tensor[T, K], optional): int32 or int64, the experts that each token takes, in [0, E) and different, or
+            -1 for none; K must be `top_k`. They must stay as they are until the backward pass.
 
     Returns:
-        weights (Tensor[T, K]), float32, or float64 for float64 logits, and experts (Tensor[T, K], int64), best first.
+        weights (Tensor[T, K]), float32, or float64 for float64 logits, and experts (Tensor[T, K], int64), best first,
+        or as they were given.
 
     Raises:
         ValueError: a wrong shape, type, device, `top_k` or name of scores.
+        IndexError: a token with fewer than `top_k` allowed experts; given experts that are outside [-1, E), twice the
+            same, or not allowed (on the CPU; elsewhere with EDL_CHECK=1).
     """
     if not torch.jit.is_scripting():
         checks.check_tensors("route_tokens", logits=logits)
-        checks.check_given("route_tokens", bias=bias)
+        checks.check_given("route_tokens", bias=bias, allowed=allowed, experts=experts)
         checks.check_integers("route_tokens", top_k=top_k)
         checks.check_texts("route_tokens", scores=scores)
         checks.check_flags("route_tokens", normalize=normalize)
         checks.check_numbers("route_tokens", scale=scale)
-    results: tuple[Tensor, Tensor] = torch.ops.edl.route_tokens(logits, top_k, scores, bias, normalize, scale)
+    results: tuple[Tensor, Tensor] = torch.ops.edl.route_tokens(
+        logits, top_k, scores, bias, normalize, scale, allowed, experts
+    )
     return results
 
 

@@ -18,20 +18,31 @@ def route_tokens(
     bias: Tensor | None = None,
     normalize: bool = True,
     scale: float = 1.0,
+    allowed: Tensor | None = None,
+    experts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weights and experts [T, K] that each token of logits [T, E] gets."""
+    num_experts = logits.shape[1]
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -math.inf)
     score = logits.softmax(dim=-1) if scores == "softmax" else logits.sigmoid()
-    # Scores rise with the logits, and logits keep apart what rounding would make equal.
-    order = logits if bias is None else score + bias
-    ranks = order.argsort(dim=-1, descending=True, stable=True)
-    # Open experts first, whatever the bias, then the masked ones.
-    masked = logits == -math.inf
-    by_number = torch.where(masked, torch.arange(logits.shape[1], device=logits.device), -1).gather(1, ranks)
-    experts = ranks.gather(1, by_number.argsort(dim=-1, stable=True))[:, :top_k]
-    weights = score.gather(1, experts)
+    if experts is None:
+        # Scores rise with the logits, and logits keep apart what rounding would make equal.
+        order = logits if bias is None else score + bias
+        ranks = order.argsort(dim=-1, descending=True, stable=True)
+        # Open experts first, whatever the bias, then the masked ones, at last those that are not allowed.
+        number = torch.arange(num_experts, device=logits.device)
+        places = torch.where(logits == -math.inf, number, -1)
+        places = places if allowed is None else torch.where(allowed, places, number + num_experts)
+        experts = ranks.gather(1, places.gather(1, ranks).argsort(dim=-1, stable=True))[:, :top_k]
+    experts = experts.long()
+    is_none = experts < 0
+    weights = score.gather(1, experts.clamp(min=0)).masked_fill(is_none, 0.0)
     if normalize:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + (1e-20 if scores == "sigmoid" else 0.0))
-    return weights * one_or_nan(logits) * scale, experts
+        sums = weights.sum(dim=-1, keepdim=True) + (1e-20 if scores == "sigmoid" else 0.0)
+        weights = weights / sums.masked_fill(is_none.all(dim=-1, keepdim=True), 1.0)
+    weights = (weights * one_or_nan(logits) * scale).masked_fill(is_none, 0.0)
+    return weights, experts.masked_fill(is_none, num_experts)
 
 
 def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

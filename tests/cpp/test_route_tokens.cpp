@@ -34,6 +34,40 @@ CATCH_TEST_CASE("route_tokens has the gradient of its definition") {
   }
 }
 
+CATCH_TEST_CASE("route_tokens chooses and weighs allowed experts alone") {
+  const at::Tensor logits = at::randn({9, 6}, at::kDouble);
+  const at::Tensor allowed = at::ones({9, 6}, at::kBool);
+  allowed.select(1, 2).fill_(false);
+  const at::Tensor bias = doubles({0, 0, 9, 0, 0, 0}, {6});
+  const at::Tensor masked = logits.masked_fill(allowed.logical_not(), -std::numeric_limits<double>::infinity());
+  const auto [values, indices] = masked.softmax(-1).topk(2);
+  for (const auto& shift : {std::optional<at::Tensor>(), std::optional(bias)}) {
+    const auto [weights, experts] = edl::route_tokens(logits, 2, "softmax", shift, /*normalize=*/false, 1.0, allowed);
+    CATCH_REQUIRE(experts.equal(indices));
+    CATCH_REQUIRE(distance(weights, values) < 1e-14);
+  }
+  const at::Tensor upstream = at::randn({9, 2}, at::kDouble);
+  const auto function = [&](const at::Tensor& at_point) {
+    return std::get<0>(edl::route_tokens(at_point, 2, "softmax", {}, /*normalize=*/false, 1.0, allowed));
+  };
+  const at::Tensor found = gradient(logits, upstream, function);
+  CATCH_REQUIRE(distance(found, numeric_gradient(logits, upstream, function)) < 1e-7);
+  CATCH_REQUIRE(found.select(1, 2).eq(0).all().item<bool>());
+}
+
+CATCH_TEST_CASE("route_tokens weighs experts that are given, and none as nothing") {
+  const at::Tensor logits = doubles({1, 2, 3, 4, 4, 3, 2, 1}, {2, 4});
+  const at::Tensor given = ids({1, -1, 3, 0}).view({2, 2});
+  const at::Tensor scores = logits.softmax(-1);
+  for (const auto kind : {at::kInt, at::kLong}) {
+    const auto [weights, experts] =
+        edl::route_tokens(logits, 2, "softmax", {}, /*normalize=*/false, 2.0, {}, given.to(kind));
+    CATCH_REQUIRE(experts.equal(ids({1, 4, 3, 0}).view({2, 2})));
+    const at::Tensor expected = 2 * scores.gather(1, given.clamp_min(0)) * given.ge(0);
+    CATCH_REQUIRE(distance(weights, expected) < 1e-14);
+  }
+}
+
 CATCH_TEST_CASE("route_tokens refuses wrong arguments in one sentence") {
   const at::Tensor logits = at::randn({5, 6});
   CATCH_REQUIRE(error_of([&] {
@@ -45,4 +79,11 @@ CATCH_TEST_CASE("route_tokens refuses wrong arguments in one sentence") {
   CATCH_REQUIRE(error_of([&] {
                   edl::route_tokens(logits, 2, "softmax", at::zeros({5}));
                 }) == "edl::route_tokens: bias must have one entry per expert (got 5 for 6 experts)");
+  CATCH_REQUIRE(
+      error_of<c10::IndexError>([&] {
+        edl::route_tokens(logits, 2, "softmax", {}, true, 1.0, at::eye(5, 6).to(at::kBool));
+      }) == "edl::route_tokens: allowed must leave each token at least top_k experts (got 1 for token 0 and top_k 2)");
+  CATCH_REQUIRE(error_of<c10::IndexError>([&] {
+                  edl::route_tokens(logits, 2, "softmax", {}, true, 1.0, {}, at::ones({5, 2}, at::kLong));
+                }) == "edl::route_tokens: experts of a token must differ (got 1 twice for token 0)");
 }

@@ -153,3 +153,253 @@ def test_the_private_backward_refuses_experts_out_of_range():
         torch.ops.edl._route_tokens_backward(
             torch.ones(2, 1), torch.randn(2, 4), torch.tensor([[0], [4]]), "softmax", True, 1.0
         )
+
+
+# ---- allowed experts, and experts that are given ----
+
+
+def plain(logits, scores, allowed=None):
+    """Scores in float64 by torch's own softmax and sigmoid; those of forbidden experts are exactly 0."""
+    wide = logits.double() if allowed is None else logits.double().masked_fill(~allowed, -INF)
+    return wide.softmax(-1) if scores == "softmax" else wide.sigmoid()
+
+
+def some_allowed(num_tokens, num_experts, top_k):
+    """Down to `top_k` for each token."""
+    wanted = torch.rand(num_tokens, num_experts)
+    return (wanted < 0.3) | (wanted <= wanted.kthvalue(top_k, keepdim=True).values)
+
+
+def poisoned(logits, allowed):
+    """What must reach nothing, in the place of every logit that is not allowed."""
+    poison = torch.tensor([NAN, INF, -INF, 6e4]).repeat(logits.numel())[: logits.numel()].view_as(logits)
+    return torch.where(allowed, logits, poison.to(logits.dtype))
+
+
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5, torch.float16: 1e-5}  # of the weights
+ROUNDING = {**TOLERANCES, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of gradients, in the type of the logits
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(5, 2), (40, 7), (64, 8)])
+def test_a_forbidden_expert_has_no_part_in_choice_weights_or_gradients(
+    num_experts, top_k, scores, normalize, dtype, with_bias, device
+):
+    allowed = some_allowed(60, num_experts, top_k)
+    logits = torch.randn(60, num_experts).to(dtype)
+    bias = None
+    if with_bias:  # in favour of some that many tokens may not take
+        bias = 3 * torch.randn(num_experts, dtype=dtype if dtype == torch.float64 else torch.float32)
+    leaf = poisoned(logits, allowed).to(device).requires_grad_()
+    weights, experts = ops.route_tokens(
+        leaf, top_k, scores, None if bias is None else bias.to(device), normalize, 1.5, allowed=allowed.to(device)
+    )
+    own = experts.cpu()
+    assert allowed.gather(1, own).all()
+    exact = logits.double().requires_grad_()
+    score = plain(exact, scores, allowed)
+    order = logits.double() if bias is None else score.detach() + bias.double()
+    best = order.masked_fill(~allowed, -INF).topk(top_k).values
+    torch.testing.assert_close(order.gather(1, own), best, rtol=1e-5, atol=1e-6)
+    expected = score.gather(1, own)
+    expected = 1.5 * (expected / expected.sum(-1, keepdim=True) if normalize else expected)
+    torch.testing.assert_close(weights.cpu().double(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+    upstream = torch.randn(60, top_k).to(weights.dtype)
+    (gradient,) = torch.autograd.grad(weights, leaf, upstream.to(device))
+    (wanted,) = torch.autograd.grad(expected, exact, upstream.double())
+    assert (gradient.cpu()[~allowed] == 0).all()
+    torch.testing.assert_close(gradient.cpu().double(), wanted, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+    # A loss that is NaN reaches no forbidden logit either.
+    (gradient,) = torch.autograd.grad(
+        ops.route_tokens(leaf, top_k, scores, None, normalize, allowed=allowed.to(device))[0].sum() * NAN, leaf
+    )
+    assert (gradient.cpu()[~allowed] == 0).all() and gradient.isnan().any()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_all_allowed_is_none_forbidden_to_the_bit(scores, normalize, device):
+    rows = torch.randn(9, 37)
+    rows[2, 5:] = -INF
+    rows[3], rows[4, 7], rows[5, 7], rows[6] = -INF, NAN, INF, rows[6].round()
+    for bias in (None, torch.randn(37, device=device)):
+        for dtype in DTYPES:
+            found = []
+            for allowed in (None, torch.ones(9, 37, dtype=torch.bool, device=device)):
+                logits = rows.to(device, dtype).requires_grad_()
+                weights, experts = ops.route_tokens(logits, 4, scores, bias, normalize, 2.0, allowed)
+                found.append([weights, experts, *torch.autograd.grad(weights.sum(), logits)])
+            for one, other in zip(*found):
+                torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_ties_among_the_allowed_go_to_the_lowest_and_masked_ones_come_before_forbidden_ones(device):
+    allowed = torch.tensor([[False, True, True, False, True, True]], device=device)
+    for scores in ("softmax", "sigmoid"):
+        for bias in (None, torch.tensor([9.0, 0, 0, 9, 0, 0], device=device)):
+
+            def route(logits):
+                logits = torch.tensor([logits], device=device, requires_grad=True)
+                weights, experts = ops.route_tokens(logits, 3, scores, bias, allowed=allowed)
+                (gradient,) = torch.autograd.grad(weights.sum(), logits)
+                return weights[0].tolist(), experts[0].tolist(), gradient[0].cpu()
+
+            assert route([1.0] * 6)[1] == [1, 2, 4]
+            weights, experts, gradient = route([1, -INF, 0, 1, -INF, -INF])
+            assert weights == [1, 0, 0] and experts == [2, 1, 4] and gradient.isfinite().all()
+            weights, experts, gradient = route([1, -INF, -INF, NAN, -INF, -INF])  # none is open among the allowed
+            assert all(math.isnan(weight) for weight in weights) and experts == [1, 2, 4]
+            assert gradient[[1, 2, 4]].isnan().all() and (gradient[[0, 3]] == 0).all()
+            assert all(math.isnan(weight) for weight in route([0, 1, NAN, 0, 1, 1])[0])  # NaN that is allowed
+
+
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("restricted", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_given_experts_have_the_weights_of_the_formulas(scores, normalize, dtype, restricted, ids, device):
+    allowed = some_allowed(60, 40, 7) if restricted else None
+    logits = torch.randn(60, 40).to(dtype)
+    given = torch.rand(60, 40).masked_fill(torch.zeros(60, 40, dtype=torch.bool) if allowed is None else ~allowed, -1)
+    given = given.topk(7).indices
+    is_none = torch.rand(60, 7) < 0.3
+    is_none[4] = True
+    recorded = given.masked_fill(is_none, -1).to(device, ids)
+    leaf = (logits if allowed is None else poisoned(logits, allowed)).to(device).requires_grad_()
+    mask = None if allowed is None else allowed.to(device)
+    bias = torch.full((40,), NAN, device=device)  # has no say
+    weights, experts = ops.route_tokens(leaf, 7, scores, bias, normalize, 1.5, mask, recorded)
+    assert experts.dtype == torch.int64 and experts.cpu().equal(given.masked_fill(is_none, 40))
+    assert experts.data_ptr() != recorded.data_ptr()
+    exact = logits.double().requires_grad_()
+    expected = plain(exact, scores, allowed).gather(1, given).masked_fill(is_none, 0)
+    if normalize:
+        expected = expected / expected.sum(-1, keepdim=True).masked_fill(is_none.all(-1, keepdim=True), 1)
+    expected = 1.5 * expected
+    torch.testing.assert_close(weights.cpu().double(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+    assert (weights.cpu()[is_none] == 0).all() and (weights.cpu()[~is_none] > 0).all()
+    upstream = torch.randn(60, 7).to(weights.dtype)
+    (wanted,) = torch.autograd.grad(expected, exact, upstream.double())
+    upstream[4] = NAN  # of a token without a choice
+    (gradient,) = torch.autograd.grad(weights, leaf, upstream.to(device))
+    torch.testing.assert_close(gradient.cpu().double(), wanted, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+    assert (gradient[4] == 0).all() and (allowed is None or (gradient.cpu()[~allowed] == 0).all())
+
+
+@pytest.mark.parametrize("restricted", [False, True])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_a_choice_that_is_given_again_has_its_weights_and_gradients_to_the_bit(scores, normalize, restricted, device):
+    for dtype in DTYPES:
+        logits = torch.randn(50, 33).to(device, dtype)
+        logits[3], logits[5, 2:] = -INF, -INF  # no open expert, and fewer than are chosen
+        logits.requires_grad_()
+        bias = torch.randn(33, device=device, dtype=dtype if dtype == torch.float64 else torch.float32)
+        allowed = some_allowed(50, 33, 4).to(device) if restricted else None
+        weights, experts = ops.route_tokens(logits, 4, scores, bias, normalize, 2.5, allowed)
+        again, same = ops.route_tokens(logits, 4, scores, None, normalize, 2.5, allowed, experts)
+        assert same.equal(experts)
+        torch.testing.assert_close(again, weights, rtol=0, atol=0, equal_nan=True)
+        gradients = [torch.autograd.grad(each.sum(), logits)[0] for each in (weights, again)]
+        torch.testing.assert_close(*gradients, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_given_experts_of_logits_that_are_not_finite(scores, normalize, device):
+    rows = [[-INF] * 4, [1, 2, NAN, 0], [1, 2, INF, 0], [-INF, -INF, 1, 0], [-INF, 2, 1, 0]]
+    given = torch.tensor([[0, 1, -1]] * 5, device=device)
+    logits = torch.tensor(rows, device=device, requires_grad=True)
+    weights, _ = ops.route_tokens(logits, 3, scores, None, normalize, experts=given)
+    (gradient,) = torch.autograd.grad(weights.sum(), logits)
+    expected = plain(torch.tensor(rows), scores)[:, :2]
+    if normalize:
+        expected = expected / (expected.sum(-1, keepdim=True) + (1e-20 if scores == "sigmoid" else 0))
+    expected[0] = NAN  # no open expert, whatever the scores
+    torch.testing.assert_close(weights[:, :2].cpu().double(), expected, equal_nan=True, rtol=1e-6, atol=1e-7)
+    assert (weights[:, 2] == 0).all()
+    assert gradient[:, :2].isnan().all(-1).cpu().equal(expected.isnan().all(-1))
+    assert (gradient[4, 0] == 0) and gradient[4].isfinite().all()
+
+
+def test_what_a_backward_pass_reads_must_stay_as_it_is():
+    for name in ("allowed", "experts"):
+        logits = torch.randn(6, 5, requires_grad=True)
+        limit = torch.ones(6, 5, dtype=torch.bool) if name == "allowed" else torch.tensor([[0, 1]] * 6)
+        weights, _ = ops.route_tokens(logits, 2, "softmax", **{name: limit})
+        limit.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            weights.sum().backward()
+
+
+@pytest.mark.parametrize("wrong", [5, -2, 2**40, 1])
+def test_given_experts_that_change_behind_autograds_back_are_index_errors(wrong):
+    logits, given = torch.randn(6, 5, requires_grad=True), torch.tensor([[0, 1]] * 6)
+    weights, _ = ops.route_tokens(logits, 2, "softmax", experts=given)
+    given.numpy()[3, 0] = wrong
+    with pytest.raises(IndexError, match="^edl::_route_tokens_backward: experts "):
+        weights.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["allowed", "experts"])
+def test_limits_that_are_no_tensors_are_one_sentence(name):
+    with pytest.raises(ValueError) as error:
+        ops.route_tokens(torch.randn(1, 1), 1, "softmax", **{name: [[1]]})
+    assert str(error.value) == f"edl::route_tokens: {name} must be a tensor (got list)"
+
+
+def test_sentinels_of_given_experts_pass_the_experts_and_add_nothing():
+    logits, tokens = torch.randn(6, 5), torch.randn(6, 8)
+    gate_up, down = torch.randn(5, 12, 8), torch.randn(5, 8, 6)
+    given = torch.tensor([[0, 1], [2, -1], [-1, 3], [-1, -1], [4, 0], [-1, 1]])
+    weights, experts = ops.route_tokens(logits, 2, "sigmoid", experts=given)
+    row_order, offsets = ops.sort_by_expert(experts, 5)
+    assert offsets[-1] == (given >= 0).sum()
+    output = ops.expert_mlp(tokens, weights, row_order, offsets, gate_up, down)
+    assert (output[3] == 0).all()
+    alone = ops.route_tokens(logits[1:2], 1, "sigmoid", experts=given[1:2, :1])
+    expected = ops.expert_mlp(tokens[1:2], alone[0], *ops.sort_by_expert(alone[1], 5), gate_up, down)
+    torch.testing.assert_close(output[1:2], expected)
+
+
+class Limited(torch.nn.Module):
+    """A router of one's own, scripted, compiled and exported."""
+
+    def forward(
+        self, logits: torch.Tensor, allowed: torch.Tensor, experts: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.route_tokens(logits, 2, "softmax", None, False, 1.0, allowed, experts)
+
+
+@pytest.mark.parametrize("with_experts", [False, True])
+@pytest.mark.parametrize("way", ["script", "compile", "export"])
+def test_scripted_compiled_and_exported(way, with_experts):
+    def arguments(num_tokens):
+        allowed = some_allowed(num_tokens, 9, 2)
+        given = torch.rand(num_tokens, 9).masked_fill(~allowed, -1).topk(2).indices
+        given[1, 0] = -1
+        return (torch.randn(num_tokens, 9), allowed, *([given] if with_experts else []))
+
+    length = torch.export.Dim("length", min=2, max=64)
+    if way == "script":
+        function = torch.jit.script(Limited())
+    elif way == "compile":
+        function = torch.compile(Limited(), fullgraph=True, dynamic=True, backend="aot_eager")
+    else:
+        shapes = ({0: length},) * (2 + with_experts)
+        function = torch.export.export(Limited(), arguments(7), dynamic_shapes=shapes).module()
+    for num_tokens in (7, 12):
+        logits, *limits = arguments(num_tokens)
+        logits.requires_grad_()
+        (weights, experts), (expected, same) = function(logits, *limits), Limited()(logits, *limits)
+        assert experts.equal(same)
+        torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+        gradients = [torch.autograd.grad(each.square().sum(), logits)[0] for each in (weights, expected)]
+        torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    limits[0].fill_(False)
+    with pytest.raises((IndexError, RuntimeError), match="edl::route_tokens: (allowed must leave|experts must be al)"):
+        function(logits.detach(), *limits)

@@ -1,6 +1,6 @@
 // Inner loops of route_tokens: logits [T, E] in float32, float64, bfloat16 or float16, everything computed in float32
 // (float64 for float64). Cost: one read of the logits, K scans of a row in cache; the scores of a whole row are formed
-// only where its choice or its weights need them.
+// only where its choice or its weights need them. Logits that are not allowed become -inf in the thread's own row.
 #include "cpu/isa/route_tokens.h"
 
 #include "cpu/isa/row_scores.h"
@@ -48,9 +48,18 @@ EDL_INLINE Vector<Key<Acc>> key_of(Vector<Acc> x) {
   return x != x ? broadcast<Integer>(highest) : bits;
 }
 
-// Of an expert that is masked with -inf: below every value, above "already taken".
+// Of an expert that is not allowed, and of one that is masked with -inf: below every value, above "already taken".
 template <typename Integer>
-inline constexpr Integer kClosed = kLowest<Integer> + 1;
+inline constexpr Integer kForbidden = kLowest<Integer> + 1;
+template <typename Integer>
+inline constexpr Integer kClosed = kForbidden<Integer> + 1;
+
+template <typename Value>
+EDL_INLINE void fill_forbidden(const uint8_t* allowed, int64_t num_experts, Value value, Value* values) {
+  for (int64_t e = 0; e < num_experts; ++e) {
+    values[e] = allowed[e] != 0 ? values[e] : value;
+  }
+}
 
 // Takes the first of the highest keys, `top_k` times. `keys` is padded with kLowest.
 template <typename Integer>
@@ -109,18 +118,25 @@ EDL_INLINE void fill_keys_with_bias(Acc factor, RouteScratch<Acc>* scratch) {
   }
 }
 
-// Fills `chosen` for the row in scratch.row, and returns the sum of the row's scores where that was formed.
+// Fills `chosen` for the row in scratch.row unless it was given, and returns the sum of the row's scores where that was
+// formed.
 template <Score score, typename Acc>
-EDL_INLINE Acc choose(const RouteTask& task, RouteScratch<Acc>* scratch, int64_t* chosen) {
+EDL_INLINE Acc choose(const RouteTask& task, const uint8_t* allowed, RouteScratch<Acc>* scratch, int64_t* chosen) {
   Acc sum = 0;
   if (task.bias != nullptr || (score == Score::softmax && !task.normalize)) {
     std::memcpy(scratch->scores.values, scratch->row.values, scratch->row.padded * sizeof(Acc));
     sum = score_row<score>(scratch->scores.values, scratch->scores.padded);
   }
+  if (task.given) {
+    return sum;
+  }
   if (task.bias != nullptr) {
     fill_keys_with_bias<Acc>(score == Score::softmax ? 1 / sum : Acc(1), scratch);
   } else {
     fill_keys_with_logits<Acc>(scratch);
+  }
+  if (allowed != nullptr) {
+    fill_forbidden(allowed, task.num_experts, kForbidden<Key<Acc>>, scratch->keys.values);
   }
   for (int64_t e = task.num_experts; e < scratch->keys.padded; ++e) {
     scratch->keys.values[e] = kLowest<Key<Acc>>;
@@ -131,15 +147,35 @@ EDL_INLINE Acc choose(const RouteTask& task, RouteScratch<Acc>* scratch, int64_t
 
 // ---- the weights ----
 
-// The chosen entries of `values`, padded like a row.
-template <typename Acc>
-EDL_INLINE void gather_chosen(const Acc* values, const int64_t* chosen, int64_t top_k, RowBuffer<Acc>* few) {
-  for (int64_t k = 0; k < top_k; ++k) {
-    few->values[k] = values[chosen[k]];
+// The chosen entries of `values`, padded like a row. Of none, which may be among the given ones, what masked experts
+// have: `masked`.
+template <typename Task, typename Acc>
+EDL_INLINE void gather_chosen(
+    const Task& task, const Acc* values, const int64_t* chosen, Acc masked, RowBuffer<Acc>* few) {
+  if (task.given) {
+    for (int64_t k = 0; k < task.top_k; ++k) {
+      few->values[k] = chosen[k] < task.num_experts ? values[chosen[k]] : masked;
+    }
+  } else {
+    for (int64_t k = 0; k < task.top_k; ++k) {
+      few->values[k] = values[chosen[k]];
+    }
   }
-  for (int64_t k = top_k; k < few->padded; ++k) {
+  for (int64_t k = task.top_k; k < few->padded; ++k) {
     few->values[k] = -std::numeric_limits<Acc>::infinity();
   }
+}
+
+// Whether a row has no distribution that given experts could have a share of: no expert is open, or a softmax meets NaN
+// or infinity. Chosen experts show both themselves, as they are the highest.
+template <Score score, typename Acc>
+EDL_INLINE bool is_undefined(const Acc* row, int64_t num_experts) {
+  bool is_open = false, is_finite = true;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    is_open |= row[e] != -std::numeric_limits<Acc>::infinity();
+    is_finite &= row[e] < std::numeric_limits<Acc>::infinity();
+  }
+  return !is_open || (score == Score::softmax && !is_finite);
 }
 
 template <Score score, typename Acc>
@@ -148,20 +184,26 @@ EDL_INLINE void weigh(
   RowBuffer<Acc>& few = scratch->few;
   Acc factor = static_cast<Acc>(task.scale);
   if (score == Score::softmax && !task.normalize) {
-    gather_chosen(scratch->scores.values, chosen, task.top_k, &few);
+    gather_chosen(task, scratch->scores.values, chosen, Acc(0), &few);
     factor /= row_sum;
   } else {
     // Softmax over the chosen logits alone is the same quotient, and cannot underflow to 0 / 0.
-    gather_chosen(scratch->row.values, chosen, task.top_k, &few);
+    gather_chosen(task, scratch->row.values, chosen, -std::numeric_limits<Acc>::infinity(), &few);
     const Acc sum = score_row<score>(few.values, few.padded);
     factor *= task.normalize ? normaliser<score>(sum) : Acc(1);
     factor = row_sum != row_sum ? row_sum : factor; // a NaN that a bias kept out of the choice
   }
-  if (scratch->row.values[chosen[0]] == -std::numeric_limits<Acc>::infinity()) { // no expert is open
+  const Acc* row = scratch->row.values;
+  const bool undefined = task.given ? is_undefined<score>(row, task.num_experts)
+                                    : row[chosen[0]] == -std::numeric_limits<Acc>::infinity(); // no expert is open
+  if (undefined) {
     factor = std::numeric_limits<Acc>::quiet_NaN();
   }
   for (int64_t k = 0; k < task.top_k; ++k) {
     weights[k] = few.values[k] * factor;
+  }
+  for (int64_t k = 0; task.given && k < task.top_k; ++k) {
+    weights[k] = chosen[k] < task.num_experts ? weights[k] : Acc(0);
   }
 }
 
@@ -176,7 +218,11 @@ void route_rows(const RouteTask& task, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     int64_t* chosen = task.experts + t * task.top_k;
     load_row(logits + t * task.row_stride, task.num_experts, scratch.row.values);
-    const Acc row_sum = choose<score, Acc>(task, &scratch, chosen);
+    const uint8_t* allowed = task.allowed != nullptr ? task.allowed + t * task.allowed_stride : nullptr;
+    if (allowed != nullptr) {
+      fill_forbidden(allowed, task.num_experts, -std::numeric_limits<Acc>::infinity(), scratch.row.values);
+    }
+    const Acc row_sum = choose<score, Acc>(task, allowed, &scratch, chosen);
     weigh<score, Acc>(task, chosen, row_sum, &scratch, static_cast<Acc*>(task.weights) + t * task.top_k);
   }
 }
@@ -192,9 +238,8 @@ EDL_INLINE Acc times(Acc score, Acc grad) {
 // few: chosen logits in, their gradient out, where no other logit enters the weights: all cases but the plain softmax.
 // Normalised softmax: w_k (g_k - <g, w>); sigmoid: s_k (1 - s_k) (g_k - <g, s> / sum) / sum, or s_k (1 - s_k) g_k.
 template <Score score, typename Acc>
-EDL_INLINE void backward_of_chosen(const RouteGradient& task, const Acc* grad, RowBuffer<Acc>* few) {
-  const bool none_open = few->values[0] == -std::numeric_limits<Acc>::infinity();
-  const Acc scale = none_open ? std::numeric_limits<Acc>::quiet_NaN() : static_cast<Acc>(task.scale);
+EDL_INLINE void backward_of_chosen(const RouteGradient& task, const Acc* grad, bool undefined, RowBuffer<Acc>* few) {
+  const Acc scale = undefined ? std::numeric_limits<Acc>::quiet_NaN() : static_cast<Acc>(task.scale);
   const Acc sum = score_row<score>(few->values, few->padded);
   const Acc inverse = task.normalize ? normaliser<score>(sum) : Acc(1);
   Acc dot = 0;
@@ -214,8 +259,9 @@ EDL_INLINE void backward_of_row(
     const RouteGradient& task, const Acc* grad, const int64_t* chosen, RowBuffer<Acc>* row, RowBuffer<Acc>* few) {
   const Acc inverse = static_cast<Acc>(1) / score_row<Score::softmax>(row->values, row->padded);
   Acc dot = 0;
+  gather_chosen(task, row->values, chosen, Acc(0), few);
   for (int64_t k = 0; k < task.top_k; ++k) {
-    few->values[k] = times<Acc>(row->values[chosen[k]] * inverse, grad[k]) * static_cast<Acc>(task.scale);
+    few->values[k] = times<Acc>(few->values[k] * inverse, grad[k]) * static_cast<Acc>(task.scale);
     dot += few->values[k];
   }
   const Acc factor = -dot * inverse;
@@ -223,29 +269,60 @@ EDL_INLINE void backward_of_row(
     store(load(row->values + e) * factor, row->values + e);
   }
   for (int64_t k = 0; k < task.top_k; ++k) {
-    row->values[chosen[k]] += few->values[k];
+    if (!task.given || chosen[k] < task.num_experts) {
+      row->values[chosen[k]] += few->values[k];
+    }
   }
+}
+
+// row: logits in, gradient out.
+template <Score score, typename Acc>
+EDL_INLINE void backward_of_weights(
+    const RouteGradient& task, const Acc* grad, const int64_t* chosen, RowBuffer<Acc>* row, RowBuffer<Acc>* few) {
+  if (score == Score::softmax && !task.normalize) {
+    return backward_of_row<Acc>(task, grad, chosen, row, few);
+  }
+  constexpr Acc masked = -std::numeric_limits<Acc>::infinity();
+  gather_chosen(task, row->values, chosen, masked, few);
+  const bool undefined = task.given ? is_undefined<score>(row->values, task.num_experts) : few->values[0] == masked;
+  backward_of_chosen<score, Acc>(task, grad, undefined, few);
+  std::memset(row->values, 0, row->padded * sizeof(Acc));
+  for (int64_t k = 0; k < task.top_k; ++k) {
+    if (!task.given || chosen[k] < task.num_experts) {
+      row->values[chosen[k]] = few->values[k];
+    }
+  }
+}
+
+// Whether all given experts are none.
+EDL_INLINE bool has_no_choice(const RouteGradient& task, const int64_t* chosen) {
+  bool has_one = !task.given;
+  for (int64_t k = 0; task.given && k < task.top_k; ++k) {
+    has_one |= chosen[k] < task.num_experts;
+  }
+  return !has_one;
 }
 
 template <typename Storage, Score score>
 void spread_rows(const RouteGradient& task, int64_t begin, int64_t end) {
   using Acc = Accumulation<Storage>;
-  const bool whole_row = score == Score::softmax && !task.normalize;
   RowBuffer<Acc> row(task.num_experts);
   RowBuffer<Acc> few(task.top_k);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t* chosen = task.experts + t * task.top_k;
     const Acc* grad = static_cast<const Acc*>(task.grad_weights) + t * task.top_k;
     load_row(static_cast<const Storage*>(task.logits) + t * task.row_stride, task.num_experts, row.values);
-    if (whole_row) {
-      backward_of_row<Acc>(task, grad, chosen, &row, &few);
-    } else {
-      gather_chosen(row.values, chosen, task.top_k, &few);
-      backward_of_chosen<score, Acc>(task, grad, &few);
+    const uint8_t* allowed = task.allowed != nullptr ? task.allowed + t * task.allowed_stride : nullptr;
+    if (allowed != nullptr) {
+      fill_forbidden(allowed, task.num_experts, -std::numeric_limits<Acc>::infinity(), row.values);
+    }
+    if (has_no_choice(task, chosen)) {
       std::memset(row.values, 0, row.padded * sizeof(Acc));
-      for (int64_t k = 0; k < task.top_k; ++k) {
-        row.values[chosen[k]] = few.values[k];
-      }
+    } else {
+      backward_of_weights<score, Acc>(task, grad, chosen, &row, &few);
+    }
+    if (allowed != nullptr) {
+      fill_forbidden(allowed, task.num_experts, Acc(0), row.values);
     }
     write_row(row.values, task.num_experts, static_cast<Storage*>(task.grad_logits) + t * task.num_experts);
   }

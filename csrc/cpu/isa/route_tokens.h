@@ -13,11 +13,14 @@ struct RouteTask {
   int64_t row_stride; //      elements
   int64_t num_experts; //     E
   int64_t top_k; //           K
-  const void* bias; //        [E] accumulation type, or null
+  const void* bias; //        [E] accumulation type, or null; null where `given`
+  const uint8_t* allowed; //  [T, E], or null: all are
+  int64_t allowed_stride; //  of its rows
+  bool given; //              whether `experts` are, in [0, E], where E is none, of weight 0
   bool normalize;
   double scale;
   void* weights; //           [T, K] accumulation type
-  int64_t* experts; //        [T, K]
+  int64_t* experts; //        [T, K]; of a token given or chosen they differ, and are allowed
 };
 
 struct RouteGradient {
@@ -26,7 +29,10 @@ struct RouteGradient {
   int64_t row_stride; //       elements
   int64_t num_experts; //      E
   int64_t top_k; //            K
-  const int64_t* experts; //   [T, K], in [0, E)
+  const int64_t* experts; //   [T, K], in [0, E), or E too where they were given
+  const uint8_t* allowed; //   [T, E], or null: all are
+  int64_t allowed_stride; //   of its rows
+  bool given;
   bool normalize;
   double scale;
   void* grad_logits; //        [T, E] contiguous, storage type

@@ -21,6 +21,10 @@ struct RouteTask {
   int64_t top_k; //           K, in [1, E]
   Scores scores; //           softmax or sigmoid
   const void* bias; //        [E] accumulation type, or null
+  const uint8_t* allowed; //  [T, E] of booleans, or null: all are
+  int64_t allowed_stride; //  of its rows
+  const void* given; //       [T, K] ids that take the place of a choice, or null
+  bool given_are_64_bit;
   bool normalize;
   double scale;
   void* weights; //           [T, K] accumulation type
@@ -37,7 +41,11 @@ struct RouteGradient {
   int64_t num_tokens; //       T, at least 1
   int64_t num_experts; //      E
   int64_t top_k; //            K
-  const int64_t* experts; //   [T, K], in [0, E)
+  const void* experts; //      [T, K] ids, in [0, E) unless they were given
+  bool experts_are_64_bit; //  as those that were not given are
+  bool given;
+  const uint8_t* allowed; //   [T, E] of booleans, or null: all are
+  int64_t allowed_stride; //   of its rows
   Scores scores;
   bool normalize;
   double scale;

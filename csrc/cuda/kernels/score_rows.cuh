@@ -2,6 +2,8 @@
 
 // Rows of a matrix [*, E] across the lanes of a team, and the score of a row: logits → distribution over experts.
 
+#include <utility>
+
 #include "common/score_function.h"
 #include "cuda/kernels/elements.cuh"
 #include "cuda/kernels/warps.cuh"
@@ -125,9 +127,9 @@ __device__ inline Acc score_tile(Scores scores, int lanes, Acc (&x)[count]) {
   return highest == -kInfinity<Acc> ? kNan<Acc> : factor; // a row that is masked wholly has no distribution
 }
 
-// The same for a row of any length, by a whole warp, from memory: two passes over it.
-template <typename Storage, typename Acc = Accumulation<Storage>>
-__device__ inline RowStatistics<Acc> statistics_of_row(const Storage* row, int64_t num_experts, Scores scores) {
+// The same for a row of any length, by a whole warp, from memory, or what reads it as `row[e]`: two passes over it.
+template <typename Row, typename Acc = decltype(widen(std::declval<Row>()[0]))>
+__device__ inline RowStatistics<Acc> statistics_of_row(const Row& row, int64_t num_experts, Scores scores) {
   const int lane = threadIdx.x % kWarp;
   Acc highest = -kInfinity<Acc>;
   for (int64_t e = lane; e < num_experts; e += kWarp) {

@@ -17,6 +17,12 @@ namespace edl {
 // lowest expert; NaN counts as highest, so that it reaches the weights. `bias` never enters a weight. A weight is the
 // score, divided by the sum of the token's chosen scores if `normalize` (sigmoid: sum + 1e-20), times `scale`.
 // Differentiable in `logits` through the chosen weights.
+//
+// An expert that `allowed` forbids a token takes no part, whatever its logit and its bias: it is not chosen, a softmax
+// runs over the others alone, its logit's gradient is 0. Each token needs top_k allowed experts.
+//
+// `experts` are weighed in the place of a choice, and `bias` has no say; -1 is none, of weight 0, and is returned as E.
+// Those of a token must differ, and must be allowed; the others need not be top_k then.
 // Returns weights [T, K], float32, or float64 for float64 logits, and experts [T, K] int64, best first.
 EDL_API std::tuple<at::Tensor, at::Tensor> route_tokens(
     const at::Tensor& logits, //             [T, E]
@@ -24,6 +30,8 @@ EDL_API std::tuple<at::Tensor, at::Tensor> route_tokens(
     std::string_view scores, //              "softmax" or "sigmoid"
     const std::optional<at::Tensor>& bias = std::nullopt, // [E]
     bool normalize = true,
-    double scale = 1.0);
+    double scale = 1.0,
+    const std::optional<at::Tensor>& allowed = std::nullopt, //  [T, E] bool
+    const std::optional<at::Tensor>& experts = std::nullopt); // [T, K] int32 or int64, in [-1, E)
 
 } // namespace edl

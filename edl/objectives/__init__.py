@@ -5,6 +5,7 @@ from edl.objectives.configuration import objectives_from_file, objectives_of
 from edl.objectives.expert_divergence import ExpertDivergence
 from edl.objectives.load_balancing import LoadBalancing
 from edl.objectives.objectives import Objectives, linear_warmup
+from edl.objectives.router_entropy import RouterEntropy
 from edl.objectives.router_z import RouterZ
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "LoadBalancing",
     "Objective",
     "Objectives",
+    "RouterEntropy",
     "RouterZ",
     "Sums",
     "available",

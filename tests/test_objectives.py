@@ -274,7 +274,9 @@ REFUSED = {
         {"z": (RouterZ(), -1.0)}
     ),
     "edl::Objectives: weight must be a number (got '1')": lambda: Objectives({"z": (RouterZ(), "1")}),
-    "edl::LoadBalancing: scope must be one of ['global', 'rank'] (got 'batch')": lambda: LoadBalancing(scope="batch"),
+    "edl::LoadBalancing: scope must be one of ['global', 'sequence', 'micro_batch', 'rank'] (got 'batch')": lambda: (
+        LoadBalancing(scope="batch")
+    ),
     "edl::LoadBalancing: scores must be one of ['softmax', 'sigmoid'] (got None)": lambda: LoadBalancing(scores=None),
     "edl::linear_warmup: steps must be at least 1 (got 0)": lambda: linear_warmup(1.0, 0),
     "edl::linear_warmup: weight must be finite and not negative (got nan)": lambda: linear_warmup(float("nan"), 1),
@@ -304,8 +306,9 @@ REFUSED = {
     "edl::objectives: 'router_z' must map to its options, weight among them (got {})": lambda: objectives_of(
         {"router_z": {}}
     ),
-    "edl::objectives: the options of 'load_balancing' must be among ['scores', 'scope'] (got 'group')": lambda: (
-        objectives_of({"load_balancing": {"weight": 1, "group": 3}})
+    "edl::objectives: the options of 'load_balancing' must be among ['scores', 'scope', 'devices', "
+    "'devices_per_token', 'choices'] (got 'group')": lambda: objectives_of(
+        {"load_balancing": {"weight": 1, "group": 3}}
     ),
     "edl::Objectives: observations must be an Observation, a Routing or router logits, or a list of them (got "
     "an empty list)": lambda: objectives()([]),

@@ -2,6 +2,7 @@
 differences; masks, packing, labels in every form, and what is nothing."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from tolerances import assert_close, tolerance
 
 import edl
-from edl.objectives import Objectives, RouterEntropy
+from edl.objectives import LoadBalancing, Objectives, RouterEntropy
 from edl.routing import Observation
 
 T, E, K, D = 12, 6, 2, 3
@@ -79,9 +80,117 @@ def test_router_entropy_of_certainty_is_0_and_of_indifference_log_e():
     assert loss_of(RouterEntropy(), random(T, 1)) == 0
 
 
+# ---- LoadBalancing ----
+
+
+def test_load_balancing_of_the_worked_example():
+    scores = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.4, 0.4, 0.1, 0.1], [0.1, 0.2, 0.6, 0.1]], dtype=torch.float64)
+    found = loss_of(LoadBalancing(), observation(scores.log()))
+    assert_close(found, torch.tensor(11 / 9, dtype=torch.float64), EXACT)  # 4 · (2 · 1/3 + 3 · 0.3 + 1 · 0.8/3) / 6
+
+
+def balance(scores, sent, total):
+    """N · Σ_i f_i P_i, of scores [T, N] and of what was sent, [T, N], of so much in all."""
+    return scores.shape[1] * (sent.double().sum(0) / total * scores.mean(0)).sum()
+
+
+def chosen_of(experts):
+    return torch.nn.functional.one_hot(experts, E).sum(1)
+
+
+@pytest.mark.parametrize("form", ["logits", "mask", "documents"])
+def test_balance_per_sequence_is_the_mean_of_the_sequences_that_have_tokens(form):
+    lengths = [3, 0, 4, 5] if form == "documents" else [3, 3, 3, 3]
+    logits, keep = random(T, E, seed=1), torch.ones(T, dtype=torch.bool)
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    keep[ends[2] : ends[3]] = form == "documents"
+    keep[1] = False
+    layer = observation(logits)
+    of_sequences = []
+    for begin, end in itertools.pairwise(ends):
+        mine = torch.arange(begin, end)[keep[begin:end]]
+        if len(mine):
+            sent = chosen_of(layer.experts[mine])
+            of_sequences.append(balance(layer.scores[mine], sent, K * len(mine)))
+    assert len(of_sequences) == 3
+    given = {
+        "logits": lambda: (layer._replace(batch_size=4), keep),
+        "mask": lambda: (layer, keep.view(4, 3)),
+        "documents": lambda: (layer, keep, None, ends),
+    }[form]()
+    found = loss_of(LoadBalancing(scope="sequence"), *given)
+    assert_close(found, torch.stack(of_sequences).mean(), EXACT)
+    assert (found - loss_of(LoadBalancing(), *given)).abs() > 1e-3
+
+
+def test_balance_per_sequence_must_be_told_the_sequences():
+    with pytest.raises(ValueError) as error:
+        loss_of(LoadBalancing(scope="sequence"), observation(random(T, E)))
+    assert str(error.value) == (
+        "edl::Objectives: what is summed by sequence must be told the sequences, by cu_seqlens, a mask [B, S_len] or "
+        "router logits [B, S_len, E] (got 12 tokens without)"
+    )
+
+
+@pytest.mark.parametrize("scope", ["global", "micro_batch", "rank"])
+def test_balance_of_devices_and_of_what_is_sent_to_them(scope):
+    layer = observation(random(T, E, seed=2), top_k=4)
+    of_device = layer.scores.unflatten(1, (3, 2)).sum(2)
+    choices = chosen_of(layer.experts).unflatten(1, (3, 2)).sum(2)
+    by_choices = loss_of(LoadBalancing(scope=scope, devices=3), layer)
+    assert_close(by_choices, balance(of_device, choices, 4 * T), EXACT)
+    sent = loss_of(LoadBalancing(scope=scope, devices=3, devices_per_token=2), layer)
+    assert_close(sent, balance(of_device, choices > 0, 2 * T), EXACT)
+    assert (sent - by_choices).abs() > 1e-3
+    as_experts = loss_of(LoadBalancing(scope=scope, devices=E), layer)
+    assert_close(as_experts, edl.load_balancing_loss(layer.logits, top_k=4), EXACT)
+
+
+def test_balance_of_perfect_devices_is_1():
+    logits = torch.zeros(4, 4, dtype=torch.float64)
+    experts = torch.tensor([[0, 2], [1, 3], [2, 1], [3, 0]])
+    for objective in (LoadBalancing(devices=2), LoadBalancing(devices=2, devices_per_token=2)):
+        assert loss_of(objective, Observation(logits=logits, experts=experts)) == 1
+
+
+def test_balance_counts_what_was_chosen_or_what_scores_would_choose():
+    layer = observation(random(T, E, seed=4))
+    biased = layer._replace(experts=(layer.experts + 1) % E)
+    assert_close(loss_of(LoadBalancing(choices="by_score"), biased), loss_of(LoadBalancing(), layer), EXACT)
+    assert (loss_of(LoadBalancing(), biased) - loss_of(LoadBalancing(), layer)).abs() > 1e-3
+
+
+def test_choices_that_were_dropped_count_nowhere():
+    layer = observation(random(T, E, seed=5))
+    for objective in (LoadBalancing(), LoadBalancing(scope="sequence"), LoadBalancing(devices=3, devices_per_token=2)):
+        dropped = layer._replace(experts=layer.experts.index_fill(0, torch.tensor([0, 4]), E), batch_size=1)
+        one = layer._replace(experts=layer.experts[:, :1], batch_size=1)
+        second_dropped = layer._replace(experts=torch.where(torch.arange(K) == 0, layer.experts, E), batch_size=1)
+        assert_close(loss_of(objective, second_dropped), loss_of(objective, one), EXACT)
+        assert loss_of(objective, dropped) != loss_of(objective, layer._replace(batch_size=1))
+        with pytest.raises(IndexError, match=r"edl::LoadBalancing: experts must be in \[0, 6\], 6 for none \(got 7\)"):
+            loss_of(objective, layer._replace(experts=layer.experts + 7 - layer.experts.min(), batch_size=1))
+
+
+def test_counts_of_choices_are_exact_beyond_float32():
+    many = 2**24
+    sums = {"scores": torch.tensor([[1.0, 1.0]]) * many, "tokens": torch.tensor([2.0 * many])}
+    sums = {name: x.double() for name, x in sums.items()} | {"choices": torch.tensor([[many + 1, many - 1]])}
+    assert LoadBalancing().formula(sums) == 1
+    sums["scores"] = torch.tensor([[2.0, 0.0]], dtype=torch.float64) * many
+    assert LoadBalancing().formula(sums) == 2 * (many + 1) / (2 * many)
+
+
 # ---- every objective ----
 
-ALL = {"router_entropy": RouterEntropy(), "router_entropy of sigmoid": RouterEntropy(scores="sigmoid")}
+ALL = {
+    "router_entropy": RouterEntropy(),
+    "router_entropy of sigmoid": RouterEntropy(scores="sigmoid"),
+    "load_balancing": LoadBalancing(),
+    "load_balancing of sequences": LoadBalancing("sigmoid", scope="sequence", choices="by_score"),
+    "load_balancing of micro-batches": LoadBalancing(scope="micro_batch", devices=3),
+    "load_balancing of what is sent": LoadBalancing(scope="rank", devices=3, devices_per_token=2),
+}
 LABELS = {"domain_ids": torch.arange(4) % D, "modality_ids": torch.arange(4) % 2}
 
 
@@ -173,6 +282,18 @@ def test_all_together_compile_in_one_graph():
 
 
 REFUSED = {
+    "edl::LoadBalancing: devices must be at least 1 (got 0)": lambda: LoadBalancing(devices=0),
+    "edl::LoadBalancing: devices must be an integer (got 2.5)": lambda: LoadBalancing(devices=2.5),
+    "edl::LoadBalancing: devices must divide the number of experts, 6 (got 4)": lambda: loss_of(
+        LoadBalancing(devices=4), observation(random(T, E))
+    ),
+    "edl::LoadBalancing: devices_per_token must be at most devices (got 3 of 2)": lambda: LoadBalancing(
+        devices=2, devices_per_token=3
+    ),
+    "edl::LoadBalancing: devices_per_token must be at most devices (got 1 of None)": lambda: LoadBalancing(
+        devices_per_token=1
+    ),
+    "edl::LoadBalancing: choices must be one of ['made', 'by_score'] (got 1)": lambda: LoadBalancing(choices=1),
     "edl::RouterEntropy: scores must be one of ['softmax', 'sigmoid'] (got 'tanh')": lambda: RouterEntropy(
         scores="tanh"
     ),

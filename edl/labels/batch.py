@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from edl.labels.segments import Segments, make_segments, mask_segments
+from edl.labels.segments import Segments, make_segments, mask_segments, whole_segments
 from edl.ops import checks
 
 
@@ -42,6 +42,25 @@ class Batch:
         ids = torch.zeros(self.num_tokens, dtype=torch.int32, device=self.device)
         ids = mask_segments(ids, 1, self.batch_size, self.attention_mask, self.padding_mask)
         return Segments(ids, 1, torch.zeros(1, dtype=torch.int64, device=self.device))
+
+    def sequences(self) -> Segments:
+        """Every sequence or packed document as a segment, whatever its label.
+
+        Raises:
+            ValueError: nothing tells the sequences apart, a mask or boundaries of a wrong shape, both masks.
+        """
+        masks = {"attention_mask": self.attention_mask, "padding_mask": self.padding_mask}
+        checks.check_given("Objectives", **masks, cu_seqlens=self.cu_seqlens)
+        told = [mask.shape[0] for mask in masks.values() if mask is not None and mask.dim() == 2]
+        num_sequences = self.batch_size if self.batch_size >= 0 or not told else told[0]
+        if self.cu_seqlens is None and num_sequences < 0:
+            raise ValueError(
+                "edl::Objectives: what is summed by sequence must be told the sequences, by cu_seqlens, a mask "
+                f"[B, S_len] or router logits [B, S_len, E] (got {self.num_tokens} tokens without)"
+            )
+        ids, num_segments, labels = whole_segments(self.num_tokens, num_sequences, self.device, self.cu_seqlens)
+        rows = num_sequences if self.cu_seqlens is None else self.batch_size
+        return Segments(mask_segments(ids, num_segments, rows, *masks.values()), num_segments, labels)
 
     def segments(self, labels: str, num_domains: int, sequence_reduction: str = "sequence") -> Segments:
         """The sequences or documents with their labels, or with `sequence_reduction="token"` the domains.

@@ -171,6 +171,29 @@ def _rows_of_documents(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     return torch.where(wrong, torch.full_like(rows, num_documents), rows)
 
 
+def whole_segments(num_tokens: int, num_sequences: int, device: torch.device, cu_seqlens: Tensor | None) -> Segments:
+    """Segments of all sequences or packed documents, whatever their labels.
+
+    Args:
+        num_tokens (int): T.
+        num_sequences (int): B, which divides T; not looked at with cu_seqlens.
+        device (torch.device): of the segments.
+        cu_seqlens (Tensor[N + 1], optional): boundaries of packed documents.
+
+    Returns:
+        Segments, S = B or N, whose labels are all 0.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, T tokens that are not B sequences of one length.
+    """
+    if cu_seqlens is not None:
+        num_documents = cu_seqlens.shape[0] - 1
+        ids = _rows_of_documents(cu_seqlens, num_tokens)
+        return Segments(ids, num_documents, torch.zeros(num_documents, dtype=torch.int64, device=device))
+    labels = torch.zeros(num_sequences, dtype=torch.int64, device=device)
+    return Segments(ops.sequence_segment_ids(labels, num_tokens), num_sequences, labels)
+
+
 def document_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, cu_seqlens: Tensor) -> Segments:
     """Segments of packed documents: one each, or one per domain that occurs in it.
 

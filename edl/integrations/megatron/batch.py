@@ -63,6 +63,9 @@ class RouterBatch(Batch):
             return Segments(self._without_padding(ids), 1, torch.zeros(1, dtype=torch.int64, device=self.device))
         return self._of_rows(self._in_order().counted())
 
+    def sequences(self) -> Segments:
+        return self._of_rows(self._in_order().sequences())
+
     def segments(self, labels: str, num_domains: int, sequence_reduction: str = "sequence") -> Segments:
         if not self.labels:  # outside of any scope, of which the router warns
             none = torch.full([self._num_rows], -1, dtype=torch.int32, device=self.device)
@@ -78,11 +81,13 @@ class RouterBatch(Batch):
         """The tokens of all slices, in the order of labels and masks: whole sequences [B, S_len], or one stream."""
         batch_size, num_rows = self.batch_size, self._num_rows
         if batch_size < 1 or num_rows % batch_size != 0:
+            given = self.labels.get("domain_ids")
+            labels = "no labels" if given is None else f"domain_ids {list(given.shape)}"
             raise ValueError(
                 "edl::EDTopKRouter: with router logits [T, E], token s of sequence b in row s·B + b, labels must tell "
                 "a B that divides T: domain_ids [B] (B below T), [B, S_len] or weights [B, D], with cu_seqlens "
                 "[B, S_len]; else pass logits [S_len, B, E] "
-                f"(got {num_rows} rows, domain_ids {list(self.labels['domain_ids'].shape)}"
+                f"(got {num_rows} rows, {labels}"
                 f"{'' if self.cu_seqlens is None else ' and cu_seqlens'})"
             )
         return Batch(

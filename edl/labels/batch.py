@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from edl.labels.segments import Segments, make_segments, mask_segments, whole_segments
+from edl.labels.segments import Segments, make_segments, mask_segments, weighted_tokens, whole_segments
 from edl.ops import checks
 
 
@@ -73,15 +73,7 @@ class Batch:
         Raises:
             ValueError: no such labels, wrong shapes or dtypes, both masks.
         """
-        given = self.labels.get(labels)
-        if given is None:
-            raise ValueError(f"edl::Objectives: {labels} must be given (got labels {sorted(self.labels)})")
-        checks.check_tensors("Objectives", **{labels: given})
-        if given.device != self.device:
-            raise ValueError(
-                f"edl::Objectives: {labels} must be on the device of the observations "
-                f"(got {given.device} and {self.device})"
-            )
+        given = self._labels(labels)
         return make_segments(
             self.num_tokens,
             given,
@@ -92,3 +84,40 @@ class Batch:
             self.cu_seqlens,
             self.batch_size,
         )
+
+    def tokens(self, labels: str, num_domains: int) -> Segments:
+        """The domains as segments, where labels name one for each token; else all tokens that count as one segment,
+        whose labels are their weights [T, D].
+
+        Args:
+            labels (str): the name of a set of labels, in the forms that `segments` takes, or weights per token [T, D]
+                or [B, S_len, D], per sequence [B, D], or per document [N, D].
+            num_domains (int): D.
+
+        Raises:
+            ValueError: no such labels, wrong shapes or dtypes, both masks.
+        """
+        given = self._labels(labels)
+        if not given.is_floating_point():
+            return self.segments(labels, num_domains, "token")
+        return weighted_tokens(
+            self.num_tokens,
+            given,
+            num_domains,
+            self.attention_mask,
+            self.padding_mask,
+            self.cu_seqlens,
+            self.batch_size,
+        )
+
+    def _labels(self, labels: str) -> Tensor:
+        given = self.labels.get(labels)
+        if given is None:
+            raise ValueError(f"edl::Objectives: {labels} must be given (got labels {sorted(self.labels)})")
+        checks.check_tensors("Objectives", **{labels: given})
+        if given.device != self.device:
+            raise ValueError(
+                f"edl::Objectives: {labels} must be on the device of the observations "
+                f"(got {given.device} and {self.device})"
+            )
+        return given

@@ -73,6 +73,13 @@ class RouterBatch(Batch):
             return Segments(none, num_segments, torch.arange(num_segments, device=self.device))
         return self._of_rows(self._in_order().segments(labels, num_domains, sequence_reduction))
 
+    def tokens(self, labels: str, num_domains: int) -> Segments:
+        given = self.labels.get(labels)
+        if given is None or not given.is_floating_point():
+            return self.segments(labels, num_domains, "token")
+        segments = self._in_order().tokens(labels, num_domains)
+        return self._of_rows(segments)._replace(labels=self._rows_of(segments.labels))
+
     @property
     def _num_rows(self) -> int:
         return self.num_tokens // self.num_slices
@@ -102,13 +109,17 @@ class RouterBatch(Batch):
 
     def _of_rows(self, segments: Segments) -> Segments:
         """The segments of this rank's rows."""
-        ids, batch_size = segments.segment_ids, self.batch_size
+        return segments._replace(segment_ids=self._without_padding(self._rows_of(segments.segment_ids)))
+
+    def _rows_of(self, tokens: Tensor) -> Tensor:
+        """This rank's rows of what is given for all tokens [T, ...], in the order of the router."""
+        batch_size = self.batch_size
         length = self._num_rows // batch_size
         if self.cu_seqlens is None:  # [B, S_len] in whole sequences, of which this rank holds a slice
-            ids = ids.view(batch_size, self.num_slices, length)[:, self.slice_index]
+            mine = tokens.unflatten(0, (batch_size, self.num_slices, length))[:, self.slice_index]
         else:  # one stream of documents, of which this rank holds a slice; newer versions then cut it into samples
-            ids = ids.view(self.num_slices, batch_size, length)[self.slice_index]
-        return Segments(self._without_padding(ids.t().reshape(-1)), segments.num_segments, segments.labels)
+            mine = tokens.unflatten(0, (self.num_slices, batch_size, length))[self.slice_index]
+        return mine.transpose(0, 1).flatten(0, 1)
 
     def _without_padding(self, ids: Tensor) -> Tensor:
         return ids if self.row_padding is None else ids.masked_fill(self.row_padding.reshape(-1), -1)

@@ -136,7 +136,7 @@ def _count(chosen: Tensor, segment_ids: Tensor, num_segments: int, num: int) -> 
     if num_segments == 1:
         # The sort counts without a scatter.
         _, offsets = ops.sort_by_expert(chosen, num)
-        return offsets.diff().unsqueeze(0)
+        return offsets.diff().long().unsqueeze(0)
     none = num_segments * num  # may be more than the sort has place for; integers have one sum in any order
     keys = (segment_ids.long().unsqueeze(1) * num + chosen).masked_fill(chosen == num, none).flatten()
     counts = torch.zeros(none + 1, dtype=torch.int64, device=keys.device)

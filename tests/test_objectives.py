@@ -274,7 +274,9 @@ REFUSED = {
         {"z": (RouterZ(), -1.0)}
     ),
     "edl::Objectives: weight must be a number (got '1')": lambda: Objectives({"z": (RouterZ(), "1")}),
-    "edl::LoadBalancing: scope must be one of ['global', 'rank'] (got 'batch')": lambda: LoadBalancing(scope="batch"),
+    "edl::LoadBalancing: scope must be one of ['global', 'sequence', 'micro_batch', 'rank'] (got 'batch')": lambda: (
+        LoadBalancing(scope="batch")
+    ),
     "edl::LoadBalancing: scores must be one of ['softmax', 'sigmoid'] (got None)": lambda: LoadBalancing(scores=None),
     "edl::linear_warmup: steps must be at least 1 (got 0)": lambda: linear_warmup(1.0, 0),
     "edl::linear_warmup: weight must be finite and not negative (got nan)": lambda: linear_warmup(float("nan"), 1),
@@ -304,8 +306,9 @@ REFUSED = {
     "edl::objectives: 'router_z' must map to its options, weight among them (got {})": lambda: objectives_of(
         {"router_z": {}}
     ),
-    "edl::objectives: the options of 'load_balancing' must be among ['scores', 'scope'] (got 'group')": lambda: (
-        objectives_of({"load_balancing": {"weight": 1, "group": 3}})
+    "edl::objectives: the options of 'load_balancing' must be among ['scores', 'scope', 'devices', "
+    "'devices_per_token', 'choices'] (got 'group')": lambda: objectives_of(
+        {"load_balancing": {"weight": 1, "group": 3}}
     ),
     "edl::Objectives: observations must be an Observation, a Routing or router logits, or a list of them (got "
     "an empty list)": lambda: objectives()([]),
@@ -499,20 +502,20 @@ def test_a_file_makes_objectives(tmp_path):
 def own_objective():
     """The class of docs/objectives.md, as it stands there."""
     page = (ROOT / "docs" / "objectives.md").read_text()
-    source = re.search(r"(class RouterEntropy.*?)\n\n\n", page, re.DOTALL).group(1)
+    source = re.search(r"(class LogitSize.*?)\n\n\n", page, re.DOTALL).group(1)
     assert len([line for line in source.splitlines() if line]) <= 10
     names = {"Objective": Objective, "torch": torch}
     exec(source, names)
-    return names["RouterEntropy"]()
+    return names["LogitSize"]()
 
 
 def check_own_objective():
     batch = Batch(7)
-    bound = Objectives({"entropy": (own_objective(), 1.0)}, group=dist.group.WORLD)
+    bound = Objectives({"size": (own_objective(), 1.0)}, group=dist.group.WORLD)
     total, _, gradients = losses_and_gradients(bound, batch, *this_part(2, 1))
     weights = [weight.clone().requires_grad_(True) for weight in batch.weights]
     logits = [(batch.hidden @ weight.T)[batch.keep] for weight in weights]
-    expected = sum(torch.distributions.Categorical(logits=each).entropy().mean() for each in logits) / 3
+    expected = sum(each.square().mean() for each in logits) / 3
     assert_close(total, expected.detach(), EXACT)
     for gradient, wanted in zip(gradients, torch.autograd.grad(expected, weights)):
         dist.all_reduce(gradient)

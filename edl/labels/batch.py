@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from edl.labels.segments import Segments, make_segments, mask_segments
+from edl.labels.segments import Segments, make_segments, mask_segments, weighted_tokens, whole_segments
 from edl.ops import checks
 
 
@@ -43,6 +43,25 @@ class Batch:
         ids = mask_segments(ids, 1, self.batch_size, self.attention_mask, self.padding_mask)
         return Segments(ids, 1, torch.zeros(1, dtype=torch.int64, device=self.device))
 
+    def sequences(self) -> Segments:
+        """Every sequence or packed document as a segment, whatever its label.
+
+        Raises:
+            ValueError: nothing tells the sequences apart, a mask or boundaries of a wrong shape, both masks.
+        """
+        masks = {"attention_mask": self.attention_mask, "padding_mask": self.padding_mask}
+        checks.check_given("Objectives", **masks, cu_seqlens=self.cu_seqlens)
+        told = [mask.shape[0] for mask in masks.values() if mask is not None and mask.dim() == 2]
+        num_sequences = self.batch_size if self.batch_size >= 0 or not told else told[0]
+        if self.cu_seqlens is None and num_sequences < 0:
+            raise ValueError(
+                "edl::Objectives: what is summed by sequence must be told the sequences, by cu_seqlens, a mask "
+                f"[B, S_len] or router logits [B, S_len, E] (got {self.num_tokens} tokens without)"
+            )
+        ids, num_segments, labels = whole_segments(self.num_tokens, num_sequences, self.device, self.cu_seqlens)
+        rows = num_sequences if self.cu_seqlens is None else self.batch_size
+        return Segments(mask_segments(ids, num_segments, rows, *masks.values()), num_segments, labels)
+
     def segments(self, labels: str, num_domains: int, sequence_reduction: str = "sequence") -> Segments:
         """The sequences or documents with their labels, or with `sequence_reduction="token"` the domains.
 
@@ -54,15 +73,7 @@ class Batch:
         Raises:
             ValueError: no such labels, wrong shapes or dtypes, both masks.
         """
-        given = self.labels.get(labels)
-        if given is None:
-            raise ValueError(f"edl::Objectives: {labels} must be given (got labels {sorted(self.labels)})")
-        checks.check_tensors("Objectives", **{labels: given})
-        if given.device != self.device:
-            raise ValueError(
-                f"edl::Objectives: {labels} must be on the device of the observations "
-                f"(got {given.device} and {self.device})"
-            )
+        given = self._labels(labels)
         return make_segments(
             self.num_tokens,
             given,
@@ -73,3 +84,40 @@ class Batch:
             self.cu_seqlens,
             self.batch_size,
         )
+
+    def tokens(self, labels: str, num_domains: int) -> Segments:
+        """The domains as segments, where labels name one for each token; else all tokens that count as one segment,
+        whose labels are their weights [T, D].
+
+        Args:
+            labels (str): the name of a set of labels, in the forms that `segments` takes, or weights per token [T, D]
+                or [B, S_len, D], per sequence [B, D], or per document [N, D].
+            num_domains (int): D.
+
+        Raises:
+            ValueError: no such labels, wrong shapes or dtypes, both masks.
+        """
+        given = self._labels(labels)
+        if not given.is_floating_point():
+            return self.segments(labels, num_domains, "token")
+        return weighted_tokens(
+            self.num_tokens,
+            given,
+            num_domains,
+            self.attention_mask,
+            self.padding_mask,
+            self.cu_seqlens,
+            self.batch_size,
+        )
+
+    def _labels(self, labels: str) -> Tensor:
+        given = self.labels.get(labels)
+        if given is None:
+            raise ValueError(f"edl::Objectives: {labels} must be given (got labels {sorted(self.labels)})")
+        checks.check_tensors("Objectives", **{labels: given})
+        if given.device != self.device:
+            raise ValueError(
+                f"edl::Objectives: {labels} must be on the device of the observations "
+                f"(got {given.device} and {self.device})"
+            )
+        return given

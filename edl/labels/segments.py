@@ -171,6 +171,29 @@ def _rows_of_documents(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     return torch.where(wrong, torch.full_like(rows, num_documents), rows)
 
 
+def whole_segments(num_tokens: int, num_sequences: int, device: torch.device, cu_seqlens: Tensor | None) -> Segments:
+    """Segments of all sequences or packed documents, whatever their labels.
+
+    Args:
+        num_tokens (int): T.
+        num_sequences (int): B, which divides T; not looked at with cu_seqlens.
+        device (torch.device): of the segments.
+        cu_seqlens (Tensor[N + 1], optional): boundaries of packed documents.
+
+    Returns:
+        Segments, S = B or N, whose labels are all 0.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, T tokens that are not B sequences of one length.
+    """
+    if cu_seqlens is not None:
+        ids = _rows_of_documents(cu_seqlens, num_tokens)
+        num_documents = cu_seqlens.shape[0] - 1
+        return Segments(ids, num_documents, torch.zeros(num_documents, dtype=torch.int64, device=device))
+    labels = torch.zeros(num_sequences, dtype=torch.int64, device=device)
+    return Segments(ops.sequence_segment_ids(labels, num_tokens), num_sequences, labels)
+
+
 def document_segments(num_tokens: int, domain_ids: Tensor, num_domains: int, cu_seqlens: Tensor) -> Segments:
     """Segments of packed documents: one each, or one per domain that occurs in it.
 
@@ -297,6 +320,66 @@ def domain_segments(
     allowed = (ids >= -1) & (ids < num_domains)
     ids = torch.where(allowed, ids, torch.full_like(ids, num_domains)).to(torch.int32)
     return Segments(ids, num_domains, torch.arange(num_domains, device=ids.device))
+
+
+def weighted_tokens(
+    num_tokens: int,
+    weights: Tensor,
+    num_domains: int,
+    attention_mask: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    batch_size: int = -1,
+) -> Segments:
+    """All tokens that count with their weights per domain, from weights of tokens, sequences or documents.
+
+    Args:
+        num_tokens (int): T.
+        weights (Tensor[T, D], Tensor[B, S_len, D], Tensor[B, D] or, with cu_seqlens, Tensor[N, D]): floating, at least
+            0; a token whose weights are all 0 is not counted, and one that is not counted may hold NaN.
+        num_domains (int): D.
+        attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding.
+        padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
+        cu_seqlens (Tensor[N + 1], optional): boundaries of documents.
+        batch_size (int): B where the caller knows it, else -1 (default).
+
+    Returns:
+        Segments, S = 1, whose labels are the weights [T, D]; a token whose weights are not allowed has the id 1.
+
+    Raises:
+        ValueError: wrong shapes, both masks.
+    """
+    checks.check_given("segments", attention_mask=attention_mask, padding_mask=padding_mask, cu_seqlens=cu_seqlens)
+    checks.check_memory("segments", domain_ids=weights, cu_seqlens=cu_seqlens)
+    _check_device("attention_mask", attention_mask, weights)
+    _check_device("padding_mask", padding_mask, weights)
+    _check_device("cu_seqlens", cu_seqlens, weights)
+    if weights.dim() == 3:
+        _check_rows(weights, batch_size)
+        weights = weights.flatten(0, 1)
+    rows = weights.shape[0] if weights.dim() == 2 and weights.shape[1] == num_domains else -1
+    documents = None if cu_seqlens is None else _rows_of_documents(cu_seqlens, num_tokens)
+    ids = torch.zeros(num_tokens, dtype=torch.int32, device=weights.device)
+    if cu_seqlens is not None and documents is not None and rows == cu_seqlens.shape[0] - 1:
+        table = torch.cat([weights, weights.new_zeros(1, num_domains)])  # tokens behind the last one are in none
+        weights = table[documents.where(documents >= 0, rows).long()]
+        ids = ids.masked_fill(documents == rows, 1)  # wrong boundaries
+    elif (
+        cu_seqlens is None
+        and rows > 0
+        and num_tokens % rows == 0
+        and (batch_size < 0 or rows in (num_tokens, batch_size))
+    ):
+        weights = weights.repeat_interleave(num_tokens // rows, 0, output_size=num_tokens)
+    elif rows != num_tokens:
+        raise ValueError(
+            f"edl::segments: weights must have the shape [T, {num_domains}] of the {num_tokens} tokens, [B, S_len, "
+            f"{num_domains}], [B, {num_domains}] of sequences of one length, or [N, {num_domains}] with cu_seqlens "
+            f"(got {list(weights.shape)})"
+        )
+    ids = ids.masked_fill((ids == 0) & (weights == 0).all(1), -1)
+    ids = ids.masked_fill(~(weights.isfinite() & (weights >= 0)).all(1), 1)
+    return Segments(mask_segments(ids, 1, batch_size, attention_mask, padding_mask), 1, weights)
 
 
 def make_segments(

@@ -2,17 +2,28 @@
 
 from edl.objectives.base import Objective, Sums, available
 from edl.objectives.configuration import objectives_from_file, objectives_of
+from edl.objectives.cross_layer_coupling import CrossLayerCoupling
 from edl.objectives.expert_divergence import ExpertDivergence
 from edl.objectives.load_balancing import LoadBalancing
+from edl.objectives.modality_divergence import ModalityDivergence
+from edl.objectives.mutual_information import ModalityMutualInformation, MutualInformation
 from edl.objectives.objectives import Objectives, linear_warmup
+from edl.objectives.router_entropy import RouterEntropy
 from edl.objectives.router_z import RouterZ
+from edl.objectives.routing_variance import RoutingVariance
 
 __all__ = [
+    "CrossLayerCoupling",
     "ExpertDivergence",
     "LoadBalancing",
+    "ModalityDivergence",
+    "ModalityMutualInformation",
+    "MutualInformation",
     "Objective",
     "Objectives",
+    "RouterEntropy",
     "RouterZ",
+    "RoutingVariance",
     "Sums",
     "available",
     "linear_warmup",

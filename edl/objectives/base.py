@@ -35,9 +35,13 @@ class Objective(abc.ABC):
 
     Attributes:
         labels (str, optional): the name of the set of labels that `segments` asks for. Default: it needs none.
+        takes_all_layers (bool): `of_tokens` gets all layers of a call that have what it needs, in their order, of
+            whatever sizes and devices; L is then what it makes of them. Default: those of one size and device at a
+            time.
     """
 
     labels: str | None = None
+    takes_all_layers: bool = False
 
     def __init_subclass__(cls) -> None:
         _CLASSES[re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()] = cls

@@ -8,62 +8,139 @@ import torch
 from torch import Tensor
 
 from edl import ops
+from edl.labels.batch import Batch
 from edl.labels.segments import Segments
 from edl.objectives.arguments import Routings, as_logits, check_logits, check_masks, counted_tokens, flat, layers_of
 from edl.objectives.base import Objective, Sums
+from edl.objectives.tokens import SCORES, chosen_experts
 from edl.ops import checks
 from edl.routing import Observation, Routing
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadBalancing(Objective):
-    """E · Σ_e f_e P_e: f_e the fraction of all choices that went to expert e, P_e the mean of its score over tokens.
+    """N · Σ_i f_i P_i over N experts, or devices: f_i the fraction of all choices that went to i, P_i the mean of its
+    score over tokens.
 
-    1 at perfect balance, E where one expert gets everything, 0 without a token that counts.
+    Verified: arXiv 2101.03961, Eq. 4 to 6, with f over all K choices (GShard, arXiv 2006.16668); over the global batch
+    arXiv 2501.11873; per expert and device arXiv 2401.06066. Second-hand: communication of arXiv 2405.04434, per
+    sequence of arXiv 2412.19437. All have the size of the first here: 1 at perfect balance, N where one expert gets
+    everything, 0 without a token that counts. f is a constant of the gradient.
 
     Args:
         scores (str): the router's scores, "softmax" (default) or "sigmoid" (normalised over experts, as in
             DeepSeek-V3).
         scope (str): whose balance it is. "global" (default): of the tokens of all ranks together, so that ranks with
-            different data may use different experts. "rank": the mean over ranks of each one's own.
+            different data may use different experts. "sequence": the mean over sequences, or packed documents, of each
+            one's own, whole also where context parallelism cuts it (DeepSeek-V3). "micro_batch": the mean over the
+            micro-batches of all ranks, of those that hold parts of the same sequences together. "rank": over those of
+            each rank's own tokens, also where others hold parts of its sequences.
+        devices (int, optional): experts lie on so many devices, in their order and equally many on each: the balance
+            is that of devices (DeepSeekMoE).
+        devices_per_token (int, optional): M. f_i is the number of tokens that are sent to device i, divided by M · T:
+            the balance of communication, 1 where each token is sent to M devices (DeepSeek-V2).
+        choices (str): "made" (default): those of the layer. "by_score": the K highest scores, whatever a bias or a
+            rule chose, as DeepSeek-V3 and Megatron count.
 
     Raises:
-        ValueError: an unknown option.
+        ValueError: an unknown option, `devices_per_token` without `devices` or above it.
 
-    Source: arXiv 2101.03961, Eq. 4 to 6, with f over all K choices (GShard, arXiv 2006.16668); over the global batch:
-        arXiv 2501.11873.
+    Source: above. DeepSeek-V3's weight is 1e-4, DeepSeekMoE's 1e-3, that of DeepSeek-V2 3e-3 for experts, 5e-2 for
+        devices and 2e-2 for communication, Switch Transformers' 1e-2.
     """
 
     scores: str = "softmax"
     scope: str = "global"
+    devices: int | None = None
+    devices_per_token: int | None = None
+    choices: str = "made"
 
     needs = frozenset({"logits", "experts"})
 
     def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("scores", self.scores, ("softmax", "sigmoid")),
-            ("scope", self.scope, ("global", "rank")),
-        ):
-            if value not in choices:
-                raise ValueError(f"edl::LoadBalancing: {name} must be one of {list(choices)} (got {value!r})")
+        checks.check_choice("LoadBalancing", "scores", self.scores, SCORES)
+        checks.check_choice("LoadBalancing", "scope", self.scope, ("global", "sequence", "micro_batch", "rank"))
+        checks.check_choice("LoadBalancing", "choices", self.choices, ("made", "by_score"))
+        for name in ("devices", "devices_per_token"):
+            if (number := getattr(self, name)) is not None:
+                object.__setattr__(self, name, checks.as_integer("LoadBalancing", name, number, lowest=1))
+        if self.devices_per_token is not None and self.devices_per_token > (self.devices or 0):
+            raise ValueError(
+                "edl::LoadBalancing: devices_per_token must be at most devices "
+                f"(got {self.devices_per_token} of {self.devices})"
+            )
+
+    @property
+    def by_unit(self) -> bool:
+        return self.scope in ("sequence", "micro_batch")
+
+    def segments(self, batch: Batch) -> Segments:
+        return batch.sequences() if self.scope == "sequence" else batch.counted()
 
     def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
-        of_layers = []
-        for layer in layers:
-            assert layer.logits is not None and layer.experts is not None
-            of_layers.append(_balance_sums(layer.logits, layer.experts, segments.segment_ids, self.scores))
+        of_layers = [self._of_layer(layer, segments) for layer in layers]
         mass, tokens, choices = (torch.stack(numbers) for numbers in zip(*of_layers))
-        if self.scope == "global":
+        if self.by_unit:
             return {"scores": mass, "tokens": tokens, "choices": choices}
-        return {"loss": _balance(mass, tokens, choices), "ranks": (tokens > 0).to(mass.dtype)}
+        sums = {"scores": mass.squeeze(1), "tokens": tokens.squeeze(1), "choices": choices.squeeze(1)}
+        return sums if self.scope == "global" else self._of_balances(self._balances(sums).unsqueeze(1), tokens)
+
+    def of_units(self, sums: Sums, labels: Tensor) -> Sums:
+        return self._of_balances(self._balances(sums), sums["tokens"])
 
     def formula(self, sums: Sums) -> Tensor:
-        if self.scope == "global":
-            return _balance(sums["scores"], sums["tokens"], sums["choices"])
-        return sums["loss"] / sums["ranks"].clamp(min=1)
+        return self._balances(sums) if self.scope == "global" else sums["loss"] / sums["units"].clamp(min=1)
 
     def has_effect(self, sums: Sums) -> Tensor:
-        return sums["tokens" if self.scope == "global" else "ranks"].sum() > 0
+        return sums["tokens" if self.scope == "global" else "units"].sum() > 0
+
+    def _of_layer(self, layer: Observation, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each segment: the scores of experts or devices [S, N], the tokens [S], and the choices [S, N]."""
+        logits, experts = layer.logits, layer.experts
+        assert logits is not None and experts is not None
+        ids, num_segments, _ = segments
+        mass, tokens = ops.aggregate_routing(logits, ids, num_segments, self.scores)
+        is_counted, num = (ids >= 0) & (ids < num_segments), logits.shape[1]
+        if self.choices == "by_score":
+            readable = logits.detach().where(is_counted.unsqueeze(1), 0.0)
+            _, experts = ops.route_tokens(readable, experts.shape[1], self.scores)
+        chosen = chosen_experts("LoadBalancing", experts, is_counted, num)
+        if self.devices is not None:
+            if num % self.devices != 0:
+                raise ValueError(
+                    f"edl::LoadBalancing: devices must divide the number of experts, {num} (got {self.devices})"
+                )
+            mass = mass.unflatten(1, (self.devices, -1)).sum(2)
+            chosen, num = chosen // (num // self.devices), self.devices
+        if self.devices_per_token is not None:
+            chosen = _once_per_token(chosen, num)
+        return mass, tokens, _count(chosen, ids, num_segments, num)
+
+    def _balances(self, sums: Sums) -> Tensor:
+        return _balance(sums["scores"], sums["tokens"], sums["choices"], self.devices_per_token or 0)
+
+    def _of_balances(self, balances: Tensor, tokens: Tensor) -> Sums:
+        """Sums of balances [L, U] of units of so many tokens [L, U]; that of no token is 0."""
+        return {"loss": balances.sum(1), "units": (tokens > 0).to(torch.float64).sum(1)}
+
+
+def _once_per_token(chosen: Tensor, none: int) -> Tensor:
+    """Choices [T, K] without those that repeat one of the same token."""
+    ordered = chosen.sort(dim=1).values
+    repeats = ordered[:, 1:] == ordered[:, :-1]
+    return torch.cat([ordered[:, :1], ordered[:, 1:].masked_fill(repeats, none)], 1)
+
+
+def _count(chosen: Tensor, segment_ids: Tensor, num_segments: int, num: int) -> Tensor:
+    """How often each segment chose each of so many [S, N], of choices [T, K] in [0, N], N for none."""
+    if num_segments == 1:
+        # The sort counts without a scatter.
+        _, offsets = ops.sort_by_expert(chosen, num)
+        return offsets.diff().long().unsqueeze(0)
+    none = num_segments * num  # may be more than the sort has place for; integers have one sum in any order
+    keys = (segment_ids.long().unsqueeze(1) * num + chosen).masked_fill(chosen == num, none).flatten()
+    counts = torch.zeros(none + 1, dtype=torch.int64, device=keys.device)
+    return counts.scatter_add(0, keys, torch.ones_like(keys))[:-1].view(num_segments, num)
 
 
 def _balance_sums(logits: Tensor, experts: Tensor, counted: Tensor, scores: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,10 +153,13 @@ def _balance_sums(logits: Tensor, experts: Tensor, counted: Tensor, scores: str)
     return mass.squeeze(0), tokens.squeeze(0), offsets.diff()
 
 
-def _balance(mass: Tensor, tokens: Tensor, choices: Tensor) -> Tensor:
-    """E · Σ_e f_e P_e of sums [..., E] over so many tokens [...]."""
+def _balance(mass: Tensor, tokens: Tensor, choices: Tensor, choices_per_token: int = 0) -> Tensor:
+    """E · Σ_e f_e P_e of sums [..., E] over so many tokens [...]; the choices of a token are counted, or told."""
     means = mass / tokens.unsqueeze(-1).clamp(min=1)
-    fractions = choices.to(means.dtype) / choices.sum(-1, keepdim=True).clamp(min=1)
+    all_choices = choices.sum(-1, keepdim=True)
+    if choices_per_token > 0:
+        all_choices = choices_per_token * tokens.unsqueeze(-1)
+    fractions = choices.to(means.dtype) / all_choices.clamp(min=1)
     return mass.shape[-1] * (fractions * means).sum(-1)
 
 

@@ -351,7 +351,7 @@ class Objectives(nn.Module):
         self._exchange.reserve(self._parts(layers, batch), self.memory)
 
     def _parts(self, layers: list[Observation], batch: Batch) -> list[Part]:
-        """Each objective with the layers it can see, those of one size together."""
+        """Each objective with the layers it can see, those of one size together, or all of them."""
         parts = []
         for name, objective in self.objectives.items():
             needs = sorted(objective.needs)
@@ -361,7 +361,8 @@ class Objectives(nn.Module):
                 if all(tensor is not None for tensor in needed):
                     for field, tensor in zip(needs, needed):
                         _check_tensor(field, tensor)
-                    by_size.setdefault(tuple((x.shape, x.dtype, x.device) for x in needed), []).append(place)
+                    size = None if objective.takes_all_layers else tuple((x.shape, x.dtype, x.device) for x in needed)
+                    by_size.setdefault(size, []).append(place)
             seen = [place for places in by_size.values() for place in places]
             self._tell_of_layers(name, needs, layers, seen)
             segments = objective.segments(batch)

@@ -63,12 +63,22 @@ class RouterBatch(Batch):
             return Segments(self._without_padding(ids), 1, torch.zeros(1, dtype=torch.int64, device=self.device))
         return self._of_rows(self._in_order().counted())
 
+    def sequences(self) -> Segments:
+        return self._of_rows(self._in_order().sequences())
+
     def segments(self, labels: str, num_domains: int, sequence_reduction: str = "sequence") -> Segments:
         if not self.labels:  # outside of any scope, of which the router warns
             none = torch.full([self._num_rows], -1, dtype=torch.int32, device=self.device)
             num_segments = num_domains if sequence_reduction == "token" else 0
             return Segments(none, num_segments, torch.arange(num_segments, device=self.device))
         return self._of_rows(self._in_order().segments(labels, num_domains, sequence_reduction))
+
+    def tokens(self, labels: str, num_domains: int) -> Segments:
+        given = self.labels.get(labels)
+        if given is None or not given.is_floating_point():
+            return self.segments(labels, num_domains, "token")
+        segments = self._in_order().tokens(labels, num_domains)
+        return self._of_rows(segments)._replace(labels=self._rows_of(segments.labels))
 
     @property
     def _num_rows(self) -> int:
@@ -78,11 +88,13 @@ class RouterBatch(Batch):
         """The tokens of all slices, in the order of labels and masks: whole sequences [B, S_len], or one stream."""
         batch_size, num_rows = self.batch_size, self._num_rows
         if batch_size < 1 or num_rows % batch_size != 0:
+            given = self.labels.get("domain_ids")
+            labels = "no labels" if given is None else f"domain_ids {list(given.shape)}"
             raise ValueError(
                 "edl::EDTopKRouter: with router logits [T, E], token s of sequence b in row s·B + b, labels must tell "
                 "a B that divides T: domain_ids [B] (B below T), [B, S_len] or weights [B, D], with cu_seqlens "
                 "[B, S_len]; else pass logits [S_len, B, E] "
-                f"(got {num_rows} rows, domain_ids {list(self.labels['domain_ids'].shape)}"
+                f"(got {num_rows} rows, {labels}"
                 f"{'' if self.cu_seqlens is None else ' and cu_seqlens'})"
             )
         return Batch(
@@ -97,13 +109,17 @@ class RouterBatch(Batch):
 
     def _of_rows(self, segments: Segments) -> Segments:
         """The segments of this rank's rows."""
-        ids, batch_size = segments.segment_ids, self.batch_size
+        return segments._replace(segment_ids=self._without_padding(self._rows_of(segments.segment_ids)))
+
+    def _rows_of(self, tokens: Tensor) -> Tensor:
+        """This rank's rows of what is given for all tokens [T, ...], in the order of the router."""
+        batch_size = self.batch_size
         length = self._num_rows // batch_size
         if self.cu_seqlens is None:  # [B, S_len] in whole sequences, of which this rank holds a slice
-            ids = ids.view(batch_size, self.num_slices, length)[:, self.slice_index]
+            mine = tokens.unflatten(0, (batch_size, self.num_slices, length))[:, self.slice_index]
         else:  # one stream of documents, of which this rank holds a slice; newer versions then cut it into samples
-            ids = ids.view(self.num_slices, batch_size, length)[self.slice_index]
-        return Segments(self._without_padding(ids.t().reshape(-1)), segments.num_segments, segments.labels)
+            mine = tokens.unflatten(0, (self.num_slices, batch_size, length))[self.slice_index]
+        return mine.transpose(0, 1).flatten(0, 1)
 
     def _without_padding(self, ids: Tensor) -> Tensor:
         return ids if self.row_padding is None else ids.masked_fill(self.row_padding.reshape(-1), -1)

@@ -1,0 +1,98 @@
+"""The variance of routing weights: an expert is used much by some tokens and little by others."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from edl.labels.segments import Segments
+from edl.objectives.base import Objective, Sums
+from edl.objectives.tokens import chosen_experts, log_distribution, mean_over_tokens, number_of_tokens
+from edl.ops import checks
+from edl.routing import Observation
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingVariance(Objective):
+    """-(1/E) Σ_e (1/T) Σ_t (s_te - s̄_e)²: minus the variance over tokens of the weights after top-k, mean over experts.
+
+    Verified: arXiv 2505.22323, Eq. 7, L_v of its text, but for the mean over tokens, where Eq. 7 has a sum, so that the
+    weight does not depend on the number of tokens. s_te is the weight of expert e for token t, 0 where it was not
+    chosen, renormalised here to add up to 1 over the chosen experts, without any factor of the layer. Only weights of
+    chosen experts have a gradient, (2 / (E T)) (s_te - s̄_e) before that of the renormalisation; none with K = 1,
+    whose weights are constants. Choices that were dropped are none, and tokens without any count with weights of 0.
+
+    Between -(1 - 1/E) / E and 0, and 0 without a token that counts.
+
+    Args:
+        variant (str): "equation" (default). "released_code": what the authors' code computes in its place: minus the
+            mean over tokens of the unbiased variance over experts of the softmax of all logits. It makes each token
+            sharp, also where all tokens choose the same experts.
+
+    Raises:
+        ValueError: an unknown variant.
+
+    Source: arXiv 2505.22323, whose weight is 1e-3 after a scaling to the size of the balance loss, which we do not
+        have, as it reads values; its code is github.com/HongcanGuo/Auxloss-For-Advancing-Expert-Specialization.
+    """
+
+    variant: str = "equation"
+
+    def __post_init__(self) -> None:
+        checks.check_choice("RoutingVariance", "variant", self.variant, ("equation", "released_code"))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"logits", "weights", "experts"} if self.variant == "equation" else {"logits"})
+
+    def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
+        ids = segments.segment_ids
+        is_counted = ids == 0
+        if self.variant == "released_code":
+            return mean_over_tokens("variances", [_sum_over_experts(layer, is_counted) for layer in layers], ids)
+        dense = [_dense_weights(layer, is_counted) for layer in layers]
+        return {
+            "weights": torch.stack([x.sum(0) for x in dense]),
+            "squares": torch.stack([x.square().sum(0) for x in dense]),
+            "tokens": number_of_tokens(ids).expand(len(layers)),
+        }
+
+    def formula(self, sums: Sums) -> Tensor:
+        tokens = sums["tokens"].double().clamp(min=1)
+        if self.variant == "released_code":
+            return -sums["variances"] / tokens
+        means, squares = (sums[name].double() / tokens.unsqueeze(1) for name in ("weights", "squares"))
+        return (means.square() - squares).mean(1)
+
+    def has_effect(self, sums: Sums) -> Tensor:
+        return sums["tokens"].sum() > 0
+
+
+def _dense_weights(layer: Observation, is_counted: Tensor) -> Tensor:
+    """The weights [T, E], which add up to 1 for each token, 0 where it did not choose or does not count."""
+    logits, weights, experts = layer.logits, layer.weights, layer.experts
+    assert logits is not None and weights is not None and experts is not None
+    num_experts = logits.shape[1]
+    if weights.shape != experts.shape:
+        raise ValueError(
+            f"edl::RoutingVariance: weights and experts must have one shape (got {list(weights.shape)} and "
+            f"{list(experts.shape)})"
+        )
+    chosen = chosen_experts("RoutingVariance", experts, is_counted, num_experts)
+    wide = weights if weights.dtype == torch.float64 else weights.float()
+    wide = wide.where(chosen < num_experts, 0.0)
+    total = wide.sum(1, keepdim=True)
+    shares = wide / total.where(total != 0, 1.0)
+    return shares.new_zeros(len(shares), num_experts + 1).scatter(1, chosen, shares)[:, :num_experts]
+
+
+def _sum_over_experts(layer: Observation, is_counted: Tensor) -> Tensor:
+    logits = layer.logits
+    assert logits is not None
+    if logits.shape[1] < 2:
+        raise ValueError(
+            "edl::RoutingVariance: variant='released_code' needs at least two experts, whose variance it is (got 1)"
+        )
+    scores = log_distribution(logits, is_counted, "softmax").exp()
+    return scores.var(1).where(is_counted, 0.0).sum()

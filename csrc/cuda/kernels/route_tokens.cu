@@ -8,8 +8,8 @@
 //
 // Backward: one write of grad_logits; the logits are read whole only for a plain softmax.
 //
-// `ruled` kernels serve calls with `allowed` or given experts: they read a forbidden logit as -inf, look for values that
-// the CPU refuses, which become NaN, and scan the row once more. Those without carry nothing of it.
+// `ruled` kernels serve calls with `allowed` or given experts: they read a forbidden logit as -inf, and look for values
+// that the CPU refuses, which become NaN; a row with given experts is scanned once more. The others know nothing of it.
 #include "cuda/kernels/route_tokens.h"
 
 #include <cstring>
@@ -69,7 +69,8 @@ __device__ inline int32_t warp_max<int32_t>(int32_t x) {
 }
 #endif
 
-// One token: its logits, of which a forbidden one reads as -inf, and its experts: E is none, -1 one that does not exist.
+// One token: its logits, of which a forbidden one reads as -inf, and its experts: E is none, -1 one that is out of
+// range.
 template <typename Storage, bool ruled>
 struct Token {
   using Acc = Accumulation<Storage>;

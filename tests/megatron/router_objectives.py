@@ -11,7 +11,16 @@ import splits
 import torch
 
 import edl
-from edl.objectives import ExpertDivergence, Objective, Objectives, RouterZ, linear_warmup
+from edl.objectives import (
+    ExpertDivergence,
+    LoadBalancing,
+    ModalityMutualInformation,
+    MutualInformation,
+    Objective,
+    Objectives,
+    RouterZ,
+    linear_warmup,
+)
 
 ROUTER_Z = Objectives({"router_z": (RouterZ(), 0.5)})
 
@@ -126,6 +135,29 @@ def outside_of_a_scope():
         (wanted,) = torch.autograd.grad(loss / small_gpt.LAYERS, logits)
         results[name] = (gradient, of_flat, wanted, warned)
     return results
+
+
+def sequences_and_weights_of_tokens():
+    """What routing adds to the gradient of logits [S_len, B, E] under weights per token, and a plain loop over those of
+    [B, S_len, E]."""
+    import small_gpt
+
+    given = {
+        "load_balancing": (LoadBalancing(scope="sequence", devices=small_gpt.EXPERTS // 2), 1.0),
+        "information": (MutualInformation(3), 1.0),
+        "bins": (ModalityMutualInformation(3, bins=small_gpt.EXPERTS, labels="domain_ids"), 1.0),
+    }
+    router = _model(Objectives(given)).decoder.layers[0].mlp.router.train()
+    logits = torch.randn(6, 4, small_gpt.EXPERTS, dtype=torch.float64, requires_grad=True)
+    weights, keep = torch.rand(4, 6, 3, dtype=torch.float64), torch.arange(6) < torch.tensor([[6], [2], [5], [4]])
+    with edl.domain_scope(weights, attention_mask=keep):
+        probs, routing_map = router.routing(logits)
+    (gradient,) = torch.autograd.grad(0.0 * probs.sum(), logits)
+    experts = routing_map.nonzero()[:, 1].view(6, 4, -1).transpose(0, 1).flatten(0, 1)
+    observation = edl.routing.Observation(logits.transpose(0, 1).flatten(0, 1), experts=experts)
+    loss, _ = Objectives(given)(observation, keep, domain_ids=weights)
+    (wanted,) = torch.autograd.grad(loss / small_gpt.LAYERS, logits)
+    return gradient, wanted
 
 
 def masks_of_a_scope():

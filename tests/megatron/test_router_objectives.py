@@ -55,6 +55,12 @@ def test_objectives_without_labels_need_no_scope():
     }
 
 
+def test_sequences_and_weights_of_tokens_stand_in_the_order_of_the_rows():
+    gradient, wanted = on_ranks(1, router_objectives.sequences_and_weights_of_tokens)[0]
+    assert wanted.norm() > 1e-3
+    assert_close(gradient, wanted, EXACT)
+
+
 def test_masks_of_a_scope_count_for_all_objectives():
     results, has_loss, sentence = on_ranks(1, router_objectives.masks_of_a_scope)[0]
     for gradient, wanted in results:

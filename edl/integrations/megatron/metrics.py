@@ -7,6 +7,7 @@ had one (NaN before it), so that means over steps are not pulled down.
 """
 
 import functools
+import math
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -85,8 +86,11 @@ def _by_entry(objectives: Objectives) -> dict[str, tuple[Tensor, Tensor]]:
 def _entries_of(objectives: Objectives) -> list[str]:
     """The names of the log's entries, told by the losses of two tokens: a stage without MoE layer has no others."""
     probe = objectives.bind()
+    # An option may have to divide the number of experts, which is not known here.
+    options = [x for objective in objectives.objectives.values() for x in vars(objective).values() if type(x) is int]
+    num_experts = math.lcm(8, *[x for x in options if x > 0])
     with torch.enable_grad():
-        logits = torch.zeros(2, 8, device="cpu", requires_grad=True)
+        logits = torch.zeros(2, num_experts, device="cpu", requires_grad=True)
         scores = logits.softmax(dim=1)
         experts = torch.arange(2, device="cpu").expand(2, 2).contiguous()
         probe(

@@ -736,14 +736,13 @@ def test_dtensors_are_refused(as_dtensor):
         "aggregate_routing": [lambda: edl.ops.aggregate_routing(as_dtensor(FLAT), PER_TOKEN.flatten(), D)],
         "domain_moments": [lambda: edl.ops.domain_moments(as_dtensor(torch.rand(B, E)), torch.ones(B), LABELS, D)],
         "expert_divergence": [
-            lambda: edl.ops.expert_divergence(
-                as_dtensor(torch.rand(D, E).double()), torch.ones(0), torch.ones(D).double()
-            )
+            lambda: edl.ops.expert_divergence(as_dtensor(torch.rand(D, E).double()), torch.ones(D).double())
         ],
         "pairwise_divergence": [
+            lambda: edl.ops.pairwise_divergence(torch.rand(D, E).double(), as_dtensor(torch.ones(D).double())),
             lambda: edl.ops.pairwise_divergence(
-                torch.rand(D, E).double(), torch.ones(0), as_dtensor(torch.ones(D).double())
-            )
+                torch.rand(D, E).double(), torch.ones(D).double(), as_dtensor(torch.rand(D, E).double())
+            ),
         ],
     }
     for op, cases in calls.items():

@@ -85,8 +85,8 @@ def smallest_divergence(batch: Batch) -> float:
     smallest = 1.0
     for layer in layers:
         sums, counts = edl.ops.aggregate_routing(layer.flatten(0, 1), segments.segment_ids, segments.num_segments)
-        sums, squares, counts = edl.ops.domain_moments(sums, counts, segments.labels, D)
-        pairs = edl.ops.pairwise_divergence(sums, squares, counts)[torch.triu(torch.ones(D, D), 1).bool()]
+        sums, _, counts = edl.ops.domain_moments(sums, counts, segments.labels, D)
+        pairs = edl.ops.pairwise_divergence(sums, counts)[torch.triu(torch.ones(D, D), 1).bool()]
         smallest = min([smallest, *pairs[pairs.isfinite()].tolist()])
     return smallest
 

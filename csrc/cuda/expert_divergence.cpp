@@ -15,14 +15,14 @@ constexpr const char* kOp = "edl::expert_divergence";
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_and_gradient(
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     PairReduction reduction,
-    bool bias_correction,
+    const std::optional<at::Tensor>& squares,
     bool with_gradient) {
+  const bool bias_correction = squares.has_value();
   const c10::cuda::CUDAGuard guard(sums.device());
-  const DenseMoments dense(sums, squares, counts, bias_correction);
+  const DenseMoments dense(sums, counts, squares);
   const auto options = dense.sums.options();
   const auto empty_if = [&](bool wanted) {
     return wanted ? at::empty(sums.sizes(), options) : at::empty({0}, options);
@@ -62,24 +62,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_and_gradient(
 
 at::Tensor expert_divergence_cuda(
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    bool bias_correction) {
-  const PairReduction parsed = check_expert_divergence(sums, squares, counts, eps, reduction, bias_correction);
-  return std::get<0>(divergence_and_gradient(sums, squares, counts, eps, parsed, bias_correction, false));
+    const std::optional<at::Tensor>& squares) {
+  const PairReduction parsed = check_expert_divergence(sums, counts, eps, reduction, squares);
+  return std::get<0>(divergence_and_gradient(sums, counts, eps, parsed, squares, false));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient_cuda(
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    bool bias_correction) {
-  const PairReduction parsed = check_expert_divergence(sums, squares, counts, eps, reduction, bias_correction);
-  return divergence_and_gradient(sums, squares, counts, eps, parsed, bias_correction, true);
+    const std::optional<at::Tensor>& squares) {
+  const PairReduction parsed = check_expert_divergence(sums, counts, eps, reduction, squares);
+  return divergence_and_gradient(sums, counts, eps, parsed, squares, true);
 }
 
 } // namespace

@@ -8,6 +8,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "common/dtypes.h"
 #include "common/errors.h"
 #include "common/operators.h"
@@ -79,12 +81,17 @@ at::Tensor aggregate_routing_backward(
 
 void check_layers_alike(at::TensorList layers) {
   EDL_ENSURE(!layers.empty(), kOp, ": layers must hold at least one tensor (got an empty list)");
+  const at::Tensor& first = layers[0];
   for (const at::Tensor& layer : layers) {
+    c10::SymBool alike =
+        layer.dim() == first.dim() && layer.scalar_type() == first.scalar_type() && layer.device() == first.device();
+    for (int64_t i = 0; i < std::min(layer.dim(), first.dim()); ++i) {
+      alike = alike & layer.sym_size(i).sym_eq(first.sym_size(i));
+    }
     EDL_ENSURE(
-        layer.sizes() == layers[0].sizes() && layer.scalar_type() == layers[0].scalar_type() &&
-            layer.device() == layers[0].device(),
-        kOp, ": all layers must have one shape, type and device (got ", layers[0].sizes(), " ", layers[0].scalar_type(),
-        " on ", layers[0].device(), " and ", layer.sizes(), " ", layer.scalar_type(), " on ", layer.device(), ")");
+        alike, kOp, ": all layers must have one shape, type and device (got ", first.sym_sizes(), " ",
+        first.scalar_type(), " on ", first.device(), " and ", layer.sym_sizes(), " ", layer.scalar_type(), " on ",
+        layer.device(), ")");
   }
 }
 
@@ -105,6 +112,7 @@ namespace {
 // Where no kernel takes all layers at once.
 std::tuple<at::Tensor, at::Tensor> aggregate_one_by_one(
     at::TensorList layers, const at::Tensor& segment_ids, c10::SymInt num_segments, std::string_view scores) {
+  check_layers_alike(layers);
   std::vector<at::Tensor> layer_sums;
   at::Tensor counts;
   for (const at::Tensor& routing : layers) {

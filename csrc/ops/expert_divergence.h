@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <string_view>
 #include <tuple>
 
@@ -9,27 +10,25 @@
 
 namespace edl {
 
-// The loss [...], and its gradients to `sums` and `squares` (no element without bias_correction).
+// The loss [...], and its gradients to `sums` and `squares` (no element without them).
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient(
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    bool bias_correction);
+    const std::optional<at::Tensor>& squares);
 
 enum class PairReduction { mean_of_logs, log_of_mean };
 
 PairReduction check_expert_divergence(
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    bool bias_correction);
+    const std::optional<at::Tensor>& squares);
 
 // Shapes and dtypes of moments [..., D, E], as domain_moments returns them.
 void check_moments(
-    const char* op, const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction);
+    const char* op, const at::Tensor& sums, const at::Tensor& counts, const std::optional<at::Tensor>& squares);
 
 } // namespace edl

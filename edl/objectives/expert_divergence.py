@@ -140,10 +140,8 @@ class ExpertDivergence(Objective):
 
     def formula(self, sums: Sums) -> Tensor:
         moments, counts = sums["sums"].double(), sums["counts"].detach().double()
-        squares = sums["squares"] if self.bias_correction else moments.new_empty(0)
-        loss: Tensor = torch.ops.edl.expert_divergence(
-            moments, squares, counts, self.eps, self.pair_reduction, self.bias_correction
-        )
+        squares = sums["squares"] if self.bias_correction else None
+        loss: Tensor = torch.ops.edl.expert_divergence(moments, counts, self.eps, self.pair_reduction, squares)
         return loss
 
     def has_effect(self, sums: Sums) -> Tensor:
@@ -155,7 +153,7 @@ class ExpertDivergence(Objective):
         with torch.no_grad():
             is_present = self._is_present(sums)
             moments, counts = sums["sums"].double(), sums["counts"].double()
-            divergences = ops.pairwise_divergence(moments, moments.new_empty(0), counts)
+            divergences = ops.pairwise_divergence(moments, counts)
             is_pair = (is_present.unsqueeze(-1) & is_present.unsqueeze(-2)).triu(diagonal=1)
             nats = divergences.where(is_pair, 0.0).sum() / is_pair.sum()
             return {"nats": nats, "pairs": is_pair[-1].sum()}

@@ -132,18 +132,18 @@ def expert_divergence_loss(
         padding_mask,
         cu_seqlens,
     )
-    loss: Tensor = torch.ops.edl._expert_divergence_loss(
+    loss: Tensor = torch.ops.edl.expert_divergence_loss(
         layers,
         segments.segment_ids,
         segments.num_segments,
         segments.labels,
         num_domains,
+        eps,
         scores if input == "logits" else "none",
         sequence_reduction,
-        eps,
         pair_reduction,
-        bias_correction,
         layer_reduction,
+        bias_correction,
     )
     return loss
 

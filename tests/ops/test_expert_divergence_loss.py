@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from support import divergence_arguments
 from tolerances import assert_close, tolerance
 
 from edl import ops
 from edl.reduction.share import share
 
-LOSS = torch.ops.edl._expert_divergence_loss.default
+LOSS = torch.ops.edl.expert_divergence_loss.default
 SEGMENTS, DOMAINS, EXPERTS, TOKENS = 9, 3, 7, 60
 
 
@@ -22,12 +23,12 @@ def arguments(num_layers=2, dtype=torch.float64, soft=False, by_token=False, **o
         "num_segments": DOMAINS if by_token else SEGMENTS,
         "labels": torch.rand(SEGMENTS, DOMAINS) if soft else labels,
         "num_domains": DOMAINS,
+        "eps": 1e-4,
         "scores": "softmax",
         "sequence_reduction": "token" if by_token else "sequence",
-        "eps": 1e-4,
         "pair_reduction": "mean_of_logs",
-        "bias_correction": False,
         "layer_reduction": "mean",
+        "bias_correction": False,
     }
     return list((given | options).values())
 
@@ -39,12 +40,12 @@ def moments_of(sums, counts, labels, num_domains, sequence_reduction, corrected)
 
 
 def one_after_another(
-    layers, ids, num_segments, labels, num_domains, scores, sequence_reduction, eps, pairs, corrected, layer_reduction
+    layers, ids, num_segments, labels, num_domains, eps, scores, sequence_reduction, pairs, layer_reduction, corrected
 ):
     parts = [ops.aggregate_routing(layer, ids, num_segments, scores) for layer in layers]
     sums, counts = torch.stack([sums for sums, _ in parts]), parts[0][1]
     moments = moments_of(sums, counts, labels, num_domains, sequence_reduction, corrected)
-    loss = ops.expert_divergence(*moments, eps, pairs, corrected).to(sums.dtype)
+    loss = ops.expert_divergence(*divergence_arguments(*moments, eps, pairs, corrected)).to(sums.dtype)
     return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[layer_reduction]()
 
 
@@ -85,15 +86,14 @@ def test_equals_its_operators_one_after_another(form):
 
 
 def of_moments(
-    layers, ids, num_segments, labels, num_domains, scores, sequence_reduction, eps, pairs, corrected, layer_reduction
+    layers, ids, num_segments, labels, num_domains, eps, scores, sequence_reduction, pairs, layer_reduction, corrected
 ):
     """In the steps between which ranks and micro-batches add their parts; the gradient eight times as large."""
     sums, counts = torch.ops.edl._segment_sums(layers, ids, num_segments, scores)
     parts = moments_of(sums, counts, labels, num_domains, sequence_reduction, corrected)
     row = torch.cat([part.detach().flatten() for part in parts])
-    loss = ops.expert_divergence(*share(parts, row, 2.0, torch.tensor(4.0).double()), eps, pairs, corrected).to(
-        sums.dtype
-    )
+    shared = share(parts, row, 2.0, torch.tensor(4.0).double())
+    loss = ops.expert_divergence(*divergence_arguments(*shared, eps, pairs, corrected)).to(sums.dtype)
     return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[layer_reduction]()
 
 
@@ -177,6 +177,15 @@ REFUSALS = [
     (
         {"by_token": True, "num_segments": 5},
         "with sequence_reduction = 'token' the segments are the domains (got 5 segments and num_domains = 3)",
+    ),
+    ({"num_domains": 1}, "num_domains must be at least 2, or there is no pair to push apart (got 1)"),
+    (
+        {"soft": True, "bias_correction": True},
+        "bias_correction needs one label per segment (got labels of 2 dimensions)",
+    ),
+    (
+        {"layers": [torch.randn(TOKENS)]},
+        "layers must have the shape [T, E] or [B, S_len, E] (got 1 dimensions)",
     ),
 ]
 

@@ -176,8 +176,12 @@ double layer_loss(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_and_gradient(
-    const at::Tensor& sums, const at::Tensor& counts, const std::optional<at::Tensor>& squares, const Rule& rule) {
-  check_memory("edl::expert_divergence", sums, counts, squares);
+    std::string_view op,
+    const at::Tensor& sums,
+    const at::Tensor& counts,
+    const std::optional<at::Tensor>& squares,
+    const Rule& rule) {
+  check_memory(op, sums, counts, squares);
   const at::Tensor dense_sums = sums.contiguous();
   const at::Tensor dense_squares = squares.has_value() ? squares->contiguous() : at::Tensor();
   const at::Tensor dense_counts = counts.contiguous();
@@ -208,9 +212,10 @@ at::Tensor expert_divergence_cpu(
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    const std::optional<at::Tensor>& squares) {
-  const PairReduction parsed = check_expert_divergence(sums, counts, eps, reduction, squares);
-  return std::get<0>(divergence_and_gradient(sums, counts, squares, {parsed, eps, squares.has_value(), false}));
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  const PairReduction parsed = check_expert_divergence(op, sums, counts, eps, reduction, squares);
+  return std::get<0>(divergence_and_gradient(op, sums, counts, squares, {parsed, eps, squares.has_value(), false}));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient_cpu(
@@ -218,9 +223,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient_c
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    const std::optional<at::Tensor>& squares) {
-  const PairReduction parsed = check_expert_divergence(sums, counts, eps, reduction, squares);
-  return divergence_and_gradient(sums, counts, squares, {parsed, eps, squares.has_value(), true});
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  const PairReduction parsed = check_expert_divergence(op, sums, counts, eps, reduction, squares);
+  return divergence_and_gradient(op, sums, counts, squares, {parsed, eps, squares.has_value(), true});
 }
 
 } // namespace

@@ -11,9 +11,8 @@
 namespace edl::cuda {
 namespace {
 
-constexpr const char* kOp = "edl::expert_divergence";
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_and_gradient(
+    std::string_view op,
     const at::Tensor& sums,
     const at::Tensor& counts,
     double eps,
@@ -56,7 +55,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_and_gradient(
        .grad_sums = with_gradient ? grad_sums.mutable_data_ptr<double>() : nullptr,
        .grad_squares = with_gradient && bias_correction ? grad_squares.mutable_data_ptr<double>() : nullptr},
       stream);
-  check_launch(kOp);
+  check_launch(op);
   return {loss, grad_sums, grad_squares};
 }
 
@@ -65,9 +64,10 @@ at::Tensor expert_divergence_cuda(
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    const std::optional<at::Tensor>& squares) {
-  const PairReduction parsed = check_expert_divergence(sums, counts, eps, reduction, squares);
-  return std::get<0>(divergence_and_gradient(sums, counts, eps, parsed, squares, false));
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  const PairReduction parsed = check_expert_divergence(op, sums, counts, eps, reduction, squares);
+  return std::get<0>(divergence_and_gradient(op, sums, counts, eps, parsed, squares, false));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient_cuda(
@@ -75,9 +75,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient_c
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    const std::optional<at::Tensor>& squares) {
-  const PairReduction parsed = check_expert_divergence(sums, counts, eps, reduction, squares);
-  return divergence_and_gradient(sums, counts, eps, parsed, squares, true);
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  const PairReduction parsed = check_expert_divergence(op, sums, counts, eps, reduction, squares);
+  return divergence_and_gradient(op, sums, counts, eps, parsed, squares, true);
 }
 
 } // namespace

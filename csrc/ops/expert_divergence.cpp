@@ -18,19 +18,24 @@ namespace {
 
 constexpr const char* kOp = "edl::expert_divergence";
 
-PairReduction parse_reduction(std::string_view reduction) {
+} // namespace
+
+PairReduction parse_pair_reduction(std::string_view op, const char* argument, std::string_view reduction) {
   if (reduction == "mean_of_logs") {
     return PairReduction::mean_of_logs;
   }
   EDL_ENSURE(
-      reduction == "log_of_mean", kOp, ": reduction must be 'mean_of_logs' or 'log_of_mean' (got '", reduction, "')");
+      reduction == "log_of_mean", op, ": ", argument, " must be 'mean_of_logs' or 'log_of_mean' (got '", reduction,
+      "')");
   return PairReduction::log_of_mean;
 }
 
-} // namespace
+void check_eps(std::string_view op, double eps) {
+  EDL_ENSURE(eps >= 0 && std::isfinite(eps), op, ": eps must be finite and not negative (got ", eps, ")");
+}
 
 void check_moments(
-    const char* op, const at::Tensor& sums, const at::Tensor& counts, const std::optional<at::Tensor>& squares) {
+    std::string_view op, const at::Tensor& sums, const at::Tensor& counts, const std::optional<at::Tensor>& squares) {
   EDL_ENSURE(sums.dim() >= 2, op, ": sums must have the shape [..., D, E] (got ", sums.dim(), " dimensions)");
   EDL_ENSURE(
       sums.scalar_type() == at::kDouble && counts.scalar_type() == at::kDouble, op,
@@ -64,18 +69,30 @@ void check_moments(
 }
 
 PairReduction check_expert_divergence(
+    std::string_view op,
     const at::Tensor& sums,
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
     const std::optional<at::Tensor>& squares) {
-  check_moments(kOp, sums, counts, squares);
-  EDL_ENSURE(eps >= 0 && std::isfinite(eps), kOp, ": eps must be finite and not negative (got ", eps, ")");
-  const PairReduction parsed = parse_reduction(reduction);
+  check_moments(op, sums, counts, squares);
+  check_eps(op, eps);
+  const PairReduction parsed = parse_pair_reduction(op, "reduction", reduction);
   EDL_ENSURE(
-      !squares.has_value() || parsed == PairReduction::mean_of_logs, kOp,
+      !squares.has_value() || parsed == PairReduction::mean_of_logs, op,
       ": squares correct the bias of reduction = 'mean_of_logs' only (got '", reduction, "')");
   return parsed;
+}
+
+at::Tensor expert_divergence_for(
+    const at::Tensor& sums,
+    const at::Tensor& counts,
+    double eps,
+    std::string_view reduction,
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  static const auto registered = find_operator<decltype(expert_divergence_for)>(kOp);
+  return registered.call(sums, counts, eps, reduction, squares, op);
 }
 
 at::Tensor expert_divergence(
@@ -84,8 +101,7 @@ at::Tensor expert_divergence(
     double eps,
     std::string_view reduction,
     const std::optional<at::Tensor>& squares) {
-  static const auto op = find_operator<decltype(expert_divergence)>("edl::expert_divergence");
-  return op.call(sums, counts, eps, reduction, squares);
+  return expert_divergence_for(sums, counts, eps, reduction, squares, kOp);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient(
@@ -93,10 +109,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient(
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    const std::optional<at::Tensor>& squares) {
-  static const auto op =
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  static const auto registered =
       find_operator<decltype(expert_divergence_with_gradient)>("edl::_expert_divergence_with_gradient");
-  return op.call(sums, counts, eps, reduction, squares);
+  return registered.call(sums, counts, eps, reduction, squares, op);
 }
 
 namespace {
@@ -131,8 +148,9 @@ at::Tensor expert_divergence_meta(
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    const std::optional<at::Tensor>& squares) {
-  check_expert_divergence(sums, counts, eps, reduction, squares);
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  check_expert_divergence(op, sums, counts, eps, reduction, squares);
   return at::empty_symint(sums.sym_sizes().slice(0, sums.dim() - 2), sums.options());
 }
 
@@ -141,9 +159,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient_m
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    const std::optional<at::Tensor>& squares) {
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
   return {
-      expert_divergence_meta(sums, counts, eps, reduction, squares), at::empty_symint(sums.sym_sizes(), sums.options()),
+      expert_divergence_meta(sums, counts, eps, reduction, squares, op),
+      at::empty_symint(sums.sym_sizes(), sums.options()),
       squares.has_value() ? at::empty_symint(sums.sym_sizes(), sums.options()) : at::empty_symint({0}, sums.options())};
 }
 
@@ -156,9 +176,10 @@ struct ExpertDivergenceFunction : torch::autograd::Function<ExpertDivergenceFunc
       const at::Tensor& counts,
       double eps,
       std::string_view reduction,
-      const std::optional<at::Tensor>& squares) {
+      const std::optional<at::Tensor>& squares,
+      std::string_view op) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, grad_sums, grad_squares] = expert_divergence_with_gradient(sums, counts, eps, reduction, squares);
+    auto [loss, grad_sums, grad_squares] = expert_divergence_with_gradient(sums, counts, eps, reduction, squares, op);
     torch::autograd::variable_list saved = {grad_sums, grad_squares, sums};
     if (squares.has_value()) {
       saved.push_back(*squares);
@@ -172,7 +193,7 @@ struct ExpertDivergenceFunction : torch::autograd::Function<ExpertDivergenceFunc
     const auto saved = context->get_saved_variables();
     const auto squares = saved.size() > 3 ? std::make_optional(saved[3]) : std::nullopt;
     auto [grad_sums, grad_squares] = expert_divergence_backward(grads[0], saved[0], saved[1], saved[2], squares);
-    return {grad_sums, {}, {}, {}, squares.has_value() ? grad_squares : at::Tensor()};
+    return {grad_sums, {}, {}, {}, squares.has_value() ? grad_squares : at::Tensor(), {}};
   }
 };
 
@@ -181,13 +202,14 @@ at::Tensor expert_divergence_autograd(
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    const std::optional<at::Tensor>& squares) {
-  EDL_ENSURE(!counts.requires_grad(), kOp, ": counts have no gradient (got counts with requires_grad = True)");
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  check_without_gradient(op, "counts", counts);
   if (!needs_gradient(sums) && !(squares.has_value() && needs_gradient(*squares))) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return expert_divergence(sums, counts, eps, reduction, squares);
+    return expert_divergence_for(sums, counts, eps, reduction, squares, op);
   }
-  return ExpertDivergenceFunction::apply(sums, counts, eps, reduction, squares);
+  return ExpertDivergenceFunction::apply(sums, counts, eps, reduction, squares, op);
 }
 
 } // namespace
@@ -196,10 +218,10 @@ at::Tensor expert_divergence_autograd(
 TORCH_LIBRARY_FRAGMENT(edl, m) {
   m.def(
       "expert_divergence(Tensor sums, Tensor counts, float eps=1e-6, str reduction='mean_of_logs', Tensor? "
-      "squares=None) -> Tensor");
+      "squares=None, *, str op='edl::expert_divergence') -> Tensor");
   m.def(
-      "_expert_divergence_with_gradient(Tensor sums, Tensor counts, float eps, str reduction, Tensor? squares) "
-      "-> (Tensor loss, Tensor grad_sums, Tensor grad_squares)");
+      "_expert_divergence_with_gradient(Tensor sums, Tensor counts, float eps, str reduction, Tensor? squares, *, "
+      "str op='edl::expert_divergence') -> (Tensor loss, Tensor grad_sums, Tensor grad_squares)");
   m.def(
       "_expert_divergence_backward(Tensor grad_loss, Tensor grad_sums, Tensor grad_squares, Tensor sums, Tensor? "
       "squares) -> (Tensor grad_sums, Tensor grad_squares)");

@@ -40,7 +40,7 @@ class Batch:
         """
         checks.check_given("Objectives", attention_mask=self.attention_mask, padding_mask=self.padding_mask)
         ids = torch.zeros(self.num_tokens, dtype=torch.int32, device=self.device)
-        ids = mask_segments(ids, 1, self.batch_size, self.attention_mask, self.padding_mask)
+        ids = mask_segments(ids, 1, self.batch_size, self.attention_mask, self.padding_mask, "Objectives")
         return Segments(ids, 1, torch.zeros(1, dtype=torch.int64, device=self.device))
 
     def segments(self, labels: str, num_domains: int, sequence_reduction: str = "sequence") -> Segments:
@@ -72,4 +72,5 @@ class Batch:
             self.padding_mask,
             self.cu_seqlens,
             self.batch_size,
+            "Objectives",
         )

@@ -51,7 +51,9 @@ class LoadBalancing(Objective):
         of_layers = []
         for layer in layers:
             assert layer.logits is not None and layer.experts is not None
-            of_layers.append(_balance_sums(layer.logits, layer.experts, segments.segment_ids, self.scores))
+            of_layers.append(
+                _balance_sums(layer.logits, layer.experts, segments.segment_ids, self.scores, "LoadBalancing")
+            )
         mass, tokens, choices = (torch.stack(numbers) for numbers in zip(*of_layers))
         if self.scope == "global":
             return {"scores": mass, "tokens": tokens, "choices": choices}
@@ -66,10 +68,12 @@ class LoadBalancing(Objective):
         return sums["tokens" if self.scope == "global" else "ranks"].sum() > 0
 
 
-def _balance_sums(logits: Tensor, experts: Tensor, counted: Tensor, scores: str) -> tuple[Tensor, Tensor, Tensor]:
+def _balance_sums(
+    logits: Tensor, experts: Tensor, counted: Tensor, scores: str, op: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of the tokens that count: the scores of each expert [E], their number, and the choices of each expert [E]."""
     num_experts = logits.shape[1]
-    mass, tokens = ops.aggregate_routing(logits, counted, 1, scores)
+    mass, tokens = torch.ops.edl.aggregate_routing(logits, counted, 1, scores, op="edl::" + op)
     # The sort counts without a scatter; a token that does not count is a sentinel there.
     chosen = torch.where((counted == 0).unsqueeze(1), experts, torch.full_like(experts, num_experts))
     _, offsets = ops.sort_by_expert(chosen, num_experts)
@@ -156,7 +160,9 @@ def load_balancing_loss(
                 f"edl::load_balancing_loss: experts must be on the device of logits (got {routing.experts.device} and "
                 f"{logits.device})"
             )
-        counted = counted_tokens(logits.shape[0], batch_size, logits.device, attention_mask, padding_mask)
-        mass, tokens, choices = _balance_sums(logits, routing.experts, counted, scores)
+        counted = counted_tokens(
+            "load_balancing_loss", logits.shape[0], batch_size, logits.device, attention_mask, padding_mask
+        )
+        mass, tokens, choices = _balance_sums(logits, routing.experts, counted, scores, "load_balancing_loss")
         losses.append(_balance(mass, tokens, choices))
     return torch.stack(losses).mean()

@@ -89,7 +89,7 @@ def of_moments(
     layers, ids, num_segments, labels, num_domains, eps, scores, sequence_reduction, pairs, layer_reduction, corrected
 ):
     """In the steps between which ranks and micro-batches add their parts; the gradient eight times as large."""
-    sums, counts = torch.ops.edl._segment_sums(layers, ids, num_segments, scores)
+    sums, counts = torch.ops.edl._segment_sums(layers, ids, num_segments, scores, "edl::expert_divergence_loss")
     parts = moments_of(sums, counts, labels, num_domains, sequence_reduction, corrected)
     row = torch.cat([part.detach().flatten() for part in parts])
     shared = share(parts, row, 2.0, torch.tensor(4.0).double())
@@ -172,7 +172,33 @@ REFUSALS = [
     ({"layer_reduction": "max"}, "layer_reduction must be 'mean', 'sum' or 'none' (got 'max')"),
     (
         {"by_token": True, "bias_correction": True},
-        "bias_correction needs sequence_reduction = 'sequence' (got sequence_reduction = 'token')",
+        (
+            "bias_correction needs sequence_reduction = 'sequence' and pair_reduction = 'mean_of_logs' "
+            "(got 'token' and 'mean_of_logs')"
+        ),
+    ),
+    ({"eps": -1.0}, "eps must be finite and not negative (got -1)"),
+    ({"pair_reduction": "mean"}, "pair_reduction must be 'mean_of_logs' or 'log_of_mean' (got 'mean')"),
+    ({"scores": "tanh"}, "scores must be 'softmax', 'sigmoid' or 'none' (got 'tanh')"),
+    ({"num_segments": -1}, "num_segments must not be negative (got -1)"),
+    (
+        {"segment_ids": torch.zeros(5, dtype=torch.int64)},
+        "segment_ids must have one entry per row of routing (got 5 ids for 60 rows)",
+    ),
+    ({"segment_ids": torch.zeros(TOKENS)}, "segment_ids must be int32 or int64 (got Float)"),
+    ({"labels": torch.zeros(4, dtype=torch.int64)}, "labels must have one row per segment (got 4 for 9 segments)"),
+    (
+        {"labels": torch.zeros(SEGMENTS, 2)},
+        "labels as weights must have one column per domain (got 2 for num_domains = 3)",
+    ),
+    ({"labels": torch.zeros(SEGMENTS).to("meta").long()}, "all tensors must be on one device (got cpu, cpu and meta)"),
+    (
+        {"layers": [torch.randn(TOKENS, 4), torch.randn(TOKENS, 5)]},
+        "all layers must have one shape, type and device (got [60, 4] Float on cpu and [60, 5] Float on cpu)",
+    ),
+    (
+        {"layers": [torch.randn(TOKENS, 4), torch.randn(TOKENS, 4).double()]},
+        "all layers must have one shape, type and device (got [60, 4] Float on cpu and [60, 4] Double on cpu)",
     ),
     (
         {"by_token": True, "num_segments": 5},
@@ -200,5 +226,5 @@ def test_refusals(options, sentence):
 def test_labels_have_no_gradient():
     given = arguments(soft=True)
     given[3].requires_grad_(True)
-    with pytest.raises(ValueError, match="only segment_sums has a gradient"):
+    with pytest.raises(ValueError, match="^edl::expert_divergence_loss: labels have no gradient"):
         LOSS(*given)

@@ -11,6 +11,11 @@ def as_tuple(outputs) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
+def divergence_arguments(sums, squares, counts, eps=1e-6, reduction="mean_of_logs", corrected=False) -> tuple:
+    """Moments as domain_moments gives them, in the order of expert_divergence."""
+    return sums, counts, eps, reduction, squares if corrected else None
+
+
 def first_samples(count: int = 1) -> list[Sample]:
     """The first samples of every operator, for tests that take seconds each."""
     taken: dict[str, int] = {}

@@ -56,7 +56,7 @@ def test_what_is_no_number(number):
     calls = {
         "route_tokens: scale": lambda: ops.route_tokens(LOGITS, K, "softmax", scale=number),
         "expert_divergence: eps": lambda: ops.expert_divergence(
-            *(torch.ones(2, *shape, dtype=torch.float64) for shape in ([E], [E], [])), eps=number
+            torch.ones(2, E, dtype=torch.float64), torch.ones(2, dtype=torch.float64), eps=number
         ),
         "update_expert_bias: rate": lambda: edl.update_expert_bias(layer, torch.ones(E), rate=number),
         "clip_grad_norm_: max_norm": lambda: edl.expert_parallel.clip_grad_norm_(layer, number),

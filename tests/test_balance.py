@@ -402,11 +402,11 @@ REFUSALS = {
     ),
     "scores": (
         lambda r: edl.load_balancing_loss(r, scores="tanh"),
-        "edl::aggregate_routing: scores must be 'softmax', 'sigmoid' or 'none' (got 'tanh')",
+        "edl::load_balancing_loss: scores must be 'softmax', 'sigmoid' or 'none' (got 'tanh')",
     ),
     "both-masks": (
         lambda r: edl.router_z_loss(r, attention_mask=torch.ones(24), padding_mask=torch.zeros(24)),
-        "edl::segments: give attention_mask (1 = keep) or padding_mask (True = padding), not both (got both)",
+        "edl::router_z_loss: give attention_mask (1 = keep) or padding_mask (True = padding), not both (got both)",
     ),
     "no-bias": (
         lambda r: edl.update_expert_bias(edl.MoELayer(8, 8, 4, 2), torch.zeros(4)),

@@ -117,7 +117,7 @@ def test_all_layers_of_a_loss_are_one_operator(pretended, place, num_layers):
     layers = [torch.randn(40, 8, device=place) for _ in range(num_layers)]
     ids = torch.zeros(40, dtype=torch.int64, device=place)
     with Calls() as calls:
-        torch.ops.edl._segment_sums(layers, ids, 5, "softmax")
+        torch.ops.edl._segment_sums(layers, ids, 5, "softmax", "edl::ExpertDivergence")
     name = "edl.aggregate_routing.default" if num_layers == 1 else "edl._aggregate_layers.default"
     assert [str(operator) for operator in calls.named("edl")] == [name]
 

@@ -421,173 +421,187 @@ FLAT = LOGITS.flatten(0, 1)
 TOKEN = {"sequence_reduction": "token"}
 
 INPUT_ERRORS = [
-    ("expert_divergence_loss: router_logits must hold at least one layer (got an empty list)", ([], LABELS), {}, {}),
+    ("router_logits must hold at least one layer (got an empty list)", ([], LABELS), {}, {}),
     (
-        "expert_divergence_loss: router_logits must have the shape [T, E] or [B, S_len, E] (got [20])",
+        "router_logits must have the shape [T, E] or [B, S_len, E] (got [20])",
         *((LOGITS[0, 0], LABELS), {}, {}),
     ),
     (
-        "expert_divergence_loss: router_logits must have the shape [T, E] or [B, S_len, E] (got [1, 8, 12, 20])",
+        "router_logits must have the shape [T, E] or [B, S_len, E] (got [1, 8, 12, 20])",
         *((LOGITS[None], LABELS), {}, {}),
     ),
     (
-        (
-            "expert_divergence_loss: router_logits must hold tensors, and nothing for a layer without a router "
-            "(got a list with NoneType)"
-        ),
+        ("router_logits must hold tensors, and nothing for a layer without a router (got a list with NoneType)"),
         *(([LOGITS, None], LABELS), {}, {}),
     ),
     (
-        "expert_divergence_loss: router_logits must be a tensor, or a list of tensors (got NoneType)",
+        "router_logits must be a tensor, or a list of tensors (got NoneType)",
         *((None, LABELS), {}, {}),
     ),
     (
-        "expert_divergence_loss: router_logits must be a tensor, or a list of tensors (got generator)",
+        "router_logits must be a tensor, or a list of tensors (got generator)",
         *(((layer for layer in [LOGITS]), LABELS), {}, {}),
     ),
     (
-        (
-            "expert_divergence_loss: router_logits must hold tensors, and nothing for a layer without a router "
-            "(got a list with str)"
-        ),
+        ("router_logits must hold tensors, and nothing for a layer without a router (got a list with str)"),
         *((["logits"], LABELS), {}, {}),
     ),
     (
-        "expert_divergence_loss: router_logits must be dense (got a nested tensor)",
+        "router_logits must be dense (got a nested tensor)",
         *((torch.nested.nested_tensor([LOGITS[0], LOGITS[1]], layout=torch.jagged), LABELS), {}, {}),
     ),
     (
-        "expert_divergence_loss: router_logits must be dense (got a nested tensor)",
+        "router_logits must be dense (got a nested tensor)",
         *((torch.nested.nested_tensor([LOGITS[0], LOGITS[1]]), LABELS), {}, {}),
     ),
     (
-        "expert_divergence_loss: domain_ids must be dense (got layout torch.sparse_coo)",
+        "domain_ids must be dense (got layout torch.sparse_coo)",
         *((LOGITS, LABELS.to_sparse()), {}, {}),
     ),
     (
-        "expert_divergence_loss: attention_mask must be a tensor (got list)",
+        "attention_mask must be a tensor (got list)",
         (LOGITS, LABELS),
         {"attention_mask": [1]},
         {},
     ),
-    ("expert_divergence_loss: padding_mask must be a tensor (got list)", (LOGITS, LABELS), {"padding_mask": [0]}, {}),
-    ("expert_divergence_loss: cu_seqlens must be a tensor (got tuple)", (LOGITS, LABELS), {"cu_seqlens": (0, 8)}, {}),
+    ("padding_mask must be a tensor (got list)", (LOGITS, LABELS), {"padding_mask": [0]}, {}),
+    ("cu_seqlens must be a tensor (got tuple)", (LOGITS, LABELS), {"cu_seqlens": (0, 8)}, {}),
     (
-        "expert_divergence_loss: attention_mask must be dense (got layout torch.sparse_coo)",
+        "attention_mask must be dense (got layout torch.sparse_coo)",
         *((LOGITS, LABELS), {"attention_mask": torch.ones(8, 12).to_sparse()}, {}),
     ),
-    ("expert_divergence_loss: domain_ids must be a tensor (got NoneType)", (LOGITS, None), {}, {}),
-    ("expert_divergence_loss: domain_ids must be a tensor (got list)", (LOGITS, [0] * 8), {}, {}),
+    ("domain_ids must be a tensor (got NoneType)", (LOGITS, None), {}, {}),
+    ("domain_ids must be a tensor (got list)", (LOGITS, [0] * 8), {}, {}),
     (
         (
-            "expert_divergence_loss: all layers must have one shape, dtype and device "
+            "all layers must have one shape, dtype and device "
             "(got [8, 12, 20] torch.float32 on cpu and [8, 12, 19] torch.float32 on cpu)"
         ),
         *(([LOGITS, LOGITS[..., :19]], LABELS), {}, {}),
     ),
     (
         (
-            "expert_divergence_loss: all layers must have one shape, dtype and device "
+            "all layers must have one shape, dtype and device "
             "(got [8, 12, 20] torch.float32 on cpu and [8, 12, 20] torch.bfloat16 on cpu)"
         ),
         *(([LOGITS, LOGITS.bfloat16()], LABELS), {}, {}),
     ),
     (
         (
-            "expert_divergence_loss: all layers must have one shape, dtype and device "
+            "all layers must have one shape, dtype and device "
             "(got [8, 12, 20] torch.float32 on cpu and [8, 12, 20] torch.float32 on meta)"
         ),
         *(([LOGITS, LOGITS.to("meta")], LABELS), {}, {}),
     ),
     (
-        "expert_divergence_loss: domain_ids must be on the device of router_logits (got meta and cpu)",
+        "domain_ids must be on the device of router_logits (got meta and cpu)",
         *((LOGITS, LABELS.to("meta")), {}, {}),
     ),
     (
-        "expert_divergence_loss: bias_correction needs one label per segment (got soft labels)",
+        "bias_correction needs one label per segment (got soft labels)",
         *((LOGITS, ONE_HOT.float()), {}, {"bias_correction": True}),
     ),
     (
-        "aggregate_routing: routing must be float32, float64, bfloat16 or float16 (got Int)",
+        "routing must be float32, float64, bfloat16 or float16 (got Int)",
         (LOGITS.int(), LABELS),
         {},
         {},
     ),
     # labels
     (
-        "segments: domain_ids must be int32, int64 or floating weights (got torch.int16)",
+        "domain_ids must be int32, int64 or floating weights (got torch.int16)",
         (LOGITS, LABELS.short()),
         {},
         {},
     ),
-    ("segments: domain_ids must be int32, int64 or floating weights (got torch.bool)", (LOGITS, LABELS.bool()), {}, {}),
-    ("segments: domain_ids must have the shape [B], [B, S_len] or [T] (got [])", (LOGITS, LABELS[0]), {}, {}),
     (
-        "segments: domain_ids must have the shape [B], [B, S_len] or [T] (got [1, 8, 12])",
+        "domain_ids must be int32, int64 or floating weights (got torch.bool)",
+        (LOGITS, LABELS.bool()),
+        {},
+        {},
+    ),
+    (
+        "domain_ids must have the shape [B], [B, S_len] or [T] (got [])",
+        (LOGITS, LABELS[0]),
+        {},
+        {},
+    ),
+    (
+        "domain_ids must have the shape [B], [B, S_len] or [T] (got [1, 8, 12])",
         (LOGITS, PER_TOKEN[None]),
         {},
         {},
     ),
     (
-        "segments: floating domain_ids are weights and must have the shape [B, 3] (got [8])",
+        "floating domain_ids are weights and must have the shape [B, 3] (got [8])",
         (LOGITS, LABELS.float()),
         {},
         {},
     ),
     (
-        "segments: floating domain_ids are weights and must have the shape [B, 3] (got [8, 2])",
+        "floating domain_ids are weights and must have the shape [B, 3] (got [8, 2])",
         (LOGITS, torch.ones(8, 2)),
         {},
         {},
     ),
-    ("segments: domain_ids must have one row per sequence, 8 (got [7])", (LOGITS, LABELS[:7]), {}, {}),
-    ("segments: domain_ids must have one row per sequence, 8 (got [12, 8])", (LOGITS, PER_TOKEN.T), {}, {}),
-    ("segments: domain_ids must have one row per sequence, 8 (got [12, 8])", (LOGITS, PER_TOKEN.T), {}, TOKEN),
+    ("domain_ids must have one row per sequence, 8 (got [7])", (LOGITS, LABELS[:7]), {}, {}),
     (
-        "segments: domain_ids [B, S_len] must have one label per token, 96 (got [8, 11])",
+        "domain_ids must have one row per sequence, 8 (got [12, 8])",
+        (LOGITS, PER_TOKEN.T),
+        {},
+        {},
+    ),
+    (
+        "domain_ids must have one row per sequence, 8 (got [12, 8])",
+        (LOGITS, PER_TOKEN.T),
+        {},
+        TOKEN,
+    ),
+    (
+        "domain_ids [B, S_len] must have one label per token, 96 (got [8, 11])",
         (LOGITS, PER_TOKEN[:, 1:]),
         {},
         {},
     ),
     (
-        "segments: the 96 tokens must be a whole number of sequences of one length (got 7 labels)",
+        "the 96 tokens must be a whole number of sequences of one length (got 7 labels)",
         (FLAT, LABELS[:7]),
         {},
         {},
     ),
     (
-        "segments: the 96 tokens must be a whole number of sequences of one length (got 0 labels)",
+        "the 96 tokens must be a whole number of sequences of one length (got 0 labels)",
         (FLAT, LABELS[:0]),
         {},
         {},
     ),
     (
-        "segments: the 96 tokens must be a whole number of sequences of one length (got 7 labels)",
+        "the 96 tokens must be a whole number of sequences of one length (got 7 labels)",
         (FLAT, LABELS[:7]),
         {},
         TOKEN,
     ),
     (
         (
-            "segments: one label per token needs sequence_reduction='token', cu_seqlens, or the shape [B, S_len] "
+            "one label per token needs sequence_reduction='token', cu_seqlens, or the shape [B, S_len] "
             "(got 96 labels for 96 tokens)"
         ),
         *((FLAT, PER_TOKEN.flatten()), {}, {}),
     ),
     (
-        "segments: soft labels need sequence_reduction='sequence' (got sequence_reduction='token')",
+        "soft labels need sequence_reduction='sequence' (got sequence_reduction='token')",
         (LOGITS, ONE_HOT.float()),
         {},
         TOKEN,
     ),
     # masks
     (
-        "segments: give attention_mask (1 = keep) or padding_mask (True = padding), not both (got both)",
+        "give attention_mask (1 = keep) or padding_mask (True = padding), not both (got both)",
         *((LOGITS, LABELS), {"attention_mask": KEPT, "padding_mask": ~KEPT}, {}),
     ),
     *(
         (
-            f"segments: {name} must have the shape [B, S_len] or [T] of the 96 tokens (got {shape})",
+            f"{name} must have the shape [B, S_len] or [T] of the 96 tokens (got {shape})",
             *((logits, labels), {name: torch.ones(shape)}, options),
         )
         for name in ("attention_mask", "padding_mask")
@@ -595,38 +609,38 @@ INPUT_ERRORS = [
         for logits, labels, options in ((LOGITS, LABELS, {}), (FLAT, LABELS, {}), (FLAT, PER_TOKEN, TOKEN))
     ),
     (
-        "segments: attention_mask must be on the device of domain_ids (got meta and cpu)",
+        "attention_mask must be on the device of domain_ids (got meta and cpu)",
         *((LOGITS, LABELS), {"attention_mask": KEPT.to("meta")}, {}),
     ),
     (
-        "segments: padding_mask must be on the device of domain_ids (got meta and cpu)",
+        "padding_mask must be on the device of domain_ids (got meta and cpu)",
         *((LOGITS, LABELS), {"padding_mask": KEPT.to("meta")}, {}),
     ),
     # packing
     (
-        "segments: cu_seqlens must be int32 or int64 of the shape [N + 1] (got torch.float32 [9])",
+        "cu_seqlens must be int32 or int64 of the shape [N + 1] (got torch.float32 [9])",
         *((FLAT, LABELS), {"cu_seqlens": CU_SEQLENS.float()}, {}),
     ),
     (
-        "segments: cu_seqlens must be int32 or int64 of the shape [N + 1] (got torch.uint8 [9])",
+        "cu_seqlens must be int32 or int64 of the shape [N + 1] (got torch.uint8 [9])",
         *((FLAT, LABELS), {"cu_seqlens": CU_SEQLENS.to(torch.uint8)}, {}),
     ),
     (
-        "segments: cu_seqlens must be int32 or int64 of the shape [N + 1] (got torch.int64 [1, 9])",
+        "cu_seqlens must be int32 or int64 of the shape [N + 1] (got torch.int64 [1, 9])",
         *((FLAT, LABELS), {"cu_seqlens": CU_SEQLENS[None]}, {}),
     ),
     (
-        "segments: cu_seqlens must be int32 or int64 of the shape [N + 1] (got torch.int64 [0])",
+        "cu_seqlens must be int32 or int64 of the shape [N + 1] (got torch.int64 [0])",
         *((FLAT, LABELS), {"cu_seqlens": CU_SEQLENS[:0]}, {}),
     ),
     (
-        "segments: cu_seqlens must be on the device of domain_ids (got meta and cpu)",
+        "cu_seqlens must be on the device of domain_ids (got meta and cpu)",
         *((FLAT, LABELS), {"cu_seqlens": CU_SEQLENS.to("meta")}, {}),
     ),
     *(
         (
             (
-                "segments: with cu_seqlens domain_ids must have one label per document or per token, 8 or 96 (got "
+                "with cu_seqlens domain_ids must have one label per document or per token, 8 or 96 (got "
                 f"{list(labels.shape)})"
             ),
             *((FLAT, labels), {"cu_seqlens": CU_SEQLENS}, {}),
@@ -642,12 +656,12 @@ INPUT_ERRORS = [
 def test_sentences_of_inputs(sentence, arguments, masks, options):
     with pytest.raises(ValueError) as error:
         ExpertDivergenceLoss(D, **options)(*arguments, **masks)
-    assert str(error.value) == f"edl::{sentence}"
+    assert str(error.value) == f"edl::expert_divergence_loss: {sentence}"
 
 
 ID_SENTENCE = (
-    "edl::aggregate_routing: segment_ids must be at least -1 and below {S}, the number of segments (got {S} at row "
-    "{row}; edl.segments gives this id to a token whose label or mask value is not allowed, and to all where "
+    "edl::expert_divergence_loss: segment_ids must be at least -1 and below {S}, the number of segments (got {S} at "
+    "row {row}; edl.segments gives this id to a token whose label or mask value is not allowed, and to all where "
     "cu_seqlens does not rise from 0)"
 )
 
@@ -663,7 +677,7 @@ def test_wrong_labels_are_index_errors(wrong):
     with pytest.raises(IndexError) as error:
         ExpertDivergenceLoss(D)(LOGITS, changed(LABELS, 2, wrong))
     assert str(error.value) == (
-        f"edl::domain_moments: labels must be at least -1 and below num_domains = 3 (got {wrong} for segment 2)"
+        f"edl::expert_divergence_loss: labels must be at least -1 and below num_domains = 3 (got {wrong} for segment 2)"
     )
     per_token = changed(PER_TOKEN, (4, 5), wrong)
     cases = [
@@ -707,14 +721,14 @@ def test_probabilities_and_logits_are_not_taken_for_each_other():
     with pytest.raises(ValueError) as error:
         ExpertDivergenceLoss(D)(probabilities, LABELS)
     assert str(error.value) == (
-        "edl::aggregate_routing: with scores = 'softmax' or 'sigmoid' routing must be logits (got 84 rows that all "
-        "sum to 1 with entries of at least 0; for probabilities pass scores = 'none', or to ExpertDivergenceLoss "
+        "edl::expert_divergence_loss: with scores = 'softmax' or 'sigmoid' routing must be logits (got 84 rows that "
+        "all sum to 1 with entries of at least 0; for probabilities pass scores = 'none', or to ExpertDivergenceLoss "
         "input = 'probs')"
     )
     with pytest.raises(ValueError) as error:
         ExpertDivergenceLoss(D, input="probs")(LOGITS, LABELS)
     assert str(error.value) == (
-        "edl::aggregate_routing: with scores = 'none' every row of routing must be a distribution, entries of at "
+        "edl::expert_divergence_loss: with scores = 'none' every row of routing must be a distribution, entries of at "
         "least 0 that sum to 1 (got something else at row 0; for logits pass scores = 'softmax' or 'sigmoid', or to "
         "ExpertDivergenceLoss input = 'logits')"
     )
@@ -736,14 +750,13 @@ def test_dtensors_are_refused(as_dtensor):
         "aggregate_routing": [lambda: edl.ops.aggregate_routing(as_dtensor(FLAT), PER_TOKEN.flatten(), D)],
         "domain_moments": [lambda: edl.ops.domain_moments(as_dtensor(torch.rand(B, E)), torch.ones(B), LABELS, D)],
         "expert_divergence": [
-            lambda: edl.ops.expert_divergence(
-                as_dtensor(torch.rand(D, E).double()), torch.ones(0), torch.ones(D).double()
-            )
+            lambda: edl.ops.expert_divergence(as_dtensor(torch.rand(D, E).double()), torch.ones(D).double())
         ],
         "pairwise_divergence": [
+            lambda: edl.ops.pairwise_divergence(torch.rand(D, E).double(), as_dtensor(torch.ones(D).double())),
             lambda: edl.ops.pairwise_divergence(
-                torch.rand(D, E).double(), torch.ones(0), as_dtensor(torch.ones(D).double())
-            )
+                torch.rand(D, E).double(), torch.ones(D).double(), as_dtensor(torch.rand(D, E).double())
+            ),
         ],
     }
     for op, cases in calls.items():

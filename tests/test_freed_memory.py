@@ -69,9 +69,13 @@ def test_the_layer_and_the_loss_without_memory():
         logits = torch.randn(2, 3, 4, requires_grad=True)
         value = loss(logits, labels)
         free(logits.detach())
-        with pytest.raises(ValueError, match="^edl::aggregate_routing: a tensor must have the memory of its shape"):
+        with pytest.raises(
+            ValueError, match="^edl::expert_divergence_loss: a tensor must have the memory of its shape"
+        ):
             value.backward()
-        with pytest.raises(ValueError, match="^edl::aggregate_routing: a tensor must have the memory of its shape"):
+        with pytest.raises(
+            ValueError, match="^edl::expert_divergence_loss: a tensor must have the memory of its shape"
+        ):
             loss(logits, labels)
 
 
@@ -94,15 +98,15 @@ READ_BY_TORCH = {
         torch.ones(4),
         lambda loads: edl.update_expert_bias(edl.MoELayer(8, 4, 4, 2, expert_bias=True), loads),
     ),
-    "segments: domain_ids": (
+    "expert_divergence_loss: domain_ids": (
         torch.zeros(2, 3, dtype=torch.int64),
         lambda labels: edl.expert_divergence_loss(LOGITS, labels, 2),
     ),
-    "segments: attention_mask": (
+    "expert_divergence_loss: attention_mask": (
         torch.ones(2, 3),
         lambda mask: edl.expert_divergence_loss(LOGITS, LABELS, 2, attention_mask=mask),
     ),
-    "segments: cu_seqlens": (
+    "expert_divergence_loss: cu_seqlens": (
         torch.tensor([0, 3, 6]),
         lambda boundaries: edl.expert_divergence_loss(LOGITS.flatten(0, 1), LABELS, 2, cu_seqlens=boundaries),
     ),

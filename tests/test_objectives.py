@@ -183,7 +183,7 @@ def fail_on_one_rank():
 
 def test_a_rank_that_fails_takes_part_and_is_named():
     first, second = on_ranks(2, fail_on_one_rank)
-    rule = "edl::segments: attention_mask must have the shape [B, S_len] or [T] of the 16 tokens (got [4, 1])"
+    rule = "edl::Objectives: attention_mask must have the shape [B, S_len] or [T] of the 16 tokens (got [4, 1])"
     assert first == ["no error", f"edl::parallel: rank 1 failed: {rule}", "no error"]
     assert second == ["no error", rule, "no error"]
 

@@ -85,8 +85,8 @@ def smallest_divergence(batch: Batch) -> float:
     smallest = 1.0
     for layer in layers:
         sums, counts = edl.ops.aggregate_routing(layer.flatten(0, 1), segments.segment_ids, segments.num_segments)
-        sums, squares, counts = edl.ops.domain_moments(sums, counts, segments.labels, D)
-        pairs = edl.ops.pairwise_divergence(sums, squares, counts)[torch.triu(torch.ones(D, D), 1).bool()]
+        sums, _, counts = edl.ops.domain_moments(sums, counts, segments.labels, D)
+        pairs = edl.ops.pairwise_divergence(sums, counts)[torch.triu(torch.ones(D, D), 1).bool()]
         smallest = min([smallest, *pairs[pairs.isfinite()].tolist()])
     return smallest
 
@@ -460,10 +460,13 @@ def fail_on_one_rank(failing_rank: int, data_ranks: int, context_ranks: int) -> 
 
 
 SENTENCES = [
-    "IndexError: edl::domain_moments: labels must be at least -1 and below num_domains = 4 (got 9 for segment 3)",
-    "ValueError: edl::segments: domain_ids must have one row per sequence, 4 (got [3])",
+    (
+        "IndexError: edl::expert_divergence_loss: labels must be at least -1 and below num_domains = 4 (got 9 for "
+        "segment 3)"
+    ),
+    "ValueError: edl::expert_divergence_loss: domain_ids must have one row per sequence, 4 (got [3])",
     "ValueError: edl::parallel: a loss over several ranks must be given one layout",
-    "ValueError: edl::aggregate_routing: with scores = 'softmax' or 'sigmoid' routing must be logits",
+    "ValueError: edl::expert_divergence_loss: with scores = 'softmax' or 'sigmoid' routing must be logits",
     "ValueError: edl::parallel: a loss over several ranks must be given one layout",
     "ValueError: edl::parallel: a loss over several ranks must be given one layout",
 ]
@@ -519,7 +522,9 @@ def test_where_values_are_not_read_a_rank_that_fails_gives_the_others_nan(
     )
     for rank, (bad, good) in enumerate(outcomes):
         failed = rank == failing_rank
-        assert bad == ("edl::segments: domain_ids must have one row per sequence, 4 (got [3])" if failed else "nan")
+        assert bad == (
+            "edl::expert_divergence_loss: domain_ids must have one row per sequence, 4 (got [3])" if failed else "nan"
+        )
         assert good == outcomes[0][1] != "nan"
 
 
@@ -547,9 +552,9 @@ def differ_at_the_first_call(case: str) -> str:
 def test_what_ranks_must_agree_on_is_compared_at_the_first_call(case):
     first, second = on_ranks(2, differ_at_the_first_call, case)
     if case == "error":
-        assert second.startswith("ValueError: edl::segments: domain_ids must have one row per sequence")
+        assert second.startswith("ValueError: edl::expert_divergence_loss: domain_ids must have one row per sequence")
         assert first.startswith(
-            "RuntimeError: edl::parallel: rank 1 failed: edl::segments: domain_ids must have one row"
+            "RuntimeError: edl::parallel: rank 1 failed: edl::expert_divergence_loss: domain_ids must have one row"
         )
     else:
         for own, other in ((first, 1), (second, 0)):
@@ -578,9 +583,11 @@ def test_ranks_of_a_sequence_group_with_other_segments_are_an_error_on_all():
         assert outcomes[0] == outcomes[3] == sentence
         assert outcomes[1] == outcomes[4] == outcomes[6] == "a number"
         assert outcomes[5] == sentence.split(", by rank", maxsplit=1)[0] + " labels that differ between ranks [0, 1])"
-    assert second[2].startswith("ValueError: edl::segments: domain_ids must have one row per sequence, 3 (got [4])")
+    assert second[2].startswith(
+        "ValueError: edl::expert_divergence_loss: domain_ids must have one row per sequence, 3 (got [4])"
+    )
     assert first[2].startswith(
-        "RuntimeError: edl::parallel: rank 1 failed: edl::segments: domain_ids must have one row"
+        "RuntimeError: edl::parallel: rank 1 failed: edl::expert_divergence_loss: domain_ids must have one row"
     )
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import divergence_arguments
 from tolerances import assert_close, tolerance
 
 import edl
@@ -135,10 +136,11 @@ def test_segments_cut_anywhere_add_up(batch, cut, bias_correction):
     for first, second, total in zip(*halves, moments, strict=True):
         assert_close(first + second, total, tolerance(torch.float64, len(labels)))
     added = [first + second for first, second in zip(*halves, strict=True)]
-    actual = ops.expert_divergence(*added, 1e-4, bias_correction=bias_correction)
-    assert actual.item() == pytest.approx(
-        ops.expert_divergence(*moments, 1e-4, bias_correction=bias_correction).item(), rel=1e-9
+    actual, expected = (
+        ops.expert_divergence(*divergence_arguments(*each, 1e-4, corrected=bias_correction))
+        for each in (added, moments)
     )
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 @EXAMPLES
@@ -158,9 +160,10 @@ def test_divergences_are_a_matrix_of_squared_distances(batch):
     """The root of the Jensen-Shannon divergence is a metric."""
     logits, labels, mask, num_domains, _ = batch
     ids = torch.where(mask, torch.arange(len(labels)).unsqueeze(1), -1).flatten()
-    moments = ops.domain_moments(*ops.aggregate_routing(logits.flatten(0, 1), ids, len(labels)), labels, num_domains)
-    distances = ops.pairwise_divergence(*moments).sqrt()
-    there = moments[2] > 0
+    segments = ops.aggregate_routing(logits.flatten(0, 1), ids, len(labels))
+    moments, _, counts = ops.domain_moments(*segments, labels, num_domains)
+    distances = ops.pairwise_divergence(moments, counts).sqrt()
+    there = counts > 0
     distances = distances[there][:, there]
     assert distances.equal(distances.T) and not distances.diagonal().any()
     detours = (distances.unsqueeze(2) + distances.unsqueeze(0)).amin(dim=1) if len(distances) > 0 else distances

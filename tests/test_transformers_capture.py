@@ -127,7 +127,7 @@ def test_labels_of_another_batch_are_refused(mixtral):
         mixtral(**inputs)
         with pytest.raises(ValueError) as error:
             handle.loss(LABELS[:3])
-        assert str(error.value) == "edl::segments: domain_ids must have one row per sequence, 6 (got [3])"
+        assert str(error.value) == "edl::Objectives: domain_ids must have one row per sequence, 6 (got [3])"
 
 
 def test_beta_may_change(mixtral):

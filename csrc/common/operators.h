@@ -5,6 +5,9 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
+#include <string_view>
+
+#include "common/errors.h"
 
 namespace edl {
 
@@ -23,6 +26,10 @@ inline bool needs_gradient(const at::Tensor& tensor) {
 
 inline bool needs_gradient(at::TensorList tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) { return needs_gradient(tensor); });
+}
+
+inline void check_without_gradient(std::string_view op, const char* name, const at::Tensor& tensor) {
+  EDL_ENSURE(!tensor.requires_grad(), op, ": ", name, " have no gradient (got ", name, " with requires_grad = True)");
 }
 
 } // namespace edl

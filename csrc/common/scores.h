@@ -8,7 +8,7 @@
 
 namespace edl {
 
-inline Scores parse_scores(const char* op, std::string_view name) {
+inline Scores parse_scores(std::string_view op, std::string_view name) {
   if (name == "softmax") {
     return Scores::softmax;
   }

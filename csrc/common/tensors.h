@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 
 #include "common/errors.h"
 #include "common/storage_type.h"
@@ -24,7 +25,7 @@ inline StorageType storage_of(const at::Tensor& tensor) {
 }
 
 // Memory can be taken from a tensor that keeps its shape, as FSDP does with parameters that are not in use.
-inline void check_memory(const char* op, const at::Tensor& tensor) {
+inline void check_memory(std::string_view op, const at::Tensor& tensor) {
   if (!tensor.defined() || tensor.numel() == 0) {
     return;
   }
@@ -36,7 +37,7 @@ inline void check_memory(const char* op, const at::Tensor& tensor) {
       "(got ", held, " of ", needed, " bytes for ", tensor.sizes(), ")");
 }
 
-inline void check_memory(const char* op, const std::optional<at::Tensor>& tensor) {
+inline void check_memory(std::string_view op, const std::optional<at::Tensor>& tensor) {
   if (tensor.has_value()) {
     check_memory(op, *tensor);
   }
@@ -44,7 +45,7 @@ inline void check_memory(const char* op, const std::optional<at::Tensor>& tensor
 
 // Of every tensor whose data pointer an operator takes, before it does.
 template <typename First, typename Second, typename... Others>
-void check_memory(const char* op, const First& first, const Second& second, const Others&... others) {
+void check_memory(std::string_view op, const First& first, const Second& second, const Others&... others) {
   check_memory(op, first);
   check_memory(op, second);
   (check_memory(op, others), ...);

@@ -24,7 +24,6 @@
 namespace edl::cpu {
 namespace {
 
-constexpr const char* kOp = "edl::aggregate_routing";
 constexpr int64_t kPieceRows = 256;
 constexpr int64_t kGrainElements = 1 << 16; // work below this is not worth waking a thread
 // Gradients above this size are streamed past the caches, unless they lie on fresh pages: the system's clearing has just
@@ -84,11 +83,12 @@ void for_runs(const Indices& ids, int64_t num_tokens, Take take) {
 }
 
 // Counts the tokens of each segment and refuses ids that name none. Returns the number of runs of equal ids.
-int64_t count_segments(const Indices& ids, int64_t num_tokens, int64_t num_segments, std::vector<int64_t>* counts) {
+int64_t count_segments(
+    std::string_view op, const Indices& ids, int64_t num_tokens, int64_t num_segments, std::vector<int64_t>* counts) {
   int64_t runs = 0;
   for_runs(ids, num_tokens, [&](IdRun run) {
     EDL_ENSURE_INDEX(
-        run.id >= -1 && run.id < num_segments, kOp, ": segment_ids must be at least -1 and below ", num_segments,
+        run.id >= -1 && run.id < num_segments, op, ": segment_ids must be at least -1 and below ", num_segments,
         ", the number of segments (got ", run.id, " at row ", run.begin,
         "; edl.segments gives this id to a token whose label or mask value is not allowed, and to all where cu_seqlens "
         "does not rise from 0)");
@@ -174,7 +174,7 @@ void add_up_pieces(const Plan& plan, const Acc* partial, int64_t num_experts, in
 }
 
 // Logits taken for probabilities, and the reverse, train quietly on a wrong loss: refuse both.
-void check_form(const std::vector<RowCensus>& censuses, Scores scores, int64_t num_experts) {
+void check_form(std::string_view op, const std::vector<RowCensus>& censuses, Scores scores, int64_t num_experts) {
   RowCensus all;
   for (const RowCensus& census : censuses) {
     all.finite += census.finite;
@@ -185,15 +185,15 @@ void check_form(const std::vector<RowCensus>& censuses, Scores scores, int64_t n
   }
   if (scores == Scores::none) {
     TORCH_CHECK_VALUE(
-        all.first_other < 0,
-        "edl::aggregate_routing: with scores = 'none' every row of routing must be a distribution, entries of "
+        all.first_other < 0, op,
+        ": with scores = 'none' every row of routing must be a distribution, entries of "
         "at least 0 that sum to 1 (got something else at row ",
         all.first_other,
         "; for logits pass scores = 'softmax' or 'sigmoid', or to ExpertDivergenceLoss input = 'logits')");
   } else {
     TORCH_CHECK_VALUE(
-        num_experts == 1 || all.finite < 2 || all.distributions < all.finite,
-        "edl::aggregate_routing: with scores = 'softmax' or 'sigmoid' routing must be logits (got ", all.finite,
+        num_experts == 1 || all.finite < 2 || all.distributions < all.finite, op,
+        ": with scores = 'softmax' or 'sigmoid' routing must be logits (got ", all.finite,
         " rows that all sum to 1 with entries of at least 0; for probabilities pass scores = 'none', or to "
         "ExpertDivergenceLoss input = 'probs')");
   }
@@ -201,7 +201,13 @@ void check_form(const std::vector<RowCensus>& censuses, Scores scores, int64_t n
 
 template <typename Acc>
 void sum_pieces(
-    const Plan& plan, RoutingRows rows, Scores scores, StorageType storage, int64_t num_segments, Acc* sums) {
+    std::string_view op,
+    const Plan& plan,
+    RoutingRows rows,
+    Scores scores,
+    StorageType storage,
+    int64_t num_segments,
+    Acc* sums) {
   const auto sum_at_once = aggregate_routing_loops().sum_pieces[static_cast<int>(storage)][score_index(scores)];
   const bool is_16_bit = storage == StorageType::bfloat16 || storage == StorageType::float16;
   const double tolerance = is_16_bit ? 1e-2 : 1e-3;
@@ -224,14 +230,18 @@ void sum_pieces(
       sum_at_once(rows, together, count, tolerance);
     }
   });
-  check_form(censuses, scores, num_experts);
+  check_form(op, censuses, scores, num_experts);
   add_up_pieces(plan, partial.data(), num_experts, num_segments, sums);
 }
 
 std::tuple<at::Tensor, at::Tensor> aggregate_routing_cpu(
-    const at::Tensor& routing, const at::Tensor& segment_ids, int64_t num_segments, std::string_view scores_name) {
-  const Scores scores = check_aggregate_routing(routing, segment_ids, num_segments, scores_name);
-  check_memory(kOp, routing, segment_ids);
+    const at::Tensor& routing,
+    const at::Tensor& segment_ids,
+    int64_t num_segments,
+    std::string_view scores_name,
+    std::string_view op) {
+  const Scores scores = check_aggregate_routing(op, routing, segment_ids, num_segments, scores_name);
+  check_memory(op, routing, segment_ids);
   const at::Tensor rows = with_dense_rows(routing);
   const at::Tensor dense_ids = segment_ids.contiguous();
   const Indices ids(dense_ids);
@@ -241,12 +251,12 @@ std::tuple<at::Tensor, at::Tensor> aggregate_routing_cpu(
   at::Tensor counts = at::empty({num_segments}, options);
 
   std::vector<int64_t> tokens_of(num_segments, 0);
-  const int64_t runs = count_segments(ids, num_tokens, num_segments, &tokens_of);
+  const int64_t runs = count_segments(op, ids, num_tokens, num_segments, &tokens_of);
   const Plan plan = make_plan(ids, num_tokens, tokens_of, runs);
   const RoutingRows view{rows.const_data_ptr(), rows.stride(0), rows.size(1), nullptr};
   const auto run = [&](auto* out_sums, auto* out_counts) {
     std::copy(tokens_of.begin(), tokens_of.end(), out_counts);
-    sum_pieces(plan, view, scores, storage_of(rows), num_segments, out_sums);
+    sum_pieces(op, plan, view, scores, storage_of(rows), num_segments, out_sums);
   };
   if (sums.scalar_type() == at::kDouble) {
     run(sums.mutable_data_ptr<double>(), counts.mutable_data_ptr<double>());
@@ -258,13 +268,13 @@ std::tuple<at::Tensor, at::Tensor> aggregate_routing_cpu(
 
 // Ids may have changed since they were checked: where NumPy shares their memory, autograd does not notice.
 template <typename Id>
-void check_unchanged_ids(const Id* ids, int64_t begin, int64_t end, int64_t num_segments) {
+void check_unchanged_ids(std::string_view op, const Id* ids, int64_t begin, int64_t end, int64_t num_segments) {
   bool all_valid = true;
   for (int64_t t = begin; t < end; ++t) {
     all_valid &= ids[t] >= -1 && ids[t] < num_segments;
   }
   EDL_ENSURE_INDEX(
-      all_valid, kOp,
+      all_valid, op,
       ": segment_ids must stay as they are until the backward pass (got one that is now below -1 or not "
       "below ",
       num_segments, ", the number of segments)");
@@ -274,9 +284,10 @@ at::Tensor aggregate_routing_backward_cpu(
     const at::Tensor& grad_sums,
     const at::Tensor& routing,
     const at::Tensor& segment_ids,
-    std::string_view scores_name) {
-  const Scores scores = check_aggregate_routing_backward(grad_sums, routing, segment_ids, scores_name);
-  check_memory(kOp, grad_sums, routing, segment_ids);
+    std::string_view scores_name,
+    std::string_view op) {
+  const Scores scores = check_aggregate_routing_backward(op, grad_sums, routing, segment_ids, scores_name);
+  check_memory(op, grad_sums, routing, segment_ids);
   const at::Tensor rows = with_dense_rows(routing);
   const at::Tensor dense_grad = grad_sums.contiguous();
   const at::Tensor dense_ids = segment_ids.contiguous();
@@ -299,9 +310,9 @@ at::Tensor aggregate_routing_backward_cpu(
   at::parallel_for(
       0, rows.size(0), std::max<int64_t>(1, kGrainElements / num_experts), [&](int64_t begin, int64_t end) {
         if (ids.are_64_bit()) {
-          check_unchanged_ids(static_cast<const int64_t*>(ids.data()), begin, end, num_segments);
+          check_unchanged_ids(op, static_cast<const int64_t*>(ids.data()), begin, end, num_segments);
         } else {
-          check_unchanged_ids(static_cast<const int32_t*>(ids.data()), begin, end, num_segments);
+          check_unchanged_ids(op, static_cast<const int32_t*>(ids.data()), begin, end, num_segments);
         }
         spread_rows(gradient, begin, end);
       });

@@ -19,7 +19,6 @@
 namespace edl::cpu {
 namespace {
 
-constexpr const char* kOp = "edl::domain_moments";
 constexpr int64_t kColumns = 64;
 constexpr int64_t kGrainElements = 1 << 14; // work below this is not worth waking a thread
 
@@ -33,16 +32,15 @@ struct Membership {
   std::vector<Entry> entries;
 };
 
-Membership members_by_id(const at::Tensor& labels, int64_t num_domains) {
+Membership members_by_id(std::string_view op, const at::Tensor& labels, int64_t num_domains) {
   const at::Tensor dense = labels.contiguous();
   const Indices ids(dense);
   Membership members;
   members.first.push_back(0);
   for (int64_t s = 0; s < dense.size(0); ++s) {
     EDL_ENSURE_INDEX(
-        ids[s] >= -1 && ids[s] < num_domains,
-        "edl::domain_moments: labels must be at least -1 and below num_domains = ", num_domains, " (got ", ids[s],
-        " for segment ", s, ")");
+        ids[s] >= -1 && ids[s] < num_domains, op, ": labels must be at least -1 and below num_domains = ", num_domains,
+        " (got ", ids[s], " for segment ", s, ")");
     if (ids[s] >= 0) {
       members.entries.push_back({ids[s], 1.0});
     }
@@ -51,7 +49,7 @@ Membership members_by_id(const at::Tensor& labels, int64_t num_domains) {
   return members;
 }
 
-Membership members_by_weight(const at::Tensor& labels, int64_t num_domains) {
+Membership members_by_weight(std::string_view op, const at::Tensor& labels, int64_t num_domains) {
   const at::Tensor dense = labels.to(at::kDouble).contiguous();
   const double* weights = dense.const_data_ptr<double>();
   Membership members;
@@ -60,9 +58,8 @@ Membership members_by_weight(const at::Tensor& labels, int64_t num_domains) {
     for (int64_t d = 0; d < num_domains; ++d) {
       const double weight = weights[s * num_domains + d];
       EDL_ENSURE(
-          weight >= 0 && std::isfinite(weight),
-          "edl::domain_moments: labels as weights must be finite and at least 0 (got ", weight, " for segment ", s,
-          " and domain ", d, ")");
+          weight >= 0 && std::isfinite(weight), op, ": labels as weights must be finite and at least 0 (got ", weight,
+          " for segment ", s, " and domain ", d, ")");
       if (weight != 0) {
         members.entries.push_back({d, weight});
       }
@@ -72,8 +69,8 @@ Membership members_by_weight(const at::Tensor& labels, int64_t num_domains) {
   return members;
 }
 
-Membership members_of(const at::Tensor& labels, int64_t num_domains) {
-  return labels.dim() == 1 ? members_by_id(labels, num_domains) : members_by_weight(labels, num_domains);
+Membership members_of(std::string_view op, const at::Tensor& labels, int64_t num_domains) {
+  return labels.dim() == 1 ? members_by_id(op, labels, num_domains) : members_by_weight(op, labels, num_domains);
 }
 
 // Sizes of the dense problem: leading dimensions folded into one.
@@ -192,13 +189,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments_cpu(
     const at::Tensor& segment_counts,
     const at::Tensor& labels,
     int64_t num_domains,
-    bool squares) {
-  check_domain_moments(segment_sums, segment_counts, labels, num_domains);
-  check_memory(kOp, segment_sums, segment_counts, labels);
+    bool squares,
+    std::string_view op) {
+  check_domain_moments(op, segment_sums, segment_counts, labels, num_domains);
+  check_memory(op, segment_sums, segment_counts, labels);
   const at::Tensor rows = segment_sums.contiguous();
   const at::Tensor row_counts = segment_counts.contiguous();
   const Extent extent(rows);
-  const Membership members = members_of(labels, num_domains);
+  const Membership members = members_of(op, labels, num_domains);
   const auto options = rows.options().dtype(at::kDouble);
   at::DimVector shape(rows.sizes().begin(), rows.sizes().end());
   shape[shape.size() - 2] = num_domains;
@@ -282,15 +280,16 @@ at::Tensor domain_moments_backward_cpu(
     const at::Tensor& grad_squares,
     const at::Tensor& segment_sums,
     const at::Tensor& segment_counts,
-    const at::Tensor& labels) {
-  check_domain_moments_backward(grad_sums, grad_squares, segment_sums, segment_counts, labels);
-  check_memory(kOp, grad_sums, grad_squares, segment_sums, segment_counts, labels);
+    const at::Tensor& labels,
+    std::string_view op) {
+  check_domain_moments_backward(op, grad_sums, grad_squares, segment_sums, segment_counts, labels);
+  check_memory(op, grad_sums, grad_squares, segment_sums, segment_counts, labels);
   const at::Tensor rows = segment_sums.contiguous();
   const at::Tensor row_counts = segment_counts.contiguous();
   const at::Tensor dense_grad = grad_sums.contiguous();
   const at::Tensor dense_grad_squares = grad_squares.contiguous();
   const Extent extent(rows);
-  const Membership members = members_of(labels, dense_grad.size(-2));
+  const Membership members = members_of(op, labels, dense_grad.size(-2));
   at::Tensor grad_segments = at::empty(rows.sizes(), rows.options());
   if (rows.scalar_type() == at::kDouble) {
     spread_to_segments(

@@ -176,10 +176,14 @@ double layer_loss(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_and_gradient(
-    const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, const Rule& rule) {
-  check_memory("edl::expert_divergence", sums, squares, counts);
+    std::string_view op,
+    const at::Tensor& sums,
+    const at::Tensor& counts,
+    const std::optional<at::Tensor>& squares,
+    const Rule& rule) {
+  check_memory(op, sums, counts, squares);
   const at::Tensor dense_sums = sums.contiguous();
-  const at::Tensor dense_squares = rule.bias_correction ? squares.contiguous() : squares;
+  const at::Tensor dense_squares = squares.has_value() ? squares->contiguous() : at::Tensor();
   const at::Tensor dense_counts = counts.contiguous();
   const int64_t num_domains = sums.size(-2);
   const int64_t num_experts = sums.size(-1);
@@ -188,8 +192,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_and_gradient(
     return wanted ? at::zeros(sums.sizes(), sums.options()) : at::empty({0}, sums.options());
   };
   at::Tensor grad_sums = zeros_if(rule.with_gradient);
-  at::Tensor grad_squares = zeros_if(rule.with_gradient && rule.bias_correction);
-  const double* squares_data = rule.bias_correction ? dense_squares.const_data_ptr<double>() : nullptr;
+  at::Tensor grad_squares = zeros_if(rule.with_gradient && squares.has_value());
+  const double* squares_data = squares.has_value() ? dense_squares.const_data_ptr<double>() : nullptr;
   double* grad_squares_data = grad_squares.numel() > 0 ? grad_squares.mutable_data_ptr<double>() : nullptr;
   for (int64_t l = 0; l < loss.numel() && num_domains > 0; ++l) {
     const int64_t offset = l * num_domains * num_experts;
@@ -205,24 +209,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_and_gradient(
 
 at::Tensor expert_divergence_cpu(
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    bool bias_correction) {
-  const PairReduction parsed = check_expert_divergence(sums, squares, counts, eps, reduction, bias_correction);
-  return std::get<0>(divergence_and_gradient(sums, squares, counts, {parsed, eps, bias_correction, false}));
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  const PairReduction parsed = check_expert_divergence(op, sums, counts, eps, reduction, squares);
+  return std::get<0>(divergence_and_gradient(op, sums, counts, squares, {parsed, eps, squares.has_value(), false}));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient_cpu(
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    bool bias_correction) {
-  const PairReduction parsed = check_expert_divergence(sums, squares, counts, eps, reduction, bias_correction);
-  return divergence_and_gradient(sums, squares, counts, {parsed, eps, bias_correction, true});
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  const PairReduction parsed = check_expert_divergence(op, sums, counts, eps, reduction, squares);
+  return divergence_and_gradient(op, sums, counts, squares, {parsed, eps, squares.has_value(), true});
 }
 
 } // namespace

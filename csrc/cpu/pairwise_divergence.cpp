@@ -37,11 +37,11 @@ void fill_row(const DomainMeans& layer, int64_t j, bool bias_correction, int64_t
 }
 
 at::Tensor pairwise_divergence_cpu(
-    const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction) {
-  check_pairwise_divergence(sums, squares, counts, bias_correction);
-  check_memory("edl::pairwise_divergence", sums, squares, counts);
+    const at::Tensor& sums, const at::Tensor& counts, const std::optional<at::Tensor>& squares) {
+  check_pairwise_divergence(sums, counts, squares);
+  check_memory("edl::pairwise_divergence", sums, counts, squares);
   const at::Tensor dense_sums = sums.contiguous();
-  const at::Tensor dense_squares = bias_correction ? squares.contiguous() : squares;
+  const at::Tensor dense_squares = squares.has_value() ? squares->contiguous() : at::Tensor();
   const at::Tensor dense_counts = counts.contiguous();
   const int64_t num_domains = sums.size(-2);
   const int64_t num_experts = sums.size(-1);
@@ -50,7 +50,7 @@ at::Tensor pairwise_divergence_cpu(
   at::Tensor out = at::full(shape, std::numeric_limits<double>::quiet_NaN(), sums.options());
   const int64_t layers = num_domains == 0 ? 0 : dense_counts.numel() / num_domains;
   const double* sums_data = dense_sums.const_data_ptr<double>();
-  const double* squares_data = bias_correction ? dense_squares.const_data_ptr<double>() : nullptr;
+  const double* squares_data = squares.has_value() ? dense_squares.const_data_ptr<double>() : nullptr;
   const double* counts_data = dense_counts.const_data_ptr<double>();
   double* out_data = out.mutable_data_ptr<double>();
   for (int64_t l = 0; l < layers; ++l) {
@@ -60,7 +60,7 @@ at::Tensor pairwise_divergence_cpu(
         num_domains, num_experts);
     at::parallel_for(0, layer.size(), 4, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
-        fill_row(layer, j, bias_correction, num_domains, out_data + l * num_domains * num_domains);
+        fill_row(layer, j, squares.has_value(), num_domains, out_data + l * num_domains * num_domains);
       }
     });
   }

@@ -16,8 +16,6 @@
 namespace edl::cuda {
 namespace {
 
-constexpr const char* kOp = "edl::aggregate_routing";
-
 // The rows of every layer as the kernels read them; kept alive while the kernels are enqueued.
 struct DenseLayers {
   explicit DenseLayers(at::TensorList layers) {
@@ -33,16 +31,20 @@ struct DenseLayers {
 
 // All of one shape, type and device: sums [L, S, E], counts [S].
 std::tuple<at::Tensor, at::Tensor> aggregate(
-    at::TensorList layers, const at::Tensor& segment_ids, int64_t num_segments, std::string_view scores_name) {
+    at::TensorList layers,
+    const at::Tensor& segment_ids,
+    int64_t num_segments,
+    std::string_view scores_name,
+    std::string_view op) {
   const at::Tensor& routing = layers[0];
-  const Scores scores = check_aggregate_routing(routing, segment_ids, num_segments, scores_name);
+  const Scores scores = check_aggregate_routing(op, routing, segment_ids, num_segments, scores_name);
   EDL_ENSURE(
-      num_segments < std::numeric_limits<int32_t>::max(), kOp, ": on CUDA num_segments must be below 2^31 - 1 (got ",
+      num_segments < std::numeric_limits<int32_t>::max(), op, ": on CUDA num_segments must be below 2^31 - 1 (got ",
       num_segments, ")");
   const c10::cuda::CUDAGuard guard(routing.device());
-  if (values_are_checked(kOp)) {
+  if (values_are_checked(op)) {
     for (const at::Tensor& layer : layers) {
-      aggregate_routing(layer.cpu(), segment_ids.cpu(), num_segments, scores_name);
+      aggregate_routing_for(layer.cpu(), segment_ids.cpu(), num_segments, scores_name, op);
     }
   }
   const auto options = routing.options().dtype(accumulation_type(routing.scalar_type()));
@@ -74,15 +76,19 @@ std::tuple<at::Tensor, at::Tensor> aggregate(
        .sums = sums.mutable_data_ptr(),
        .counts = counts.mutable_data_ptr()},
       stream_of(routing));
-  check_launch(kOp);
+  check_launch(op);
   return {sums, counts};
 }
 
 // grad_sums [L, S, E] → the gradient of each layer.
 std::vector<at::Tensor> spread(
-    const at::Tensor& grad_sums, at::TensorList layers, const at::Tensor& segment_ids, std::string_view scores_name) {
+    const at::Tensor& grad_sums,
+    at::TensorList layers,
+    const at::Tensor& segment_ids,
+    std::string_view scores_name,
+    std::string_view op) {
   const at::Tensor& routing = layers[0];
-  const Scores scores = check_aggregate_routing_backward(grad_sums.select(0, 0), routing, segment_ids, scores_name);
+  const Scores scores = check_aggregate_routing_backward(op, grad_sums.select(0, 0), routing, segment_ids, scores_name);
   const c10::cuda::CUDAGuard guard(routing.device());
   DenseLayers dense(layers);
   std::vector<at::Tensor> gradients;
@@ -107,13 +113,17 @@ std::vector<at::Tensor> spread(
        .num_segments = grad.size(1),
        .scores = scores},
       stream_of(routing));
-  check_launch(kOp);
+  check_launch(op);
   return gradients;
 }
 
 std::tuple<at::Tensor, at::Tensor> aggregate_routing_cuda(
-    const at::Tensor& routing, const at::Tensor& segment_ids, int64_t num_segments, std::string_view scores_name) {
-  auto [sums, counts] = aggregate(routing, segment_ids, num_segments, scores_name);
+    const at::Tensor& routing,
+    const at::Tensor& segment_ids,
+    int64_t num_segments,
+    std::string_view scores_name,
+    std::string_view op) {
+  auto [sums, counts] = aggregate(routing, segment_ids, num_segments, scores_name, op);
   return {sums.squeeze(0), counts};
 }
 
@@ -121,24 +131,33 @@ at::Tensor aggregate_routing_backward_cuda(
     const at::Tensor& grad_sums,
     const at::Tensor& routing,
     const at::Tensor& segment_ids,
-    std::string_view scores_name) {
-  return spread(grad_sums.unsqueeze(0), routing, segment_ids, scores_name)[0];
+    std::string_view scores_name,
+    std::string_view op) {
+  return spread(grad_sums.unsqueeze(0), routing, segment_ids, scores_name, op)[0];
 }
 
 std::tuple<at::Tensor, at::Tensor> aggregate_layers_cuda(
-    at::TensorList layers, const at::Tensor& segment_ids, int64_t num_segments, std::string_view scores) {
-  check_layers_alike(layers);
-  return aggregate(layers, segment_ids, num_segments, scores);
+    at::TensorList layers,
+    const at::Tensor& segment_ids,
+    int64_t num_segments,
+    std::string_view scores,
+    std::string_view op) {
+  check_layers_alike(op, layers);
+  return aggregate(layers, segment_ids, num_segments, scores, op);
 }
 
 std::vector<at::Tensor> aggregate_layers_backward_cuda(
-    const at::Tensor& grad_sums, at::TensorList layers, const at::Tensor& segment_ids, std::string_view scores) {
-  check_layers_alike(layers);
+    const at::Tensor& grad_sums,
+    at::TensorList layers,
+    const at::Tensor& segment_ids,
+    std::string_view scores,
+    std::string_view op) {
+  check_layers_alike(op, layers);
   EDL_ENSURE(
-      grad_sums.dim() == 3 && grad_sums.size(0) == static_cast<int64_t>(layers.size()), kOp,
+      grad_sums.dim() == 3 && grad_sums.size(0) == static_cast<int64_t>(layers.size()), op,
       ": the gradient of sums must have one matrix per layer (got ", grad_sums.sizes(), " for ", layers.size(),
       " layers)");
-  return spread(grad_sums, layers, segment_ids, scores);
+  return spread(grad_sums, layers, segment_ids, scores, op);
 }
 
 } // namespace

@@ -22,7 +22,7 @@ bool is_capturing() {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
-bool values_are_checked(const char* op) {
+bool values_are_checked(std::string_view op) {
   const char* wanted = std::getenv("EDL_CHECK");
   if (wanted == nullptr || std::string_view(wanted) != "1") {
     return false;
@@ -35,7 +35,7 @@ bool values_are_checked(const char* op) {
   return true;
 }
 
-void check_launch(const char* op) {
+void check_launch(std::string_view op) {
   const cudaError_t error = cudaGetLastError();
   TORCH_CHECK(
       error == cudaSuccess, op,

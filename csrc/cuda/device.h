@@ -7,6 +7,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <string_view>
+
 #include "common/tensors.h"
 
 namespace edl::cuda {
@@ -24,9 +26,9 @@ bool is_capturing();
 
 // Whether EDL_CHECK=1 asks for the checks of values that the CPU makes. Refused while a graph is captured: on the
 // current stream of the current device, which must be the one of the op's tensors.
-bool values_are_checked(const char* op);
+bool values_are_checked(std::string_view op);
 
 // Raises what went wrong in launching the kernels of an op, or earlier: CUDA keeps an error until somebody asks.
-void check_launch(const char* op);
+void check_launch(std::string_view op);
 
 } // namespace edl::cuda

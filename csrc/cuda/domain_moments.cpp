@@ -11,8 +11,6 @@
 namespace edl::cuda {
 namespace {
 
-constexpr const char* kOp = "edl::domain_moments";
-
 // The arguments, dense; kept alive while the kernels are enqueued.
 struct DenseSegments {
   DenseSegments(const at::Tensor& segment_sums, const at::Tensor& segment_counts, const at::Tensor& segment_labels)
@@ -45,11 +43,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments_cuda(
     const at::Tensor& segment_counts,
     const at::Tensor& labels,
     int64_t num_domains,
-    bool squares) {
-  check_domain_moments(segment_sums, segment_counts, labels, num_domains);
+    bool squares,
+    std::string_view op) {
+  check_domain_moments(op, segment_sums, segment_counts, labels, num_domains);
   const c10::cuda::CUDAGuard guard(segment_sums.device());
-  if (values_are_checked(kOp)) {
-    domain_moments(segment_sums.cpu(), segment_counts.cpu(), labels.cpu(), num_domains, squares);
+  if (values_are_checked(op)) {
+    domain_moments_for(segment_sums.cpu(), segment_counts.cpu(), labels.cpu(), num_domains, squares, op);
   }
   const auto options = segment_sums.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous);
   at::DimVector shape(segment_sums.sizes().begin(), segment_sums.sizes().end());
@@ -65,7 +64,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments_cuda(
   launch_domain_moments(
       dense.view(num_domains), sums.mutable_data_ptr<double>(), squares ? squared.mutable_data_ptr<double>() : nullptr,
       counts.mutable_data_ptr<double>(), stream_of(segment_sums));
-  check_launch(kOp);
+  check_launch(op);
   return {sums, squared, counts};
 }
 
@@ -74,8 +73,9 @@ at::Tensor domain_moments_backward_cuda(
     const at::Tensor& grad_squares,
     const at::Tensor& segment_sums,
     const at::Tensor& segment_counts,
-    const at::Tensor& labels) {
-  check_domain_moments_backward(grad_sums, grad_squares, segment_sums, segment_counts, labels);
+    const at::Tensor& labels,
+    std::string_view op) {
+  check_domain_moments_backward(op, grad_sums, grad_squares, segment_sums, segment_counts, labels);
   const int64_t num_domains = grad_sums.size(-2);
   const c10::cuda::CUDAGuard guard(segment_sums.device());
   const DenseSegments dense(segment_sums, segment_counts, labels);
@@ -89,7 +89,7 @@ at::Tensor domain_moments_backward_cuda(
       dense.view(num_domains), grad.const_data_ptr<double>(),
       grad_of_squares.numel() == 0 ? nullptr : grad_of_squares.const_data_ptr<double>(),
       grad_segment_sums.mutable_data_ptr(), stream_of(segment_sums));
-  check_launch(kOp);
+  check_launch(op);
   return grad_segment_sums;
 }
 

@@ -11,18 +11,17 @@
 namespace edl::cuda {
 namespace {
 
-constexpr const char* kOp = "edl::expert_divergence";
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_and_gradient(
+    std::string_view op,
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     PairReduction reduction,
-    bool bias_correction,
+    const std::optional<at::Tensor>& squares,
     bool with_gradient) {
+  const bool bias_correction = squares.has_value();
   const c10::cuda::CUDAGuard guard(sums.device());
-  const DenseMoments dense(sums, squares, counts, bias_correction);
+  const DenseMoments dense(sums, counts, squares);
   const auto options = dense.sums.options();
   const auto empty_if = [&](bool wanted) {
     return wanted ? at::empty(sums.sizes(), options) : at::empty({0}, options);
@@ -56,30 +55,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_and_gradient(
        .grad_sums = with_gradient ? grad_sums.mutable_data_ptr<double>() : nullptr,
        .grad_squares = with_gradient && bias_correction ? grad_squares.mutable_data_ptr<double>() : nullptr},
       stream);
-  check_launch(kOp);
+  check_launch(op);
   return {loss, grad_sums, grad_squares};
 }
 
 at::Tensor expert_divergence_cuda(
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    bool bias_correction) {
-  const PairReduction parsed = check_expert_divergence(sums, squares, counts, eps, reduction, bias_correction);
-  return std::get<0>(divergence_and_gradient(sums, squares, counts, eps, parsed, bias_correction, false));
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  const PairReduction parsed = check_expert_divergence(op, sums, counts, eps, reduction, squares);
+  return std::get<0>(divergence_and_gradient(op, sums, counts, eps, parsed, squares, false));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient_cuda(
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    bool bias_correction) {
-  const PairReduction parsed = check_expert_divergence(sums, squares, counts, eps, reduction, bias_correction);
-  return divergence_and_gradient(sums, squares, counts, eps, parsed, bias_correction, true);
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  const PairReduction parsed = check_expert_divergence(op, sums, counts, eps, reduction, squares);
+  return divergence_and_gradient(op, sums, counts, eps, parsed, squares, true);
 }
 
 } // namespace

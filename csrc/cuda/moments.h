@@ -2,6 +2,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 #include "cuda/device.h"
 #include "cuda/kernels/expert_divergence.h"
 
@@ -9,10 +11,9 @@ namespace edl::cuda {
 
 // Moments [..., D, E] as the kernels read them: dense, leading dimensions folded into one.
 struct DenseMoments {
-  DenseMoments(
-      const at::Tensor& all_sums, const at::Tensor& all_squares, const at::Tensor& all_counts, bool bias_correction)
+  DenseMoments(const at::Tensor& all_sums, const at::Tensor& all_counts, const std::optional<at::Tensor>& all_squares)
       : sums(all_sums.contiguous()),
-        squares(bias_correction ? all_squares.contiguous() : at::Tensor()),
+        squares(all_squares.has_value() ? all_squares->contiguous() : at::Tensor()),
         counts(all_counts.contiguous()) {}
 
   DomainMoments view() const {

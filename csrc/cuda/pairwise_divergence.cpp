@@ -11,10 +11,10 @@ namespace edl::cuda {
 namespace {
 
 at::Tensor pairwise_divergence_cuda(
-    const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction) {
-  check_pairwise_divergence(sums, squares, counts, bias_correction);
+    const at::Tensor& sums, const at::Tensor& counts, const std::optional<at::Tensor>& squares) {
+  check_pairwise_divergence(sums, counts, squares);
   const c10::cuda::CUDAGuard guard(sums.device());
-  const DenseMoments dense(sums, squares, counts, bias_correction);
+  const DenseMoments dense(sums, counts, squares);
   at::DimVector shape(sums.sizes().begin(), sums.sizes().end());
   shape.back() = sums.size(-2);
   at::Tensor out = at::empty(shape, dense.sums.options());
@@ -22,7 +22,7 @@ at::Tensor pairwise_divergence_cuda(
     return out;
   }
   launch_pair_divergences(
-      dense.view(), bias_correction, out.mutable_data_ptr<double>(), nullptr, nullptr, stream_of(sums));
+      dense.view(), squares.has_value(), out.mutable_data_ptr<double>(), nullptr, nullptr, stream_of(sums));
   check_launch("edl::pairwise_divergence");
   return out;
 }

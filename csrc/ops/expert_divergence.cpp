@@ -18,19 +18,24 @@ namespace {
 
 constexpr const char* kOp = "edl::expert_divergence";
 
-PairReduction parse_reduction(std::string_view reduction) {
+} // namespace
+
+PairReduction parse_pair_reduction(std::string_view op, const char* argument, std::string_view reduction) {
   if (reduction == "mean_of_logs") {
     return PairReduction::mean_of_logs;
   }
   EDL_ENSURE(
-      reduction == "log_of_mean", kOp, ": reduction must be 'mean_of_logs' or 'log_of_mean' (got '", reduction, "')");
+      reduction == "log_of_mean", op, ": ", argument, " must be 'mean_of_logs' or 'log_of_mean' (got '", reduction,
+      "')");
   return PairReduction::log_of_mean;
 }
 
-} // namespace
+void check_eps(std::string_view op, double eps) {
+  EDL_ENSURE(eps >= 0 && std::isfinite(eps), op, ": eps must be finite and not negative (got ", eps, ")");
+}
 
 void check_moments(
-    const char* op, const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction) {
+    std::string_view op, const at::Tensor& sums, const at::Tensor& counts, const std::optional<at::Tensor>& squares) {
   EDL_ENSURE(sums.dim() >= 2, op, ": sums must have the shape [..., D, E] (got ", sums.dim(), " dimensions)");
   EDL_ENSURE(
       sums.scalar_type() == at::kDouble && counts.scalar_type() == at::kDouble, op,
@@ -46,58 +51,69 @@ void check_moments(
   EDL_ENSURE(
       counts.device() == sums.device(), op, ": all tensors must be on one device (got ", sums.device(), " and ",
       counts.device(), ")");
-  if (!bias_correction) {
+  if (!squares.has_value()) {
     return;
   }
   EDL_ENSURE(
-      squares.scalar_type() == at::kDouble && squares.dim() == sums.dim() && squares.device() == sums.device(), op,
-      ": with bias_correction squares must be float64 in the shape of sums (got ", squares.dim(), " dimensions of ",
-      squares.scalar_type(), ")");
+      squares->device() == sums.device(), op, ": all tensors must be on one device (got ", sums.device(), " and ",
+      squares->device(), ")");
+  EDL_ENSURE(squares->scalar_type() == at::kDouble, op, ": squares must be float64 (got ", squares->scalar_type(), ")");
+  EDL_ENSURE(
+      squares->dim() == sums.dim(), op, ": squares must have the shape of sums (got ", squares->sym_sizes(), " for ",
+      sums.sym_sizes(), ")");
   for (int64_t i = 0; i < sums.dim(); ++i) {
     EDL_ENSURE(
-        squares.sym_size(i).sym_eq(sums.sym_size(i)), op,
-        ": with bias_correction squares must have the shape of sums (got ", squares.sym_sizes(), " for ",
-        sums.sym_sizes(), ")");
+        squares->sym_size(i).sym_eq(sums.sym_size(i)), op, ": squares must have the shape of sums (got ",
+        squares->sym_sizes(), " for ", sums.sym_sizes(), ")");
   }
 }
 
 PairReduction check_expert_divergence(
+    std::string_view op,
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    bool bias_correction) {
-  check_moments(kOp, sums, squares, counts, bias_correction);
-  EDL_ENSURE(eps >= 0 && std::isfinite(eps), kOp, ": eps must be finite and not negative (got ", eps, ")");
-  const PairReduction parsed = parse_reduction(reduction);
+    const std::optional<at::Tensor>& squares) {
+  check_moments(op, sums, counts, squares);
+  check_eps(op, eps);
+  const PairReduction parsed = parse_pair_reduction(op, "reduction", reduction);
   EDL_ENSURE(
-      !bias_correction || parsed == PairReduction::mean_of_logs, kOp,
-      ": bias_correction is defined for reduction = 'mean_of_logs' only (got '", reduction, "')");
+      !squares.has_value() || parsed == PairReduction::mean_of_logs, op,
+      ": squares correct the bias of reduction = 'mean_of_logs' only (got '", reduction, "')");
   return parsed;
+}
+
+at::Tensor expert_divergence_for(
+    const at::Tensor& sums,
+    const at::Tensor& counts,
+    double eps,
+    std::string_view reduction,
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  static const auto registered = find_operator<decltype(expert_divergence_for)>(kOp);
+  return registered.call(sums, counts, eps, reduction, squares, op);
 }
 
 at::Tensor expert_divergence(
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    bool bias_correction) {
-  static const auto op = find_operator<decltype(expert_divergence)>("edl::expert_divergence");
-  return op.call(sums, squares, counts, eps, reduction, bias_correction);
+    const std::optional<at::Tensor>& squares) {
+  return expert_divergence_for(sums, counts, eps, reduction, squares, kOp);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient(
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    bool bias_correction) {
-  static const auto op =
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  static const auto registered =
       find_operator<decltype(expert_divergence_with_gradient)>("edl::_expert_divergence_with_gradient");
-  return op.call(sums, squares, counts, eps, reduction, bias_correction);
+  return registered.call(sums, counts, eps, reduction, squares, op);
 }
 
 namespace {
@@ -107,7 +123,7 @@ std::tuple<at::Tensor, at::Tensor> expert_divergence_backward(
     const at::Tensor& grad_sums,
     const at::Tensor& grad_squares,
     const at::Tensor& sums,
-    const at::Tensor& squares) {
+    const std::optional<at::Tensor>& squares) {
   static const auto op = find_operator<decltype(expert_divergence_backward)>("edl::_expert_divergence_backward");
   return op.call(grad_loss, grad_sums, grad_squares, sums, squares);
 }
@@ -120,7 +136,7 @@ std::tuple<at::Tensor, at::Tensor> expert_divergence_backward_kernel(
     const at::Tensor& grad_sums, //    [..., D, E]
     const at::Tensor& grad_squares, // [..., D, E] or 0 elements
     const at::Tensor& sums, //         [..., D, E]
-    const at::Tensor& squares) {
+    const std::optional<at::Tensor>& squares) {
   const at::Tensor scale = grad_loss.dim() == 0 ? grad_loss : grad_loss.unsqueeze(-1).unsqueeze(-1);
   return {
       at::mul(scale, grad_sums),
@@ -129,26 +145,26 @@ std::tuple<at::Tensor, at::Tensor> expert_divergence_backward_kernel(
 
 at::Tensor expert_divergence_meta(
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    bool bias_correction) {
-  check_expert_divergence(sums, squares, counts, eps, reduction, bias_correction);
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  check_expert_divergence(op, sums, counts, eps, reduction, squares);
   return at::empty_symint(sums.sym_sizes().slice(0, sums.dim() - 2), sums.options());
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_divergence_with_gradient_meta(
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    bool bias_correction) {
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
   return {
-      expert_divergence_meta(sums, squares, counts, eps, reduction, bias_correction),
+      expert_divergence_meta(sums, counts, eps, reduction, squares, op),
       at::empty_symint(sums.sym_sizes(), sums.options()),
-      bias_correction ? at::empty_symint(sums.sym_sizes(), sums.options()) : at::empty_symint({0}, sums.options())};
+      squares.has_value() ? at::empty_symint(sums.sym_sizes(), sums.options()) : at::empty_symint({0}, sums.options())};
 }
 
 struct ExpertDivergenceFunction : torch::autograd::Function<ExpertDivergenceFunction> {
@@ -157,40 +173,43 @@ struct ExpertDivergenceFunction : torch::autograd::Function<ExpertDivergenceFunc
   static at::Tensor forward(
       torch::autograd::AutogradContext* context,
       const at::Tensor& sums,
-      const at::Tensor& squares,
       const at::Tensor& counts,
       double eps,
       std::string_view reduction,
-      bool bias_correction) {
+      const std::optional<at::Tensor>& squares,
+      std::string_view op) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, grad_sums, grad_squares] =
-        expert_divergence_with_gradient(sums, squares, counts, eps, reduction, bias_correction);
-    context->save_for_backward({grad_sums, grad_squares, sums, squares});
+    auto [loss, grad_sums, grad_squares] = expert_divergence_with_gradient(sums, counts, eps, reduction, squares, op);
+    torch::autograd::variable_list saved = {grad_sums, grad_squares, sums};
+    if (squares.has_value()) {
+      saved.push_back(*squares);
+    }
+    context->save_for_backward(std::move(saved));
     return loss;
   }
 
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
     const auto saved = context->get_saved_variables();
-    auto [grad_sums, grad_squares] = expert_divergence_backward(grads[0], saved[0], saved[1], saved[2], saved[3]);
-    const bool has_squares = saved[1].dim() == saved[0].dim();
-    return {grad_sums, has_squares ? grad_squares : at::Tensor(), {}, {}, {}, {}};
+    const auto squares = saved.size() > 3 ? std::make_optional(saved[3]) : std::nullopt;
+    auto [grad_sums, grad_squares] = expert_divergence_backward(grads[0], saved[0], saved[1], saved[2], squares);
+    return {grad_sums, {}, {}, {}, squares.has_value() ? grad_squares : at::Tensor(), {}};
   }
 };
 
 at::Tensor expert_divergence_autograd(
     const at::Tensor& sums,
-    const at::Tensor& squares,
     const at::Tensor& counts,
     double eps,
     std::string_view reduction,
-    bool bias_correction) {
-  EDL_ENSURE(!counts.requires_grad(), kOp, ": counts have no gradient (got counts with requires_grad = True)");
-  if (!needs_gradient({sums, squares})) {
+    const std::optional<at::Tensor>& squares,
+    std::string_view op) {
+  check_without_gradient(op, "counts", counts);
+  if (!needs_gradient(sums) && !(squares.has_value() && needs_gradient(*squares))) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return expert_divergence(sums, squares, counts, eps, reduction, bias_correction);
+    return expert_divergence_for(sums, counts, eps, reduction, squares, op);
   }
-  return ExpertDivergenceFunction::apply(sums, squares, counts, eps, reduction, bias_correction);
+  return ExpertDivergenceFunction::apply(sums, counts, eps, reduction, squares, op);
 }
 
 } // namespace
@@ -198,15 +217,14 @@ at::Tensor expert_divergence_autograd(
 
 TORCH_LIBRARY_FRAGMENT(edl, m) {
   m.def(
-      "expert_divergence(Tensor sums, Tensor squares, Tensor counts, float eps, str reduction, bool bias_correction) "
-      "-> Tensor");
+      "expert_divergence(Tensor sums, Tensor counts, float eps=1e-6, str reduction='mean_of_logs', Tensor? "
+      "squares=None, *, str op='edl::expert_divergence') -> Tensor");
   m.def(
-      "_expert_divergence_with_gradient(Tensor sums, Tensor squares, Tensor counts, float eps, str reduction, "
-      "bool bias_correction) -> (Tensor loss, Tensor grad_sums, Tensor grad_squares)");
+      "_expert_divergence_with_gradient(Tensor sums, Tensor counts, float eps, str reduction, Tensor? squares, *, "
+      "str op='edl::expert_divergence') -> (Tensor loss, Tensor grad_sums, Tensor grad_squares)");
   m.def(
-      "_expert_divergence_backward(Tensor grad_loss, Tensor grad_sums, Tensor grad_squares, Tensor sums, Tensor "
-      "squares) "
-      "-> (Tensor grad_sums, Tensor grad_squares)");
+      "_expert_divergence_backward(Tensor grad_loss, Tensor grad_sums, Tensor grad_squares, Tensor sums, Tensor? "
+      "squares) -> (Tensor grad_sums, Tensor grad_squares)");
 }
 
 TORCH_LIBRARY_IMPL(edl, CompositeExplicitAutograd, m) {

@@ -1,10 +1,14 @@
 // token → loss as one step of autograd. The gradient of the loss to the segment sums is known with the loss, so backward
 // only scales it and spreads it over the tokens. Where ranks or micro-batches hold parts of the batch, segment sums are
 // a step of their own, for theirs to be added. Small batches are bound by the number of operators.
+#include "edl/expert_divergence_loss.h"
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include <optional>
 
 #include "common/errors.h"
 #include "common/operators.h"
@@ -18,12 +22,12 @@ namespace {
 constexpr const char* kOp = "edl::expert_divergence_loss";
 
 struct Options {
+  double eps;
   std::string_view scores;
   bool by_token; // the segments are the domains
-  double eps;
   std::string_view pair_reduction;
-  bool bias_correction;
   std::string_view layer_reduction; // mean, sum, none
+  bool bias_correction;
 };
 
 struct SegmentSums {
@@ -32,9 +36,9 @@ struct SegmentSums {
 };
 
 struct Moments {
-  at::Tensor sums; //    [..., D, E]
-  at::Tensor squares; // [..., D, E], or no element
-  at::Tensor counts; //  [..., D]
+  at::Tensor sums; //                    [..., D, E]
+  at::Tensor counts; //                  [..., D]
+  std::optional<at::Tensor> squares; // [..., D, E], for the bias correction
 };
 
 struct LossAndGradient {
@@ -50,24 +54,41 @@ bool is_by_token(std::string_view sequence_reduction) {
 }
 
 Options parse_options(
+    double eps,
     std::string_view scores,
     std::string_view sequence_reduction,
-    double eps,
     std::string_view pair_reduction,
-    bool bias_correction,
-    std::string_view layer_reduction) {
+    std::string_view layer_reduction,
+    bool bias_correction) {
   const bool by_token = is_by_token(sequence_reduction);
   EDL_ENSURE(
       layer_reduction == "mean" || layer_reduction == "sum" || layer_reduction == "none", kOp,
       ": layer_reduction must be 'mean', 'sum' or 'none' (got '", layer_reduction, "')");
+  check_eps(kOp, eps);
+  const PairReduction pairs = parse_pair_reduction(kOp, "pair_reduction", pair_reduction);
   EDL_ENSURE(
-      !by_token || !bias_correction, kOp,
-      ": bias_correction needs sequence_reduction = 'sequence' (got sequence_reduction = 'token')");
-  return {scores, by_token, eps, pair_reduction, bias_correction, layer_reduction};
+      !bias_correction || (!by_token && pairs == PairReduction::mean_of_logs), kOp,
+      ": bias_correction needs sequence_reduction = 'sequence' and pair_reduction = 'mean_of_logs' (got '",
+      sequence_reduction, "' and '", pair_reduction, "')");
+  return {eps, scores, by_token, pair_reduction, layer_reduction, bias_correction};
 }
 
-void check_layers(at::TensorList layers) {
-  EDL_ENSURE(!layers.empty(), kOp, ": layers must hold at least one tensor (got an empty list)");
+void check_layers(std::string_view op, at::TensorList layers) {
+  EDL_ENSURE(!layers.empty(), op, ": layers must hold at least one tensor (got an empty list)");
+  for (const at::Tensor& routing : layers) {
+    EDL_ENSURE(
+        routing.dim() == 2 || routing.dim() == 3, op, ": layers must have the shape [T, E] or [B, S_len, E] (got ",
+        routing.dim(), " dimensions)");
+  }
+}
+
+void check_domains(const at::Tensor& labels, const c10::SymInt& num_domains, bool bias_correction) {
+  EDL_ENSURE(
+      num_domains.sym_ge(2), kOp, ": num_domains must be at least 2, or there is no pair to push apart (got ",
+      num_domains, ")");
+  EDL_ENSURE(
+      !bias_correction || labels.dim() == 1, kOp, ": bias_correction needs one label per segment (got labels of ",
+      labels.dim(), " dimensions)");
 }
 
 // [T, E] from [T, E] or [B, S_len, E].
@@ -89,10 +110,14 @@ at::Tensor in_type(const at::Tensor& x, at::ScalarType type) {
 }
 
 SegmentSums sum_segments(
-    at::TensorList layers, const at::Tensor& segment_ids, const c10::SymInt& num_segments, std::string_view scores) {
+    at::TensorList layers,
+    const at::Tensor& segment_ids,
+    const c10::SymInt& num_segments,
+    std::string_view scores,
+    std::string_view op) {
   const std::vector<at::Tensor> rows = all_as_rows(layers);
-  auto [sums, counts] = rows.size() == 1 ? aggregate_routing(rows[0], segment_ids, num_segments, scores)
-                                         : aggregate_layers(rows, segment_ids, num_segments, scores);
+  auto [sums, counts] = rows.size() == 1 ? aggregate_routing_for(rows[0], segment_ids, num_segments, scores, op)
+                                         : aggregate_layers(rows, segment_ids, num_segments, scores, op);
   return {sums, counts};
 }
 
@@ -105,13 +130,11 @@ Moments moments_of(
         " segments and num_domains = ", num_domains, ")");
     const at::Tensor sums = in_type(segments.sums, at::kDouble);
     const auto shape = sums.sym_sizes();
-    return {
-        sums, at::empty({0}, sums.options()),
-        in_type(segments.counts, at::kDouble).expand_symint(shape.slice(0, shape.size() - 1))};
+    return {sums, in_type(segments.counts, at::kDouble).expand_symint(shape.slice(0, shape.size() - 1)), std::nullopt};
   }
   auto [sums, squared, counts] =
-      domain_moments(segments.sums, segments.counts, labels, std::move(num_domains), squares);
-  return {sums, squared, counts};
+      domain_moments_for(segments.sums, segments.counts, labels, std::move(num_domains), squares, kOp);
+  return {sums, counts, squares ? std::make_optional(squared) : std::nullopt};
 }
 
 // The loss of `moments`, and what these segments, a part of them, have of its gradient.
@@ -124,14 +147,14 @@ LossAndGradient loss_of(
   LossAndGradient result;
   if (with_gradient) {
     auto [loss, grad_sums, grad_squares] = expert_divergence_with_gradient(
-        moments.sums, moments.squares, moments.counts, options.eps, options.pair_reduction, options.bias_correction);
+        moments.sums, moments.counts, options.eps, options.pair_reduction, moments.squares, kOp);
     result.loss = loss;
     result.grad_segments = options.by_token
         ? in_type(grad_sums, segments.sums.scalar_type())
-        : domain_moments_backward(grad_sums, grad_squares, segments.sums, segments.counts, labels);
+        : domain_moments_backward(grad_sums, grad_squares, segments.sums, segments.counts, labels, kOp);
   } else {
-    result.loss = expert_divergence(
-        moments.sums, moments.squares, moments.counts, options.eps, options.pair_reduction, options.bias_correction);
+    result.loss =
+        expert_divergence_for(moments.sums, moments.counts, options.eps, options.pair_reduction, moments.squares, kOp);
   }
   result.loss = in_type(result.loss, segments.sums.scalar_type());
   if (result.loss.dim() == 0) { // of one layer
@@ -166,7 +189,8 @@ torch::autograd::variable_list gradients_of_layers(
     const torch::autograd::variable_list& saved,
     size_t num_others_saved,
     size_t num_inputs_behind_layers,
-    const at::Tensor& grad_segments) {
+    const at::Tensor& grad_segments,
+    std::string_view op) {
   const at::Tensor& segment_ids = saved[num_others_saved];
   const at::TensorList layers = at::TensorList(saved).slice(num_others_saved + 1);
   const auto& scores = context->saved_data["scores"].toStringRef();
@@ -176,7 +200,7 @@ torch::autograd::variable_list gradients_of_layers(
     all_are_needed = all_are_needed && context->needs_input_grad(l);
   }
   if (all_are_needed && layers.size() > 1) {
-    const auto of_layers = aggregate_layers_backward(grad_segments, all_as_rows(layers), segment_ids, scores);
+    const auto of_layers = aggregate_layers_backward(grad_segments, all_as_rows(layers), segment_ids, scores, op);
     for (size_t l = 0; l < layers.size(); ++l) {
       gradients[l] = of_layers[l].view_symint(layers[l].sym_sizes());
     }
@@ -186,7 +210,7 @@ torch::autograd::variable_list gradients_of_layers(
     if (context->needs_input_grad(l)) {
       gradients[l] = aggregate_routing_backward(
                          grad_segments.dim() == 2 ? grad_segments : grad_segments.select(0, static_cast<int64_t>(l)),
-                         as_rows(layers[l]), segment_ids, scores)
+                         as_rows(layers[l]), segment_ids, scores, op)
                          .view_symint(layers[l].sym_sizes());
     }
   }
@@ -216,7 +240,8 @@ struct ExpertDivergenceLossFunction : torch::autograd::Function<ExpertDivergence
     const auto saved = context->get_saved_variables();
     const bool per_layer = grads[0].dim() == 1 && saved[0].dim() == 3;
     const at::Tensor grad_segments = at::mul(saved[0], per_layer ? grads[0].unsqueeze(-1).unsqueeze(-1) : grads[0]);
-    return gradients_of_layers(context, saved, /*num_others_saved=*/1, /*num_inputs_behind_layers=*/3, grad_segments);
+    return gradients_of_layers(
+        context, saved, /*num_others_saved=*/1, /*num_inputs_behind_layers=*/3, grad_segments, kOp);
   }
 };
 
@@ -231,10 +256,12 @@ struct SegmentSumsFunction : torch::autograd::Function<SegmentSumsFunction> {
       const at::Tensor& segment_ids,
       const c10::SymInt& num_segments,
       std::string_view scores,
+      std::string_view op,
       at::Tensor* counts) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const SegmentSums segments = sum_segments(layers, segment_ids, num_segments, scores);
+    const SegmentSums segments = sum_segments(layers, segment_ids, num_segments, scores, op);
     save_layers(context, {}, layers, segment_ids, scores);
+    context->saved_data["op"] = std::string(op);
     *counts = segments.counts;
     return layers.size() == 1 ? segments.sums.unsqueeze(0) : segments.sums;
   }
@@ -242,29 +269,30 @@ struct SegmentSumsFunction : torch::autograd::Function<SegmentSumsFunction> {
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
     return gradients_of_layers(
-        context, context->get_saved_variables(), /*num_others_saved=*/0, /*num_inputs_behind_layers=*/4, grads[0]);
+        context, context->get_saved_variables(), /*num_others_saved=*/0, /*num_inputs_behind_layers=*/5, grads[0],
+        context->saved_data["op"].toStringRef());
   }
 };
 
-// The loss of one process's batch.
-at::Tensor expert_divergence_loss(
-    at::TensorList layers, //         L times [T, E] or [B, S_len, E]
-    const at::Tensor& segment_ids, // [T]
+at::Tensor loss_of_operators(
+    at::TensorList layers,
+    const at::Tensor& segment_ids,
     c10::SymInt num_segments,
-    const at::Tensor& labels, //      [S] or [S, D]
+    const at::Tensor& labels,
     c10::SymInt num_domains,
+    double eps,
     std::string_view scores,
     std::string_view sequence_reduction,
-    double eps,
     std::string_view pair_reduction,
-    bool bias_correction,
-    std::string_view layer_reduction) {
+    std::string_view layer_reduction,
+    bool bias_correction) {
   const Options options =
-      parse_options(scores, sequence_reduction, eps, pair_reduction, bias_correction, layer_reduction);
-  check_layers(layers);
-  check_domain_moments_inputs_without_gradient(segment_ids, labels);
+      parse_options(eps, scores, sequence_reduction, pair_reduction, layer_reduction, bias_correction);
+  check_layers(kOp, layers);
+  check_domains(labels, num_domains, bias_correction);
+  check_without_gradient(kOp, "labels", labels);
   const auto make = [&](bool with_gradient) {
-    const SegmentSums segments = sum_segments(layers, segment_ids, num_segments, scores);
+    const SegmentSums segments = sum_segments(layers, segment_ids, num_segments, scores, kOp);
     const Moments moments = moments_of(segments, labels, num_domains, options.by_token, options.bias_correction);
     return loss_of(moments, segments, labels, options, with_gradient);
   };
@@ -278,39 +306,64 @@ at::Tensor expert_divergence_loss(
 
 // Segment sums [L, S, E] and counts [S] of all layers: for others' to be added to them.
 std::tuple<at::Tensor, at::Tensor> segment_sums(
-    at::TensorList layers, const at::Tensor& segment_ids, c10::SymInt num_segments, std::string_view scores) {
-  check_layers(layers);
+    at::TensorList layers,
+    const at::Tensor& segment_ids,
+    c10::SymInt num_segments,
+    std::string_view scores,
+    std::string_view op) {
+  check_layers(op, layers);
   at::Tensor counts;
   if (needs_gradient(layers)) {
-    at::Tensor sums = SegmentSumsFunction::apply(layers, segment_ids, num_segments, scores, &counts);
+    at::Tensor sums = SegmentSumsFunction::apply(layers, segment_ids, num_segments, scores, op, &counts);
     return {sums, counts};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  SegmentSums segments = sum_segments(layers, segment_ids, num_segments, scores);
+  SegmentSums segments = sum_segments(layers, segment_ids, num_segments, scores, op);
   return {layers.size() == 1 ? segments.sums.unsqueeze(0) : segments.sums, segments.counts};
 }
 
 } // namespace
+
+at::Tensor expert_divergence_loss(
+    at::TensorList layers,
+    const at::Tensor& segment_ids,
+    c10::SymInt num_segments,
+    const at::Tensor& labels,
+    c10::SymInt num_domains,
+    double eps,
+    std::string_view scores,
+    std::string_view sequence_reduction,
+    std::string_view pair_reduction,
+    std::string_view layer_reduction,
+    bool bias_correction) {
+  static const auto op = find_operator<decltype(expert_divergence_loss)>("edl::expert_divergence_loss");
+  return op.call(
+      layers, segment_ids, std::move(num_segments), labels, std::move(num_domains), eps, scores, sequence_reduction,
+      pair_reduction, layer_reduction, bias_correction);
+}
+
 } // namespace edl
 
 TORCH_LIBRARY_FRAGMENT(edl, m) {
   m.def(
-      "_expert_divergence_loss(Tensor[] layers, Tensor segment_ids, SymInt num_segments, Tensor labels, "
-      "SymInt num_domains, str scores, str sequence_reduction, float eps, str pair_reduction, bool bias_correction, "
-      "str layer_reduction) -> Tensor");
+      "expert_divergence_loss(Tensor[] layers, Tensor segment_ids, SymInt num_segments, Tensor labels, "
+      "SymInt num_domains, float eps=1e-6, str scores='softmax', str sequence_reduction='sequence', "
+      "str pair_reduction='mean_of_logs', str layer_reduction='mean', bool bias_correction=False) -> Tensor");
+  // Private: what aggregate_routing gives layer by layer, in one node. Only objectives call it, which TorchScript does not
+  // take, so that no file has its name.
   m.def(
-      "_segment_sums(Tensor[] layers, Tensor segment_ids, SymInt num_segments, str scores) -> (Tensor sums, Tensor "
-      "counts)");
+      "_segment_sums(Tensor[] layers, Tensor segment_ids, SymInt num_segments, str scores, str op) -> (Tensor "
+      "sums, Tensor counts)");
 }
 
 // Made of operators: no kernel of its own on any device.
 TORCH_LIBRARY_IMPL(edl, CompositeImplicitAutograd, m) {
-  m.impl("_expert_divergence_loss", edl::expert_divergence_loss);
+  m.impl("expert_divergence_loss", edl::loss_of_operators);
   m.impl("_segment_sums", edl::segment_sums);
 }
 
 // torch.vmap takes them apart too.
 TORCH_LIBRARY_IMPL(edl, FuncTorchBatchedDecomposition, m) {
-  m.impl("_expert_divergence_loss", edl::expert_divergence_loss);
+  m.impl("expert_divergence_loss", edl::loss_of_operators);
   m.impl("_segment_sums", edl::segment_sums);
 }

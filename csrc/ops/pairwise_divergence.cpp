@@ -12,21 +12,21 @@
 namespace edl {
 
 void check_pairwise_divergence(
-    const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction) {
-  check_moments("edl::pairwise_divergence", sums, squares, counts, bias_correction);
+    const at::Tensor& sums, const at::Tensor& counts, const std::optional<at::Tensor>& squares) {
+  check_moments("edl::pairwise_divergence", sums, counts, squares);
 }
 
 at::Tensor pairwise_divergence(
-    const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction) {
+    const at::Tensor& sums, const at::Tensor& counts, const std::optional<at::Tensor>& squares) {
   static const auto op = find_operator<decltype(pairwise_divergence)>("edl::pairwise_divergence");
-  return op.call(sums, squares, counts, bias_correction);
+  return op.call(sums, counts, squares);
 }
 
 namespace {
 
 at::Tensor pairwise_divergence_meta(
-    const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction) {
-  check_pairwise_divergence(sums, squares, counts, bias_correction);
+    const at::Tensor& sums, const at::Tensor& counts, const std::optional<at::Tensor>& squares) {
+  check_pairwise_divergence(sums, counts, squares);
   c10::SymDimVector shape(sums.sym_sizes().begin(), sums.sym_sizes().end());
   shape.back() = sums.sym_size(-2);
   return at::empty_symint(shape, sums.options());
@@ -36,7 +36,7 @@ at::Tensor pairwise_divergence_meta(
 } // namespace edl
 
 TORCH_LIBRARY_FRAGMENT(edl, m) {
-  m.def("pairwise_divergence(Tensor sums, Tensor squares, Tensor counts, bool bias_correction) -> Tensor");
+  m.def("pairwise_divergence(Tensor sums, Tensor counts, Tensor? squares=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(edl, Meta, m) {

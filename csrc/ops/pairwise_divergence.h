@@ -7,6 +7,6 @@
 namespace edl {
 
 void check_pairwise_divergence(
-    const at::Tensor& sums, const at::Tensor& squares, const at::Tensor& counts, bool bias_correction);
+    const at::Tensor& sums, const at::Tensor& counts, const std::optional<at::Tensor>& squares);
 
 } // namespace edl

@@ -40,7 +40,7 @@ class Batch:
         """
         checks.check_given("Objectives", attention_mask=self.attention_mask, padding_mask=self.padding_mask)
         ids = torch.zeros(self.num_tokens, dtype=torch.int32, device=self.device)
-        ids = mask_segments(ids, 1, self.batch_size, self.attention_mask, self.padding_mask)
+        ids = mask_segments(ids, 1, self.batch_size, self.attention_mask, self.padding_mask, "Objectives")
         return Segments(ids, 1, torch.zeros(1, dtype=torch.int64, device=self.device))
 
     def sequences(self) -> Segments:
@@ -58,9 +58,12 @@ class Batch:
                 "edl::Objectives: what is summed by sequence must be told the sequences, by cu_seqlens, a mask "
                 f"[B, S_len] or router logits [B, S_len, E] (got {self.num_tokens} tokens without)"
             )
-        ids, num_segments, labels = whole_segments(self.num_tokens, num_sequences, self.device, self.cu_seqlens)
+        ids, num_segments, labels = whole_segments(
+            self.num_tokens, num_sequences, self.device, self.cu_seqlens, "Objectives"
+        )
         rows = num_sequences if self.cu_seqlens is None else self.batch_size
-        return Segments(mask_segments(ids, num_segments, rows, *masks.values()), num_segments, labels)
+        ids = mask_segments(ids, num_segments, rows, self.attention_mask, self.padding_mask, "Objectives")
+        return Segments(ids, num_segments, labels)
 
     def segments(self, labels: str, num_domains: int, sequence_reduction: str = "sequence") -> Segments:
         """The sequences or documents with their labels, or with `sequence_reduction="token"` the domains.
@@ -83,6 +86,7 @@ class Batch:
             self.padding_mask,
             self.cu_seqlens,
             self.batch_size,
+            "Objectives",
         )
 
     def tokens(self, labels: str, num_domains: int) -> Segments:
@@ -108,6 +112,7 @@ class Batch:
             self.padding_mask,
             self.cu_seqlens,
             self.batch_size,
+            "Objectives",
         )
 
     def _labels(self, labels: str) -> Tensor:

@@ -19,6 +19,7 @@ else:  # what TorchScript takes
 
 
 def counted_tokens(
+    op: str,
     num_tokens: int,
     batch_size: int,
     device: torch.device,
@@ -28,7 +29,7 @@ def counted_tokens(
     """Segment ids [T]: 0 = the token counts, -1 = it does not, 1 = its mask value is not allowed (operators refuse
     it)."""
     ids = torch.zeros(num_tokens, dtype=torch.int32, device=device)
-    return mask_segments(ids, 1, batch_size, attention_mask, padding_mask)
+    return mask_segments(ids, 1, batch_size, attention_mask, padding_mask, op)
 
 
 def check_masks(op: str, attention_mask: Tensor | None, padding_mask: Tensor | None) -> None:

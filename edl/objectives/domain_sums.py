@@ -24,7 +24,9 @@ def domain_sums(layers: Sequence[Observation], segments: Segments, input: str, s
     routing = routing_of(layers, input)
     scores = scores if input == "logits" else "none"
     if not segments.labels.is_floating_point():
-        sums, counts = torch.ops.edl._segment_sums(routing, segments.segment_ids, segments.num_segments, scores)
+        sums, counts = torch.ops.edl._segment_sums(
+            routing, segments.segment_ids, segments.num_segments, scores, "edl::Objectives"
+        )
     else:
         if input == "probs":
             check_distributions(routing, segments.segment_ids)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -96,6 +96,7 @@ class ExpertDivergence(Objective):
     pair_reduction: str = "mean_of_logs"
     bias_correction: bool = False
     labels: str = "domain_ids"
+    _op: ClassVar[str] = "ExpertDivergence"
 
     def __post_init__(self) -> None:
         op = type(self).__name__
@@ -105,6 +106,11 @@ class ExpertDivergence(Objective):
         checks.check_texts(op, labels=self.labels)
         object.__setattr__(self, "eps", float(self.eps))
         check_options(op, self.num_domains, self.eps, self.input, *options)
+
+    def in_name_of(self, op: str) -> "ExpertDivergence":
+        """Itself, which from now on refuses in the name of the loss that it is the formula of."""
+        object.__setattr__(self, "_op", op)
+        return self
 
     @property
     def needs(self) -> frozenset[str]:
@@ -117,32 +123,39 @@ class ExpertDivergence(Objective):
     def segments(self, batch: Batch) -> Segments:
         segments = batch.segments(self.labels, self.num_domains, self.sequence_reduction)
         if self.bias_correction and segments.labels.is_floating_point():
-            raise ValueError("edl::ExpertDivergence: bias_correction needs one label per segment (got soft labels)")
+            raise ValueError(f"edl::{self._op}: bias_correction needs one label per segment (got soft labels)")
         return segments
 
     def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
         if not self.by_unit and segments.num_segments != self.num_domains:
             raise ValueError(
-                "edl::ExpertDivergence: with sequence_reduction='token' the segments are the domains, "
+                f"edl::{self._op}: with sequence_reduction='token' the segments are the domains, "
                 f"{self.num_domains} (got {segments.num_segments} segments)"
             )
         routing = [layer.logits if self.input == "logits" else layer.scores for layer in layers]
         scores = self.scores if self.input == "logits" else "none"
-        sums, counts = torch.ops.edl._segment_sums(routing, segments.segment_ids, segments.num_segments, scores)
+        sums, counts = torch.ops.edl._segment_sums(
+            routing, segments.segment_ids, segments.num_segments, scores, f"edl::{self._op}"
+        )
         counts = counts.unsqueeze(0)
         return {"sums": sums, "counts": counts if self.by_unit else counts.expand(len(layers), -1)}
 
     def of_units(self, sums: Sums, labels: Tensor) -> Sums:
         moments, squares, counts = torch.ops.edl.domain_moments(
-            sums["sums"], sums["counts"].squeeze(0).detach(), labels, self.num_domains, self.bias_correction
+            sums["sums"],
+            sums["counts"].squeeze(0).detach(),
+            labels,
+            self.num_domains,
+            self.bias_correction,
+            op=f"edl::{self._op}",
         )
         return {"sums": moments, **({"squares": squares} if self.bias_correction else {}), "counts": counts}
 
     def formula(self, sums: Sums) -> Tensor:
         moments, counts = sums["sums"].double(), sums["counts"].detach().double()
-        squares = sums["squares"] if self.bias_correction else moments.new_empty(0)
+        squares = sums["squares"] if self.bias_correction else None
         loss: Tensor = torch.ops.edl.expert_divergence(
-            moments, squares, counts, self.eps, self.pair_reduction, self.bias_correction
+            moments, counts, self.eps, self.pair_reduction, squares, op=f"edl::{self._op}"
         )
         return loss
 
@@ -155,7 +168,7 @@ class ExpertDivergence(Objective):
         with torch.no_grad():
             is_present = self._is_present(sums)
             moments, counts = sums["sums"].double(), sums["counts"].double()
-            divergences = ops.pairwise_divergence(moments, moments.new_empty(0), counts)
+            divergences = ops.pairwise_divergence(moments, counts)
             is_pair = (is_present.unsqueeze(-1) & is_present.unsqueeze(-2)).triu(diagonal=1)
             nats = divergences.where(is_pair, 0.0).sum() / is_pair.sum()
             return {"nats": nats, "pairs": is_pair[-1].sum()}

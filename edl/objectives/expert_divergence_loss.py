@@ -1,5 +1,6 @@
 """Expert Divergence Learning (arXiv 2603.00054): the loss that pushes the routing of different domains apart."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,15 @@ def _segments_of(
     batch_size = layer.shape[0] if layer.dim() == 3 else -1
     num_tokens = layer.shape[0] * layer.shape[1] if layer.dim() == 3 else layer.shape[0]
     return make_segments(
-        num_tokens, domain_ids, num_domains, sequence_reduction, attention_mask, padding_mask, cu_seqlens, batch_size
+        num_tokens,
+        domain_ids,
+        num_domains,
+        sequence_reduction,
+        attention_mask,
+        padding_mask,
+        cu_seqlens,
+        batch_size,
+        "expert_divergence_loss",
     )
 
 
@@ -132,23 +141,23 @@ def expert_divergence_loss(
         padding_mask,
         cu_seqlens,
     )
-    loss: Tensor = torch.ops.edl._expert_divergence_loss(
+    loss: Tensor = torch.ops.edl.expert_divergence_loss(
         layers,
         segments.segment_ids,
         segments.num_segments,
         segments.labels,
         num_domains,
+        eps,
         scores if input == "logits" else "none",
         sequence_reduction,
-        eps,
         pair_reduction,
-        bias_correction,
         layer_reduction,
+        bias_correction,
     )
     return loss
 
 
-_OPTIONS = [name for name in ExpertDivergence.__dataclass_fields__ if name != "labels"]
+_OPTIONS = [field.name for field in dataclasses.fields(ExpertDivergence) if field.name != "labels"]
 
 
 class ExpertDivergenceLoss(nn.Module):
@@ -452,7 +461,7 @@ class ExpertDivergenceLoss(nn.Module):
         """The loss as an objective, with the options as they are now."""
         options = [getattr(self, name) for name in _OPTIONS]
         if self._made is None or options != self._made[0]:
-            self._made = options, ExpertDivergence(*options)
+            self._made = options, ExpertDivergence(*options).in_name_of("expert_divergence_loss")
         return self._made[1]
 
     @torch.jit.unused

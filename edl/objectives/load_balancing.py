@@ -99,7 +99,7 @@ class LoadBalancing(Objective):
         logits, experts = layer.logits, layer.experts
         assert logits is not None and experts is not None
         ids, num_segments, _ = segments
-        mass, tokens = ops.aggregate_routing(logits, ids, num_segments, self.scores)
+        mass, tokens = torch.ops.edl.aggregate_routing(logits, ids, num_segments, self.scores, op="edl::LoadBalancing")
         is_counted, num = (ids >= 0) & (ids < num_segments), logits.shape[1]
         if self.choices == "by_score":
             readable = logits.detach().where(is_counted.unsqueeze(1), 0.0)
@@ -143,10 +143,12 @@ def _count(chosen: Tensor, segment_ids: Tensor, num_segments: int, num: int) -> 
     return counts.scatter_add(0, keys, torch.ones_like(keys))[:-1].view(num_segments, num)
 
 
-def _balance_sums(logits: Tensor, experts: Tensor, counted: Tensor, scores: str) -> tuple[Tensor, Tensor, Tensor]:
+def _balance_sums(
+    logits: Tensor, experts: Tensor, counted: Tensor, scores: str, op: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of the tokens that count: the scores of each expert [E], their number, and the choices of each expert [E]."""
     num_experts = logits.shape[1]
-    mass, tokens = ops.aggregate_routing(logits, counted, 1, scores)
+    mass, tokens = torch.ops.edl.aggregate_routing(logits, counted, 1, scores, op="edl::" + op)
     # The sort counts without a scatter; a token that does not count is a sentinel there.
     chosen = torch.where((counted == 0).unsqueeze(1), experts, torch.full_like(experts, num_experts))
     _, offsets = ops.sort_by_expert(chosen, num_experts)
@@ -236,7 +238,9 @@ def load_balancing_loss(
                 f"edl::load_balancing_loss: experts must be on the device of logits (got {routing.experts.device} and "
                 f"{logits.device})"
             )
-        counted = counted_tokens(logits.shape[0], batch_size, logits.device, attention_mask, padding_mask)
-        mass, tokens, choices = _balance_sums(logits, routing.experts, counted, scores)
+        counted = counted_tokens(
+            "load_balancing_loss", logits.shape[0], batch_size, logits.device, attention_mask, padding_mask
+        )
+        mass, tokens, choices = _balance_sums(logits, routing.experts, counted, scores, "load_balancing_loss")
         losses.append(_balance(mass, tokens, choices))
     return torch.stack(losses).mean()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edl import ops
 from edl.labels.segments import Segments
 from edl.objectives.arguments import RouterLogits, as_logits, check_logits, check_masks, counted_tokens, flat, layers_of
 from edl.objectives.base import Objective, Sums
@@ -29,7 +28,7 @@ class RouterZ(Objective):
         squares, tokens = [], []
         for layer in layers:
             assert layer.logits is not None
-            of_layer = _squares_and_tokens(layer.logits, segments.segment_ids, True)
+            of_layer = _squares_and_tokens(layer.logits, segments.segment_ids, True, "RouterZ")
             squares.append(of_layer[0])
             tokens.append(of_layer[1])
         return {"squares": torch.stack(squares), "tokens": torch.stack(tokens)}
@@ -41,7 +40,7 @@ class RouterZ(Objective):
         return sums["tokens"].sum() > 0
 
 
-def _squares_and_tokens(logits: Tensor, counted: Tensor, is_masked: bool) -> tuple[Tensor, Tensor]:
+def _squares_and_tokens(logits: Tensor, counted: Tensor, is_masked: bool, op: str) -> tuple[Tensor, Tensor]:
     """The sum of logsumexp(logits)² over the tokens that count, and their number."""
     wide = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
     is_counted = counted == 0
@@ -51,7 +50,7 @@ def _squares_and_tokens(logits: Tensor, counted: Tensor, is_masked: bool) -> tup
     z = torch.where(torch.isneginf(z), torch.full_like(z, float("nan")), z)
     squares = torch.where(is_counted, z.square(), torch.zeros_like(z)).sum()
     # A sum of ones, by the operator that refuses mask values which are not allowed.
-    tokens, _ = ops.aggregate_routing(torch.ones_like(z).unsqueeze(1), counted, 1, "none")
+    tokens, _ = torch.ops.edl.aggregate_routing(torch.ones_like(z).unsqueeze(1), counted, 1, "none", op="edl::" + op)
     return squares, tokens.sum()
 
 
@@ -91,7 +90,9 @@ def router_z_loss(
     losses: list[Tensor] = []
     for layer in router_logits:
         logits, batch_size = flat(layer)
-        counted = counted_tokens(logits.shape[0], batch_size, logits.device, attention_mask, padding_mask)
-        squares, tokens = _squares_and_tokens(logits, counted, is_masked)
+        counted = counted_tokens(
+            "router_z_loss", logits.shape[0], batch_size, logits.device, attention_mask, padding_mask
+        )
+        squares, tokens = _squares_and_tokens(logits, counted, is_masked, "router_z_loss")
         losses.append(squares / tokens.clamp(min=1))
     return torch.stack(losses).mean()

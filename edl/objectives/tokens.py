@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edl import ops
 from edl.objectives.base import Sums
 from edl.ops import checks
 from edl.reduction.ranks import reads_values
@@ -55,14 +54,14 @@ def check_distributions(routing: Sequence[Tensor], segment_ids: Tensor) -> None:
     """Raises where scores of tokens that count are no distributions (on the CPU), which is what operators of edl say of
     those that they are given."""
     for layer in routing:
-        ops.aggregate_routing(layer.detach(), segment_ids, 1, "none")
+        torch.ops.edl.aggregate_routing(layer.detach(), segment_ids, 1, "none", op="edl::Objectives")
 
 
 def number_of_tokens(segment_ids: Tensor) -> Tensor:
     """How many tokens count, a float64 scalar; refuses ids of labels and mask values that are not allowed, in one
     segment."""
     ones = torch.ones([segment_ids.shape[0], 1], dtype=torch.float64, device=segment_ids.device)
-    tokens, _ = ops.aggregate_routing(ones, segment_ids, 1, "none")
+    tokens: Tensor = torch.ops.edl.aggregate_routing(ones, segment_ids, 1, "none", op="edl::Objectives")[0]
     return tokens.sum()
 
 

@@ -72,7 +72,7 @@ def domain_moments(
             counted; or weights per domain, floating, at least 0. A segment without tokens or without weight is skipped
             unread.
         num_domains (int): D, at least 1.
-        squares (bool): also sum x², which bias correction needs. Default: False.
+        squares (bool): also sum x², which the correction of the bias needs. Default: False.
 
     Returns:
         sums (Tensor[..., D, E]), squares (the same shape, or no element) and counts (Tensor[..., D]: segments, or
@@ -96,61 +96,59 @@ def domain_moments(
 
 def expert_divergence(
     sums: Tensor,
-    squares: Tensor,
     counts: Tensor,
     eps: float = 1e-6,
     reduction: str = "mean_of_logs",
-    bias_correction: bool = False,
+    squares: Tensor | None = None,
 ) -> Tensor:
     """The Expert Divergence loss of domain moments: mean over pairs of -log(JSD(p_j, p_k) + eps), p = sums / counts.
 
     Args:
         sums (Tensor[..., D, E]): float64, from `domain_moments`.
-        squares (Tensor[..., D, E]): float64; read with `bias_correction` only.
         counts (Tensor[..., D]): float64; a domain whose count is 0 drops out.
         eps (float): at least 0; bounds the loss of equal domains at -log(eps). Default: 1e-6.
         reduction (str): "mean_of_logs" (the paper, default) or "log_of_mean": -log(mean over pairs of JSD + eps).
-        bias_correction (bool): take the gradient of JSD less its expectation under equal domains; the value stays. Only
-            domains of two segments or more count then. Default: False.
+        squares (Tensor[..., D, E], optional): float64, from `domain_moments(..., squares=True)`; with them the bias is
+            corrected: the gradient is that of JSD less its expectation under equal domains, the value stays, and only
+            domains of two segments or more count.
 
     Returns:
         The loss (Tensor[...]), float64, in nats; 0 with zero gradient where fewer than two domains are left.
         Differentiable in `sums` and `squares`.
 
     Raises:
-        ValueError: wrong shapes, dtypes or devices, an unknown reduction, a negative eps, bias correction of
-            "log_of_mean".
+        ValueError: wrong shapes, dtypes or devices, an unknown reduction, a negative eps, squares with "log_of_mean".
 
     Source: arXiv 2603.00054. It gives neither eps nor the base of the logarithm; we chose 1e-6 and the natural one. The
         bias correction is ours.
     """
     if not torch.jit.is_scripting():
-        checks.check_tensors("expert_divergence", sums=sums, squares=squares, counts=counts)
+        checks.check_tensors("expert_divergence", sums=sums, counts=counts)
+        checks.check_given("expert_divergence", squares=squares)
         checks.check_numbers("expert_divergence", eps=eps)
         checks.check_texts("expert_divergence", reduction=reduction)
-        checks.check_flags("expert_divergence", bias_correction=bias_correction)
-    loss: Tensor = torch.ops.edl.expert_divergence(sums, squares, counts, eps, reduction, bias_correction)
+    loss: Tensor = torch.ops.edl.expert_divergence(sums, counts, eps, reduction, squares)
     return loss
 
 
-def pairwise_divergence(sums: Tensor, squares: Tensor, counts: Tensor, bias_correction: bool = False) -> Tensor:
+def pairwise_divergence(sums: Tensor, counts: Tensor, squares: Tensor | None = None) -> Tensor:
     """The Jensen-Shannon divergence of every pair of domains, in nats: a diagnostic without gradient.
 
     Args:
         sums (Tensor[..., D, E]): float64, from `domain_moments`.
-        squares (Tensor[..., D, E]): float64; read with `bias_correction` only.
         counts (Tensor[..., D]): float64.
-        bias_correction (bool): subtract what noise alone would give; the result may be negative. Default: False.
+        squares (Tensor[..., D, E], optional): float64; with them what noise alone would give is subtracted, and the
+            result may be negative.
 
     Returns:
-        Tensor[..., D, D], float64, between 0 and log 2 without correction; 0 on the diagonal, NaN where a domain has no
-        segment (with correction: fewer than two).
+        Tensor[..., D, D], float64, between 0 and log 2 without squares; 0 on the diagonal, NaN where a domain has no
+        segment (with squares: fewer than two).
 
     Raises:
         ValueError: wrong shapes, dtypes or devices.
     """
     if not torch.jit.is_scripting():
-        checks.check_tensors("pairwise_divergence", sums=sums, squares=squares, counts=counts)
-        checks.check_flags("pairwise_divergence", bias_correction=bias_correction)
-    divergences: Tensor = torch.ops.edl.pairwise_divergence(sums, squares, counts, bias_correction)
+        checks.check_tensors("pairwise_divergence", sums=sums, counts=counts)
+        checks.check_given("pairwise_divergence", squares=squares)
+    divergences: Tensor = torch.ops.edl.pairwise_divergence(sums, counts, squares)
     return divergences

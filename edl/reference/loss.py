@@ -101,14 +101,12 @@ def segment_spreads(sums: Tensor, squares: Tensor, counts: Tensor) -> Tensor:
     return (squares - sums.square() / n) / (n - 1) / n
 
 
-def _pair_divergences(
-    sums: Tensor, squares: Tensor, counts: Tensor, bias_correction: bool
-) -> list[tuple[int, int, Tensor, Tensor]]:
-    """Domains j < k, divergence [] and, with correction, its bias [] of all pairs of one layer [D, E]."""
-    present = _present(counts, bias_correction)
+def _pair_divergences(sums: Tensor, counts: Tensor, squares: Tensor | None) -> list[tuple[int, int, Tensor, Tensor]]:
+    """Domains j < k, divergence [] and, with squares, its bias [] of all pairs of one layer [D, E]."""
+    present = _present(counts, squares is not None)
     sums, counts = sums[present], counts[present]
     means = sums / counts.unsqueeze(-1)
-    spreads = segment_spreads(sums, squares[present], counts) if bias_correction else None
+    spreads = None if squares is None else segment_spreads(sums, squares[present], counts)
     pairs = []
     for a, b in itertools.combinations(range(len(present)), 2):
         divergence = jensen_shannon(means[a], means[b])
@@ -119,25 +117,16 @@ def _pair_divergences(
     return pairs
 
 
-def _layers(
-    sums: Tensor, squares: Tensor, counts: Tensor, bias_correction: bool
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Moments [..., D, E] as a list of layers [D, E]; squares are those of sums where nothing reads them."""
+def _layers(sums: Tensor, counts: Tensor, squares: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Moments [..., D, E] as a list of layers [D, E]."""
     num_layers = math.prod(sums.shape[:-2])
-    return list(
-        zip(
-            sums.reshape(num_layers, *sums.shape[-2:]),
-            (squares if bias_correction else sums).reshape(num_layers, *sums.shape[-2:]),
-            counts.reshape(num_layers, counts.shape[-1]),
-            strict=True,
-        )
-    )
+    shape = [num_layers, *sums.shape[-2:]]
+    squares_of = [None] * num_layers if squares is None else list(squares.reshape(shape))
+    return list(zip(sums.reshape(shape), counts.reshape(num_layers, counts.shape[-1]), squares_of, strict=True))
 
 
-def _layer_loss(
-    sums: Tensor, squares: Tensor, counts: Tensor, eps: float, reduction: str, bias_correction: bool
-) -> Tensor:
-    pairs = _pair_divergences(sums, squares, counts, bias_correction)
+def _layer_loss(sums: Tensor, counts: Tensor, squares: Tensor | None, eps: float, reduction: str) -> Tensor:
+    pairs = _pair_divergences(sums, counts, squares)
     if not pairs:
         return sums[:0].sum()
     if reduction == "log_of_mean":
@@ -145,7 +134,7 @@ def _layer_loss(
     terms = []
     for _, _, divergence, bias in pairs:
         term = -(divergence + eps).log()
-        if bias_correction:
+        if squares is not None:
             corrected = divergence - bias
             scale = torch.maximum(divergence, bias) + bias + eps
             term = term.detach() - (corrected - corrected.detach()) / scale.detach()
@@ -154,21 +143,20 @@ def _layer_loss(
 
 
 def expert_divergence(
-    sums: Tensor, squares: Tensor, counts: Tensor, eps: float, reduction: str, bias_correction: bool
+    sums: Tensor, counts: Tensor, eps: float, reduction: str, squares: Tensor | None = None
 ) -> Tensor:
-    """The Expert Divergence loss [...] of domain moments [..., D, E]."""
-    layers = _layers(sums, squares, counts, bias_correction)
-    losses = [_layer_loss(*layer, eps, reduction, bias_correction) for layer in layers]
+    """The Expert Divergence loss [...] of domain moments [..., D, E]; with squares, its bias corrected."""
+    losses = [_layer_loss(*layer, eps, reduction) for layer in _layers(sums, counts, squares)]
     return torch.stack(losses).reshape(sums.shape[:-2]) if losses else sums.sum(dim=(-2, -1))
 
 
-def pairwise_divergence(sums: Tensor, squares: Tensor, counts: Tensor, bias_correction: bool) -> Tensor:
-    """Jensen-Shannon divergence of every pair of domains [..., D, D], less its bias where asked for."""
+def pairwise_divergence(sums: Tensor, counts: Tensor, squares: Tensor | None = None) -> Tensor:
+    """Jensen-Shannon divergence of every pair of domains [..., D, D], less its bias with squares."""
     num_domains = sums.shape[-2]
     result = sums.new_full((math.prod(sums.shape[:-2]), num_domains, num_domains), math.nan)
-    for matrix, layer in zip(result, _layers(sums, squares, counts, bias_correction), strict=True):
-        for d in _present(layer[2], bias_correction):
+    for matrix, layer in zip(result, _layers(sums, counts, squares), strict=True):
+        for d in _present(layer[1], squares is not None):
             matrix[d, d] = 0.0
-        for j, k, divergence, bias in _pair_divergences(*layer, bias_correction):
+        for j, k, divergence, bias in _pair_divergences(*layer):
             matrix[j, k] = matrix[k, j] = divergence - bias
     return result.reshape(*sums.shape[:-1], num_domains)

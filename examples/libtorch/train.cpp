@@ -1,4 +1,4 @@
-// Trains a router in C++ alone, through edl.h: the loss path from logits to the Expert Divergence loss, its gradient,
+// Trains a router in C++ alone, through edl.h: the Expert Divergence loss of logits, its gradient,
 // and plain gradient steps; then one pass through the experts with the trained router.
 #include <edl/edl.h>
 #include <torch/types.h>
@@ -17,9 +17,7 @@ constexpr int64_t kDomains = 3; // D
 // The loss of logits [T, E] whose sequences have the labels [S].
 torch::Tensor divergence_loss(const torch::Tensor& logits, const torch::Tensor& labels) {
   const torch::Tensor segment_ids = edl::sequence_segment_ids(labels, kSequences * kLength);
-  const auto [sums, tokens] = edl::aggregate_routing(logits, segment_ids, kSequences, "softmax");
-  const auto [moments, squares, counts] = edl::domain_moments(sums, tokens, labels, kDomains, /*squares=*/false);
-  return edl::expert_divergence(moments, squares, counts, /*eps=*/1e-6, "mean_of_logs", /*bias_correction=*/false);
+  return edl::expert_divergence_loss({logits}, segment_ids, kSequences, labels, kDomains);
 }
 
 } // namespace

@@ -145,7 +145,7 @@ def domain_divergence(probabilities, labels, num_domains):
     totals = [edl.ops.aggregate_routing(layer, domains, num_domains, "none") for layer in probabilities]
     sums = torch.stack([layer_sums for layer_sums, _ in totals]).double()
     counts = torch.stack([layer_counts for _, layer_counts in totals]).double()
-    return edl.ops.pairwise_divergence(sums, sums.new_empty(0), counts, False)
+    return edl.ops.pairwise_divergence(sums, counts)
 
 
 def same_byte_divergence(probabilities, inputs, labels, num_domains):
@@ -181,7 +181,7 @@ def same_byte_divergence(probabilities, inputs, labels, num_domains):
         empty = means.new_zeros(counts.numel(), layer.shape[-1])
         totals = empty.index_add(0, places[present], means).view(*cells, -1)
         squares = empty.index_add(0, places[present], means.square()).view(*cells, -1)
-        divergence = edl.ops.pairwise_divergence(totals, squares, counts, True)
+        divergence = edl.ops.pairwise_divergence(totals, counts, squares)
         shared = torch.where(weight > 0, weight * divergence, 0.0).sum(dim=0)
         layers.append(shared / weight.sum(dim=0))  # 0 / 0 is the NaN of domains without a common byte
     return torch.stack(layers)

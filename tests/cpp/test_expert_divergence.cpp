@@ -11,7 +11,7 @@ at::Tensor means() {
 }
 
 at::Tensor loss_of(const at::Tensor& sums, const at::Tensor& counts, const char* reduction = "mean_of_logs") {
-  return edl::expert_divergence(sums, at::empty({0}, at::kDouble), counts, kEps, reduction, false);
+  return edl::expert_divergence(sums, counts, kEps, reduction);
 }
 
 } // namespace
@@ -44,7 +44,7 @@ CATCH_TEST_CASE("expert_divergence with bias correction keeps the value and coun
   const at::Tensor segments = at::rand({3, 4, 5}, at::kDouble).softmax(-1); // [D, segments, E]
   const at::Tensor counts = doubles({4, 4, 4}, {3});
   const auto corrected = [&](const at::Tensor& sums, const at::Tensor& number) {
-    return edl::expert_divergence(sums, segments.square().sum(1), number, kEps, "mean_of_logs", true);
+    return edl::expert_divergence(sums, number, kEps, "mean_of_logs", segments.square().sum(1));
   };
   const at::Tensor sums = segments.sum(1);
   CATCH_REQUIRE(distance(corrected(sums, counts), loss_of(sums, counts)) < 1e-12);
@@ -56,7 +56,7 @@ CATCH_TEST_CASE("expert_divergence with bias correction has the gradient of the 
   const auto function = [](const at::Tensor& means_of_segments) {
     const auto [sums, squares, counts] =
         edl::domain_moments(means_of_segments, at::ones({5}, at::kDouble), ids({0, 0, 0, 1, 1}), 2, true);
-    return edl::expert_divergence(sums, squares, counts, 1e-6, "mean_of_logs", true);
+    return edl::expert_divergence(sums, counts, 1e-6, "mean_of_logs", squares);
   };
   CATCH_REQUIRE(std::abs(function(segments).item<double>() - 2.21952746321338) < 1e-12);
   const at::Tensor expected = doubles(
@@ -69,21 +69,26 @@ CATCH_TEST_CASE("expert_divergence with bias correction has the gradient of the 
 
 CATCH_TEST_CASE("expert_divergence refuses wrong arguments in one sentence") {
   const at::Tensor counts = at::ones({3}, at::kDouble);
-  const at::Tensor none = at::empty({0}, at::kDouble);
   CATCH_REQUIRE(error_of([&] {
                   loss_of(means().to(at::kFloat), counts);
                 }) == "edl::expert_divergence: sums and counts must be float64 (got Float and Double)");
   CATCH_REQUIRE(error_of([&] {
-                  edl::expert_divergence(means(), none, counts, -1.0, "mean_of_logs", false);
+                  edl::expert_divergence(means(), counts, -1.0);
                 }) == "edl::expert_divergence: eps must be finite and not negative (got -1)");
   CATCH_REQUIRE(error_of([&] {
                   loss_of(means(), counts, "sum");
                 }) == "edl::expert_divergence: reduction must be 'mean_of_logs' or 'log_of_mean' (got 'sum')");
+  CATCH_REQUIRE(
+      error_of([&] { edl::expert_divergence(means(), counts, kEps, "log_of_mean", means()); }) ==
+      "edl::expert_divergence: squares correct the bias of reduction = 'mean_of_logs' only (got "
+      "'log_of_mean')");
+  CATCH_REQUIRE(error_of([&] {
+                  edl::expert_divergence(means(), counts, kEps, "mean_of_logs", at::empty({0}, at::kDouble));
+                }) == "edl::expert_divergence: squares must have the shape of sums (got [0] for [3, 3])");
 }
 
 CATCH_TEST_CASE("pairwise_divergence is the symmetric table of Jensen-Shannon divergences") {
-  const at::Tensor table =
-      edl::pairwise_divergence(means(), at::empty({0}, at::kDouble), at::ones({3}, at::kDouble), false);
+  const at::Tensor table = edl::pairwise_divergence(means(), at::ones({3}, at::kDouble));
   const double near = 0.08429375012029298;
   const double far = 0.25310161544280674;
   CATCH_REQUIRE(distance(table, doubles({0, far, near, far, 0, near, near, near, 0}, {3, 3})) < 1e-14);
@@ -93,8 +98,8 @@ CATCH_TEST_CASE("the loss path chains from logits to the loss and back") {
   const at::Tensor segments = ids({0, 0, 1, 1, 2, 2, 3, 3});
   const auto function = [&](const at::Tensor& logits) {
     const auto [sums, tokens] = edl::aggregate_routing(logits, segments, 4, "softmax");
-    const auto [moments, squares, counts] = edl::domain_moments(sums, tokens, ids({0, 1, 0, 1}), 2, true);
-    return edl::expert_divergence(moments, squares, counts, 1e-6, "mean_of_logs", false);
+    const auto [moments, squares, counts] = edl::domain_moments(sums, tokens, ids({0, 1, 0, 1}), 2, false);
+    return edl::expert_divergence(moments, counts);
   };
   const at::Tensor logits = at::randn({8, 6}, at::kDouble);
   const at::Tensor one = at::ones({}, at::kDouble);

@@ -106,7 +106,7 @@ def test_flat_logits_have_the_loss_of_their_sequences():
             (cannot_tell, "(got 24 rows, domain_ids [5])"),
             (cannot_tell, "(got 24 rows, domain_ids [0])"),
             (cannot_tell, "(got 24 rows, domain_ids [2] and cu_seqlens)"),
-            ("edl::segments: domain_ids [B, S_len] must have one label per token, 24", "(got [4, 3])"),
+            ("edl::Objectives: domain_ids [B, S_len] must have one label per token, 24", "(got [4, 3])"),
             ("edl::EDTopKRouter: router logits must be [S_len, B, E] or [T, E]", "(got [24])"),
             ("edl::EDTopKRouter: router logits must be [S_len, B, E] or [T, E]", "(got [1, 1, 24, 4])"),
         ],

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from support import divergence_arguments
 from tolerances import assert_close, tolerance
 
 from edl import ops, reference
@@ -29,7 +30,7 @@ def make_moments(*leading, num_domains, num_experts, scale=2.0, most_segments=5,
 
 def differentiate(function, sums, squares, counts, eps, reduction, bias_correction, weights):
     leaves = sums.detach().requires_grad_(), squares.detach().requires_grad_()
-    loss = function(*leaves, counts, eps, reduction, bias_correction)
+    loss = function(*divergence_arguments(*leaves, counts, eps, reduction, bias_correction))
     grads = torch.autograd.grad((loss * weights).sum(), leaves[: 2 if bias_correction else 1], allow_unused=True)
     return loss.detach(), [torch.zeros_like(sums) if g is None else g for g in grads]
 
@@ -50,7 +51,9 @@ def check(
     assert_close(loss, expected, allowed, scale=1.0)
     for grad, wanted in zip(grads, expected_grads, strict=True):
         assert_close(grad, wanted, allowed / closeness)
-    assert ops.expert_divergence(*arguments).equal(loss)  # the way without a gradient gives the same bits
+    assert ops.expert_divergence(*divergence_arguments(*arguments)).equal(
+        loss
+    )  # the way without a gradient gives the same bits
     return loss, grads
 
 
@@ -74,7 +77,8 @@ def test_layers(leading, form, device):
     loss, _ = check(*moments, 1e-6, *form, device)
     assert loss.shape == leading
     if leading == (4,):
-        alone = [ops.expert_divergence(*(x[layer].to(device) for x in moments), 1e-6, *form) for layer in range(4)]
+        layers = [[x[layer].to(device) for x in moments] for layer in range(4)]
+        alone = [ops.expert_divergence(*divergence_arguments(*layer, 1e-6, *form)) for layer in layers]
         assert loss.equal(torch.stack(alone))
 
 
@@ -131,7 +135,7 @@ def test_from_nearly_equal_to_nearly_disjoint(scale, form, device):
 def test_disjoint_domains_are_log_2_apart(form, device):
     sums = torch.eye(4, dtype=torch.float64, device=device) * 3
     counts = torch.full((4,), 3.0, dtype=torch.float64, device=device)
-    loss = ops.expert_divergence(sums, sums, counts, 0.0, *form)
+    loss = ops.expert_divergence(sums, counts, 0.0, form[0])
     assert loss.item() == pytest.approx(-math.log(math.log(2)), rel=1e-14)
 
 
@@ -139,7 +143,7 @@ def test_the_slope_at_a_probability_of_zero_is_that_of_the_smallest_float32(devi
     """There the derivative is minus infinity; a finite one keeps a softmax behind it from computing 0 * inf."""
     sums = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]], dtype=torch.float64, device=device, requires_grad=True)
     counts = torch.ones(2, dtype=torch.float64, device=device)
-    loss = ops.expert_divergence(sums, sums.detach(), counts, 0.0, "mean_of_logs")
+    loss = ops.expert_divergence(sums, counts, 0.0, "mean_of_logs")
     (grad,) = torch.autograd.grad(loss, sums)
     divergence = 0.5 * (math.log(1 / 0.75) + 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(2))
     slope = torch.tensor([[math.log(1 / 0.75), math.log(2.0**-126), 0.0], [math.log(0.5 / 0.75), math.log(2), 0.0]])
@@ -180,15 +184,15 @@ def test_a_counted_nan_reaches_the_loss(form, device):
 
 def test_a_count_of_nan_reaches_the_loss(device):
     """What CUDA makes of a label out of range."""
-    sums, squares, counts = (x.to(device) for x in make_moments(num_domains=3, num_experts=8))
+    sums, _, counts = (x.to(device) for x in make_moments(num_domains=3, num_experts=8))
     counts[1] = NAN
-    assert ops.expert_divergence(sums, squares, counts).isnan()
+    assert ops.expert_divergence(sums, counts).isnan()
 
 
 def test_infinite_sums_reach_the_loss(device):
-    sums, squares, counts = (x.to(device) for x in make_moments(num_domains=3, num_experts=8))
+    sums, _, counts = (x.to(device) for x in make_moments(num_domains=3, num_experts=8))
     sums[1, 3] = INF
-    assert not ops.expert_divergence(sums, squares, counts).isfinite()
+    assert not ops.expert_divergence(sums, counts).isfinite()
 
 
 # ---- bias correction ----
@@ -234,7 +238,7 @@ def test_correction_where_noise_is_all_there_is(device):
     assert reference.divergence_bias(means[0], spreads[0], means[1], spreads[1]) > 1e-3
     check(*moments, 1e-6, "mean_of_logs", True, device)
     leaf = moments[1].to(device).requires_grad_()
-    ops.expert_divergence(moments[0].to(device), leaf, counts.to(device), 1e-6, "mean_of_logs", True).backward()
+    ops.expert_divergence(moments[0].to(device), counts.to(device), squares=leaf).backward()
     assert (leaf.grad > 0).all()  # less variance lowers the corrected loss
 
 
@@ -244,32 +248,31 @@ SUMS = torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_
 COUNTS = torch.full((3,), 2.0, dtype=torch.float64)
 
 SENTENCES = {
-    "sums must have the shape [..., D, E] (got 1 dimensions)": (SUMS[0], SUMS, COUNTS),
-    "sums and counts must be float64 (got Float and Double)": (SUMS.float(), SUMS, COUNTS),
-    "sums and counts must be float64 (got Double and Long)": (SUMS, SUMS, COUNTS.long()),
-    "counts must have the shape [..., D] of sums (got 2 dimensions for 2)": (SUMS, SUMS, COUNTS[None]),
-    "counts must have one entry per domain of sums (got [2] for [3, 5])": (SUMS, SUMS, COUNTS[:2]),
+    "sums must have the shape [..., D, E] (got 1 dimensions)": (SUMS[0], COUNTS),
+    "sums and counts must be float64 (got Float and Double)": (SUMS.float(), COUNTS),
+    "sums and counts must be float64 (got Double and Long)": (SUMS, COUNTS.long()),
+    "counts must have the shape [..., D] of sums (got 2 dimensions for 2)": (SUMS, COUNTS[None]),
+    "counts must have one entry per domain of sums (got [2] for [3, 5])": (SUMS, COUNTS[:2]),
     "counts must have one entry per domain of sums (got [4, 3] for [2, 3, 5])": (
-        *(SUMS.expand(2, 3, 5), SUMS, COUNTS.expand(4, 3)),
+        *(SUMS.expand(2, 3, 5), COUNTS.expand(4, 3)),
     ),
-    "all tensors must be on one device (got cpu and meta)": (SUMS, SUMS, COUNTS.to("meta")),
-    "eps must be finite and not negative (got -1e-09)": (SUMS, SUMS, COUNTS, -1e-9),
-    "eps must be finite and not negative (got nan)": (SUMS, SUMS, COUNTS, NAN),
-    "eps must be finite and not negative (got inf)": (SUMS, SUMS, COUNTS, INF),
-    "reduction must be 'mean_of_logs' or 'log_of_mean' (got 'mean')": (SUMS, SUMS, COUNTS, 1e-6, "mean"),
-    "bias_correction is defined for reduction = 'mean_of_logs' only (got 'log_of_mean')": (
-        *(SUMS, SUMS, COUNTS, 1e-6, "log_of_mean", True),
+    "all tensors must be on one device (got cpu and meta)": (SUMS, COUNTS.to("meta")),
+    "eps must be finite and not negative (got -1e-09)": (SUMS, COUNTS, -1e-9),
+    "eps must be finite and not negative (got nan)": (SUMS, COUNTS, NAN),
+    "eps must be finite and not negative (got inf)": (SUMS, COUNTS, INF),
+    "reduction must be 'mean_of_logs' or 'log_of_mean' (got 'mean')": (SUMS, COUNTS, 1e-6, "mean"),
+    "squares correct the bias of reduction = 'mean_of_logs' only (got 'log_of_mean')": (
+        *(SUMS, COUNTS, 1e-6, "log_of_mean", SUMS),
     ),
-    "with bias_correction squares must be float64 in the shape of sums (got 1 dimensions of Double)": (
-        *(SUMS, SUMS[:0, 0], COUNTS, 1e-6, "mean_of_logs", True),
-    ),
-    "with bias_correction squares must be float64 in the shape of sums (got 2 dimensions of Float)": (
-        *(SUMS, SUMS.float(), COUNTS, 1e-6, "mean_of_logs", True),
-    ),
-    "with bias_correction squares must have the shape of sums (got [2, 5] for [3, 5])": (
-        *(SUMS, SUMS[:2], COUNTS, 1e-6, "mean_of_logs", True),
-    ),
-    "counts have no gradient (got counts with requires_grad = True)": (SUMS, SUMS, COUNTS.clone().requires_grad_()),
+    "counts have no gradient (got counts with requires_grad = True)": (SUMS, COUNTS.clone().requires_grad_()),
+}
+WRONG_SQUARES = {
+    "squares must have the shape of sums (got [0] for [3, 5])": SUMS[:0, 0],  # domain_moments without squares
+    "squares must have the shape of sums (got [2, 5] for [3, 5])": SUMS[:2],
+    "squares must be float64 (got Float)": SUMS.float(),
+    "all tensors must be on one device (got cpu and meta)": SUMS.to("meta"),
+    "squares must be a tensor (got bool)": True,
+    "squares must be dense (got layout torch.sparse_coo)": SUMS.to_sparse(),
 }
 
 
@@ -280,39 +283,54 @@ def test_sentences(sentence):
     assert str(error.value) == f"edl::expert_divergence: {sentence}"
 
 
+@pytest.mark.parametrize("op", [ops.expert_divergence, ops.pairwise_divergence], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("sentence", WRONG_SQUARES)
+def test_wrong_squares(sentence, op):
+    with pytest.raises(ValueError) as error:
+        op(SUMS, COUNTS, squares=WRONG_SQUARES[sentence])
+    assert str(error.value) == f"edl::{op.__name__}: {sentence}"
+
+
 # ---- differentiation ----
 
 
 @pytest.mark.parametrize("form", FORMS, ids=FORM_NAMES)
 def test_the_second_derivative_raises(form):
     leaf = SUMS.clone().requires_grad_()
-    loss = ops.expert_divergence(leaf, SUMS.square() * 2, COUNTS, 1e-6, *form)
+    loss = ops.expert_divergence(*divergence_arguments(leaf, SUMS.square() * 2, COUNTS, 1e-6, *form))
     (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="derivative for edl::_expert_divergence_backward is not implemented"):
         grad.sum().backward()
 
 
-def test_without_correction_squares_are_not_read_and_get_no_gradient():
-    squares = torch.full((7,), NAN, dtype=torch.float64, requires_grad=True)
-    leaf = SUMS.clone().requires_grad_()
-    loss = ops.expert_divergence(leaf, squares, COUNTS)
-    assert loss.isfinite()
-    assert torch.autograd.grad(loss, (leaf, squares), allow_unused=True)[1] is None
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
+def test_only_what_needs_a_gradient_gets_one(needs):
+    sums, squares = (x.clone().requires_grad_(need) for x, need in zip((SUMS, SUMS.square() * 2), needs, strict=True))
+    ops.expert_divergence(sums, COUNTS, squares=squares).backward()
+    assert (sums.grad is not None, squares.grad is not None) == needs
+
+
+def test_operators_without_squares():
+    for op in (torch.ops.edl.expert_divergence, torch.ops.edl.pairwise_divergence):
+        assert op(SUMS, COUNTS).equal(op(SUMS, COUNTS, squares=None))
+        assert not op(SUMS, COUNTS).isnan().any()
+    with pytest.raises(RuntimeError, match="expert_divergence"):  # the former order finds no meaning
+        torch.ops.edl.expert_divergence(SUMS, SUMS, COUNTS, 1e-6, "mean_of_logs", False)
 
 
 def test_forward_mode_is_refused_and_not_taken_for_zero():
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp is not implemented"):
-        ops.expert_divergence(torch.autograd.forward_ad.make_dual(SUMS, SUMS), SUMS, COUNTS)
+        ops.expert_divergence(torch.autograd.forward_ad.make_dual(SUMS, SUMS), COUNTS)
     with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.jvp(lambda x: ops.expert_divergence(x, SUMS, COUNTS), (SUMS,), (SUMS,))
+        torch.func.jvp(lambda x: ops.expert_divergence(x, COUNTS), (SUMS,), (SUMS,))
     with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda x: ops.expert_divergence(x, SUMS, COUNTS))(SUMS)
+        torch.func.grad(lambda x: ops.expert_divergence(x, COUNTS))(SUMS)
 
 
 def test_without_gradients():
-    expected = ops.expert_divergence(SUMS, SUMS, COUNTS)
+    expected = ops.expert_divergence(SUMS, COUNTS)
     leaf = SUMS.clone().requires_grad_()
     with torch.no_grad():
-        assert not ops.expert_divergence(leaf, SUMS, COUNTS).requires_grad
+        assert not ops.expert_divergence(leaf, COUNTS).requires_grad
     with torch.inference_mode():
-        assert ops.expert_divergence(leaf, SUMS, COUNTS).equal(expected)
+        assert ops.expert_divergence(leaf, COUNTS).equal(expected)

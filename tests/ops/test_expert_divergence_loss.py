@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from support import divergence_arguments
 from tolerances import assert_close, tolerance
 
 from edl import ops
 from edl.reduction.share import share
 
-LOSS = torch.ops.edl._expert_divergence_loss.default
+LOSS = torch.ops.edl.expert_divergence_loss.default
 SEGMENTS, DOMAINS, EXPERTS, TOKENS = 9, 3, 7, 60
 
 
@@ -22,12 +23,12 @@ def arguments(num_layers=2, dtype=torch.float64, soft=False, by_token=False, **o
         "num_segments": DOMAINS if by_token else SEGMENTS,
         "labels": torch.rand(SEGMENTS, DOMAINS) if soft else labels,
         "num_domains": DOMAINS,
+        "eps": 1e-4,
         "scores": "softmax",
         "sequence_reduction": "token" if by_token else "sequence",
-        "eps": 1e-4,
         "pair_reduction": "mean_of_logs",
-        "bias_correction": False,
         "layer_reduction": "mean",
+        "bias_correction": False,
     }
     return list((given | options).values())
 
@@ -39,12 +40,12 @@ def moments_of(sums, counts, labels, num_domains, sequence_reduction, corrected)
 
 
 def one_after_another(
-    layers, ids, num_segments, labels, num_domains, scores, sequence_reduction, eps, pairs, corrected, layer_reduction
+    layers, ids, num_segments, labels, num_domains, eps, scores, sequence_reduction, pairs, layer_reduction, corrected
 ):
     parts = [ops.aggregate_routing(layer, ids, num_segments, scores) for layer in layers]
     sums, counts = torch.stack([sums for sums, _ in parts]), parts[0][1]
     moments = moments_of(sums, counts, labels, num_domains, sequence_reduction, corrected)
-    loss = ops.expert_divergence(*moments, eps, pairs, corrected).to(sums.dtype)
+    loss = ops.expert_divergence(*divergence_arguments(*moments, eps, pairs, corrected)).to(sums.dtype)
     return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[layer_reduction]()
 
 
@@ -85,15 +86,14 @@ def test_equals_its_operators_one_after_another(form):
 
 
 def of_moments(
-    layers, ids, num_segments, labels, num_domains, scores, sequence_reduction, eps, pairs, corrected, layer_reduction
+    layers, ids, num_segments, labels, num_domains, eps, scores, sequence_reduction, pairs, layer_reduction, corrected
 ):
     """In the steps between which ranks and micro-batches add their parts; the gradient eight times as large."""
-    sums, counts = torch.ops.edl._segment_sums(layers, ids, num_segments, scores)
+    sums, counts = torch.ops.edl._segment_sums(layers, ids, num_segments, scores, "edl::expert_divergence_loss")
     parts = moments_of(sums, counts, labels, num_domains, sequence_reduction, corrected)
     row = torch.cat([part.detach().flatten() for part in parts])
-    loss = ops.expert_divergence(*share(parts, row, 2.0, torch.tensor(4.0).double()), eps, pairs, corrected).to(
-        sums.dtype
-    )
+    shared = share(parts, row, 2.0, torch.tensor(4.0).double())
+    loss = ops.expert_divergence(*divergence_arguments(*shared, eps, pairs, corrected)).to(sums.dtype)
     return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[layer_reduction]()
 
 
@@ -172,11 +172,46 @@ REFUSALS = [
     ({"layer_reduction": "max"}, "layer_reduction must be 'mean', 'sum' or 'none' (got 'max')"),
     (
         {"by_token": True, "bias_correction": True},
-        "bias_correction needs sequence_reduction = 'sequence' (got sequence_reduction = 'token')",
+        (
+            "bias_correction needs sequence_reduction = 'sequence' and pair_reduction = 'mean_of_logs' "
+            "(got 'token' and 'mean_of_logs')"
+        ),
+    ),
+    ({"eps": -1.0}, "eps must be finite and not negative (got -1)"),
+    ({"pair_reduction": "mean"}, "pair_reduction must be 'mean_of_logs' or 'log_of_mean' (got 'mean')"),
+    ({"scores": "tanh"}, "scores must be 'softmax', 'sigmoid' or 'none' (got 'tanh')"),
+    ({"num_segments": -1}, "num_segments must not be negative (got -1)"),
+    (
+        {"segment_ids": torch.zeros(5, dtype=torch.int64)},
+        "segment_ids must have one entry per row of routing (got 5 ids for 60 rows)",
+    ),
+    ({"segment_ids": torch.zeros(TOKENS)}, "segment_ids must be int32 or int64 (got Float)"),
+    ({"labels": torch.zeros(4, dtype=torch.int64)}, "labels must have one row per segment (got 4 for 9 segments)"),
+    (
+        {"labels": torch.zeros(SEGMENTS, 2)},
+        "labels as weights must have one column per domain (got 2 for num_domains = 3)",
+    ),
+    ({"labels": torch.zeros(SEGMENTS).to("meta").long()}, "all tensors must be on one device (got cpu, cpu and meta)"),
+    (
+        {"layers": [torch.randn(TOKENS, 4), torch.randn(TOKENS, 5)]},
+        "all layers must have one shape, type and device (got [60, 4] Float on cpu and [60, 5] Float on cpu)",
+    ),
+    (
+        {"layers": [torch.randn(TOKENS, 4), torch.randn(TOKENS, 4).double()]},
+        "all layers must have one shape, type and device (got [60, 4] Float on cpu and [60, 4] Double on cpu)",
     ),
     (
         {"by_token": True, "num_segments": 5},
         "with sequence_reduction = 'token' the segments are the domains (got 5 segments and num_domains = 3)",
+    ),
+    ({"num_domains": 1}, "num_domains must be at least 2, or there is no pair to push apart (got 1)"),
+    (
+        {"soft": True, "bias_correction": True},
+        "bias_correction needs one label per segment (got labels of 2 dimensions)",
+    ),
+    (
+        {"layers": [torch.randn(TOKENS)]},
+        "layers must have the shape [T, E] or [B, S_len, E] (got 1 dimensions)",
     ),
 ]
 
@@ -191,5 +226,5 @@ def test_refusals(options, sentence):
 def test_labels_have_no_gradient():
     given = arguments(soft=True)
     given[3].requires_grad_(True)
-    with pytest.raises(ValueError, match="only segment_sums has a gradient"):
+    with pytest.raises(ValueError, match="^edl::expert_divergence_loss: labels have no gradient"):
         LOSS(*given)

@@ -7,6 +7,7 @@
 #include "edl/dispatch_tokens.h"
 #include "edl/domain_moments.h"
 #include "edl/expert_divergence.h"
+#include "edl/expert_divergence_loss.h"
 #include "edl/expert_mlp.h"
 #include "edl/export.h"
 #include "edl/inject.h"

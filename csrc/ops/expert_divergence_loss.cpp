@@ -349,8 +349,8 @@ TORCH_LIBRARY_FRAGMENT(edl, m) {
       "expert_divergence_loss(Tensor[] layers, Tensor segment_ids, SymInt num_segments, Tensor labels, "
       "SymInt num_domains, float eps=1e-6, str scores='softmax', str sequence_reduction='sequence', "
       "str pair_reduction='mean_of_logs', str layer_reduction='mean', bool bias_correction=False) -> Tensor");
-  // Private: what aggregate_routing gives layer by layer, in one node. Only objectives call it, which TorchScript does not
-  // take, so that no file has its name.
+  // Private: what aggregate_routing gives layer by layer, in one node. Only objectives call it, which TorchScript does
+  // not take, so that no file has its name.
   m.def(
       "_segment_sums(Tensor[] layers, Tensor segment_ids, SymInt num_segments, str scores, str op) -> (Tensor "
       "sums, Tensor counts)");

@@ -30,9 +30,9 @@ struct Tokens {
     if (unknown) {
       row_of_slot[order.size() - 1] = edl::cuda::kUnknown;
     }
-    rows = std::make_unique<Buffer>(Buffer::input("rows", element_of(storage), values, shape.offset));
-    weights = std::make_unique<Buffer>(Buffer::input("weights", accumulation_of(storage), weight));
-    index = std::make_unique<Buffer>(Buffer::input("row_of_slot", Element::int32, row_of_slot));
+    rows.reset(new Buffer(Buffer::input("rows", element_of(storage), values, shape.offset)));
+    weights.reset(new Buffer(Buffer::input("weights", accumulation_of(storage), weight)));
+    index.reset(new Buffer(Buffer::input("row_of_slot", Element::int32, row_of_slot)));
     task = {
         .rows = rows->data(),
         .storage = storage,

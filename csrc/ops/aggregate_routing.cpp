@@ -11,6 +11,7 @@
 #include "common/dtypes.h"
 #include "common/errors.h"
 #include "common/operators.h"
+#include "ops/tensor_checks.h"
 
 namespace edl {
 namespace {
@@ -18,18 +19,13 @@ namespace {
 constexpr const char* kOp = "edl::aggregate_routing";
 
 void check_rows(const at::Tensor& routing, const at::Tensor& segment_ids) {
-  EDL_ENSURE(routing.dim() == 2, kOp, ": routing must have the shape [T, E] (got ", routing.dim(), " dimensions)");
-  EDL_ENSURE(
-      is_storage_type(routing.scalar_type()), kOp, ": routing must be float32, float64, bfloat16 or float16 (got ",
-      routing.scalar_type(), ")");
-  EDL_ENSURE(
-      segment_ids.dim() == 1, kOp, ": segment_ids must have the shape [T] (got ", segment_ids.dim(), " dimensions)");
+  check_dimensions(kOp, routing, "routing", 2, "[T, E]");
+  check_storage_type(kOp, routing, "routing");
+  check_dimensions(kOp, segment_ids, "segment_ids", 1, "[T]");
   EDL_ENSURE(
       is_index_type(segment_ids.scalar_type()), kOp, ": segment_ids must be int32 or int64 (got ",
       segment_ids.scalar_type(), ")");
-  EDL_ENSURE(
-      segment_ids.device() == routing.device(), kOp, ": segment_ids must be on the device of routing (got ",
-      segment_ids.device(), " and ", routing.device(), ")");
+  check_device(kOp, segment_ids, "segment_ids", routing, "routing");
   EDL_ENSURE(
       segment_ids.sym_size(0).sym_eq(routing.sym_size(0)), kOp,
       ": segment_ids must have one entry per row of routing (got ", segment_ids.sym_size(0), " ids for ",
@@ -54,14 +50,10 @@ Scores check_aggregate_routing(
 Scores check_aggregate_routing_backward(
     const at::Tensor& grad_sums, const at::Tensor& routing, const at::Tensor& segment_ids, std::string_view scores) {
   check_rows(routing, segment_ids);
-  EDL_ENSURE(
-      grad_sums.dim() == 2 && grad_sums.scalar_type() == accumulation_type(routing.scalar_type()), kOp,
-      ": the gradient of sums must be a matrix of the accumulation type (got ", grad_sums.dim(), " dimensions of ",
-      grad_sums.scalar_type(), ")");
-  EDL_ENSURE(
-      grad_sums.sym_size(1).sym_eq(routing.sym_size(1)), kOp,
-      ": the gradient of sums must have one column per expert (got ", grad_sums.sym_size(1), " for ",
-      routing.sym_size(1), " experts)");
+  check_dimensions(kOp, grad_sums, "the gradient of sums", 2, "[S, E]");
+  check_form(
+      kOp, grad_sums, "the gradient of sums", accumulation_type(routing.scalar_type()),
+      {grad_sums.sym_size(0), routing.sym_size(1)});
   return parse_scores(kOp, scores);
 }
 

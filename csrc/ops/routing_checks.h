@@ -24,4 +24,7 @@ void check_rows_of_tokens(
     const at::Tensor& row_order,
     int64_t top_k);
 
+// T of such rows.
+c10::SymInt num_tokens_of(const at::Tensor& rows, const std::optional<at::Tensor>& weights, int64_t top_k);
+
 } // namespace edl

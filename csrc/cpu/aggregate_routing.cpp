@@ -43,10 +43,6 @@ struct Plan {
   std::vector<int64_t> first_piece; // [S + 1]
 };
 
-int score_index(Scores scores) {
-  return scores == Scores::softmax ? 0 : scores == Scores::sigmoid ? 1 : 2;
-}
-
 void add_pieces(int64_t segment, int64_t begin, int64_t end, std::vector<Piece>* pieces) {
   for (; begin < end; begin += kPieceRows) {
     pieces->push_back({segment, begin, std::min(begin + kPieceRows, end)});
@@ -188,12 +184,13 @@ void check_form(const std::vector<RowCensus>& censuses, Scores scores, int64_t n
         all.first_other < 0,
         "edl::aggregate_routing: with scores = 'none' every row of routing must be a distribution, entries of "
         "at least 0 that sum to 1 (got something else at row ",
-        all.first_other,
-        "; for logits pass scores = 'softmax' or 'sigmoid', or to ExpertDivergenceLoss input = 'logits')");
+        all.first_other, "; for logits pass scores = ", score_names(kRouterScores),
+        ", or to ExpertDivergenceLoss input = 'logits')");
   } else {
     TORCH_CHECK_VALUE(
         num_experts == 1 || all.finite < 2 || all.distributions < all.finite,
-        "edl::aggregate_routing: with scores = 'softmax' or 'sigmoid' routing must be logits (got ", all.finite,
+        "edl::aggregate_routing: with scores = ", score_names(kRouterScores), " routing must be logits (got ",
+        all.finite,
         " rows that all sum to 1 with entries of at least 0; for probabilities pass scores = 'none', or to "
         "ExpertDivergenceLoss input = 'probs')");
   }
@@ -202,7 +199,7 @@ void check_form(const std::vector<RowCensus>& censuses, Scores scores, int64_t n
 template <typename Acc>
 void sum_pieces(
     const Plan& plan, RoutingRows rows, Scores scores, StorageType storage, int64_t num_segments, Acc* sums) {
-  const auto sum_at_once = aggregate_routing_loops().sum_pieces[static_cast<int>(storage)][score_index(scores)];
+  const auto sum_at_once = aggregate_routing_loops().sum_pieces[static_cast<int>(storage)][static_cast<int>(scores)];
   const bool is_16_bit = storage == StorageType::bfloat16 || storage == StorageType::float16;
   const double tolerance = is_16_bit ? 1e-2 : 1e-3;
   const int64_t num_experts = rows.num_experts;
@@ -295,7 +292,7 @@ at::Tensor aggregate_routing_backward_cpu(
       grad_routing.mutable_data_ptr(),
       bytes > kStreamFromBytes && !is_on_fresh_pages(grad_routing)};
   const auto spread_rows =
-      aggregate_routing_loops().spread_rows[static_cast<int>(storage_of(rows))][score_index(scores)];
+      aggregate_routing_loops().spread_rows[static_cast<int>(storage_of(rows))][static_cast<int>(scores)];
   at::parallel_for(
       0, rows.size(0), std::max<int64_t>(1, kGrainElements / num_experts), [&](int64_t begin, int64_t end) {
         if (ids.are_64_bit()) {

@@ -22,8 +22,7 @@ class LoadBalancing(Objective):
     1 at perfect balance, E where one expert gets everything, 0 without a token that counts.
 
     Args:
-        scores (str): the router's scores, "softmax" (default) or "sigmoid" (normalised over experts, as in
-            DeepSeek-V3).
+        scores (str): the router's scores, as `edl.ops.aggregate_routing` takes them. Default: "softmax".
         scope (str): whose balance it is. "global" (default): of the tokens of all ranks together, so that ranks with
             different data may use different experts. "rank": the mean over ranks of each one's own.
 
@@ -41,11 +40,11 @@ class LoadBalancing(Objective):
 
     def __post_init__(self) -> None:
         for name, value, choices in (
-            ("scores", self.scores, ("softmax", "sigmoid")),
-            ("scope", self.scope, ("global", "rank")),
+            ("scores", self.scores, checks.router_scores()),
+            ("scope", self.scope, ["global", "rank"]),
         ):
             if value not in choices:
-                raise ValueError(f"edl::LoadBalancing: {name} must be one of {list(choices)} (got {value!r})")
+                raise ValueError(f"edl::LoadBalancing: {name} must be one of {choices} (got {value!r})")
 
     def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
         of_layers = []
@@ -116,8 +115,7 @@ def load_balancing_loss(
             Routing only.
         attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding (Hugging Face's sense).
         padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
-        scores (str): the router's scores, "softmax" (default) or "sigmoid" (normalised over experts, as in
-            DeepSeek-V3).
+        scores (str): the router's scores, as `edl.ops.aggregate_routing` takes them. Default: "softmax".
         top_k (int, optional): K, for router logits.
 
     Returns:

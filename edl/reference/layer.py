@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edl.reference.loss import one_or_nan
+from edl.reference.loss import normalised, one_or_nan, router_scores
 
 
 def route_tokens(
@@ -20,7 +20,7 @@ def route_tokens(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The weights and experts [T, K] that each token of logits [T, E] gets."""
-    score = logits.softmax(dim=-1) if scores == "softmax" else logits.sigmoid()
+    score = router_scores(logits, scores)
     # Scores rise with the logits, and logits keep apart what rounding would make equal.
     order = logits if bias is None else score + bias
     ranks = order.argsort(dim=-1, descending=True, stable=True)
@@ -30,7 +30,7 @@ def route_tokens(
     experts = ranks.gather(1, by_number.argsort(dim=-1, stable=True))[:, :top_k]
     weights = score.gather(1, experts)
     if normalize:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + (1e-20 if scores == "sigmoid" else 0.0))
+        weights = normalised(weights, scores)
     return weights * one_or_nan(logits) * scale, experts
 
 

@@ -80,7 +80,8 @@ inline Values routing_of(const Case& size, const Values& ids, Scores scores) {
 template <typename Check>
 void check_all(const Check& check) {
   for (const StorageType storage : kStorages) {
-    for (const Scores scores : {Scores::softmax, Scores::sigmoid, Scores::none}) {
+    for (int i = 0; i < edl::kAllScores; ++i) {
+      const auto scores = static_cast<Scores>(i);
       const bool converts_alone = storage == StorageType::float16 || storage == StorageType::float64;
       for (const Case& size : kCases) {
         if (!converts_alone || scores == Scores::softmax) {

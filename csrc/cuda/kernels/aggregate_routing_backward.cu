@@ -69,11 +69,11 @@ __device__ inline void store_tile(
   }
 }
 
-// d/dz_i of Σ_j g_j q_j with q = score(z), s = unnormalised(z), q = s * factor: softmax q_i (g_i - <g, q>), sigmoid
-// q_i (1 - s_i) (g_i - <g, q>).
+// d/dz_i of Σ_j g_j q_j with q = score(z), s = unnormalised(z), q = s * factor:
+// q_i (g_i - <g, q>) · d log s_i / dz_i.
 template <typename Acc>
 __device__ inline Acc through_score(Acc s, Acc factor, Acc g, Acc dot, Scores scores) {
-  return s * factor * (scores == Scores::sigmoid ? 1 - s : Acc(1)) * (g - dot);
+  return s * factor * log_slope(s, scores) * (g - dot);
 }
 
 // One row, held whole by its team. g holds the gradient of the sums, and then of the logits.

@@ -430,7 +430,11 @@ REFUSALS = {
     ),
     "top_k": ((16, 24, 6, 7), {}, "edl::MoELayer: top_k must not exceed num_experts (got 7 of 6)"),
     "size": ((16, 0, 6, 2), {}, "edl::MoELayer: intermediate_size must be at least 1 (got 0)"),
-    "scores": ((16, 24, 6, 2), {"scores": "none"}, "edl::MoELayer: scores must be 'softmax' or 'sigmoid' (got 'none')"),
+    "scores": (
+        (16, 24, 6, 2),
+        {"scores": "none"},
+        "edl::MoELayer: scores must be one of ['softmax', 'sigmoid'] (got 'none')",
+    ),
     "router_dtype": (
         (16, 24, 6, 2),
         {"router_dtype": torch.float64},

@@ -552,7 +552,7 @@ def test_options_beside_a_router_are_refused_in_one_sentence(name):
         ({"top_k": 7}, "edl::TopK: top_k must not exceed num_experts (got 7 of 6)"),
         ({"top_k": 0}, "edl::TopK: top_k must be at least 1 (got 0)"),
         ({"num_experts": 6.0}, "edl::TopK: num_experts must be an integer (got 6.0)"),
-        ({"scores": "none"}, "edl::TopK: scores must be 'softmax' or 'sigmoid' (got 'none')"),
+        ({"scores": "none"}, "edl::TopK: scores must be one of ['softmax', 'sigmoid'] (got 'none')"),
         ({"routed_scaling_factor": float("inf")}, "edl::TopK: routed_scaling_factor must be finite (got inf)"),
         ({"normalize_top_k": 1}, "edl::TopK: normalize_top_k must be True or False (got 1)"),
     ],

@@ -2,6 +2,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <optional>
 #include <string_view>
@@ -49,6 +50,20 @@ void check_memory(std::string_view op, const First& first, const Second& second,
   check_memory(op, first);
   check_memory(op, second);
   (check_memory(op, others), ...);
+}
+
+// A result of the form of another where it is asked for, else without elements.
+inline at::Tensor empty_if(bool is_asked, const at::Tensor& like) {
+  const c10::SymInt nothing = 0;
+  return at::empty_symint(is_asked ? like.sym_sizes() : c10::SymIntArrayRef(nothing), like.options());
+}
+
+// Dense in a type; undefined, and null, where there is none.
+inline at::Tensor dense_if(const std::optional<at::Tensor>& tensor, at::ScalarType type) {
+  return tensor.has_value() ? tensor->to(type).contiguous() : at::Tensor();
+}
+inline const void* data_if(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
 // Rows may have any stride, entries of a row stand side by side.

@@ -42,10 +42,6 @@ struct Plan {
   std::vector<int64_t> first_piece; // [S + 1]
 };
 
-int score_index(Scores scores) {
-  return scores == Scores::softmax ? 0 : scores == Scores::sigmoid ? 1 : 2;
-}
-
 void add_pieces(int64_t segment, int64_t begin, int64_t end, std::vector<Piece>* pieces) {
   for (; begin < end; begin += kPieceRows) {
     pieces->push_back({segment, begin, std::min(begin + kPieceRows, end)});
@@ -188,12 +184,12 @@ void check_form(std::string_view op, const std::vector<RowCensus>& censuses, Sco
         all.first_other < 0, op,
         ": with scores = 'none' every row of routing must be a distribution, entries of "
         "at least 0 that sum to 1 (got something else at row ",
-        all.first_other,
-        "; for logits pass scores = 'softmax' or 'sigmoid', or to ExpertDivergenceLoss input = 'logits')");
+        all.first_other, "; for logits pass scores = ", score_names(kRouterScores),
+        ", or to ExpertDivergenceLoss input = 'logits')");
   } else {
     TORCH_CHECK_VALUE(
         num_experts == 1 || all.finite < 2 || all.distributions < all.finite, op,
-        ": with scores = 'softmax' or 'sigmoid' routing must be logits (got ", all.finite,
+        ": with scores = ", score_names(kRouterScores), " routing must be logits (got ", all.finite,
         " rows that all sum to 1 with entries of at least 0; for probabilities pass scores = 'none', or to "
         "ExpertDivergenceLoss input = 'probs')");
   }
@@ -208,7 +204,7 @@ void sum_pieces(
     StorageType storage,
     int64_t num_segments,
     Acc* sums) {
-  const auto sum_at_once = aggregate_routing_loops().sum_pieces[static_cast<int>(storage)][score_index(scores)];
+  const auto sum_at_once = aggregate_routing_loops().sum_pieces[static_cast<int>(storage)][static_cast<int>(scores)];
   const bool is_16_bit = storage == StorageType::bfloat16 || storage == StorageType::float16;
   const double tolerance = is_16_bit ? 1e-2 : 1e-3;
   const int64_t num_experts = rows.num_experts;
@@ -306,7 +302,7 @@ at::Tensor aggregate_routing_backward_cpu(
       grad_routing.mutable_data_ptr(),
       bytes > kStreamFromBytes && !is_on_fresh_pages(grad_routing)};
   const auto spread_rows =
-      aggregate_routing_loops().spread_rows[static_cast<int>(storage_of(rows))][score_index(scores)];
+      aggregate_routing_loops().spread_rows[static_cast<int>(storage_of(rows))][static_cast<int>(scores)];
   at::parallel_for(
       0, rows.size(0), std::max<int64_t>(1, kGrainElements / num_experts), [&](int64_t begin, int64_t end) {
         if (ids.are_64_bit()) {

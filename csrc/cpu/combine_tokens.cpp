@@ -67,9 +67,8 @@ std::tuple<at::Tensor, at::Tensor> combine_tokens_backward_cpu(
   const at::Tensor factors = factors_of(weights, rows, top_k);
   const std::vector<int32_t> row_of_slot = rows_of_slots(kOp, order.const_data_ptr<int32_t>(), order.size(0));
   const bool of_weights = needed[1] && weights.has_value();
-  at::Tensor grad_rows = needed[0] ? at::empty(rows.sizes(), rows.options()) : at::empty({0}, rows.options());
-  at::Tensor grad_weights =
-      of_weights ? at::empty(factors.sizes(), factors.options()) : at::empty({0}, factors.options());
+  at::Tensor grad_rows = empty_if(needed[0], rows);
+  at::Tensor grad_weights = empty_if(of_weights, factors);
   const CombineGradient task{
       grad.const_data_ptr(),
       grad.stride(0),

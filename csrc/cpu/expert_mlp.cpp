@@ -413,12 +413,10 @@ ExpertMlpGradients expert_mlp_backward_cpu(
   if (in_rows) { // which the weights are in: what is left of them is who takes part
     arguments.factors = arguments.factors.ne(0).to(arguments.factors.scalar_type());
   }
-  const auto empty_if = [&](bool is_needed, const at::Tensor& input) {
-    return is_needed ? on_huge_pages(at::empty(input.sizes(), input.options())) : at::empty({0}, input.options());
-  };
   const at::Tensor token_sums = needed[0] ? zero_sums(tokens) : at::empty({0}, arguments.factors.options());
   const at::Tensor factors = at::zeros(arguments.factors.sizes(), arguments.factors.options()); // zero for sentinels
-  at::Tensor grad_gate_up = empty_if(needed[2], gate_up), grad_down = empty_if(needed[3], down);
+  at::Tensor grad_gate_up = on_huge_pages(empty_if(needed[2], gate_up));
+  at::Tensor grad_down = on_huge_pages(empty_if(needed[3], down));
   const at::Tensor zeros = at::zeros({tokens.size(1)}, tokens.options());
 
   ExpertMlp experts(arguments, token_sums, kept, /*backward=*/true);

@@ -28,10 +28,6 @@ int64_t grain_rows(int64_t columns) {
   return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, columns));
 }
 
-int score_index(Scores scores) {
-  return scores == Scores::softmax ? 0 : 1;
-}
-
 // Which experts each token may take.
 struct Allowed {
   explicit Allowed(const std::optional<at::Tensor>& given)
@@ -158,7 +154,7 @@ std::tuple<at::Tensor, at::Tensor> route_tokens_cpu(
       scale,
       weights.mutable_data_ptr(),
       experts.mutable_data_ptr<int64_t>()};
-  const auto route_rows = route_tokens_loops().route_rows[static_cast<int>(storage_of(rows))][score_index(scores)];
+  const auto route_rows = route_tokens_loops().route_rows[static_cast<int>(storage_of(rows))][static_cast<int>(scores)];
   at::parallel_for(
       0, rows.size(0), grain_rows(rows.size(1)), [&](int64_t begin, int64_t end) { route_rows(task, begin, end); });
   return {weights, experts};
@@ -198,7 +194,8 @@ at::Tensor route_tokens_backward_cpu(
       normalize,
       scale,
       grad_logits.mutable_data_ptr()};
-  const auto spread_rows = route_tokens_loops().spread_rows[static_cast<int>(storage_of(rows))][score_index(scores)];
+  const auto spread_rows =
+      route_tokens_loops().spread_rows[static_cast<int>(storage_of(rows))][static_cast<int>(scores)];
   at::parallel_for(
       0, rows.size(0), grain_rows(num_experts), [&](int64_t begin, int64_t end) { spread_rows(gradient, begin, end); });
   return grad_logits;

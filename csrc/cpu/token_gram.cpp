@@ -42,17 +42,15 @@ struct Arguments {
       int64_t top_k)
       : rows(with_dense_rows(all_rows)),
         order(row_order.contiguous()),
-        row_of_slot(rows_of_slots(kOp, order.const_data_ptr<int32_t>(), order.size(0))) {
-    if (all_weights.has_value()) {
-      weights = all_weights->to(accumulation_type(rows.scalar_type())).contiguous();
-    }
+        row_of_slot(rows_of_slots(kOp, order.const_data_ptr<int32_t>(), order.size(0))),
+        weights(dense_if(all_weights, accumulation_type(rows.scalar_type()))) {
     tokens = {
         .rows = rows.const_data_ptr(),
         .rows_stride = rows.stride(0),
         .are_gate_and_up = false,
         .row_of_slot = row_of_slot.data(),
         .num_used = order.size(0),
-        .weights = weights.defined() ? weights.const_data_ptr() : nullptr,
+        .weights = data_if(weights),
         .top_k = top_k,
         .width = rows.size(1)};
   }

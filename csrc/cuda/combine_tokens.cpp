@@ -16,11 +16,6 @@ namespace {
 
 constexpr const char* kOp = "edl::combine_tokens";
 
-// [T, K], accumulation type; undefined where there are none.
-at::Tensor dense_weights(const std::optional<at::Tensor>& weights, const at::Tensor& rows) {
-  return weights.has_value() ? weights->to(accumulation_type(rows.scalar_type())).contiguous() : at::Tensor();
-}
-
 at::Tensor combine_tokens_cuda(
     const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& row_order, int64_t top_k) {
   check_combine_tokens(rows, weights, row_order, top_k);
@@ -29,7 +24,8 @@ at::Tensor combine_tokens_cuda(
     combine_tokens(at::zeros({rows.size(0), 1}), std::nullopt, row_order.cpu(), top_k);
   }
   const at::Tensor row_of_slot = rows_of_slots(row_order.contiguous(), nullptr);
-  const at::Tensor output = combine_rows(rows, row_of_slot, dense_weights(weights, rows), top_k);
+  const at::Tensor factors = dense_if(weights, accumulation_type(rows.scalar_type()));
+  const at::Tensor output = combine_rows(rows, row_of_slot, factors, top_k);
   check_launch(kOp);
   return output;
 }
@@ -44,14 +40,15 @@ std::tuple<at::Tensor, at::Tensor> combine_tokens_backward_cuda(
   check_combine_tokens_backward(grad_output, rows, weights, row_order, top_k);
   const c10::cuda::CUDAGuard guard(rows.device());
   const bool of_weights = needed[1] && weights.has_value();
-  const auto accumulation = rows.options().dtype(accumulation_type(rows.scalar_type()));
-  at::Tensor grad_rows = needed[0] ? at::empty(rows.sizes(), rows.options()) : at::empty({0}, rows.options());
+  const auto type = accumulation_type(rows.scalar_type());
+  const auto accumulation = rows.options().dtype(type);
+  at::Tensor grad_rows = empty_if(needed[0], rows);
   at::Tensor grad_weights = of_weights ? at::zeros(weights->sizes(), accumulation) : at::empty({0}, accumulation);
   if (rows.numel() > 0 && (needed[0] || of_weights)) {
     const at::Tensor grad = with_dense_rows(grad_output);
     const at::Tensor source = with_dense_rows(rows);
     const at::Tensor order = row_order.contiguous();
-    const at::Tensor factors = dense_weights(weights, rows);
+    const at::Tensor factors = dense_if(weights, type);
     launch_combine_backward(
         {.grad_output = grad.const_data_ptr(),
          .storage = storage_of(grad),
@@ -59,7 +56,7 @@ std::tuple<at::Tensor, at::Tensor> combine_tokens_backward_cuda(
          .rows = source.const_data_ptr(),
          .rows_stride = source.stride(0),
          .row_order = order.const_data_ptr<int32_t>(),
-         .weights = factors.defined() ? factors.const_data_ptr() : nullptr,
+         .weights = data_if(factors),
          .num_rows = rows.size(0),
          .top_k = top_k,
          .width = rows.size(1),

@@ -30,7 +30,7 @@ at::Tensor gather_rows(
        .top_k = top_k,
        .width = rows.size(1),
        .rows = rows.mutable_data_ptr(),
-       .weights = weights.defined() ? weights.const_data_ptr() : nullptr},
+       .weights = data_if(weights)},
       stream_of(rows));
   return rows;
 }
@@ -61,7 +61,7 @@ at::Tensor combine_rows(
        .storage = storage_of(source),
        .rows_stride = source.stride(0),
        .row_of_slot = row_of_slot.const_data_ptr<int32_t>(),
-       .weights = weights.defined() ? weights.const_data_ptr() : nullptr,
+       .weights = data_if(weights),
        .num_tokens = output.size(0),
        .top_k = top_k,
        .width = output.size(1),

@@ -16,11 +16,6 @@ namespace {
 
 constexpr const char* kOp = "edl::token_gram";
 
-// [T, K], accumulation type; undefined where there are none.
-at::Tensor dense_weights(const std::optional<at::Tensor>& weights, const at::Tensor& rows) {
-  return weights.has_value() ? weights->to(accumulation_type(rows.scalar_type())).contiguous() : at::Tensor();
-}
-
 at::Tensor token_gram_cuda(
     const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& row_order, int64_t top_k) {
   check_token_gram(rows, weights, row_order, top_k);
@@ -28,8 +23,9 @@ at::Tensor token_gram_cuda(
   if (values_are_checked(kOp)) {
     token_gram(at::zeros({rows.size(0), 1}), std::nullopt, row_order.cpu(), top_k);
   }
-  const at::Tensor gram = grams_of(
-      with_dense_rows(rows), rows_of_slots(row_order.contiguous(), nullptr), dense_weights(weights, rows), top_k);
+  const at::Tensor factors = dense_if(weights, accumulation_type(rows.scalar_type()));
+  const at::Tensor row_of_slot = rows_of_slots(row_order.contiguous(), nullptr);
+  const at::Tensor gram = grams_of(with_dense_rows(rows), row_of_slot, factors, top_k);
   check_launch(kOp);
   return gram;
 }
@@ -50,7 +46,7 @@ at::Tensor token_gram_backward_cuda(
   const at::Tensor source = with_dense_rows(rows);
   const at::Tensor order = row_order.contiguous();
   const at::Tensor row_of_slot = rows_of_slots(order, nullptr);
-  const at::Tensor factors = dense_weights(weights, rows);
+  const at::Tensor factors = dense_if(weights, accumulation_type(rows.scalar_type()));
   launch_token_gram_backward(
       {.tokens = token_rows(source, row_of_slot, factors, top_k),
        .grad_gram = grad.const_data_ptr(),
@@ -73,7 +69,7 @@ TokenRows token_rows(const at::Tensor& rows, const at::Tensor& row_of_slot, cons
       .storage = storage_of(rows),
       .rows_stride = rows.stride(0),
       .row_of_slot = row_of_slot.const_data_ptr<int32_t>(),
-      .weights = weights.defined() ? weights.const_data_ptr() : nullptr,
+      .weights = data_if(weights),
       .num_tokens = rows.size(0) / top_k,
       .top_k = top_k,
       .width = rows.size(1)};

@@ -13,6 +13,7 @@
 #include "common/dtypes.h"
 #include "common/errors.h"
 #include "common/operators.h"
+#include "ops/tensor_checks.h"
 
 namespace edl {
 namespace {
@@ -20,18 +21,13 @@ namespace {
 constexpr const char* kOp = "edl::aggregate_routing";
 
 void check_rows(std::string_view op, const at::Tensor& routing, const at::Tensor& segment_ids) {
-  EDL_ENSURE(routing.dim() == 2, op, ": routing must have the shape [T, E] (got ", routing.dim(), " dimensions)");
-  EDL_ENSURE(
-      is_storage_type(routing.scalar_type()), op, ": routing must be float32, float64, bfloat16 or float16 (got ",
-      routing.scalar_type(), ")");
-  EDL_ENSURE(
-      segment_ids.dim() == 1, op, ": segment_ids must have the shape [T] (got ", segment_ids.dim(), " dimensions)");
+  check_dimensions(op, routing, "routing", 2, "[T, E]");
+  check_storage_type(op, routing, "routing");
+  check_dimensions(op, segment_ids, "segment_ids", 1, "[T]");
   EDL_ENSURE(
       is_index_type(segment_ids.scalar_type()), op, ": segment_ids must be int32 or int64 (got ",
       segment_ids.scalar_type(), ")");
-  EDL_ENSURE(
-      segment_ids.device() == routing.device(), op, ": segment_ids must be on the device of routing (got ",
-      segment_ids.device(), " and ", routing.device(), ")");
+  check_device(op, segment_ids, "segment_ids", routing, "routing");
   EDL_ENSURE(
       segment_ids.sym_size(0).sym_eq(routing.sym_size(0)), op,
       ": segment_ids must have one entry per row of routing (got ", segment_ids.sym_size(0), " ids for ",
@@ -61,14 +57,10 @@ Scores check_aggregate_routing_backward(
     const at::Tensor& segment_ids,
     std::string_view scores) {
   check_rows(op, routing, segment_ids);
-  EDL_ENSURE(
-      grad_sums.dim() == 2 && grad_sums.scalar_type() == accumulation_type(routing.scalar_type()), op,
-      ": the gradient of sums must be a matrix of the accumulation type (got ", grad_sums.dim(), " dimensions of ",
-      grad_sums.scalar_type(), ")");
-  EDL_ENSURE(
-      grad_sums.sym_size(1).sym_eq(routing.sym_size(1)), op,
-      ": the gradient of sums must have one column per expert (got ", grad_sums.sym_size(1), " for ",
-      routing.sym_size(1), " experts)");
+  check_dimensions(op, grad_sums, "the gradient of sums", 2, "[S, E]");
+  check_form(
+      op, grad_sums, "the gradient of sums", accumulation_type(routing.scalar_type()),
+      {grad_sums.sym_size(0), routing.sym_size(1)});
   return parse_scores(op, scores);
 }
 

@@ -6,11 +6,11 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "common/dtypes.h"
-#include "common/errors.h"
 #include "common/operators.h"
+#include "common/tensors.h"
 #include "ops/dispatch_tokens.h"
 #include "ops/routing_checks.h"
+#include "ops/tensor_checks.h"
 
 namespace edl {
 namespace {
@@ -31,14 +31,9 @@ void check_combine_tokens_backward(
     const at::Tensor& row_order,
     int64_t top_k) {
   check_combine_tokens(rows, weights, row_order, top_k);
-  EDL_ENSURE(
-      grad_output.dim() == 2 && grad_output.scalar_type() == rows.scalar_type(), kOp,
-      ": the gradient of the output must be a matrix in the type of rows (got ", grad_output.dim(), " dimensions of ",
-      grad_output.scalar_type(), ")");
-  EDL_ENSURE(
-      (grad_output.sym_size(0) * top_k).sym_eq(rows.sym_size(0)) & grad_output.sym_size(1).sym_eq(rows.sym_size(1)),
-      kOp, ": the gradient of the output must have the shape [T, H] (got ", grad_output.sym_size(0), " by ",
-      grad_output.sym_size(1), ")");
+  check_form(
+      kOp, grad_output, "the gradient of the output", rows.scalar_type(),
+      {num_tokens_of(rows, weights, top_k), rows.sym_size(1)});
 }
 
 at::Tensor combine_tokens(
@@ -65,8 +60,7 @@ TwoGradients combine_tokens_backward(
 at::Tensor combine_tokens_meta(
     const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& row_order, int64_t top_k) {
   check_combine_tokens(rows, weights, row_order, top_k);
-  const c10::SymInt num_tokens = weights.has_value() ? weights->sym_size(0) : rows.sym_size(0) / top_k;
-  return at::empty_symint({num_tokens, rows.sym_size(1)}, rows.options());
+  return at::empty_symint({num_tokens_of(rows, weights, top_k), rows.sym_size(1)}, rows.options());
 }
 
 TwoGradients combine_tokens_backward_meta(
@@ -77,13 +71,7 @@ TwoGradients combine_tokens_backward_meta(
     int64_t top_k,
     std::array<bool, 2> needed) {
   check_combine_tokens_backward(grad_output, rows, weights, row_order, top_k);
-  const auto nothing = {c10::SymInt(0)};
-  const at::Tensor& like_weights = weights.has_value() ? *weights : rows;
-  return {
-      at::empty_symint(needed[0] ? rows.sym_sizes() : c10::SymIntArrayRef(nothing), rows.options()),
-      at::empty_symint(
-          needed[1] && weights.has_value() ? weights->sym_sizes() : c10::SymIntArrayRef(nothing),
-          like_weights.options())};
+  return {empty_if(needed[0], rows), empty_if(needed[1] && weights.has_value(), weights.value_or(rows))};
 }
 
 struct CombineTokensFunction : torch::autograd::Function<CombineTokensFunction> {

@@ -5,11 +5,11 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "common/dtypes.h"
 #include "common/errors.h"
 #include "common/operators.h"
 #include "ops/combine_tokens.h"
 #include "ops/routing_checks.h"
+#include "ops/tensor_checks.h"
 
 namespace edl {
 namespace {
@@ -19,10 +19,8 @@ constexpr const char* kOp = "edl::dispatch_tokens";
 } // namespace
 
 void check_dispatch_tokens(const at::Tensor& tokens, const at::Tensor& row_order, int64_t top_k) {
-  EDL_ENSURE(tokens.dim() == 2, kOp, ": tokens must have the shape [T, H] (got ", tokens.dim(), " dimensions)");
-  EDL_ENSURE(
-      is_storage_type(tokens.scalar_type()), kOp, ": tokens must be float32, float64, bfloat16 or float16 (got ",
-      tokens.scalar_type(), ")");
+  check_dimensions(kOp, tokens, "tokens", 2, "[T, H]");
+  check_storage_type(kOp, tokens, "tokens");
   check_sorted_indices(kOp, row_order, "row_order", tokens, "tokens");
   EDL_ENSURE(top_k >= 1, kOp, ": top_k must be at least 1 (got ", top_k, ")");
   EDL_ENSURE(

@@ -14,7 +14,9 @@
 #include "common/dtypes.h"
 #include "common/errors.h"
 #include "common/operators.h"
+#include "common/tensors.h"
 #include "ops/routing_checks.h"
+#include "ops/tensor_checks.h"
 
 namespace edl {
 namespace {
@@ -25,29 +27,20 @@ constexpr int64_t kMostSlots = std::numeric_limits<int32_t>::max();
 
 void check_parameter(
     const char* op, const at::Tensor& parameter, const char* name, const char* shape, const at::Tensor& tokens) {
-  EDL_ENSURE(
-      parameter.dim() == 3, op, ": ", name, " must have the shape ", shape, " (got ", parameter.dim(), " dimensions)");
+  check_dimensions(op, parameter, name, 3, shape);
   EDL_ENSURE(
       parameter.scalar_type() == tokens.scalar_type(), op, ": ", name, " must have the type of tokens (got ",
       parameter.scalar_type(), " beside ", tokens.scalar_type(), ")");
-  EDL_ENSURE(
-      parameter.device() == tokens.device(), op, ": ", name, " must be on the device of tokens (got ",
-      parameter.device(), " and ", tokens.device(), ")");
+  check_device(op, parameter, name, tokens, "tokens");
 }
 
 void check_gradient_of_gram(
     const std::optional<at::Tensor>& grad, const at::Tensor& weights, const at::Tensor& tokens) {
-  if (!grad.has_value()) {
-    return;
+  if (grad.has_value()) {
+    check_form(
+        kOp, *grad, "the gradient of a Gram matrix", accumulation_type(tokens.scalar_type()),
+        {tokens.sym_size(0), weights.sym_size(1), weights.sym_size(1)});
   }
-  EDL_ENSURE(
-      grad->dim() == 3 && grad->scalar_type() == accumulation_type(tokens.scalar_type()), kOp,
-      ": the gradient of a Gram matrix must be [T, K, K] in the accumulation type (got ", grad->dim(),
-      " dimensions of ", grad->scalar_type(), ")");
-  EDL_ENSURE(
-      grad->sym_size(0).sym_eq(tokens.sym_size(0)) & grad->sym_size(1).sym_eq(weights.sym_size(1)) &
-          grad->sym_size(2).sym_eq(weights.sym_size(1)),
-      kOp, ": the gradient of a Gram matrix must have the shape [T, K, K] (got ", grad->sym_sizes(), ")");
 }
 
 ProductsWait& products_wait() {
@@ -73,10 +66,8 @@ void check_expert_mlp(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down) {
-  EDL_ENSURE(tokens.dim() == 2, op, ": tokens must have the shape [T, H] (got ", tokens.dim(), " dimensions)");
-  EDL_ENSURE(
-      is_storage_type(tokens.scalar_type()), op, ": tokens must be float32, float64, bfloat16 or float16 (got ",
-      tokens.scalar_type(), ")");
+  check_dimensions(op, tokens, "tokens", 2, "[T, H]");
+  check_storage_type(op, tokens, "tokens");
   check_routing_weights(op, weights, tokens, "tokens");
   check_sorted_indices(op, row_order, "row_order", tokens, "tokens");
   check_sorted_indices(op, offsets, "offsets", tokens, "tokens");
@@ -128,32 +119,14 @@ void check_expert_mlp_backward(
     const at::Tensor& pre_activation,
     const std::optional<at::Tensor>& rows) {
   check_expert_mlp(kOp, tokens, weights, row_order, offsets, gate_up, down);
-  EDL_ENSURE(
-      grad_output.dim() == 2 && grad_output.scalar_type() == tokens.scalar_type(), kOp,
-      ": the gradient of the output must be a matrix in the type of tokens (got ", grad_output.dim(), " dimensions of ",
-      grad_output.scalar_type(), ")");
-  EDL_ENSURE(
-      grad_output.sym_size(0).sym_eq(tokens.sym_size(0)) & grad_output.sym_size(1).sym_eq(tokens.sym_size(1)), kOp,
-      ": the gradient of the output must have the shape of tokens (got ", grad_output.sym_size(0), " by ",
-      grad_output.sym_size(1), ")");
-  EDL_ENSURE(
-      pre_activation.dim() == 2 && pre_activation.scalar_type() == tokens.scalar_type(), kOp,
-      ": pre_activation must be a matrix in the type of tokens (got ", pre_activation.dim(), " dimensions of ",
-      pre_activation.scalar_type(), ")");
-  EDL_ENSURE(
-      pre_activation.sym_size(0).sym_eq(row_order.sym_size(0)) & pre_activation.sym_size(1).sym_eq(gate_up.sym_size(1)),
-      kOp, ": pre_activation must have the shape [N, 2I] (got ", pre_activation.sym_size(0), " by ",
-      pre_activation.sym_size(1), ")");
+  const auto type = tokens.scalar_type();
+  check_form(kOp, grad_output, "the gradient of the output", type, tokens.sym_sizes());
+  check_form(kOp, pre_activation, "pre_activation", type, {row_order.sym_size(0), gate_up.sym_size(1)});
   check_gradient_of_gram(grad_activation_gram, weights, tokens);
   check_gradient_of_gram(grad_output_gram, weights, tokens);
   if (grad_output_gram.has_value()) {
-    EDL_ENSURE(
-        rows.has_value() && rows->dim() == 2 && rows->scalar_type() == tokens.scalar_type(), kOp,
-        ": the gradient of output_gram needs rows, a matrix in the type of tokens (got ",
-        rows.has_value() ? rows->dim() : 0, " dimensions)");
-    EDL_ENSURE(
-        rows->sym_size(0).sym_eq(row_order.sym_size(0)) & rows->sym_size(1).sym_eq(tokens.sym_size(1)), kOp,
-        ": rows must have the shape [N, H] (got ", rows->sym_size(0), " by ", rows->sym_size(1), ")");
+    EDL_ENSURE(rows.has_value(), kOp, ": the gradient of output_gram needs rows (got none)");
+    check_form(kOp, *rows, "rows", type, {row_order.sym_size(0), tokens.sym_size(1)});
   }
 }
 
@@ -276,13 +249,9 @@ ExpertMlpGradients expert_mlp_backward_meta(
   check_expert_mlp_backward(
       grad_output, grad_output_gram, grad_activation_gram, tokens, weights, row_order, offsets, gate_up, down,
       pre_activation, rows);
-  const auto gradient_of = [](const at::Tensor& input, bool is_needed) {
-    const auto nothing = {c10::SymInt(0)};
-    return at::empty_symint(is_needed ? input.sym_sizes() : c10::SymIntArrayRef(nothing), input.options());
-  };
   return {
-      gradient_of(tokens, needed[0]), gradient_of(weights, needed[1]), gradient_of(gate_up, needed[2]),
-      gradient_of(down, needed[3])};
+      empty_if(needed[0], tokens), empty_if(needed[1], weights), empty_if(needed[2], gate_up),
+      empty_if(needed[3], down)};
 }
 
 // One for both operators: the output, and behind it the Gram matrices where any is asked for.

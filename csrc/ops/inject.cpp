@@ -7,10 +7,10 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "common/dtypes.h"
 #include "common/errors.h"
 #include "common/operators.h"
 #include "common/tensors.h"
+#include "ops/tensor_checks.h"
 
 namespace edl {
 namespace {
@@ -19,17 +19,13 @@ constexpr const char* kOp = "edl::inject";
 
 void check_scalar(const at::Tensor& value, const char* name) {
   EDL_ENSURE(value.dim() == 0, kOp, ": ", name, " must be a scalar tensor (got ", value.dim(), " dimensions)");
-  EDL_ENSURE(
-      is_storage_type(value.scalar_type()), kOp, ": ", name, " must be float32, float64, bfloat16 or float16 (got ",
-      value.scalar_type(), ")");
+  check_storage_type(kOp, value, name);
 }
 
 } // namespace
 
 void check_inject(const at::Tensor& carrier, const at::Tensor& loss, const at::Tensor& scale) {
-  EDL_ENSURE(
-      is_storage_type(carrier.scalar_type()), kOp, ": carrier must be float32, float64, bfloat16 or float16 (got ",
-      carrier.scalar_type(), ")");
+  check_storage_type(kOp, carrier, "carrier");
   check_scalar(loss, "loss");
   check_scalar(scale, "scale");
 }

@@ -20,9 +20,7 @@ Scores check_logits(const at::Tensor& logits, std::string_view scores) {
   EDL_ENSURE(
       is_storage_type(logits.scalar_type()), kOp, ": logits must be float32, float64, bfloat16 or float16 (got ",
       logits.scalar_type(), ")");
-  EDL_ENSURE(
-      scores == "softmax" || scores == "sigmoid", kOp, ": scores must be 'softmax' or 'sigmoid' (got '", scores, "')");
-  return parse_scores(kOp, scores);
+  return parse_router_scores(kOp, scores);
 }
 
 void check_bias(const at::Tensor& bias, const at::Tensor& logits) {

@@ -21,6 +21,7 @@
 #include <tuple>
 
 #include "common/operators.h"
+#include "common/tensors.h"
 
 namespace edl {
 namespace {
@@ -114,11 +115,7 @@ at::Tensor router_product_meta(const at::Tensor& tokens, const at::Tensor& weigh
 
 TwoGradients router_product_backward_meta(
     const at::Tensor& grad, const at::Tensor& tokens, const at::Tensor& weight, std::array<bool, 2> needed) {
-  const auto gradient_of = [](const at::Tensor& input, bool is_needed) {
-    const auto nothing = {c10::SymInt(0)};
-    return at::empty_symint(is_needed ? input.sym_sizes() : c10::SymIntArrayRef(nothing), input.options());
-  };
-  return {gradient_of(tokens, needed[0]), gradient_of(weight, needed[1])};
+  return {empty_if(needed[0], tokens), empty_if(needed[1], weight)};
 }
 
 struct RouterProductFunction : torch::autograd::Function<RouterProductFunction> {

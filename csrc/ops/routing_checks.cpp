@@ -2,42 +2,41 @@
 
 #include "common/dtypes.h"
 #include "common/errors.h"
+#include "ops/tensor_checks.h"
 
 namespace edl {
 
 void check_routing_weights(
-    const char* op, const at::Tensor& weights, const at::Tensor& values, const char* values_name) {
-  EDL_ENSURE(weights.dim() == 2, op, ": weights must have the shape [T, K] (got ", weights.dim(), " dimensions)");
+    std::string_view op, const at::Tensor& weights, const at::Tensor& values, const char* values_name) {
+  check_dimensions(op, weights, "weights", 2, "[T, K]");
   EDL_ENSURE(
       weights.scalar_type() == values.scalar_type() || weights.scalar_type() == accumulation_type(values.scalar_type()),
       op, ": weights must have the type of ", values_name, ", or be float32 beside 16-bit ", values_name, " (got ",
       weights.scalar_type(), " beside ", values.scalar_type(), ")");
-  EDL_ENSURE(
-      weights.device() == values.device(), op, ": weights must be on the device of ", values_name, " (got ",
-      weights.device(), " and ", values.device(), ")");
+  check_device(op, weights, "weights", values, values_name);
 }
 
 void check_sorted_indices(
-    const char* op, const at::Tensor& indices, const char* name, const at::Tensor& values, const char* values_name) {
+    std::string_view op,
+    const at::Tensor& indices,
+    const char* name,
+    const at::Tensor& values,
+    const char* values_name) {
   EDL_ENSURE(
       indices.dim() == 1 && indices.scalar_type() == at::kInt, op, ": ", name,
       " must be an int32 vector, as sort_by_expert gives it (got ", indices.dim(), " dimensions of ",
       indices.scalar_type(), ")");
-  EDL_ENSURE(
-      indices.device() == values.device(), op, ": ", name, " must be on the device of ", values_name, " (got ",
-      indices.device(), " and ", values.device(), ")");
+  check_device(op, indices, name, values, values_name);
 }
 
 void check_rows_of_tokens(
-    const char* op,
+    std::string_view op,
     const at::Tensor& rows,
     const std::optional<at::Tensor>& weights,
     const at::Tensor& row_order,
     int64_t top_k) {
-  EDL_ENSURE(rows.dim() == 2, op, ": rows must have the shape [N, H] (got ", rows.dim(), " dimensions)");
-  EDL_ENSURE(
-      is_storage_type(rows.scalar_type()), op, ": rows must be float32, float64, bfloat16 or float16 (got ",
-      rows.scalar_type(), ")");
+  check_dimensions(op, rows, "rows", 2, "[N, H]");
+  check_storage_type(op, rows, "rows");
   check_sorted_indices(op, row_order, "row_order", rows, "rows");
   EDL_ENSURE(
       row_order.sym_size(0).sym_eq(rows.sym_size(0)), op, ": row_order must have one entry per row (got ",
@@ -55,6 +54,10 @@ void check_rows_of_tokens(
         (weights->sym_size(0) * top_k).sym_eq(rows.sym_size(0)), op, ": weights must have one entry per row (got ",
         weights->sym_size(0), " by ", top_k, " for ", rows.sym_size(0), " rows)");
   }
+}
+
+c10::SymInt num_tokens_of(const at::Tensor& rows, const std::optional<at::Tensor>& weights, int64_t top_k) {
+  return weights.has_value() ? weights->sym_size(0) : rows.sym_size(0) / top_k;
 }
 
 } // namespace edl

@@ -9,6 +9,7 @@
 #include "common/dtypes.h"
 #include "common/errors.h"
 #include "common/operators.h"
+#include "ops/tensor_checks.h"
 
 namespace edl {
 namespace {
@@ -19,7 +20,7 @@ constexpr int64_t kMostSlots = std::numeric_limits<int32_t>::max();
 } // namespace
 
 void check_sort_by_expert(const at::Tensor& experts, const c10::SymInt& num_experts) {
-  EDL_ENSURE(experts.dim() == 2, kOp, ": experts must have the shape [T, K] (got ", experts.dim(), " dimensions)");
+  check_dimensions(kOp, experts, "experts", 2, "[T, K]");
   EDL_ENSURE(
       is_index_type(experts.scalar_type()), kOp, ": experts must be int32 or int64 (got ", experts.scalar_type(), ")");
   EDL_ENSURE(

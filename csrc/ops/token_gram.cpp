@@ -7,9 +7,9 @@
 #include <torch/library.h>
 
 #include "common/dtypes.h"
-#include "common/errors.h"
 #include "common/operators.h"
 #include "ops/routing_checks.h"
+#include "ops/tensor_checks.h"
 
 namespace edl {
 namespace {
@@ -30,14 +30,9 @@ void check_token_gram_backward(
     const at::Tensor& row_order,
     int64_t top_k) {
   check_token_gram(rows, weights, row_order, top_k);
-  EDL_ENSURE(
-      grad_gram.dim() == 3 && grad_gram.scalar_type() == accumulation_type(rows.scalar_type()), kOp,
-      ": the gradient of the result must be [T, K, K] in the accumulation type (got ", grad_gram.dim(),
-      " dimensions of ", grad_gram.scalar_type(), ")");
-  EDL_ENSURE(
-      (grad_gram.sym_size(0) * top_k).sym_eq(rows.sym_size(0)) & grad_gram.sym_size(1).sym_eq(top_k) &
-          grad_gram.sym_size(2).sym_eq(top_k),
-      kOp, ": the gradient of the result must have the shape [T, K, K] (got ", grad_gram.sym_sizes(), ")");
+  check_form(
+      kOp, grad_gram, "the gradient of the result", accumulation_type(rows.scalar_type()),
+      {num_tokens_of(rows, weights, top_k), top_k, top_k});
 }
 
 at::Tensor token_gram(
@@ -61,8 +56,8 @@ at::Tensor token_gram_backward(
 at::Tensor token_gram_meta(
     const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& row_order, int64_t top_k) {
   check_token_gram(rows, weights, row_order, top_k);
-  const c10::SymInt num_tokens = weights.has_value() ? weights->sym_size(0) : rows.sym_size(0) / top_k;
-  return at::empty_symint({num_tokens, top_k, top_k}, rows.options().dtype(accumulation_type(rows.scalar_type())));
+  const auto options = rows.options().dtype(accumulation_type(rows.scalar_type()));
+  return at::empty_symint({num_tokens_of(rows, weights, top_k), top_k, top_k}, options);
 }
 
 at::Tensor token_gram_backward_meta(

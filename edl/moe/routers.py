@@ -60,8 +60,7 @@ def check_top_k_options(
     checks.check_texts(op, scores=scores)
     if top_k > num_experts:
         raise ValueError(f"edl::{op}: top_k must not exceed num_experts (got {top_k} of {num_experts})")
-    if scores not in ("softmax", "sigmoid"):
-        raise ValueError(f"edl::{op}: scores must be 'softmax' or 'sigmoid' (got {scores!r})")
+    checks.check_choice(op, "scores", scores, checks.router_scores())
     if not isinstance(router_dtype, torch.dtype) or router_dtype not in _COMPUTATION_TYPES:
         raise ValueError(
             f"edl::{op}: router_dtype must be torch.float32, torch.bfloat16 or torch.float16 (got {router_dtype})"
@@ -77,8 +76,7 @@ class TopK(Router):
         hidden_size (int): H.
         num_experts (int): E.
         top_k (int): K, experts per token, in [1, E].
-        scores (str): "softmax" over all experts (default; Switch, Mixtral, Qwen, OLMoE) or "sigmoid" of each logit
-            (DeepSeek-V3).
+        scores (str): as `edl.ops.route_tokens` takes them. Default: "softmax" (Switch, Mixtral, Qwen, OLMoE).
         normalize_top_k (bool): divide a token's weights by their sum. Default: True.
         routed_scaling_factor (float): factor of the weights (DeepSeek-V3: 2.5). Default: 1.
         router_dtype (torch.dtype): type of the product, torch.float32 (default), torch.bfloat16 or torch.float16;

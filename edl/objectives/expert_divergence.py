@@ -17,11 +17,6 @@ from edl.reduction.micro_batches import Carried, former_states
 from edl.routing import Observation
 
 
-def check_choice(op: str, name: str, value: str, choices: list[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"edl::{op}: {name} must be one of {choices} (got '{value}')")
-
-
 @torch.jit.unused
 def check_types(
     op: str,
@@ -54,10 +49,10 @@ def check_options(
         )
     if not (eps >= 0.0 and eps < float("inf")):
         raise ValueError(f"edl::{op}: eps must be finite and not negative (got {eps})")
-    check_choice(op, "input", input, ["logits", "probs"])
-    check_choice(op, "scores", scores, ["softmax", "sigmoid"])
-    check_choice(op, "sequence_reduction", sequence_reduction, ["sequence", "token"])
-    check_choice(op, "pair_reduction", pair_reduction, ["mean_of_logs", "log_of_mean"])
+    checks.check_choice(op, "input", input, ["logits", "probs"])
+    checks.check_choice(op, "scores", scores, checks.router_scores())
+    checks.check_choice(op, "sequence_reduction", sequence_reduction, ["sequence", "token"])
+    checks.check_choice(op, "pair_reduction", pair_reduction, ["mean_of_logs", "log_of_mean"])
     if bias_correction and (sequence_reduction != "sequence" or pair_reduction != "mean_of_logs"):
         raise ValueError(
             f"edl::{op}: bias_correction needs sequence_reduction='sequence' and "
@@ -75,7 +70,7 @@ class ExpertDivergence(Objective):
         num_domains (int): D, at least 2.
         eps (float): at least 0. Default: 1e-6.
         input (str): "logits" (default) or "probs": what it reads of an observation, logits or scores.
-        scores (str): "softmax" (default) or "sigmoid".
+        scores (str): of `edl.ops.route_tokens`. Default: "softmax".
         sequence_reduction (str): "sequence" (default) or "token".
         pair_reduction (str): "mean_of_logs" (default) or "log_of_mean".
         bias_correction (bool): default False.

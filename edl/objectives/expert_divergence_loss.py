@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from edl.labels.segments import Segments, make_segments
 from edl.objectives.base import Sums
 from edl.objectives.exchange import Exchange, Part, Parts
-from edl.objectives.expert_divergence import ExpertDivergence, check_choice, check_options, check_types
+from edl.objectives.expert_divergence import ExpertDivergence, check_options, check_types
 from edl.ops import checks
 from edl.reduction.micro_batches import DomainMemory
 from edl.reduction.ranks import Group, Ranks
@@ -129,7 +129,7 @@ def expert_divergence_loss(
     check_options(
         "expert_divergence_loss", num_domains, eps, input, scores, sequence_reduction, pair_reduction, bias_correction
     )
-    check_choice("expert_divergence_loss", "layer_reduction", layer_reduction, ["mean", "sum", "none"])
+    checks.check_choice("expert_divergence_loss", "layer_reduction", layer_reduction, ["mean", "sum", "none"])
     layers = _as_layers(router_logits)
     segments = _segments_of(
         layers[0],
@@ -172,7 +172,7 @@ class ExpertDivergenceLoss(nn.Module):
         num_domains (int): D, at least 2.
         eps (float): at least 0, default 1e-6. Domains whose divergence is far below eps are no longer pushed apart.
         input (str): "logits" (default) or "probs": what is passed to forward; checked.
-        scores (str): how logits become a distribution: "softmax" (default) or "sigmoid" (normalised over experts).
+        scores (str): how logits become a distribution, as `edl.ops.aggregate_routing` takes it. Default: "softmax".
         sequence_reduction (str): "sequence" (default, the paper) gives every sequence the same weight in its domain,
             "token" every token.
         pair_reduction (str): "mean_of_logs" (default, the paper) or "log_of_mean".
@@ -236,7 +236,7 @@ class ExpertDivergenceLoss(nn.Module):
             pair_reduction,
             bias_correction,
         )
-        check_choice("expert_divergence_loss", "layer_reduction", layer_reduction, ["mean", "sum", "none"])
+        checks.check_choice("expert_divergence_loss", "layer_reduction", layer_reduction, ["mean", "sum", "none"])
         self.num_domains = num_domains
         self.eps = float(eps)
         self.input = input

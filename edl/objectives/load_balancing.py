@@ -12,7 +12,7 @@ from edl.labels.batch import Batch
 from edl.labels.segments import Segments
 from edl.objectives.arguments import Routings, as_logits, check_logits, check_masks, counted_tokens, flat, layers_of
 from edl.objectives.base import Objective, Sums
-from edl.objectives.tokens import SCORES, chosen_experts
+from edl.objectives.tokens import chosen_experts
 from edl.ops import checks
 from edl.routing import Observation, Routing
 
@@ -28,8 +28,7 @@ class LoadBalancing(Objective):
     everything, 0 without a token that counts. f is a constant of the gradient.
 
     Args:
-        scores (str): the router's scores, "softmax" (default) or "sigmoid" (normalised over experts, as in
-            DeepSeek-V3).
+        scores (str): the router's scores, as `edl.ops.aggregate_routing` takes them. Default: "softmax".
         scope (str): whose balance it is. "global" (default): of the tokens of all ranks together, so that ranks with
             different data may use different experts. "sequence": the mean over sequences, or packed documents, of each
             one's own, whole also where context parallelism cuts it (DeepSeek-V3). "micro_batch": the mean over the
@@ -58,7 +57,7 @@ class LoadBalancing(Objective):
     needs = frozenset({"logits", "experts"})
 
     def __post_init__(self) -> None:
-        checks.check_choice("LoadBalancing", "scores", self.scores, SCORES)
+        checks.check_choice("LoadBalancing", "scores", self.scores, checks.router_scores())
         checks.check_choice("LoadBalancing", "scope", self.scope, ("global", "sequence", "micro_batch", "rank"))
         checks.check_choice("LoadBalancing", "choices", self.choices, ("made", "by_score"))
         for name in ("devices", "devices_per_token"):
@@ -198,8 +197,7 @@ def load_balancing_loss(
             Routing only.
         attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding (Hugging Face's sense).
         padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
-        scores (str): the router's scores, "softmax" (default) or "sigmoid" (normalised over experts, as in
-            DeepSeek-V3).
+        scores (str): the router's scores, as `edl.ops.aggregate_routing` takes them. Default: "softmax".
         top_k (int, optional): K, for router logits.
 
     Returns:

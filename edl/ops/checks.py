@@ -124,6 +124,17 @@ def check_texts(op: str, **texts: object) -> None:
             raise ValueError(f"edl::{op}: {name} must be a string (got {_shown(text)})")
 
 
+def router_scores() -> list[str]:
+    """The score functions of routers, as operators know them; a function, as TorchScript reads no global list."""
+    return ["softmax", "sigmoid"]
+
+
+def check_choice(op: str, name: str, value: str, choices: list[str]) -> None:
+    """Raises where an argument is none of its choices; TorchScript takes it too."""
+    if value not in choices:
+        raise ValueError(f"edl::{op}: {name} must be one of {choices} (got '{value}')")
+
+
 def check_flags(op: str, **flags: object) -> None:
     """Raises where an argument is neither True nor False."""
     for name, flag in flags.items():

@@ -43,7 +43,7 @@ def route_tokens(
     Args:
         logits (Tensor[T, E]): the router's output; float32, float64, bfloat16 or float16.
         top_k (int): K, experts per token, in [1, E].
-        scores (str): "softmax" over all experts, or "sigmoid" of each logit.
+        scores (str): "softmax" over all experts, or "sigmoid" of each logit (DeepSeek-V3).
         bias (Tensor[E], optional): shifts the choice and never enters a weight (DeepSeek-V3, arXiv 2412.19437, Eq. 16).
         normalize (bool): divide the weights by the sum of the token's chosen scores (sigmoid: sum + 1e-20). Default:
             True.

@@ -36,8 +36,8 @@ def aggregate_routing(
             rows with any stride.
         segment_ids (Tensor[T]): int32 or int64, in [-1, num_segments); -1 = the token is not counted.
         num_segments (int): S, at least 0.
-        scores (str): "softmax" (default), "sigmoid" (sigmoid(z) / (sum of sigmoid(z) + 1e-20), as in DeepSeek-V3), or
-            "none".
+        scores (str): those of `route_tokens`, divided by their sum + 1e-20 where each is of one logit (DeepSeek-V3), or
+            "none". Default: "softmax".
 
     Returns:
         sums (Tensor[S, E]) and counts (Tensor[S], tokens per segment), float32, or float64 for float64 input.

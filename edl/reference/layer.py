@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edl.reference.loss import one_or_nan
+from edl.reference.loss import one_or_nan, router_scores
 
 
 def route_tokens(
@@ -25,7 +25,7 @@ def route_tokens(
     num_experts = logits.shape[1]
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -math.inf)
-    score = logits.softmax(dim=-1) if scores == "softmax" else logits.sigmoid()
+    score = router_scores(logits, scores)
     if experts is None:
         # Scores rise with the logits, and logits keep apart what rounding would make equal.
         order = logits if bias is None else score + bias

@@ -16,14 +16,21 @@ def sequence_segment_ids(labels: Tensor, num_tokens: int) -> Tensor:
     return torch.where(labels == -1, -1, ids).repeat_interleave(length)
 
 
+def router_scores(logits: Tensor, scores: str) -> Tensor:
+    """The scores of logits [T, E]: each its share of all, or that of its own logit alone."""
+    return logits.softmax(dim=-1) if scores == "softmax" else logits.sigmoid()
+
+
+def normalised(values: Tensor, scores: str) -> Tensor:
+    """Scores [T, *] over their sum."""
+    return values / (values.sum(dim=-1, keepdim=True) + (0.0 if scores == "softmax" else 1e-20))
+
+
 def routing_scores(routing: Tensor, scores: str) -> Tensor:
-    """The distribution over experts [T, E] that `scores` makes of logits [T, E]."""
-    if scores == "softmax":
-        return routing.softmax(dim=-1)
-    if scores == "sigmoid":
-        gates = routing.sigmoid()
-        return gates / (gates.sum(dim=-1, keepdim=True) + 1e-20) * one_or_nan(routing)
-    return routing
+    """The distribution over experts [T, E] that `scores` makes of logits [T, E]; with "none" they are one."""
+    if scores == "none":
+        return routing
+    return normalised(router_scores(routing, scores), scores) * one_or_nan(routing)
 
 
 def one_or_nan(logits: Tensor) -> Tensor:

@@ -269,7 +269,7 @@ inline Values score(const Values& logits, Scores scores) {
     x = scores == Scores::softmax ? std::exp(x - highest) : 1 / (1 + std::exp(-x));
     sum += x;
   }
-  sum += scores == Scores::sigmoid ? edl::kSigmoidSumEpsilon : 0;
+  sum += scores == Scores::softmax ? 0 : 1e-20;
   for (double& x : result) {
     x /= sum;
   }

@@ -1,80 +1,11 @@
 #include "cuda/kernels/aggregate_routing.h"
 
+#include "routing_cases.h"
 #include "support.h"
 
 namespace {
 
 using namespace edl_tests;
-
-// In which order the segments of the tokens stand.
-enum class Ids { runs, random, one, all_but_the_last, alternating, seldom, none };
-
-struct Case {
-  int64_t num_tokens, num_experts, num_segments;
-  Ids ids = Ids::random;
-  int64_t padding = 0; // elements between the rows of routing
-  int64_t offset = 0; //  of its first, from a multiple of 16 bytes
-  bool ids_are_64_bit = true;
-};
-
-// Chunks that are not full and several; teams from one lane to a warp; packs and single elements, and rows that neither
-// holds at once; short and long groups side by side; more segments than tokens.
-const Case kCases[] = {
-    {1, 1, 1},
-    {63, 3, 2, Ids::runs},
-    {64, 8, 2, Ids::all_but_the_last},
-    {64, 16, 1, Ids::one, 0, 0, false},
-    {65, 7, 70, Ids::random, 2, 1},
-    {150, 128, 5, Ids::runs, 8},
-    {100, 128, 5, Ids::random, 0, 1, false},
-    {170, 136, 7, Ids::runs},
-    {100, 131, 4, Ids::random, 1},
-    {90, 520, 3, Ids::alternating},
-    {70, 520, 2, Ids::runs, 8},
-    {90, 24, 3, Ids::none},
-    {200, 2, 12, Ids::random, 0, 0, false},
-    {100, 64, 9, Ids::alternating},
-};
-
-double id_of(const Case& size, int64_t t, double random_id) {
-  switch (size.ids) {
-    case Ids::runs:
-      return t == size.num_tokens / 2 ? -1.0 : static_cast<double>(t * size.num_segments / size.num_tokens);
-    case Ids::random:
-      return random_id;
-    case Ids::one:
-      return static_cast<double>(size.num_segments - 1);
-    case Ids::all_but_the_last:
-      return t + 1 < size.num_tokens ? 0 : 1;
-    case Ids::alternating:
-      return static_cast<double>(t % size.num_segments);
-    case Ids::seldom:
-      return t % 16 == 0 ? static_cast<double>(t / 16 % size.num_segments) : -1;
-    case Ids::none:
-      break;
-  }
-  return -1;
-}
-
-Values ids_of(const Case& size) {
-  Values ids = random_ids(size.num_tokens, size.num_tokens > 1 ? -1 : 0, size.num_segments - 1, 1);
-  for (int64_t t = 0; t < size.num_tokens; ++t) {
-    ids[t] = id_of(size, t, ids[t]);
-  }
-  return ids;
-}
-
-Values routing_of(const Case& size, const Values& ids, Scores scores) {
-  const int64_t stride = size.num_experts + size.padding;
-  Values routing = random_values(size.num_tokens * stride, 2, 2);
-  for (int64_t t = 0; t < size.num_tokens; ++t) {
-    for (int64_t e = 0; e < size.num_experts; ++e) {
-      double& value = routing[t * stride + e];
-      value = ids[t] < 0 ? kNan : scores == Scores::none ? std::abs(value) : value; // of such tokens nothing may show
-    }
-  }
-  return routing;
-}
 
 struct Sums {
   Values sums, counts;
@@ -119,7 +50,7 @@ Sums aggregate(
 void check_sums(
     const Case& size, StorageType storage, Scores scores, const std::vector<Order>& orders = every_order()) {
   const Values id_values = ids_of(size);
-  const Buffer ids = Buffer::input("segment_ids", edl_tests::ids_of(size.ids_are_64_bit), id_values);
+  const Buffer ids = Buffer::input("segment_ids", ids_of(size.ids_are_64_bit), id_values);
   const Buffer routing =
       Buffer::input("routing", element_of(storage), routing_of(size, id_values, scores), size.offset);
   const Sums actual = aggregate(size, routing, ids, storage, scores, orders);
@@ -140,73 +71,6 @@ void check_sums(
   CATCH_CAPTURE(size.num_tokens, size.num_experts, static_cast<int>(storage), static_cast<int>(scores));
   check_close(actual.sums, expected.sums, tolerance(wide, wide, std::max(size.num_tokens, size.num_experts)));
   CATCH_CHECK(actual.counts == expected.counts);
-}
-
-void check_backward(const Case& size, StorageType storage, Scores scores) {
-  const Element element = element_of(storage), wide = accumulation_of(storage);
-  Values id_values = ids_of(size);
-  if (size.num_tokens > 4) {
-    id_values[3] = -2;
-    id_values[size.num_tokens - 1] = static_cast<double>(size.num_segments);
-  }
-  const Buffer ids = Buffer::input("segment_ids", edl_tests::ids_of(size.ids_are_64_bit), id_values);
-  const Buffer routing = Buffer::input("routing", element, routing_of(size, id_values, scores), size.offset);
-  const Buffer grad = Buffer::input("grad_sums", wide, random_values(size.num_segments * size.num_experts, 1, 3));
-  Buffer grad_routing = Buffer::output("grad_routing", element, size.num_tokens * size.num_experts);
-  const edl::cuda::RoutingLayer layer = {
-      scores == Scores::none ? nullptr : routing.data(), size.num_experts + size.padding, grad_routing.data()};
-  run({&grad_routing}, {}, [&] {
-    edl::cuda::launch_aggregate_routing_backward(
-        {.grad_sums = grad.data(),
-         .layers = &layer,
-         .num_layers = 1,
-         .segment_ids = ids.data(),
-         .ids_are_64_bit = size.ids_are_64_bit,
-         .storage = storage,
-         .num_tokens = size.num_tokens,
-         .num_experts = size.num_experts,
-         .num_segments = size.num_segments,
-         .scores = scores},
-        nullptr);
-  });
-  const Values rows = routing.values(), slopes = grad.values();
-  Values expected(size.num_tokens * size.num_experts);
-  double largest = 0; // of the terms, which may cancel
-  for (int64_t t = 0; t < size.num_tokens; ++t) {
-    if (id_values[t] < 0 || id_values[t] >= static_cast<double>(size.num_segments)) {
-      std::fill_n(expected.begin() + t * size.num_experts, size.num_experts, id_values[t] == -1 ? 0 : kNan);
-      continue;
-    }
-    const Values z = row_of(rows, t, size.num_experts + size.padding, size.num_experts);
-    const Values g = row_of(slopes, static_cast<int64_t>(id_values[t]), size.num_experts, size.num_experts);
-    const Values q = score(z, scores);
-    double dot = 0;
-    for (int64_t e = 0; e < size.num_experts; ++e) {
-      dot += g[e] * q[e];
-    }
-    for (int64_t e = 0; e < size.num_experts; ++e) {
-      const double own = scores == Scores::softmax ? q[e] : q[e] / (1 + std::exp(z[e])); // q (1 - sigmoid(z))
-      expected[t * size.num_experts + e] = scores == Scores::none ? g[e] : own * (g[e] - dot);
-      largest = std::max(largest, scores == Scores::none ? 0 : own * (std::abs(g[e]) + std::abs(dot)));
-    }
-  }
-  CATCH_CAPTURE(size.num_tokens, size.num_experts, static_cast<int>(storage), static_cast<int>(scores));
-  check_close(grad_routing.values(), expected, tolerance(element, wide, size.num_experts), largest);
-}
-
-// Every score for the types that differ most; float16 and float64 differ from these in conversions alone.
-template <typename Check>
-void check_all(const Check& check) {
-  for (const StorageType storage : kStorages) {
-    for (const Scores scores : {Scores::softmax, Scores::sigmoid, Scores::none}) {
-      const bool converts_alone = storage == StorageType::float16 || storage == StorageType::float64;
-      for (const Case& size : kCases) {
-        if (!converts_alone || scores == Scores::softmax) {
-          check(size, storage, scores);
-        }
-      }
-    }
-  }
 }
 
 } // namespace
@@ -400,9 +264,4 @@ CATCH_TEST_CASE("aggregate_routing: a logit of NaN shows in its segment alone") 
   const Sums actual = aggregate(size, routing, ids, StorageType::bfloat16, Scores::softmax);
   CATCH_CHECK(std::all_of(actual.sums.begin(), actual.sums.begin() + 40, [](double x) { return std::isfinite(x); }));
   CATCH_CHECK(std::all_of(actual.sums.begin() + 40, actual.sums.end(), [](double x) { return std::isnan(x); }));
-}
-
-CATCH_TEST_CASE(
-    "aggregate_routing_backward: the gradient of routing; NaN for ids outside, zeros for uncounted tokens") {
-  check_all(check_backward);
 }

@@ -9,9 +9,10 @@ from tolerances import assert_close, tolerance
 
 import edl
 from edl import ops, reference
+from edl.ops import checks
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SCORES = ["softmax", "sigmoid", "none"]
+SCORES = [*checks.router_scores(), "none"]
 INF = math.inf
 NAN = math.nan
 
@@ -147,7 +148,7 @@ def test_gradients_arrive_in_any_layout(device):
 # ---- hostile numbers ----
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scores", checks.router_scores())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_experts", [9, 64])
 def test_experts_masked_with_minus_infinity(num_experts, dtype, scores, device):
@@ -160,7 +161,7 @@ def test_experts_masked_with_minus_infinity(num_experts, dtype, scores, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scores", checks.router_scores())
 @pytest.mark.parametrize("size", [30.0, 80.0, 1e3, 1e4])
 def test_logits_of_large_magnitude(size, scores, dtype, device):
     routing = ((torch.rand(60, 33, dtype=torch.float64) * 2 - 1) * size).to(dtype)
@@ -171,7 +172,7 @@ def test_logits_of_large_magnitude(size, scores, dtype, device):
     assert (sums >= 0).all()
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scores", checks.router_scores())
 def test_a_shift_of_all_logits_does_not_overflow(scores, device):
     for shift in (-3e4, 3e4):
         routing = make_routing(20, 8, "softmax", torch.float32).double() + (shift if scores == "softmax" else 0.0)
@@ -303,7 +304,7 @@ def test_an_id_outside_its_range(wrong, dtype):
     )
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scores", checks.router_scores())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("order", [IDS, IDS.sort().values], ids=["shuffled", "runs"])
 def test_probabilities_passed_as_logits(order, dtype, scores):

@@ -2,6 +2,7 @@
 
 import torch
 
+from edl.ops import checks
 from samples.tables import DTYPES, Inputs, Refusal, Sample
 
 
@@ -35,7 +36,7 @@ SAMPLES = [
     _aggregate_routing("none", 7, 5, 3, scores="none"),
     *(
         _aggregate_routing(f"{scores}-{name}", 300, 24, 11, scores=scores, dtype=dtype)
-        for scores in ("softmax", "sigmoid", "none")
+        for scores in [*checks.router_scores(), "none"]
         for name, dtype in DTYPES.items()
     ),
     _aggregate_routing("no-token", 0, 6, 3),

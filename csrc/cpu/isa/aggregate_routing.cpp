@@ -3,21 +3,14 @@
 #include "cpu/isa/aggregate_routing.h"
 
 #include <type_traits>
-#include <utility>
 
+#include "cpu/isa/row_scores.h"
 #include "cpu/isa/simd.h"
 
 namespace edl::cpu::EDL_ISA {
 namespace {
 
-enum class Score { softmax, sigmoid, none };
-
 constexpr int64_t kVectorsOnStack = 64;
-
-template <typename Acc>
-EDL_INLINE Acc sigmoid_sum_epsilon() {
-  return static_cast<Acc>(1e-20);
-}
 
 void count_row(double sum, bool negative, double tolerance, int64_t row, RowCensus* census) {
   if (!(std::fabs(sum) <= std::numeric_limits<double>::max())) {
@@ -139,45 +132,11 @@ struct Row<Acc, 0> {
   Vector<Acc>* values;
 };
 
-// Calls body(v) for every vector of a row; written out where their number is known.
-template <int64_t fixed, typename Body>
-EDL_INLINE void for_vectors(int64_t count, Body body) {
-  if constexpr (fixed > 0) {
-    [&]<int64_t... v>(std::integer_sequence<int64_t, v...>) {
-      (body(v), ...);
-    }(std::make_integer_sequence<int64_t, fixed>{});
-  } else {
-    for (int64_t v = 0; v < count; ++v) {
-      body(v);
-    }
-  }
-}
-
-// A vector that reaches past the end of its row of E entries; `beyond` stands for what is not there.
-template <typename Storage, typename Acc = Accumulation<Storage>>
-__attribute__((noinline)) Vector<Acc> load_part(const Storage* data, int64_t entries, Acc beyond) {
-  Acc lanes[kLanes<Acc>];
-  for (int64_t lane = 0; lane < kLanes<Acc>; ++lane) {
-    lanes[lane] = lane < entries ? widen(data[lane]) : beyond;
-  }
-  return load(lanes);
-}
-
 template <typename Storage, typename Acc = Accumulation<Storage>>
 __attribute__((noinline)) void store_part(Vector<Acc> x, int64_t entries, Storage* out) {
   for (int64_t lane = 0; lane < entries; ++lane) {
     narrow(static_cast<Acc>(x[lane]), out + lane);
   }
-}
-
-// Reads E entries; with a fixed length E fills every vector.
-template <int64_t fixed, typename Storage, typename Acc = Accumulation<Storage>>
-EDL_INLINE Vector<Acc> load_vector(const Storage* data, int64_t v, int64_t num_experts, Acc beyond) {
-  constexpr int64_t lanes = kLanes<Acc>;
-  if (fixed > 0 || (v + 1) * lanes <= num_experts) {
-    return load(data + v * lanes);
-  }
-  return load_part(data + v * lanes, num_experts - v * lanes, beyond);
 }
 
 template <bool past_caches, int64_t fixed, typename Storage, typename Acc = Accumulation<Storage>>
@@ -206,73 +165,6 @@ __attribute__((noinline)) void take_census(
   count_row(sum, negative, tolerance, row, census);
 }
 
-// The highest logit of a row, where the score wants it. It is looked for one row ahead: a row's exponentials would else
-// wait for it.
-template <Score score, int64_t fixed, typename Storage, typename Acc = Accumulation<Storage>>
-EDL_INLINE Acc top_of(const Storage* row, int64_t num_experts) {
-  if constexpr (score == Score::softmax) {
-    constexpr Acc beyond = -std::numeric_limits<Acc>::infinity();
-    constexpr int64_t lanes = kLanes<Acc>;
-    Vector<Acc> highest = load_vector<fixed>(row, 0, num_experts, beyond);
-    for_vectors<fixed>((num_experts + lanes - 1) / lanes, [&](int64_t v) {
-      highest = maximum<Acc>(highest, load_vector<fixed>(row, v, num_experts, beyond));
-    });
-    return max_of<Acc>(highest);
-  } else {
-    return 0;
-  }
-}
-
-// Turns `count` vectors of logits into unnormalised scores. Padding, minus infinity, becomes 0.
-template <Score score, int count, typename Acc>
-EDL_INLINE void score_vectors(Acc top, Vector<Acc>* x) {
-  if constexpr (score == Score::softmax) {
-    for (int i = 0; i < count; ++i) {
-      x[i] += -top;
-    }
-    exp_each<count>(x);
-  } else {
-    Vector<Acc> decay[count];
-    for (int i = 0; i < count; ++i) {
-      decay[i] = x[i] < 0 ? x[i] : -x[i]; // exp(-|z|): no overflow on either side
-    }
-    exp_each<count>(decay);
-    for (int i = 0; i < count; ++i) {
-      x[i] = (x[i] < 0 ? decay[i] : broadcast<Acc>(1)) / (1 + decay[i]);
-    }
-  }
-}
-
-// Writes the unnormalised scores of a row of logits and returns their sum; calls take(v) once vector v is there.
-template <Score score, int64_t fixed, typename Storage, typename Acc, typename Take>
-EDL_INLINE Acc score_row(const Storage* logits, int64_t num_experts, Acc top, Row<Acc, fixed>& row, Take take) {
-  constexpr Acc beyond = -std::numeric_limits<Acc>::infinity();
-  constexpr int together = fixed == 0 || fixed > 4 ? 4 : static_cast<int>(fixed);
-  Vector<Acc> total{};
-  const auto score_some = [&]<int count>(int64_t first, std::integral_constant<int, count>) {
-    Vector<Acc> x[count];
-    for_vectors<count>(count, [&](int64_t i) { x[i] = load_vector<fixed>(logits, first + i, num_experts, beyond); });
-    score_vectors<score, count>(top, x);
-    for_vectors<count>(count, [&](int64_t i) {
-      row[first + i] = x[i];
-      total += x[i];
-      take(first + i);
-    });
-  };
-  const int64_t whole = row.vectors() / together;
-  for_vectors<fixed / together>(
-      whole, [&](int64_t i) { score_some(i * together, std::integral_constant<int, together>{}); });
-  for (int64_t v = whole * together; v < row.vectors(); ++v) {
-    score_some(v, std::integral_constant<int, 1>{});
-  }
-  return sum_of<Acc>(total);
-}
-
-template <Score score, typename Acc>
-EDL_INLINE Acc normaliser(Acc sum) {
-  return 1 / (score == Score::sigmoid ? sum + sigmoid_sum_epsilon<Acc>() : sum);
-}
-
 template <typename Storage>
 __attribute__((noinline)) bool is_masked(const Storage* logits, int64_t num_experts) {
   using Acc = Accumulation<Storage>;
@@ -286,7 +178,7 @@ __attribute__((noinline)) bool is_masked(const Storage* logits, int64_t num_expe
 // What normalises the scores of a row; NaN for one that is masked wholly, which has no distribution.
 template <Score score, typename Storage, typename Acc>
 EDL_INLINE Acc scale_of(const Storage* logits, int64_t num_experts, Acc sum) {
-  if (score == Score::sigmoid && sum == 0 && is_masked(logits, num_experts)) {
+  if (!is_share_of_row(score) && sum == 0 && is_masked(logits, num_experts)) {
     return std::numeric_limits<Acc>::quiet_NaN();
   }
   return normaliser<score>(sum);
@@ -318,7 +210,8 @@ EDL_FLATTEN void sum_scored(const RoutingRows& rows, const RowPiece& piece, doub
       take_census(entries, num_experts, tolerance, row_at(rows, i), piece.census);
       maybe_distributions = piece.census->first_other < 0; // one row of logits settles it
     }
-    const Acc sum = score_row<score>(entries, num_experts, top, scored[i & 1], [](int64_t) {});
+    Row<Acc, fixed>& row = scored[i & 1];
+    const Acc sum = for_scores<score, fixed>(entries, num_experts, top, [&](int64_t v, Vector<Acc> x) { row[v] = x; });
     if (i > piece.begin) {
       add(scored[(i - 1) & 1], scale_before);
     }
@@ -385,10 +278,7 @@ EDL_INLINE void write_gradient(const ScoredRow<Storage, Acc, fixed>& row, int64_
     return;
   }
   for_vectors<fixed>(row.scores->vectors(), [&](int64_t v) {
-    Vector<Acc> slope = (*row.scores)[v];
-    if constexpr (score == Score::sigmoid) {
-      slope *= 1 - slope;
-    }
+    const Vector<Acc> slope = slope_of<score>((*row.scores)[v]);
     const Vector<Acc> grad = load_vector<fixed>(row.grad, v, num_experts, Acc(0));
     store_vector<past_caches, fixed>(slope * (grad * row.scale - row.scaled_dot), v, num_experts, row.out);
   });
@@ -419,8 +309,9 @@ EDL_FLATTEN void spread_through_scores(const RoutingGradient& gradient, int64_t 
     const Acc* grad = grad_sums + segment * num_experts;
     Row<Acc, fixed>& row = scored[before.scores == &scored[0] ? 1 : 0];
     Vector<Acc> dots{};
-    const Acc sum = score_row<score>(row_of(t), num_experts, top, row, [&](int64_t v) {
-      dots += row[v] * load_vector<fixed>(grad, v, num_experts, Acc(0));
+    const Acc sum = for_scores<score, fixed>(row_of(t), num_experts, top, [&](int64_t v, Vector<Acc> x) {
+      row[v] = x;
+      dots += x * load_vector<fixed>(grad, v, num_experts, Acc(0));
     });
     write_gradient<past_caches, score>(before, num_experts);
     const Acc scale = scale_of<score>(row_of(t), num_experts, sum);
@@ -476,15 +367,12 @@ void spread_rows(const RoutingGradient& gradient, int64_t begin, int64_t end) {
 
 } // namespace
 
-#define EDL_ALL_SCORES(loop, Storage) \
-  {loop<Storage, Score::softmax>, loop<Storage, Score::sigmoid>, loop<Storage, Score::none>}
-#define EDL_SUM_SCORES(Storage) \
-  {sum_scored_pieces<Storage, Score::softmax>, sum_scored_pieces<Storage, Score::sigmoid>, sum_plain_pieces<Storage>}
+#define EDL_SUM_LOOPS(Storage) {EDL_SCORE_LOOPS(sum_scored_pieces, Storage) sum_plain_pieces<Storage>}
+#define EDL_SPREAD_LOOPS(Storage) {EDL_SCORE_LOOPS(spread_rows, Storage) spread_rows<Storage, Score::none>}
 
 extern const AggregateRoutingLoops aggregate_routing_loops = {
-    {EDL_SUM_SCORES(float), EDL_SUM_SCORES(double), EDL_SUM_SCORES(BFloat16), EDL_SUM_SCORES(Float16)},
-    {EDL_ALL_SCORES(spread_rows, float), EDL_ALL_SCORES(spread_rows, double), EDL_ALL_SCORES(spread_rows, BFloat16),
-     EDL_ALL_SCORES(spread_rows, Float16)},
+    {EDL_SUM_LOOPS(float), EDL_SUM_LOOPS(double), EDL_SUM_LOOPS(BFloat16), EDL_SUM_LOOPS(Float16)},
+    {EDL_SPREAD_LOOPS(float), EDL_SPREAD_LOOPS(double), EDL_SPREAD_LOOPS(BFloat16), EDL_SPREAD_LOOPS(Float16)},
 };
 
 } // namespace edl::cpu::EDL_ISA

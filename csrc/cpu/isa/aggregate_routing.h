@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "common/score_function.h"
 #include "common/storage_type.h"
 #include "cpu/isa/dispatch.h"
 
@@ -44,12 +45,13 @@ struct RoutingGradient {
   bool past_caches; //            the output is larger than the caches
 };
 
-// Indexed by storage and by score (softmax, sigmoid, none).
+// Indexed by storage and by score.
 struct AggregateRoutingLoops {
   // Of each piece, at most kPiecesAtOnce: sums[e] = sum of score(row)[e] over its rows, in their order.
-  void (*sum_pieces[4][3])(const RoutingRows& rows, const RowPiece* pieces, int64_t num_pieces, double tolerance);
+  void (*sum_pieces[kStorageTypes][kAllScores])(
+      const RoutingRows& rows, const RowPiece* pieces, int64_t num_pieces, double tolerance);
   // Rows begin..end of the gradient; row t is that of segment_ids[t] through the score, zero where the id is -1.
-  void (*spread_rows[4][3])(const RoutingGradient& gradient, int64_t begin, int64_t end);
+  void (*spread_rows[kStorageTypes][kAllScores])(const RoutingGradient& gradient, int64_t begin, int64_t end);
 };
 
 EDL_ISA_LOOPS(AggregateRoutingLoops, aggregate_routing_loops)

@@ -248,8 +248,7 @@ EDL_INLINE void backward_of_chosen(const RouteGradient& task, const Acc* grad, b
   }
   for (int64_t k = 0; k < task.top_k; ++k) {
     const Acc s = few->values[k];
-    const Acc slope = score == Score::sigmoid ? s * (1 - s) : s;
-    few->values[k] = times<Acc>(slope * inverse, grad[k] - dot) * scale;
+    few->values[k] = times<Acc>(slope_of<score>(s) * inverse, grad[k] - dot) * scale;
   }
 }
 
@@ -330,13 +329,15 @@ void spread_rows(const RouteGradient& task, int64_t begin, int64_t end) {
 
 } // namespace
 
-#define EDL_BOTH_SCORES(loop, Storage) {loop<Storage, Score::softmax>, loop<Storage, Score::sigmoid>}
-
 extern const RouteTokensLoops route_tokens_loops = {
-    {EDL_BOTH_SCORES(route_rows, float), EDL_BOTH_SCORES(route_rows, double), EDL_BOTH_SCORES(route_rows, BFloat16),
-     EDL_BOTH_SCORES(route_rows, Float16)},
-    {EDL_BOTH_SCORES(spread_rows, float), EDL_BOTH_SCORES(spread_rows, double), EDL_BOTH_SCORES(spread_rows, BFloat16),
-     EDL_BOTH_SCORES(spread_rows, Float16)},
+    {{EDL_SCORE_LOOPS(route_rows, float)},
+     {EDL_SCORE_LOOPS(route_rows, double)},
+     {EDL_SCORE_LOOPS(route_rows, BFloat16)},
+     {EDL_SCORE_LOOPS(route_rows, Float16)}},
+    {{EDL_SCORE_LOOPS(spread_rows, float)},
+     {EDL_SCORE_LOOPS(spread_rows, double)},
+     {EDL_SCORE_LOOPS(spread_rows, BFloat16)},
+     {EDL_SCORE_LOOPS(spread_rows, Float16)}},
 };
 
 } // namespace edl::cpu::EDL_ISA

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "common/score_function.h"
 #include "common/storage_type.h"
 #include "cpu/isa/dispatch.h"
 
@@ -38,10 +39,10 @@ struct RouteGradient {
   void* grad_logits; //        [T, E] contiguous, storage type
 };
 
-// Indexed by storage and by score (softmax, sigmoid); rows begin..end.
+// Indexed by storage and by score; rows begin..end.
 struct RouteTokensLoops {
-  void (*route_rows[kStorageTypes][2])(const RouteTask& task, int64_t begin, int64_t end);
-  void (*spread_rows[kStorageTypes][2])(const RouteGradient& gradient, int64_t begin, int64_t end);
+  void (*route_rows[kStorageTypes][kRouterScores])(const RouteTask& task, int64_t begin, int64_t end);
+  void (*spread_rows[kStorageTypes][kRouterScores])(const RouteGradient& gradient, int64_t begin, int64_t end);
 };
 
 EDL_ISA_LOOPS(RouteTokensLoops, route_tokens_loops)

@@ -6,13 +6,12 @@
 
 #include "cuda/kernels/elements.cuh"
 #include "cuda/kernels/score_rows.cuh"
+#include "cuda/kernels/warp_rows.cuh"
 #include "cuda/kernels/warps.cuh"
 
 namespace edl::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
 constexpr int kSlotsPerBlock = 16 * kThreads; // every block looks at all offsets
 
 // Whether offsets do not rise from 0 to at most num_rows; all threads call.
@@ -47,18 +46,11 @@ __global__ void __launch_bounds__(kThreads) check_rows(RowCheck task) {
   }
 }
 
-template <typename Storage>
-__device__ inline void zero_row(Storage* row, int64_t length, int lane) {
-  for (int64_t c = lane; c < length; c += kWarp) {
-    row[c] = narrow<Storage>(Accumulation<Storage>(0));
-  }
-}
-
 template <typename Storage, int width>
 __global__ void __launch_bounds__(kThreads, 4)
     swiglu(Storage* pre_activation, int64_t num_rows, const int32_t* num_used, int64_t columns, Storage* activation) {
   using Acc = Accumulation<Storage>;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  const int64_t i = row_of_warp();
   if (i >= num_rows) {
     return;
   }
@@ -66,8 +58,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   Storage* gate = pre_activation + i * 2 * columns;
   Storage* out = activation + i * columns;
   if (i >= *num_used) {
-    zero_row(gate, 2 * columns, lane);
-    zero_row(out, columns, lane);
+    fill_row(gate, 2 * columns, lane, Acc(0));
+    fill_row(out, columns, lane, Acc(0));
     return;
   }
   for (int64_t c = lane * width; c < columns; c += kWarp * width) {
@@ -101,7 +93,7 @@ struct Backward {
 template <typename Storage, int width>
 __global__ void __launch_bounds__(kThreads, 4) swiglu_backward(Backward<Storage> task) {
   using Acc = Accumulation<Storage>;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  const int64_t i = row_of_warp();
   if (i >= task.num_rows) {
     return;
   }
@@ -114,8 +106,8 @@ __global__ void __launch_bounds__(kThreads, 4) swiglu_backward(Backward<Storage>
   const int64_t slot = task.row_order[i];
   const bool known = slot >= 0 && slot < task.num_rows;
   if (i >= *task.num_used || !known) {
-    zero_row(grad_gate, 2 * columns, lane);
-    zero_row(activation, columns, lane);
+    fill_row(grad_gate, 2 * columns, lane, Acc(0));
+    fill_row(activation, columns, lane, Acc(0));
     if (known && lane == 0) {
       task.grad_weights[slot] = 0;
     }
@@ -167,20 +159,6 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; i < packs_per_matrix; i += stride) {
     matrix[i] = {0, 0, 0, 0};
   }
-}
-
-// Calls `function.template operator()<width>()` with the pack that rows of I columns allow.
-template <typename Storage, typename Function>
-void with_pack(bool aligned, const Function& function) {
-  if (aligned) {
-    function.template operator()<kPackWidth<Storage>>();
-  } else {
-    function.template operator()<1>();
-  }
-}
-
-unsigned blocks_for(int64_t rows) {
-  return static_cast<unsigned>(divide_up(rows, kWarps));
 }
 
 } // namespace

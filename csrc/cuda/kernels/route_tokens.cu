@@ -401,7 +401,7 @@ __device__ void spread_over_chosen(
   __syncwarp(); // the chosen are written over
   for (int64_t k = lane; k < problem.top_k; k += kWarp) {
     const Acc s = chosen.score(k);
-    const Acc slope = problem.scores == Scores::sigmoid ? s * (1 - s) : s;
+    const Acc slope = s * log_slope(s, problem.scores);
     if (!token.is_none(k)) {
       out[token.expert(k)] = narrow<Storage>(times(slope * inverse, grad[k] - dot) * scale);
     }

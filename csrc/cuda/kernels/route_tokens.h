@@ -19,7 +19,7 @@ struct RouteTask {
   int64_t num_tokens; //      T, at least 1
   int64_t num_experts; //     E, at least 1
   int64_t top_k; //           K, in [1, E]
-  Scores scores; //           softmax or sigmoid
+  Scores scores; //           of a router
   const void* bias; //        [E] accumulation type, or null
   const uint8_t* allowed; //  [T, E] of booleans, or null: all are
   int64_t allowed_stride; //  of its rows

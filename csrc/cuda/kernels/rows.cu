@@ -5,21 +5,11 @@
 #include "cuda/kernels/rows.h"
 
 #include "cuda/kernels/elements.cuh"
+#include "cuda/kernels/warp_rows.cuh"
 #include "cuda/kernels/warps.cuh"
 
 namespace edl::cuda {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-
-__device__ inline int64_t row_of_warp() {
-  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-}
-
-unsigned blocks_for(int64_t rows) {
-  return static_cast<unsigned>(divide_up(rows, kWarps));
-}
 
 __global__ void __launch_bounds__(kThreads)
     invert(const int32_t* row_order, int64_t num_rows, const int32_t* num_used, int32_t* row_of_slot) {
@@ -66,10 +56,8 @@ __global__ void __launch_bounds__(kThreads, 4) gather(Gather<Storage> task) {
     }
     return;
   }
-  const Storage fill = narrow<Storage>(used && !known ? kNan<Accumulation<Storage>> : Accumulation<Storage>(0));
-  for (int64_t c = lane; c < task.width; c += kWarp) {
-    out[c] = fill;
-  }
+  using Acc = Accumulation<Storage>;
+  fill_row(out, task.width, lane, used && !known ? kNan<Acc> : Acc(0));
 }
 
 template <typename Storage>
@@ -183,20 +171,6 @@ __global__ void __launch_bounds__(kThreads, 4) combine_backward(CombineBackward<
   if (task.grad_weights != nullptr && known && lane == 0) {
     task.grad_weights[slot] = dot;
   }
-}
-
-// Calls `function.template operator()<width>()` with the pack that the rows allow.
-template <typename Storage, typename Function>
-void with_pack(bool aligned, const Function& function) {
-  if (aligned) {
-    function.template operator()<kPackWidth<Storage>>();
-  } else {
-    function.template operator()<1>();
-  }
-}
-
-bool rows_are_aligned(const void* data, int64_t stride, int64_t width, StorageType storage) {
-  return is_aligned_to_16(data) && stride * size_of(storage) % 16 == 0 && width * size_of(storage) % 16 == 0;
 }
 
 } // namespace

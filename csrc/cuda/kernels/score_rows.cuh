@@ -73,13 +73,6 @@ __device__ inline void widen_tile(
   }
 }
 
-// score(z) = unnormalised(z) * factor.
-template <typename Acc>
-struct RowStatistics {
-  Acc highest; // the largest logit
-  Acc factor; //  one over the sum of the unnormalised scores
-};
-
 __device__ inline float exponential(float x) {
   return expf(x);
 }
@@ -93,14 +86,31 @@ __device__ inline Acc sigmoid(Acc z) {
   return (z < 0 ? decay : Acc(1)) / (1 + decay);
 }
 
+// ---- the formula of every score function ----
+
 template <typename Acc>
 __device__ inline Acc unnormalised(Acc z, Scores scores, Acc highest) {
   return scores == Scores::softmax ? exponential(z - highest) : sigmoid(z);
 }
 
+// d log s / dz of s = unnormalised(z).
+template <typename Acc>
+__device__ inline Acc log_slope(Acc s, Scores scores) {
+  return scores == Scores::sigmoid ? 1 - s : Acc(1);
+}
+
+// ---- rows ----
+
+// score(z) = unnormalised(z) * factor.
+template <typename Acc>
+struct RowStatistics {
+  Acc highest; // the largest logit
+  Acc factor; //  one over the sum of the unnormalised scores
+};
+
 template <typename Acc>
 __device__ inline Acc factor_of(Acc sum, Scores scores) {
-  return 1 / (scores == Scores::sigmoid ? sum + static_cast<Acc>(kSigmoidSumEpsilon) : sum);
+  return 1 / (is_share_of_row(scores) ? sum : sum + static_cast<Acc>(kScoreSumEpsilon));
 }
 
 template <typename Acc, int count>

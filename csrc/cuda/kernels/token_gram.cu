@@ -5,13 +5,12 @@
 
 #include "cuda/kernels/elements.cuh"
 #include "cuda/kernels/rows.h"
+#include "cuda/kernels/warp_rows.cuh"
 #include "cuda/kernels/warps.cuh"
 
 namespace edl::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
 constexpr int kAtOnce = 4; // rows that are multiplied with one
 
 template <typename Storage>
@@ -40,14 +39,6 @@ Rows<Storage> rows_of(const TokenRows& tokens) {
       tokens.num_tokens,
       tokens.top_k,
       tokens.width};
-}
-
-__device__ inline int64_t warp_of_grid() {
-  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-}
-
-unsigned blocks_for(int64_t warps) {
-  return static_cast<unsigned>(divide_up(warps, kWarps));
 }
 
 // gram[j, first .. first + kAtOnce) of a token, and their mirror images; all lanes call.
@@ -91,7 +82,7 @@ __device__ void multiply_rows(const Rows<Storage>& tokens, int64_t t, int64_t j,
 
 template <typename Storage, int width>
 __global__ void __launch_bounds__(kThreads, 3) token_gram(Rows<Storage> tokens, Accumulation<Storage>* gram) {
-  const int64_t t = warp_of_grid();
+  const int64_t t = row_of_warp();
   if (t >= tokens.num_tokens) {
     return; // the whole warp
   }
@@ -115,19 +106,11 @@ struct Gradient {
   Storage* grad_rows;
 };
 
-// What a row without a part in it gets.
-template <typename Storage>
-__device__ inline void fill_row(Storage* row, int64_t length, int lane, Accumulation<Storage> value) {
-  for (int64_t c = lane; c < length; c += kWarp) {
-    row[c] = narrow<Storage>(value);
-  }
-}
-
 template <typename Storage, int width>
 __global__ void __launch_bounds__(kThreads, 3) token_gram_backward(Gradient<Storage> task) {
   using Acc = Accumulation<Storage>;
   const Rows<Storage>& tokens = task.tokens;
-  const int64_t i = warp_of_grid();
+  const int64_t i = row_of_warp();
   const int64_t num_rows = tokens.num_tokens * tokens.top_k;
   if (i >= num_rows) {
     return; // the whole warp
@@ -197,20 +180,6 @@ __global__ void __launch_bounds__(kThreads, 3) token_gram_backward(Gradient<Stor
       task.grad_weights[slot] = dot;
     }
   }
-}
-
-// Calls `function.template operator()<width>()` with the pack that the rows allow.
-template <typename Storage, typename Function>
-void with_pack(bool aligned, const Function& function) {
-  if (aligned) {
-    function.template operator()<kPackWidth<Storage>>();
-  } else {
-    function.template operator()<1>();
-  }
-}
-
-bool rows_are_aligned(const void* data, int64_t stride, int64_t width, StorageType storage) {
-  return is_aligned_to_16(data) && stride * size_of(storage) % 16 == 0 && width * size_of(storage) % 16 == 0;
 }
 
 } // namespace

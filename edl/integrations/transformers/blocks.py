@@ -162,7 +162,7 @@ def _check_expressible(layer: MoELayer, name: str) -> None:
             f"{type(layer.router).__name__})"
         )
     obstacles = {
-        "scores='sigmoid'": layer.scores != "softmax",
+        f"scores={layer.scores!r}": layer.scores != "softmax",
         "an expert bias": layer.expert_bias is not None,
         "a routed_scaling_factor other than 1": layer.routed_scaling_factor != 1.0,
         "weights that are not normalised": family.always_normalizes and not layer.normalize_top_k,

@@ -615,6 +615,24 @@ def test_all_together_compile_in_one_graph():
     assert_close(*(torch.autograd.grad(x, y)[0] for x, y in ((found, compiled), (expected, eager))), EXACT)
 
 
+class _Total(torch.nn.Module):
+    def __init__(self, objectives):
+        super().__init__()
+        self.bound = Objectives({name: (objective, 1.0) for name, objective in objectives.items()}).eval()
+
+    def forward(self, x):
+        return self.bound(layers_of(x), batch()[1], **LABELS)[0]
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.25])  # the table of the first is known from other tests, or not yet
+def test_all_together_are_exported(alpha):
+    logits, total = batch()[0], _Total(ALL | {"dirichlet_prior": DirichletPrior(alpha)})
+    if alpha == 1.0:
+        total(logits)
+    exported = torch.export.export(total, (logits,)).module()
+    assert_close(exported(logits), total(logits), EXACT)
+
+
 REFUSED = {
     "edl::DirichletPrior: alpha must be finite and above 0 (got 0.0)": lambda: DirichletPrior(0.0),
     "edl::DirichletPrior: bins must be at least 1 (got 0)": lambda: DirichletPrior(bins=0),

@@ -148,9 +148,12 @@ _tables: dict[tuple[float, int], Tensor] = {}
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _distribution_function(alpha: float, num_experts: int) -> Tensor:
     """F between knots that lie evenly in log x: cubics [N - 1, 4], float64 on the CPU."""
-    if (alpha, num_experts) not in _tables:
-        _tables[alpha, num_experts] = _integrated(alpha, alpha * (num_experts - 1))
-    return _tables[alpha, num_experts]
+    table = _tables.get((alpha, num_experts))
+    if table is None:
+        table = _integrated(alpha, alpha * (num_experts - 1))
+        if type(table) is Tensor:  # torch.export gives one without values
+            _tables[alpha, num_experts] = table
+    return table
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import edl
 from edl.objectives import (
     CrossLayerCoupling,
+    DirichletPrior,
     ExpertDivergence,
     LoadBalancing,
     ModalityDivergence,
@@ -32,6 +33,7 @@ SIZES = (12, 6, 12)  # of the layers, in experts
 EXACT = 1e-12
 WHOLE = {
     "coupling": CrossLayerCoupling(),
+    "prior": DirichletPrior(bins=8),
     "divergence": ExpertDivergence(D, eps=1e-3),
     "divergence, corrected": ExpertDivergence(D, eps=1e-3, bias_correction=True),
     "divergence of tokens": ExpertDivergence(D, eps=1e-3, sequence_reduction="token", labels="of_tokens"),

@@ -12,6 +12,7 @@ from tolerances import assert_close, tolerance
 import edl
 from edl.objectives import (
     CrossLayerCoupling,
+    DirichletPrior,
     LoadBalancing,
     ModalityDivergence,
     ModalityMutualInformation,
@@ -433,6 +434,62 @@ def test_coupling_of_all_experts_is_constant_and_of_dropped_ones_nothing():
     assert loss_of(CrossLayerCoupling(), layers) == 0
 
 
+# ---- DirichletPrior ----
+
+
+@pytest.mark.parametrize(
+    "alpha, num_experts, error, of_beta",
+    [
+        (1.0, 2, 1e-8, lambda x: x),
+        (1.0, 64, 1e-8, lambda x: 1 - (1 - x) ** 63),
+        (2.0, 2, 1e-8, lambda x: x**2 * (3 - 2 * x)),
+        (0.5, 2, 1e-5, lambda x: 2 / math.pi * x.sqrt().asin()),  # a density without bound at 1
+        (0.5, 3, 1e-8, lambda x: x.sqrt()),
+        (2.0, 3, 1e-8, lambda x: 1 - (1 - x) ** 4 * (1 + 4 * x)),
+    ],
+)
+def test_the_distribution_function_of_the_prior_is_that_of_beta(alpha, num_experts, error, of_beta):
+    from edl.objectives import dirichlet_prior
+
+    table = dirichlet_prior._distribution_function(alpha, num_experts)
+    x = torch.logspace(-5.9, -0.01, 999, dtype=torch.float64)
+    assert_close(dirichlet_prior._interpolated(table, x.log())[0], of_beta(x), error)
+
+
+def sorted_prior(logits, alpha=1.0):
+    """The loss of sorted scores, of Beta(1, E - 1)."""
+    values = 1 - (1 - torch.softmax(logits, -1)) ** (logits.shape[1] - 1)
+    ranks = (values.argsort(0).argsort(0) + 1) / (len(logits) + 1)
+    return (values - ranks).square().mean()
+
+
+@pytest.mark.parametrize(
+    "size, of_gradient",
+    [(1e-3, 0.25), (0.1, 0.01), (1.0, 0.1), (3.0, 0.01)],
+    ids=["even", "flat", "as the prior", "sharp"],
+)
+def test_the_loss_of_the_histogram_nears_that_of_sorted_scores(size, of_gradient):
+    logits = (size * random(2000, 8, seed=17)).requires_grad_(True)
+    expected, found = sorted_prior(logits), loss_of(DirichletPrior(), logits)
+    assert abs(found / expected - 1) < 0.01
+    gradient, wanted = (torch.autograd.grad(loss, logits)[0] for loss in (found, expected))
+    assert (gradient - wanted).norm() < of_gradient * wanted.norm()
+
+
+def test_each_token_in_a_bin_of_its_own_is_the_sorted_loss():
+    logits = random(8, 4, seed=18)
+    found = loss_of(DirichletPrior(bins=10**6), logits)
+    assert_close(found, sorted_prior(logits), 1e-8)
+
+
+def test_scores_of_the_prior_have_next_to_no_loss():
+    generator = torch.Generator().manual_seed(0)
+    exponential = -torch.rand(
+        4000, 8, generator=generator, dtype=torch.float64
+    ).log()  # of sum 1: evenly on the simplex
+    assert loss_of(DirichletPrior(), exponential.log()) < 1e-4 < loss_of(DirichletPrior(alpha=0.75), exponential.log())
+
+
 # ---- every objective ----
 
 ALL = {
@@ -448,6 +505,8 @@ ALL = {
     "modality_mutual_information of the batch's bins": ModalityMutualInformation(
         D, bins=2, binning="specialisation", labels="weights"
     ),
+    "dirichlet_prior": DirichletPrior(),
+    "dirichlet_prior of few bins": DirichletPrior(0.75, bins=4, scores="sigmoid"),
     "routing_variance": RoutingVariance(),
     "routing_variance of the code": RoutingVariance("released_code"),
     "cross_layer_coupling": CrossLayerCoupling(),
@@ -515,6 +574,15 @@ def test_what_counts_and_is_not_a_number_is_not_hidden(name):
 
 
 @each_objective
+def test_an_expert_without_any_score_is_finite(name):
+    logits, keep = batch()
+    x = logits.index_fill(2, torch.tensor(4), -torch.inf).requires_grad_(True)
+    loss = loss_of(ALL[name], layers_of(x), keep, **LABELS)
+    gradient = torch.autograd.grad(loss, x)[0]
+    assert loss.isfinite() and gradient.isfinite().all() and gradient[..., 4].eq(0).all()
+
+
+@each_objective
 def test_a_mask_value_that_is_not_allowed_is_refused(name):
     logits, keep = batch()
     with pytest.raises(IndexError):
@@ -547,7 +615,30 @@ def test_all_together_compile_in_one_graph():
     assert_close(*(torch.autograd.grad(x, y)[0] for x, y in ((found, compiled), (expected, eager))), EXACT)
 
 
+class _Total(torch.nn.Module):
+    def __init__(self, objectives):
+        super().__init__()
+        self.bound = Objectives({name: (objective, 1.0) for name, objective in objectives.items()}).eval()
+
+    def forward(self, x):
+        return self.bound(layers_of(x), batch()[1], **LABELS)[0]
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.25])  # the table of the first is known from other tests, or not yet
+def test_all_together_are_exported(alpha):
+    logits, total = batch()[0], _Total(ALL | {"dirichlet_prior": DirichletPrior(alpha)})
+    if alpha == 1.0:
+        total(logits)
+    exported = torch.export.export(total, (logits,)).module()
+    assert_close(exported(logits), total(logits), EXACT)
+
+
 REFUSED = {
+    "edl::DirichletPrior: alpha must be finite and above 0 (got 0.0)": lambda: DirichletPrior(0.0),
+    "edl::DirichletPrior: bins must be at least 1 (got 0)": lambda: DirichletPrior(bins=0),
+    "edl::DirichletPrior: needs at least two experts, whose scores have a distribution (got 1)": lambda: loss_of(
+        DirichletPrior(), random(T, 1)
+    ),
     "edl::ModalityDivergence: num_modalities must be at least 2, or there is no pair (got 1)": lambda: (
         ModalityDivergence(1)
     ),

@@ -3,6 +3,7 @@
 from edl.objectives.base import Objective, Sums, available
 from edl.objectives.configuration import objectives_from_file, objectives_of
 from edl.objectives.cross_layer_coupling import CrossLayerCoupling
+from edl.objectives.dirichlet_prior import DirichletPrior
 from edl.objectives.expert_divergence import ExpertDivergence
 from edl.objectives.load_balancing import LoadBalancing
 from edl.objectives.modality_divergence import ModalityDivergence
@@ -14,6 +15,7 @@ from edl.objectives.routing_variance import RoutingVariance
 
 __all__ = [
     "CrossLayerCoupling",
+    "DirichletPrior",
     "ExpertDivergence",
     "LoadBalancing",
     "ModalityDivergence",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from edl.labels.segments import Segments
 from edl.objectives.base import Objective, Sums
-from edl.objectives.tokens import SCORES, chosen_experts, log_distribution, mean_over_tokens
+from edl.objectives.tokens import chosen_experts, log_distribution, mean_over_tokens
 from edl.ops import checks
 from edl.routing import Observation
 
@@ -44,7 +44,7 @@ class CrossLayerCoupling(Objective):
     takes_all_layers = True
 
     def __post_init__(self) -> None:
-        checks.check_choice("CrossLayerCoupling", "scores", self.scores, SCORES)
+        checks.check_choice("CrossLayerCoupling", "scores", self.scores, checks.router_scores())
 
     def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
         ids = segments.segment_ids

@@ -58,8 +58,8 @@ class LoadBalancing(Objective):
 
     def __post_init__(self) -> None:
         checks.check_choice("LoadBalancing", "scores", self.scores, checks.router_scores())
-        checks.check_choice("LoadBalancing", "scope", self.scope, ("global", "sequence", "micro_batch", "rank"))
-        checks.check_choice("LoadBalancing", "choices", self.choices, ("made", "by_score"))
+        checks.check_choice("LoadBalancing", "scope", self.scope, ["global", "sequence", "micro_batch", "rank"])
+        checks.check_choice("LoadBalancing", "choices", self.choices, ["made", "by_score"])
         for name in ("devices", "devices_per_token"):
             if (number := getattr(self, name)) is not None:
                 object.__setattr__(self, name, checks.as_integer("LoadBalancing", name, number, lowest=1))

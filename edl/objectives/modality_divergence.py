@@ -15,7 +15,7 @@ from edl.objectives.tokens import check_input, needs_of
 from edl.ops import checks
 from edl.routing import Observation
 
-_DIRECTIONS = ("symmetric", "forward", "backward")
+_DIRECTIONS = ["symmetric", "forward", "backward"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ class MutualInformation(Objective):
                 "edl::MutualInformation: num_domains must be at least 2, or there is nothing to tell "
                 f"(got {self.num_domains})"
             )
-        checks.check_choice("MutualInformation", "prior", self.prior, ("batch", "uniform"))
+        checks.check_choice("MutualInformation", "prior", self.prior, ["batch", "uniform"])
         check_input("MutualInformation", self.input, self.scores)
         checks.check_texts("MutualInformation", labels=self.labels)
 
@@ -127,7 +127,7 @@ class ModalityMutualInformation(Objective):
         op = "ModalityMutualInformation"
         for name in ("num_modalities", "bins"):
             object.__setattr__(self, name, checks.as_integer(op, name, getattr(self, name), lowest=2))
-        checks.check_choice(op, "binning", self.binning, ("place", "specialisation"))
+        checks.check_choice(op, "binning", self.binning, ["place", "specialisation"])
         check_input(op, self.input, self.scores)
         checks.check_texts(op, labels=self.labels)
 

@@ -40,7 +40,7 @@ class RoutingVariance(Objective):
     variant: str = "equation"
 
     def __post_init__(self) -> None:
-        checks.check_choice("RoutingVariance", "variant", self.variant, ("equation", "released_code"))
+        checks.check_choice("RoutingVariance", "variant", self.variant, ["equation", "released_code"])
 
     @property
     def needs(self) -> frozenset[str]:

@@ -10,14 +10,13 @@ from edl.ops import checks
 from edl.reduction.ranks import reads_values
 from edl.routing import Observation
 
-INPUTS = ("logits", "probs")
-SCORES = ("softmax", "sigmoid")
+INPUTS = ["logits", "probs"]
 
 
-def check_input(op: str, input: object, scores: object) -> None:
+def check_input(op: str, input: str, scores: str) -> None:
     """Raises where the options that say what an objective reads are none."""
     checks.check_choice(op, "input", input, INPUTS)
-    checks.check_choice(op, "scores", scores, SCORES)
+    checks.check_choice(op, "scores", scores, checks.router_scores())
 
 
 def needs_of(input: str) -> frozenset[str]:

@@ -1,7 +1,6 @@
 """Arguments that are what they should be, or a sentence."""
 
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -140,9 +139,3 @@ def check_flags(op: str, **flags: object) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise ValueError(f"edl::{op}: {name} must be True or False (got {_shown(flag)})")
-
-
-def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
-    """Raises where an argument is none of the texts that it may be."""
-    if value not in list(choices):  # a list also takes what has no hash
-        raise ValueError(f"edl::{op}: {name} must be one of {list(choices)} (got {_shown(value)})")

@@ -56,7 +56,7 @@ ChosenScores chosen_scores(const Values& logits, const Values& experts, const Ru
     chosen.values.push_back(all[static_cast<int64_t>(expert)]);
     chosen.sum += chosen.values.back();
   }
-  chosen.sum += rule.scores == Scores::softmax ? 0 : 1e-20;
+  chosen.sum += rule.scores == Scores::sigmoid ? edl::kSigmoidSumEpsilon : 0;
   return chosen;
 }
 
@@ -377,27 +377,30 @@ CATCH_TEST_CASE("route_tokens: given experts are weighed as chosen ones are, and
 
 CATCH_TEST_CASE(
     "route_tokens: given experts of a row without a distribution are NaN, and a sigmoid reads its own alone") {
-  const Values rows = {-kInfinite, -kInfinite, -kInfinite, -kInfinite, //
-                       1,          2,          kNan,       0, //
-                       1,          2,          kInfinite,  0, //
-                       -kInfinite, -kInfinite, 1,          0};
   const Limits limits = {{}, {0, 1, -1, 0, 1, -1, 1, 0, -1, 1, 0, -1}};
-  for (const StorageType storage : kStorages) {
-    for (const Rule& rule : kRules) {
-      const Routed routed = route({4, 4, 3}, storage, rule, rows, nullptr, every_order(), limits);
-      const bool is_softmax = rule.scores == Scores::softmax;
-      for (int64_t k = 0; k < 2; ++k) {
-        CATCH_CHECK(std::isnan(routed.weights[k]));
-        CATCH_CHECK(std::isnan(routed.weights[3 + k]) == is_softmax);
-        CATCH_CHECK(std::isnan(routed.weights[6 + k]) == is_softmax);
-        if (is_softmax && rule.normalize) { // 0 / 0
-          CATCH_CHECK(std::isnan(routed.weights[9 + k]));
-        } else {
-          CATCH_CHECK(routed.weights[9 + k] == 0);
+  for (const int64_t num_experts : {4, 40}) {
+    Values rows(4 * num_experts); // what counts stands at the end of a row
+    std::fill_n(rows.begin(), num_experts, -kInfinite);
+    rows[2 * num_experts - 1] = kNan;
+    rows[3 * num_experts - 1] = kInfinite;
+    std::fill_n(rows.begin() + 3 * num_experts, num_experts - 1, -kInfinite);
+    for (const StorageType storage : kStorages) {
+      for (const Rule& rule : kRules) {
+        const Routed routed = route({4, num_experts, 3}, storage, rule, rows, nullptr, every_order(), limits);
+        const bool is_softmax = rule.scores == Scores::softmax;
+        for (int64_t k = 0; k < 2; ++k) {
+          CATCH_CHECK(std::isnan(routed.weights[k]));
+          CATCH_CHECK(std::isnan(routed.weights[3 + k]) == is_softmax);
+          CATCH_CHECK(std::isnan(routed.weights[6 + k]) == is_softmax);
+          if (is_softmax && rule.normalize) { // 0 / 0
+            CATCH_CHECK(std::isnan(routed.weights[9 + k]));
+          } else {
+            CATCH_CHECK(routed.weights[9 + k] == 0);
+          }
         }
-      }
-      for (int64_t t = 0; t < 4; ++t) {
-        CATCH_CHECK(routed.weights[3 * t + 2] == 0);
+        for (int64_t t = 0; t < 4; ++t) {
+          CATCH_CHECK(routed.weights[3 * t + 2] == 0);
+        }
       }
     }
   }

@@ -131,7 +131,10 @@ def router_scores() -> list[str]:
 def check_choice(op: str, name: str, value: str, choices: list[str]) -> None:
     """Raises where an argument is none of its choices; TorchScript takes it too."""
     if value not in choices:
-        raise ValueError(f"edl::{op}: {name} must be one of {choices} (got '{value}')")
+        got = f"'{value}'"
+        if not torch.jit.is_scripting():
+            got = repr(value)  # something else than a text, perhaps
+        raise ValueError(f"edl::{op}: {name} must be one of {choices} (got {got})")
 
 
 def check_flags(op: str, **flags: object) -> None:

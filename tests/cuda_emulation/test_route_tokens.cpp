@@ -56,7 +56,7 @@ ChosenScores chosen_scores(const Values& logits, const Values& experts, const Ru
     chosen.values.push_back(all[static_cast<int64_t>(expert)]);
     chosen.sum += chosen.values.back();
   }
-  chosen.sum += rule.scores == Scores::sigmoid ? edl::kSigmoidSumEpsilon : 0;
+  chosen.sum += rule.scores == Scores::sigmoid ? edl::kScoreSumEpsilon : 0;
   return chosen;
 }
 

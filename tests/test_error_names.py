@@ -207,4 +207,4 @@ def test_the_default_name_is_the_operator_s_own():
     with pytest.raises(ValueError, match="^edl::segments: domain_ids must have one row"):
         edl.segments.make_segments(24, LABELS, D, batch_size=5)
     with pytest.raises(IndexError, match="^edl::mine: segment_ids must be"):
-        torch.ops.edl.aggregate_routing(LOGITS.flatten(0, 1), ids + 1, 1, "softmax", op="edl::mine")
+        torch.ops.edl.aggregate_routing(LOGITS.flatten(0, 1), ids + 1, 1, "softmax", caller="edl::mine")

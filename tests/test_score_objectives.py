@@ -675,7 +675,7 @@ REFUSED = {
         2, "flat"
     ),
     "edl::MutualInformation: labels must be a string (got 3)": lambda: MutualInformation(2, labels=3),
-    "edl::segments: weights must have the shape [T, 3] of the 12 tokens, [B, S_len, 3], [B, 3] of sequences of one "
+    "edl::Objectives: weights must have the shape [T, 3] of the 12 tokens, [B, S_len, 3], [B, 3] of sequences of one "
     "length, or [N, 3] with cu_seqlens (got [5, 3])": lambda: loss_of(
         MutualInformation(3), random(T, E), domain_ids=torch.ones(5, 3)
     ),

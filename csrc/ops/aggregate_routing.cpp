@@ -232,16 +232,16 @@ std::tuple<at::Tensor, at::Tensor> aggregate_routing_autograd(
 TORCH_LIBRARY_FRAGMENT(edl, m) {
   m.def(
       "aggregate_routing(Tensor routing, Tensor segment_ids, SymInt num_segments, str scores, *, "
-      "str op='edl::aggregate_routing') -> (Tensor sums, Tensor counts)");
+      "str caller='edl::aggregate_routing') -> (Tensor sums, Tensor counts)");
   m.def(
       "_aggregate_routing_backward(Tensor grad_sums, Tensor routing, Tensor segment_ids, str scores, *, "
-      "str op='edl::aggregate_routing') -> Tensor");
+      "str caller='edl::aggregate_routing') -> Tensor");
   m.def(
       "_aggregate_layers(Tensor[] layers, Tensor segment_ids, SymInt num_segments, str scores, *, "
-      "str op='edl::aggregate_routing') -> (Tensor sums, Tensor counts)");
+      "str caller='edl::aggregate_routing') -> (Tensor sums, Tensor counts)");
   m.def(
       "_aggregate_layers_backward(Tensor grad_sums, Tensor[] layers, Tensor segment_ids, str scores, *, "
-      "str op='edl::aggregate_routing') -> Tensor[]");
+      "str caller='edl::aggregate_routing') -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(edl, CompositeExplicitAutograd, m) {

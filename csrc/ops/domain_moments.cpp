@@ -221,10 +221,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> domain_moments_autograd(
 TORCH_LIBRARY_FRAGMENT(edl, m) {
   m.def(
       "domain_moments(Tensor segment_sums, Tensor segment_counts, Tensor labels, SymInt num_domains, bool squares, *, "
-      "str op='edl::domain_moments') -> (Tensor sums, Tensor squares, Tensor counts)");
+      "str caller='edl::domain_moments') -> (Tensor sums, Tensor squares, Tensor counts)");
   m.def(
       "_domain_moments_backward(Tensor grad_sums, Tensor grad_squares, Tensor segment_sums, Tensor segment_counts, "
-      "Tensor labels, *, str op='edl::domain_moments') -> Tensor");
+      "Tensor labels, *, str caller='edl::domain_moments') -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(edl, Meta, m) {

@@ -218,10 +218,10 @@ at::Tensor expert_divergence_autograd(
 TORCH_LIBRARY_FRAGMENT(edl, m) {
   m.def(
       "expert_divergence(Tensor sums, Tensor counts, float eps=1e-6, str reduction='mean_of_logs', Tensor? "
-      "squares=None, *, str op='edl::expert_divergence') -> Tensor");
+      "squares=None, *, str caller='edl::expert_divergence') -> Tensor");
   m.def(
       "_expert_divergence_with_gradient(Tensor sums, Tensor counts, float eps, str reduction, Tensor? squares, *, "
-      "str op='edl::expert_divergence') -> (Tensor loss, Tensor grad_sums, Tensor grad_squares)");
+      "str caller='edl::expert_divergence') -> (Tensor loss, Tensor grad_sums, Tensor grad_squares)");
   m.def(
       "_expert_divergence_backward(Tensor grad_loss, Tensor grad_sums, Tensor grad_squares, Tensor sums, Tensor? "
       "squares) -> (Tensor grad_sums, Tensor grad_squares)");

@@ -352,7 +352,7 @@ TORCH_LIBRARY_FRAGMENT(edl, m) {
   // Private: what aggregate_routing gives layer by layer, in one node. Only objectives call it, which TorchScript does
   // not take, so that no file has its name.
   m.def(
-      "_segment_sums(Tensor[] layers, Tensor segment_ids, SymInt num_segments, str scores, str op) -> (Tensor "
+      "_segment_sums(Tensor[] layers, Tensor segment_ids, SymInt num_segments, str scores, str caller) -> (Tensor "
       "sums, Tensor counts)");
 }
 

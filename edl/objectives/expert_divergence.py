@@ -142,7 +142,7 @@ class ExpertDivergence(Objective):
             labels,
             self.num_domains,
             self.bias_correction,
-            op=f"edl::{self._op}",
+            caller=f"edl::{self._op}",
         )
         return {"sums": moments, **({"squares": squares} if self.bias_correction else {}), "counts": counts}
 
@@ -150,7 +150,7 @@ class ExpertDivergence(Objective):
         moments, counts = sums["sums"].double(), sums["counts"].detach().double()
         squares = sums["squares"] if self.bias_correction else None
         loss: Tensor = torch.ops.edl.expert_divergence(
-            moments, counts, self.eps, self.pair_reduction, squares, op=f"edl::{self._op}"
+            moments, counts, self.eps, self.pair_reduction, squares, caller=f"edl::{self._op}"
         )
         return loss
 

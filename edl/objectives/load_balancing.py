@@ -98,7 +98,9 @@ class LoadBalancing(Objective):
         logits, experts = layer.logits, layer.experts
         assert logits is not None and experts is not None
         ids, num_segments, _ = segments
-        mass, tokens = torch.ops.edl.aggregate_routing(logits, ids, num_segments, self.scores, op="edl::LoadBalancing")
+        mass, tokens = torch.ops.edl.aggregate_routing(
+            logits, ids, num_segments, self.scores, caller="edl::LoadBalancing"
+        )
         is_counted, num = (ids >= 0) & (ids < num_segments), logits.shape[1]
         if self.choices == "by_score":
             readable = logits.detach().where(is_counted.unsqueeze(1), 0.0)
@@ -147,7 +149,7 @@ def _balance_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of the tokens that count: the scores of each expert [E], their number, and the choices of each expert [E]."""
     num_experts = logits.shape[1]
-    mass, tokens = torch.ops.edl.aggregate_routing(logits, counted, 1, scores, op="edl::" + op)
+    mass, tokens = torch.ops.edl.aggregate_routing(logits, counted, 1, scores, caller="edl::" + op)
     # The sort counts without a scatter; a token that does not count is a sentinel there.
     chosen = torch.where((counted == 0).unsqueeze(1), experts, torch.full_like(experts, num_experts))
     _, offsets = ops.sort_by_expert(chosen, num_experts)

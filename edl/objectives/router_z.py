@@ -50,7 +50,9 @@ def _squares_and_tokens(logits: Tensor, counted: Tensor, is_masked: bool, op: st
     z = torch.where(torch.isneginf(z), torch.full_like(z, float("nan")), z)
     squares = torch.where(is_counted, z.square(), torch.zeros_like(z)).sum()
     # A sum of ones, by the operator that refuses mask values which are not allowed.
-    tokens, _ = torch.ops.edl.aggregate_routing(torch.ones_like(z).unsqueeze(1), counted, 1, "none", op="edl::" + op)
+    tokens, _ = torch.ops.edl.aggregate_routing(
+        torch.ones_like(z).unsqueeze(1), counted, 1, "none", caller="edl::" + op
+    )
     return squares, tokens.sum()
 
 

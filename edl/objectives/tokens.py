@@ -53,14 +53,14 @@ def check_distributions(routing: Sequence[Tensor], segment_ids: Tensor) -> None:
     """Raises where scores of tokens that count are no distributions (on the CPU), which is what operators of edl say of
     those that they are given."""
     for layer in routing:
-        torch.ops.edl.aggregate_routing(layer.detach(), segment_ids, 1, "none", op="edl::Objectives")
+        torch.ops.edl.aggregate_routing(layer.detach(), segment_ids, 1, "none", caller="edl::Objectives")
 
 
 def number_of_tokens(segment_ids: Tensor) -> Tensor:
     """How many tokens count, a float64 scalar; refuses ids of labels and mask values that are not allowed, in one
     segment."""
     ones = torch.ones([segment_ids.shape[0], 1], dtype=torch.float64, device=segment_ids.device)
-    tokens: Tensor = torch.ops.edl.aggregate_routing(ones, segment_ids, 1, "none", op="edl::Objectives")[0]
+    tokens: Tensor = torch.ops.edl.aggregate_routing(ones, segment_ids, 1, "none", caller="edl::Objectives")[0]
     return tokens.sum()
 
 

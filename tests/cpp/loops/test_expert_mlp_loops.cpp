@@ -158,7 +158,7 @@ void check(const ExpertMlpLoops& loops, StorageType type, int64_t window_rows, d
   std::vector<Acc> own(expert_mlp_thread_elements(kHidden, kInner), std::nan(""));
 
   ExpertMlpTask task{};
-  task.hidden = kHidden, task.intermediate = kInner, task.top_k = kTopK, task.slots = routing.slots.data();
+  task.hidden_size = kHidden, task.intermediate_size = kInner, task.top_k = kTopK, task.slots = routing.slots.data();
   task.factors = w.data(), task.tokens = x.data(), task.tokens_stride = kHidden;
   task.gate_up = gu.data(), task.gate_up_strides[0] = 2 * kInner * kHidden, task.gate_up_strides[1] = kHidden;
   task.down = dn.data(), task.down_strides[0] = kHidden * kInner, task.down_strides[1] = kInner;
@@ -167,7 +167,8 @@ void check(const ExpertMlpLoops& loops, StorageType type, int64_t window_rows, d
   for (const Window& window : windows) {
     task.window_begin = window.begin();
     for (const ExpertRows& rows : window.blocks) {
-      over_columns(kInner, kHiddenColumns, [&](Columns part) { loops.hidden[s](task, rows, part, own.data()); });
+      over_columns(
+          kInner, kActivationColumns, [&](Columns part) { loops.activations[s](task, rows, part, own.data()); });
     }
     for (const Columns& part : cut_columns(kHidden, 3)) {
       loops.output[s](task, window.experts.data(), window.experts.size(), part, own.data());
@@ -175,6 +176,7 @@ void check(const ExpertMlpLoops& loops, StorageType type, int64_t window_rows, d
   }
 
   task.sums = tokens.data(), task.grad_output = go.data(), task.grad_output_stride = kHidden;
+  task.grad_slots = routing.slots.data(), task.grad_top_k = kTopK;
   task.grad_factors = factors.data(), task.grad_gate_up = grad_gu.data(), task.grad_down = grad_dn.data();
   task.carried_gate_up = carried.data(), task.carried_down = carried.data() + 2 * kInner * kHidden;
   task.grad_pre_activation = grad_pre.data(), task.pre_activation_stride = 2 * kInner + kPadding,
@@ -182,7 +184,8 @@ void check(const ExpertMlpLoops& loops, StorageType type, int64_t window_rows, d
   for (const Window& window : windows) {
     task.window_begin = window.begin();
     for (const ExpertRows& rows : window.blocks) {
-      over_columns(kInner, kWideColumns, [&](Columns part) { loops.grad_hidden[s](task, rows, part, own.data()); });
+      over_columns(
+          kInner, kWideColumns, [&](Columns part) { loops.grad_activations[s](task, rows, part, own.data()); });
     }
     for (const Columns& part : cut_columns(kHidden, 2)) {
       loops.grad_tokens[s](task, window.experts.data(), window.experts.size(), part, own.data());

@@ -150,10 +150,8 @@ def _balance_sums(
     """Of the tokens that count: the scores of each expert [E], their number, and the choices of each expert [E]."""
     num_experts = logits.shape[1]
     mass, tokens = torch.ops.edl.aggregate_routing(logits, counted, 1, scores, caller="edl::" + op)
-    # The sort counts without a scatter; a token that does not count is a sentinel there.
     chosen = torch.where((counted == 0).unsqueeze(1), experts, torch.full_like(experts, num_experts))
-    _, offsets = ops.sort_by_expert(chosen, num_experts)
-    return mass.squeeze(0), tokens.squeeze(0), offsets.diff()
+    return mass.squeeze(0), tokens.squeeze(0), _count(chosen, counted, 1, num_experts).squeeze(0)
 
 
 def _balance(mass: Tensor, tokens: Tensor, choices: Tensor, choices_per_token: int = 0) -> Tensor:

@@ -129,7 +129,7 @@ def check_choice(choice: Choice, tokens: Tensor, num_experts: int) -> None:
     """Raises where no layer can follow what a router decided.
 
     Args:
-        choice (Choice): of the router; that its experts exist is for `edl.ops.sort_by_expert` to say.
+        choice (Choice): of the router; that its experts exist, `sort_by_expert` says.
         tokens (Tensor[T, H]): what the router was given.
         num_experts (int): E.
 

@@ -198,6 +198,23 @@ def test_the_balancing_losses(masks):
         assert f"edl::load_balancing_loss: {sentence}" in str(error.value)
 
 
+def test_experts_out_of_range():
+    class Balance(nn.Module):
+        def forward(self, routing: edl.Routing):
+            return edl.load_balancing_loss([routing])
+
+    routing = ROUTING._replace(experts=changed(EXPERTS, (3, 1), E + 1))
+    calls = {
+        "load_balancing_loss": lambda: edl.load_balancing_loss(routing),
+        "LoadBalancing": lambda: Objectives({"balance": (LoadBalancing(), 1.0)})(routing),
+    }
+    for op, call in calls.items():
+        with pytest.raises(IndexError, match=f"^edl::{op}: experts must be "):
+            call()
+    with pytest.raises(OF_TORCHSCRIPT, match="edl::load_balancing_loss: experts must be at least 0 and at most 5, "):
+        torch.jit.script(Balance())(routing)
+
+
 def test_the_default_name_is_the_operator_s_own():
     ids = torch.zeros(B * S_LEN, dtype=torch.int64)
     with pytest.raises(IndexError, match="^edl::aggregate_routing: segment_ids must be"):

@@ -39,7 +39,8 @@ Chunks split(int64_t num_slots, int64_t num_experts) {
 }
 
 // counts[chunk][e] for e in [0, E]; refuses ids outside.
-std::vector<int32_t> count_ids(const Indices& ids, int64_t num_slots, int64_t num_experts, const Chunks& chunks) {
+std::vector<int32_t> count_ids(
+    std::string_view op, const Indices& ids, int64_t num_slots, int64_t num_experts, const Chunks& chunks) {
   const int64_t width = num_experts + 1;
   std::vector<int32_t> counts(chunks.count * width, 0);
   std::vector<int64_t> first_bad(chunks.count, -1);
@@ -58,7 +59,7 @@ std::vector<int32_t> count_ids(const Indices& ids, int64_t num_slots, int64_t nu
   });
   for (const int64_t bad : first_bad) {
     EDL_ENSURE_INDEX(
-        bad < 0, "edl::sort_by_expert: experts must be at least 0 and at most ", num_experts,
+        bad < 0, op, ": experts must be at least 0 and at most ", num_experts,
         ", the number of experts, which means no expert (got ", bad < 0 ? 0 : ids[bad], " at slot ", bad, ")");
   }
   return counts;
@@ -78,16 +79,17 @@ void places_from_counts(const Chunks& chunks, int64_t num_experts, int32_t* coun
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> sort_by_expert_cpu(const at::Tensor& experts, int64_t num_experts) {
-  check_sort_by_expert(experts, num_experts);
-  check_memory("edl::sort_by_expert", experts);
+std::tuple<at::Tensor, at::Tensor> sort_by_expert_cpu(
+    const at::Tensor& experts, int64_t num_experts, std::string_view op) {
+  check_sort_by_expert(op, experts, num_experts);
+  check_memory(op, experts);
   const at::Tensor dense = experts.contiguous();
   const Indices ids(dense);
   const int64_t num_slots = dense.numel();
   at::Tensor row_order = at::empty({num_slots}, experts.options().dtype(at::kInt));
   at::Tensor offsets = at::empty({num_experts + 1}, experts.options().dtype(at::kInt));
   const Chunks chunks = split(num_slots, num_experts);
-  std::vector<int32_t> places = count_ids(ids, num_slots, num_experts, chunks);
+  std::vector<int32_t> places = count_ids(op, ids, num_slots, num_experts, chunks);
   places_from_counts(chunks, num_experts, places.data(), offsets.mutable_data_ptr<int32_t>());
   auto* order = row_order.mutable_data_ptr<int32_t>();
   at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {

@@ -12,16 +12,15 @@
 namespace edl::cuda {
 namespace {
 
-constexpr const char* kOp = "edl::sort_by_expert";
-
-std::tuple<at::Tensor, at::Tensor> sort_by_expert_cuda(const at::Tensor& experts, int64_t num_experts) {
-  check_sort_by_expert(experts, num_experts);
+std::tuple<at::Tensor, at::Tensor> sort_by_expert_cuda(
+    const at::Tensor& experts, int64_t num_experts, std::string_view op) {
+  check_sort_by_expert(op, experts, num_experts);
   EDL_ENSURE(
-      num_experts <= most_experts_to_sort(), kOp, ": on CUDA num_experts must be at most ", most_experts_to_sort(),
+      num_experts <= most_experts_to_sort(), op, ": on CUDA num_experts must be at most ", most_experts_to_sort(),
       " (got ", num_experts, ")");
   const c10::cuda::CUDAGuard guard(experts.device());
-  if (values_are_checked(kOp)) {
-    sort_by_expert(experts.cpu(), num_experts);
+  if (values_are_checked(op)) {
+    sort_by_expert_for(experts.cpu(), num_experts, op);
   }
   const auto options = experts.options().dtype(at::kInt);
   const int64_t num_slots = experts.numel();
@@ -41,7 +40,7 @@ std::tuple<at::Tensor, at::Tensor> sort_by_expert_cuda(const at::Tensor& experts
        .row_order = row_order.mutable_data_ptr<int32_t>(),
        .offsets = offsets.mutable_data_ptr<int32_t>()},
       stream_of(ids));
-  check_launch(kOp);
+  check_launch(op);
   return {row_order, offsets};
 }
 

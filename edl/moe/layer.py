@@ -327,7 +327,7 @@ class MoELayer(nn.Module):
             choice = self.router(tokens, context, wide)  # by position, also for hooks
         if not torch.jit.is_tracing():  # which would warn of each comparison
             check_choice(choice, tokens, self.num_experts)
-        row_order, offsets = ops.sort_by_expert(choice.experts, self.num_experts)
+        row_order, offsets = torch.ops.edl.sort_by_expert(choice.experts, self.num_experts, caller="edl::MoELayer")
         return tokens, choice, row_order, offsets
 
     # Returns what return_routing says: TorchScript, which reads annotations, infers it.

@@ -60,7 +60,7 @@ def _objective_of(name: str, options: Any) -> tuple[Objective, Weight]:
     if kind not in list(available()):  # a list also takes what has no hash
         raise ValueError(f"edl::objectives: an objective must be one of {sorted(available())} (got {kind!r})")
     objective = available()[kind]
-    fields = list(inspect.signature(objective).parameters)
+    fields = [field for field in inspect.signature(objective).parameters if not field.startswith("_")]
     unknown = sorted(set(rest) - set(fields))
     if unknown:
         raise ValueError(f"edl::objectives: the options of {kind!r} must be among {fields} (got {unknown[0]!r})")

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +91,8 @@ class ExpertDivergence(Objective):
     pair_reduction: str = "mean_of_logs"
     bias_correction: bool = False
     labels: str = "domain_ids"
-    _op: ClassVar[str] = "ExpertDivergence"
+    # Who refuses: the loss that it is the formula of.
+    _op: str = dataclasses.field(default="ExpertDivergence", repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         op = type(self).__name__
@@ -101,11 +102,6 @@ class ExpertDivergence(Objective):
         checks.check_texts(op, labels=self.labels)
         object.__setattr__(self, "eps", float(self.eps))
         check_options(op, self.num_domains, self.eps, self.input, *options)
-
-    def in_name_of(self, op: str) -> "ExpertDivergence":
-        """Itself, which from now on refuses in the name of the loss that it is the formula of."""
-        object.__setattr__(self, "_op", op)
-        return self
 
     @property
     def needs(self) -> frozenset[str]:

@@ -157,7 +157,7 @@ def expert_divergence_loss(
     return loss
 
 
-_OPTIONS = [field.name for field in dataclasses.fields(ExpertDivergence) if field.name != "labels"]
+_OPTIONS = [field.name for field in dataclasses.fields(ExpertDivergence) if field.name not in ("labels", "_op")]
 
 
 class ExpertDivergenceLoss(nn.Module):
@@ -461,7 +461,7 @@ class ExpertDivergenceLoss(nn.Module):
         """The loss as an objective, with the options as they are now."""
         options = [getattr(self, name) for name in _OPTIONS]
         if self._made is None or options != self._made[0]:
-            self._made = options, ExpertDivergence(*options).in_name_of("expert_divergence_loss")
+            self._made = options, ExpertDivergence(*options, _op="expert_divergence_loss")
         return self._made[1]
 
     @torch.jit.unused

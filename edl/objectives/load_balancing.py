@@ -115,7 +115,7 @@ class LoadBalancing(Objective):
             chosen, num = chosen // (num // self.devices), self.devices
         if self.devices_per_token is not None:
             chosen = _once_per_token(chosen, num)
-        return mass, tokens, _count(chosen, ids, num_segments, num)
+        return mass, tokens, _count(chosen, ids, num_segments, num, "LoadBalancing")
 
     def _balances(self, sums: Sums) -> Tensor:
         return _balance(sums["scores"], sums["tokens"], sums["choices"], self.devices_per_token or 0)
@@ -132,12 +132,13 @@ def _once_per_token(chosen: Tensor, none: int) -> Tensor:
     return torch.cat([ordered[:, :1], ordered[:, 1:].masked_fill(repeats, none)], 1)
 
 
-def _count(chosen: Tensor, segment_ids: Tensor, num_segments: int, num: int) -> Tensor:
+def _count(chosen: Tensor, segment_ids: Tensor, num_segments: int, num: int, op: str) -> Tensor:
     """How often each segment chose each of so many [S, N], of choices [T, K] in [0, N], N for none."""
     if num_segments == 1:
         # The sort counts without a scatter.
-        _, offsets = ops.sort_by_expert(chosen, num)
-        return offsets.diff().long().unsqueeze(0)
+        _, offsets = torch.ops.edl.sort_by_expert(chosen, num, caller="edl::" + op)
+        counts: Tensor = offsets.diff().long().unsqueeze(0)
+        return counts
     none = num_segments * num  # may be more than the sort has place for; integers have one sum in any order
     keys = (segment_ids.long().unsqueeze(1) * num + chosen).masked_fill(chosen == num, none).flatten()
     counts = torch.zeros(none + 1, dtype=torch.int64, device=keys.device)
@@ -151,7 +152,7 @@ def _balance_sums(
     num_experts = logits.shape[1]
     mass, tokens = torch.ops.edl.aggregate_routing(logits, counted, 1, scores, caller="edl::" + op)
     chosen = torch.where((counted == 0).unsqueeze(1), experts, torch.full_like(experts, num_experts))
-    return mass.squeeze(0), tokens.squeeze(0), _count(chosen, counted, 1, num_experts).squeeze(0)
+    return mass.squeeze(0), tokens.squeeze(0), _count(chosen, counted, 1, num_experts, op).squeeze(0)
 
 
 def _balance(mass: Tensor, tokens: Tensor, choices: Tensor, choices_per_token: int = 0) -> Tensor:

@@ -176,7 +176,7 @@ __attribute__((noinline)) bool is_masked(const Storage* logits, int64_t num_expe
 }
 
 // What normalises the scores of a row; NaN for one that is masked wholly, which has no distribution.
-template <Score score, typename Storage, typename Acc>
+template <Scores score, typename Storage, typename Acc>
 EDL_INLINE Acc scale_of(const Storage* logits, int64_t num_experts, Acc sum) {
   if (!is_share_of_row(score) && sum == 0 && is_masked(logits, num_experts)) {
     return std::numeric_limits<Acc>::quiet_NaN();
@@ -185,7 +185,7 @@ EDL_INLINE Acc scale_of(const Storage* logits, int64_t num_experts, Acc sum) {
 }
 
 // A row is added up once the next one is scored: else all would wait for the sum of its scores.
-template <typename Storage, Score score, int64_t fixed>
+template <typename Storage, Scores score, int64_t fixed>
 EDL_FLATTEN void sum_scored(const RoutingRows& rows, const RowPiece& piece, double tolerance) {
   using Acc = Accumulation<Storage>;
   const auto* data = static_cast<const Storage*>(rows.data);
@@ -244,7 +244,7 @@ EDL_INLINE void with_fixed_length(int64_t num_experts, Run run) {
   }
 }
 
-template <typename Storage, Score score>
+template <typename Storage, Scores score>
 void sum_scored_pieces(const RoutingRows& rows, const RowPiece* pieces, int64_t num_pieces, double tolerance) {
   with_fixed_length<Accumulation<Storage>>(rows.num_experts, [&](auto fixed) {
     for (int64_t p = 0; p < num_pieces; ++p) {
@@ -272,7 +272,7 @@ struct ScoredRow {
 
 // The gradient of sum_j g_j q_j with q = score(z) to z: softmax q_i (g_i - <g, q>), sigmoid
 // q_i (1 - sigmoid(z_i)) (g_i - <g, q>).
-template <bool past_caches, Score score, int64_t fixed, typename Storage, typename Acc>
+template <bool past_caches, Scores score, int64_t fixed, typename Storage, typename Acc>
 EDL_INLINE void write_gradient(const ScoredRow<Storage, Acc, fixed>& row, int64_t num_experts) {
   if (row.scores == nullptr) {
     return;
@@ -285,7 +285,7 @@ EDL_INLINE void write_gradient(const ScoredRow<Storage, Acc, fixed>& row, int64_
 }
 
 // As in the forward pass, a row is written once the next one is scored.
-template <bool past_caches, typename Storage, Score score, int64_t fixed>
+template <bool past_caches, typename Storage, Scores score, int64_t fixed>
 EDL_FLATTEN void spread_through_scores(const RoutingGradient& gradient, int64_t begin, int64_t end) {
   using Acc = Accumulation<Storage>;
   const int64_t num_experts = gradient.num_experts;
@@ -339,9 +339,9 @@ EDL_FLATTEN void spread_plainly(const RoutingGradient& gradient, int64_t begin, 
   }
 }
 
-template <bool past_caches, typename Storage, Score score, int64_t fixed>
+template <bool past_caches, typename Storage, Scores score, int64_t fixed>
 void spread(const RoutingGradient& gradient, int64_t begin, int64_t end) {
-  if constexpr (score == Score::none) {
+  if constexpr (score == Scores::none) {
     spread_plainly<past_caches, Storage, fixed>(gradient, begin, end);
   } else {
     spread_through_scores<past_caches, Storage, score, fixed>(gradient, begin, end);
@@ -351,7 +351,7 @@ void spread(const RoutingGradient& gradient, int64_t begin, int64_t end) {
   }
 }
 
-template <typename Storage, Score score>
+template <typename Storage, Scores score>
 void spread_rows(const RoutingGradient& gradient, int64_t begin, int64_t end) {
   // Streaming stores want every vector aligned.
   const bool aligned = reinterpret_cast<uintptr_t>(gradient.grad_routing) % EDL_VECTOR_BYTES == 0 &&
@@ -368,7 +368,7 @@ void spread_rows(const RoutingGradient& gradient, int64_t begin, int64_t end) {
 } // namespace
 
 #define EDL_SUM_LOOPS(Storage) {EDL_SCORE_LOOPS(sum_scored_pieces, Storage) sum_plain_pieces<Storage>}
-#define EDL_SPREAD_LOOPS(Storage) {EDL_SCORE_LOOPS(spread_rows, Storage) spread_rows<Storage, Score::none>}
+#define EDL_SPREAD_LOOPS(Storage) {EDL_SCORE_LOOPS(spread_rows, Storage) spread_rows<Storage, Scores::none>}
 
 extern const AggregateRoutingLoops aggregate_routing_loops = {
     {EDL_SUM_LOOPS(float), EDL_SUM_LOOPS(double), EDL_SUM_LOOPS(BFloat16), EDL_SUM_LOOPS(Float16)},

@@ -120,10 +120,10 @@ EDL_INLINE void fill_keys_with_bias(Acc factor, RouteScratch<Acc>* scratch) {
 
 // Fills `chosen` for the row in scratch.row unless it was given, and returns the sum of the row's scores where that was
 // formed.
-template <Score score, typename Acc>
+template <Scores score, typename Acc>
 EDL_INLINE Acc choose(const RouteTask& task, const uint8_t* allowed, RouteScratch<Acc>* scratch, int64_t* chosen) {
   Acc sum = 0;
-  if (task.bias != nullptr || (score == Score::softmax && !task.normalize)) {
+  if (task.bias != nullptr || (is_share_of_row(score) && !task.normalize)) {
     std::memcpy(scratch->scores.values, scratch->row.values, scratch->row.padded * sizeof(Acc));
     sum = score_row<score>(scratch->scores.values, scratch->scores.padded);
   }
@@ -131,7 +131,7 @@ EDL_INLINE Acc choose(const RouteTask& task, const uint8_t* allowed, RouteScratc
     return sum;
   }
   if (task.bias != nullptr) {
-    fill_keys_with_bias<Acc>(score == Score::softmax ? 1 / sum : Acc(1), scratch);
+    fill_keys_with_bias<Acc>(is_share_of_row(score) ? 1 / sum : Acc(1), scratch);
   } else {
     fill_keys_with_logits<Acc>(scratch);
   }
@@ -168,22 +168,22 @@ EDL_INLINE void gather_chosen(
 
 // Whether a row has no distribution that given experts could have a share of: no expert is open, or a softmax meets NaN
 // or infinity. Chosen experts show both themselves, as they are the highest.
-template <Score score, typename Acc>
+template <Scores score, typename Acc>
 EDL_INLINE bool is_undefined(const Acc* row, int64_t num_experts) {
   bool is_open = false, is_finite = true;
   for (int64_t e = 0; e < num_experts; ++e) {
     is_open |= row[e] != -std::numeric_limits<Acc>::infinity();
     is_finite &= row[e] < std::numeric_limits<Acc>::infinity();
   }
-  return !is_open || (score == Score::softmax && !is_finite);
+  return !is_open || (is_share_of_row(score) && !is_finite);
 }
 
-template <Score score, typename Acc>
+template <Scores score, typename Acc>
 EDL_INLINE void weigh(
     const RouteTask& task, const int64_t* chosen, Acc row_sum, RouteScratch<Acc>* scratch, Acc* weights) {
   RowBuffer<Acc>& few = scratch->few;
   Acc factor = static_cast<Acc>(task.scale);
-  if (score == Score::softmax && !task.normalize) {
+  if (is_share_of_row(score) && !task.normalize) {
     gather_chosen(task, scratch->scores.values, chosen, Acc(0), &few);
     factor /= row_sum;
   } else {
@@ -207,7 +207,7 @@ EDL_INLINE void weigh(
   }
 }
 
-template <typename Storage, Score score>
+template <typename Storage, Scores score>
 void route_rows(const RouteTask& task, int64_t begin, int64_t end) {
   using Acc = Accumulation<Storage>;
   const auto* logits = static_cast<const Storage*>(task.logits);
@@ -237,7 +237,7 @@ EDL_INLINE Acc times(Acc score, Acc grad) {
 
 // few: chosen logits in, their gradient out, where no other logit enters the weights: all cases but the plain softmax.
 // Normalised softmax: w_k (g_k - <g, w>); sigmoid: s_k (1 - s_k) (g_k - <g, s> / sum) / sum, or s_k (1 - s_k) g_k.
-template <Score score, typename Acc>
+template <Scores score, typename Acc>
 EDL_INLINE void backward_of_chosen(const RouteGradient& task, const Acc* grad, bool undefined, RowBuffer<Acc>* few) {
   const Acc scale = undefined ? std::numeric_limits<Acc>::quiet_NaN() : static_cast<Acc>(task.scale);
   const Acc sum = score_row<score>(few->values, few->padded);
@@ -256,7 +256,7 @@ EDL_INLINE void backward_of_chosen(const RouteGradient& task, const Acc* grad, b
 template <typename Acc>
 EDL_INLINE void backward_of_row(
     const RouteGradient& task, const Acc* grad, const int64_t* chosen, RowBuffer<Acc>* row, RowBuffer<Acc>* few) {
-  const Acc inverse = static_cast<Acc>(1) / score_row<Score::softmax>(row->values, row->padded);
+  const Acc inverse = static_cast<Acc>(1) / score_row<Scores::softmax>(row->values, row->padded);
   Acc dot = 0;
   gather_chosen(task, row->values, chosen, Acc(0), few);
   for (int64_t k = 0; k < task.top_k; ++k) {
@@ -275,10 +275,10 @@ EDL_INLINE void backward_of_row(
 }
 
 // row: logits in, gradient out.
-template <Score score, typename Acc>
+template <Scores score, typename Acc>
 EDL_INLINE void backward_of_weights(
     const RouteGradient& task, const Acc* grad, const int64_t* chosen, RowBuffer<Acc>* row, RowBuffer<Acc>* few) {
-  if (score == Score::softmax && !task.normalize) {
+  if (is_share_of_row(score) && !task.normalize) {
     return backward_of_row<Acc>(task, grad, chosen, row, few);
   }
   constexpr Acc masked = -std::numeric_limits<Acc>::infinity();
@@ -302,7 +302,7 @@ EDL_INLINE bool has_no_choice(const RouteGradient& task, const int64_t* chosen) 
   return !has_one;
 }
 
-template <typename Storage, Score score>
+template <typename Storage, Scores score>
 void spread_rows(const RouteGradient& task, int64_t begin, int64_t end) {
   using Acc = Accumulation<Storage>;
   RowBuffer<Acc> row(task.num_experts);

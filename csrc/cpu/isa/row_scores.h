@@ -12,41 +12,39 @@
 namespace edl::cpu::EDL_ISA {
 namespace {
 
-using Score = Scores;
-
 // loop<Storage, score> for every score function of a router, as entries of a table.
-#define EDL_SCORE_LOOP(score, loop, Storage) loop<Storage, Score::score>,
+#define EDL_SCORE_LOOP(score, loop, Storage) loop<Storage, Scores::score>,
 #define EDL_SCORE_LOOPS(loop, Storage) EDL_ROUTER_SCORES(EDL_SCORE_LOOP, loop, Storage)
 
 // ---- the formulas ----
 
 // Turns `count` vectors of logits into scores; `top` is the highest of their row. Padding, minus infinity, becomes 0.
-template <Score score, int count, typename Acc>
+template <Scores score, int count, typename Acc>
 EDL_INLINE void score_vectors(Acc top, Vector<Acc>* x) {
-  if constexpr (score == Score::softmax) {
+  if constexpr (score == Scores::softmax) {
     for (int i = 0; i < count; ++i) {
       x[i] += -top;
     }
     exp_each<count>(x);
   } else {
-    static_assert(score == Score::sigmoid);
+    static_assert(score == Scores::sigmoid);
     sigmoid_each<count, Acc>(x);
   }
 }
 
 // d score / d logit, of numbers or vectors.
-template <Score score, typename Number>
+template <Scores score, typename Number>
 EDL_INLINE Number slope_of(Number x) {
-  if constexpr (score == Score::softmax) {
+  if constexpr (score == Scores::softmax) {
     return x;
   } else {
-    static_assert(score == Score::sigmoid);
+    static_assert(score == Scores::sigmoid);
     return x * (1 - x);
   }
 }
 
 // What makes a distribution of scores.
-template <Score score, typename Acc>
+template <Scores score, typename Acc>
 EDL_INLINE Acc normaliser(Acc sum) {
   return 1 / (is_share_of_row(score) ? sum : sum + static_cast<Acc>(kScoreSumEpsilon));
 }
@@ -92,7 +90,7 @@ EDL_INLINE Vector<Acc> load_vector(const Storage* data, int64_t v, int64_t num_e
 
 // The highest logit of a row, where the score wants it. It is looked for one row ahead: a row's exponentials would else
 // wait for it.
-template <Score score, int64_t fixed, typename Storage, typename Acc = Accumulation<Storage>>
+template <Scores score, int64_t fixed, typename Storage, typename Acc = Accumulation<Storage>>
 EDL_INLINE Acc top_of(const Storage* row, int64_t num_experts) {
   if constexpr (is_share_of_row(score)) {
     constexpr Acc beyond = -std::numeric_limits<Acc>::infinity();
@@ -108,7 +106,7 @@ EDL_INLINE Acc top_of(const Storage* row, int64_t num_experts) {
 }
 
 // Calls take(v, scores) for every vector of a row of logits, and returns the sum of the scores.
-template <Score score, int64_t fixed, typename Storage, typename Acc = Accumulation<Storage>, typename Take>
+template <Scores score, int64_t fixed, typename Storage, typename Acc = Accumulation<Storage>, typename Take>
 EDL_INLINE Acc for_scores(const Storage* logits, int64_t num_experts, Acc top, Take take) {
   constexpr Acc beyond = -std::numeric_limits<Acc>::infinity();
   constexpr int together = fixed == kWholeVectors ? 1 : fixed == kAnyLength || fixed > 4 ? 4 : static_cast<int>(fixed);
@@ -185,7 +183,7 @@ EDL_INLINE void write_row(const Acc* values, int64_t num_experts, Storage* out) 
 }
 
 // Turns a row of logits into scores in place, and returns their sum.
-template <Score score, typename Acc>
+template <Scores score, typename Acc>
 EDL_INLINE Acc score_row(Acc* values, int64_t padded) {
   const Acc top = top_of<score, kWholeVectors>(values, padded);
   return for_scores<score, kWholeVectors>(

@@ -154,7 +154,7 @@ __device__ bool is_undefined(const Token<Storage, ruled>& token, Scores scores, 
     is_open |= z != -kInfinity<Acc>;
     is_finite &= z < kInfinity<Acc>;
   }
-  return !any_lane(is_open) || (scores == Scores::softmax && any_lane(!is_finite));
+  return !any_lane(is_open) || (is_share_of_row(scores) && any_lane(!is_finite));
 }
 
 // Whether all given experts are none.
@@ -213,7 +213,7 @@ __device__ void fill_keys(
     const bool closed = value == -kInfinity<Acc>;
     if (problem.bias != nullptr) {
       value = unnormalised(value, problem.scores, of_row.highest);
-      value = (problem.scores == Scores::softmax ? value * of_row.factor : value) + problem.bias[e];
+      value = (is_share_of_row(problem.scores) ? value * of_row.factor : value) + problem.bias[e];
     }
     keys[e] = token.forbids(e) ? kForbidden<Acc> : closed ? kClosed<Acc> : key_of(value);
   }
@@ -224,7 +224,7 @@ template <typename Storage, bool ruled, typename Acc = Accumulation<Storage>>
 struct Chosen {
   __device__ Chosen(const Token<Storage, ruled>& token, int64_t top_k, Scores scores, int lane)
       : token(token), scores(scores), highest(0) {
-    if (scores == Scores::softmax) {
+    if (is_share_of_row(scores)) {
       Acc own = -kInfinity<Acc>;
       for (int64_t k = lane; k < top_k; k += kWarp) {
         const Acc z = token.chosen_logit(k);
@@ -263,7 +263,7 @@ __device__ void write_weights(
       return;
     }
   }
-  if (problem.scores == Scores::softmax && !problem.normalize) {
+  if (is_share_of_row(problem.scores) && !problem.normalize) {
     for (int64_t k = lane; k < problem.top_k; k += kWarp) {
       const Acc score = unnormalised(token.chosen_logit(k), problem.scores, of_row.highest);
       weights[k] = token.is_none(k) ? Acc(0) : score * (of_row.factor * problem.scale);
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 4) route_rows(Problem<Stora
   const Ids ids = given ? ids_from(problem.given, t * problem.top_k) : Ids{experts, true};
   const Token<Storage, ruled> token = token_of<Storage, ruled>(problem, t, ids, given);
   RowStatistics<Acc> of_row = {0, 1};
-  if (problem.bias != nullptr || (problem.scores == Scores::softmax && !problem.normalize)) {
+  if (problem.bias != nullptr || (is_share_of_row(problem.scores) && !problem.normalize)) {
     of_row = statistics_of_row(token, problem.num_experts, problem.scores);
   }
   if constexpr (ruled) {
@@ -436,7 +436,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 3) spread_rows(GradientProb
       return fill_row(Acc(0), problem.num_experts, lane, out);
     }
   }
-  if (problem.scores == Scores::softmax && !problem.normalize) {
+  if (is_share_of_row(problem.scores) && !problem.normalize) {
     spread_over_row(problem, token, grad, lane, out);
   } else {
     spread_over_chosen(problem, token, grad, lane, out);

@@ -206,7 +206,7 @@ def test_experts_out_of_range():
     routing = ROUTING._replace(experts=changed(EXPERTS, (3, 1), E + 1))
     calls = {
         "load_balancing_loss": lambda: edl.load_balancing_loss(routing),
-        "LoadBalancing": lambda: Objectives({"balance": (LoadBalancing(), 1.0)})(routing),
+        "Objectives": lambda: Objectives({"balance": (LoadBalancing(), 1.0)})(routing),
     }
     for op, call in calls.items():
         with pytest.raises(IndexError, match=f"^edl::{op}: experts must be "):

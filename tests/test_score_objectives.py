@@ -178,7 +178,7 @@ def test_choices_that_were_dropped_count_nowhere():
         second_dropped = layer._replace(experts=torch.where(torch.arange(K) == 0, layer.experts, E), batch_size=1)
         assert_close(loss_of(objective, second_dropped), loss_of(objective, one), EXACT)
         assert loss_of(objective, dropped) != loss_of(objective, layer._replace(batch_size=1))
-        with pytest.raises(IndexError, match=r"edl::LoadBalancing: experts must be in \[0, 6\], 6 for none \(got 7\)"):
+        with pytest.raises(IndexError, match=r"edl::Objectives: experts must be in \[0, 6\], 6 for none \(got 7\)"):
             loss_of(objective, layer._replace(experts=layer.experts + 7 - layer.experts.min(), batch_size=1))
 
 

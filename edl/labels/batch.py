@@ -1,13 +1,32 @@
 """Which tokens of a batch count, and for which sequence or domain: where objectives ask for masks and labels."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from edl.labels.segments import Segments, make_segments, mask_segments, weighted_tokens, whole_segments
 from edl.ops import checks
+
+Arguments = ParamSpec("Arguments")
+Of = TypeVar("Of", bound="Batch")
+
+
+def once(method: Callable[Concatenate[Of, Arguments], Segments]) -> Callable[Concatenate[Of, Arguments], Segments]:
+    """A method of a batch that makes segments, which it does once for the same arguments: objectives that ask for the
+    same segments get the very same, and share what they compute of them."""
+
+    @functools.wraps(method)
+    def made(batch: Of, /, *arguments: Arguments.args, **options: Arguments.kwargs) -> Segments:
+        asked = (method.__name__, *arguments, *options.items())
+        if asked not in batch._made:
+            batch._made[asked] = method(batch, *arguments, **options)
+        return batch._made[asked]
+
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +50,9 @@ class Batch:
     padding_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     labels: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    _made: dict[Any, Segments] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
+    @once
     def counted(self) -> Segments:
         """All tokens that count, as one segment.
 
@@ -43,6 +64,7 @@ class Batch:
         ids = mask_segments(ids, 1, self.batch_size, self.attention_mask, self.padding_mask, "Objectives")
         return Segments(ids, 1, torch.zeros(1, dtype=torch.int64, device=self.device))
 
+    @once
     def sequences(self) -> Segments:
         """Every sequence or packed document as a segment, whatever its label.
 
@@ -65,6 +87,7 @@ class Batch:
         ids = mask_segments(ids, num_segments, rows, self.attention_mask, self.padding_mask, "Objectives")
         return Segments(ids, num_segments, labels)
 
+    @once
     def segments(self, labels: str, num_domains: int, sequence_reduction: str = "sequence") -> Segments:
         """The sequences or documents with their labels, or with `sequence_reduction="token"` the domains.
 
@@ -89,6 +112,7 @@ class Batch:
             "Objectives",
         )
 
+    @once
     def tokens(self, labels: str, num_domains: int) -> Segments:
         """The domains as segments, where labels name one for each token; else all tokens that count as one segment,
         whose labels are their weights [T, D].

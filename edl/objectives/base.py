@@ -2,7 +2,8 @@
 
 import abc
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from edl.labels.segments import Segments
 from edl.routing import Observation
 
 Sums = dict[str, Tensor]
+Made = TypeVar("Made")
 _CLASSES: dict[str, type["Objective"]] = {}
 
 
@@ -19,6 +21,29 @@ def available() -> dict[str, type["Objective"]]:
     """All classes of objectives, one's own included, by the names under which files and flags know them: the class's
     own in words, `load_balancing` for `LoadBalancing`."""
     return dict(_CLASSES)
+
+
+class Layers(list[Observation]):
+    """The layers of a call that an objective sees.
+
+    Objectives that see the same ones share it, so that what several of them need is computed once.
+    """
+
+    def __init__(self, layers: Sequence[Observation]) -> None:
+        super().__init__(layers)
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, name: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gives, which is made at the first call with this name.
+
+        Args:
+            name (hashable): of all that the result depends on beside the layers; a tensor stands for itself.
+            make (Callable): pure.
+        """
+        if name not in self._made:
+            self._made[name] = make()
+        made: Made = self._made[name]
+        return made
 
 
 class Objective(abc.ABC):
@@ -65,11 +90,13 @@ class Objective(abc.ABC):
         return batch.counted()
 
     @abc.abstractmethod
-    def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
+    def of_tokens(self, layers: Layers, segments: Segments) -> Sums:
         """Sums over this rank's tokens.
 
         Args:
-            layers (sequence of Observation): of L layers with equally many tokens and experts, what is needed in each.
+            layers (Layers): a list of one `Observation` for each of L layers with equally many tokens and experts, what
+                is needed in each. `edl.objectives.tokens` computes of it what other objectives need too, of all layers
+                at once.
             segments (Segments): what `segments` gave. A token of id -1 does not count, and may hold NaN; the id
                 `num_segments` stands for a label or mask value that is not allowed, and operators of edl refuse it.
 

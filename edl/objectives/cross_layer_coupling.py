@@ -1,16 +1,15 @@
 """Coupling of layers: the experts that a token chooses go together along its way."""
 
 import dataclasses
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from edl.labels.segments import Segments
-from edl.objectives.base import Objective, Sums
-from edl.objectives.tokens import chosen_experts, log_distribution, mean_over_tokens
+from edl.objectives.base import Layers, Objective, Sums
+from edl.objectives.tokens import chosen_experts, distributions, mean_over_tokens
 from edl.ops import checks
-from edl.routing import Observation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +45,14 @@ class CrossLayerCoupling(Objective):
     def __post_init__(self) -> None:
         checks.check_choice("CrossLayerCoupling", "scores", self.scores, checks.router_scores())
 
-    def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
-        ids = segments.segment_ids
+    def of_tokens(self, layers: Layers, segments: Segments) -> Sums:
         if len(layers) < 2:
             raise ValueError(
                 "edl::CrossLayerCoupling: needs two MoE layers or more in one call, which routers that compute their "
                 f"losses alone do not have (got {len(layers)})"
             )
-        masses = torch.stack([_chosen_mass(layer, ids, self.scores) for layer in layers])
-        return mean_over_tokens("coupled", list((masses[:-1] * masses[1:]).sum(1)), ids)
+        masses = _chosen_masses(layers, segments, self.scores)
+        return mean_over_tokens("coupled", masses[:-1] * masses[1:], layers, segments)
 
     def formula(self, sums: Sums) -> Tensor:
         return -sums["coupled"] / sums["tokens"].clamp(min=1)
@@ -63,17 +61,36 @@ class CrossLayerCoupling(Objective):
         return sums["tokens"].sum() > 0
 
 
-def _chosen_mass(layer: Observation, segment_ids: Tensor, scores: str) -> Tensor:
-    """What each token's chosen experts have of its scores [T], on the device of the segments; 0 where it does not
-    count."""
-    logits, experts = layer.logits, layer.experts
-    assert logits is not None and experts is not None
-    if logits.shape[0] != segment_ids.shape[0]:
-        raise ValueError(
-            "edl::CrossLayerCoupling: all layers must have the same tokens "
-            f"(got {segment_ids.shape[0]} and {logits.shape[0]})"
-        )
-    is_counted = (segment_ids == 0).to(logits.device)
-    chosen = chosen_experts("CrossLayerCoupling", experts, is_counted, logits.shape[1])
-    padded = torch.nn.functional.pad(log_distribution(logits, is_counted, scores).exp(), (0, 1))
-    return padded.gather(1, chosen).sum(1).to(segment_ids.device)
+def _chosen_masses(layers: Layers, segments: Segments, scores: str) -> Tensor:
+    """What each token's chosen experts have of its scores [L, T], on the device of the segments; of layers of whatever
+    sizes."""
+    num_tokens = segments.segment_ids.shape[0]
+    by_size: dict[Any, list[int]] = {}
+    for place, layer in enumerate(layers):
+        logits, experts = layer.logits, layer.experts
+        assert logits is not None and experts is not None
+        if logits.shape[0] != num_tokens:
+            raise ValueError(
+                "edl::CrossLayerCoupling: all layers must have the same tokens "
+                f"(got {num_tokens} and {logits.shape[0]})"
+            )
+        by_size.setdefault((logits.shape, logits.dtype, logits.device, experts.shape, experts.dtype), []).append(place)
+    if len(by_size) == 1:
+        return _chosen_masses_of_one_size(layers, segments, scores)
+    masses: dict[int, Tensor] = {}
+    for places in by_size.values():
+        of_size = Layers([layers[place] for place in places])
+        masses.update(zip(places, _chosen_masses_of_one_size(of_size, segments, scores)))
+    return torch.stack([masses[place] for place in range(len(layers))])
+
+
+def _chosen_masses_of_one_size(layers: Layers, segments: Segments, scores: str) -> Tensor:
+    logits = layers[0].logits
+    assert logits is not None
+    ids = segments.segment_ids
+    there = segments if logits.device == ids.device else segments._replace(segment_ids=ids.to(logits.device))
+    chosen = chosen_experts(layers, there)
+    of_experts = distributions(layers, there, "logits", scores)
+    num_experts = of_experts.shape[2]
+    of_chosen = of_experts.gather(2, chosen.clamp(max=num_experts - 1)).where(chosen < num_experts, 0.0)
+    return of_chosen.sum(2).to(ids.device)

@@ -2,23 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from edl.labels.segments import Segments
-from edl.objectives.base import Objective, Sums
-from edl.objectives.tokens import (
-    check_distributions,
-    check_input,
-    log_distribution,
-    needs_of,
-    number_of_tokens,
-    routing_of,
-)
+from edl.objectives.base import Layers, Objective, Sums
+from edl.objectives.tokens import are_counted, check_input, log_scores, needs_of, number_of_tokens
 from edl.ops import checks
-from edl.routing import Observation
 
 # Scores that are nearer to 0 or 1 are read as these: the density of alpha < 1 has no bound there.
 _LOWEST, _HIGHEST = math.log(1e-6), math.log1p(-1e-6)
@@ -75,21 +66,15 @@ class DirichletPrior(Objective):
     def needs(self) -> frozenset[str]:
         return needs_of(self.input)
 
-    def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
-        ids, routing = segments.segment_ids, routing_of(layers, self.input)
-        num_experts = routing[0].shape[1]
-        if num_experts < 2:
+    def of_tokens(self, layers: Layers, segments: Segments) -> Sums:
+        logs = log_scores(layers, segments, self.input, self.scores)
+        if logs.shape[2] < 2:
             raise ValueError(
                 "edl::DirichletPrior: needs at least two experts, whose scores have a distribution (got 1)"
             )
-        if self.input == "probs":
-            check_distributions(routing, ids)
-        is_counted, scores = ids == 0, self.scores if self.input == "logits" else "none"
-        table = _distribution_function(self.alpha, num_experts).to(ids.device)
-        of_layers = [self._histogram(log_distribution(x, is_counted, scores), is_counted, table) for x in routing]
-        counts, sums, squares = (torch.stack(numbers) for numbers in zip(*of_layers))
-        tokens = number_of_tokens(ids).expand(len(layers))
-        return {"counts": counts, "sums": sums, "squares": squares, "tokens": tokens}
+        table = _distribution_function(self.alpha, logs.shape[2]).to(logs.device)
+        counts, sums, squares = self._histogram(logs, are_counted(layers, segments), table)
+        return {"counts": counts, "sums": sums, "squares": squares, "tokens": number_of_tokens(layers, segments)}
 
     def formula(self, sums: Sums) -> Tensor:
         tokens, counts = sums["tokens"].detach()[:, None, None], sums["counts"].detach()
@@ -106,21 +91,22 @@ class DirichletPrior(Objective):
         return sums["tokens"].sum() > 0
 
     def _histogram(self, log_scores: Tensor, is_counted: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each expert and bin [E, bins]: how many values of F, their sum and that of their squares."""
-        num_experts = log_scores.shape[1]
+        """Of each expert and bin [L, E, bins]: how many values of F, their sum and that of their squares."""
+        num_layers, _, num_experts = log_scores.shape
         log_scores = log_scores.masked_fill(torch.isneginf(log_scores), _LOWEST)  # of which there is no gradient
         with torch.no_grad():
             logs = log_scores.double().clamp(_LOWEST, _HIGHEST)
             values, slopes = _interpolated(table, logs)
             bins = (values.nan_to_num() * self.bins).long().clamp(0, self.bins - 1)
         values = values + slopes * (log_scores - log_scores.detach())
-        none = num_experts * self.bins
-        keys = torch.arange(num_experts, device=bins.device) * self.bins + bins
+        none = num_layers * num_experts * self.bins
+        experts = torch.arange(num_layers * num_experts, device=bins.device).view(num_layers, 1, num_experts)
+        keys = experts * self.bins + bins
         keys = keys.where(is_counted.unsqueeze(1), none).flatten()
         values = values.where(is_counted.unsqueeze(1), 0.0).flatten()
         empty = values.new_zeros(none + 1)
         counts, sums, squares = (
-            empty.scatter_add(0, keys, x)[:-1].view(num_experts, self.bins)
+            empty.scatter_add(0, keys, x)[:-1].view(num_layers, num_experts, self.bins)
             for x in (torch.ones_like(values), values, values.square())
         )
         return counts, sums, squares

@@ -1,46 +1,46 @@
 """Routing of domains, languages or modalities: sums of the router's scores over the tokens of each, whose labels may be
 weights."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from edl.labels.segments import Segments
-from edl.objectives.base import Sums
-from edl.objectives.tokens import check_distributions, log_distribution, number_of_tokens, routing_of
-from edl.routing import Observation
+from edl.objectives.base import Layers, Sums
+from edl.objectives.tokens import are_counted, distributions, number_of_tokens, routing_of
 
 
-def domain_sums(layers: Sequence[Observation], segments: Segments, input: str, scores: str) -> Sums:
+def domain_sums(layers: Layers, segments: Segments, input: str, scores: str) -> Sums:
     """Sums of the scores of the tokens of each domain [L, D, E], and the number of its tokens, or their weight [L, D].
 
     Args:
-        layers (sequence of Observation): of L layers.
+        layers (Layers): L of one size.
         segments (Segments): what `Batch.tokens` gave.
         input (str): "logits" or "probs".
         scores (str): of logits, "softmax" or "sigmoid".
     """
-    routing = routing_of(layers, input)
-    scores = scores if input == "logits" else "none"
-    if not segments.labels.is_floating_point():
-        sums, counts = torch.ops.edl._segment_sums(
-            routing, segments.segment_ids, segments.num_segments, scores, "edl::Objectives"
-        )
-    else:
-        if input == "probs":
-            check_distributions(routing, segments.segment_ids)
-        sums, counts = _weighted_sums(routing, segments, scores)
-    return {"sums": sums, "counts": counts.detach().double().expand(len(layers), -1)}
+
+    def make() -> tuple[Tensor, Tensor]:
+        if segments.labels.is_floating_point():
+            sums, counts = _weighted_sums(layers, segments, input, scores)
+        else:
+            sums, counts = torch.ops.edl._segment_sums(
+                routing_of(layers, input),
+                segments.segment_ids,
+                segments.num_segments,
+                scores if input == "logits" else "none",
+                "edl::Objectives",
+            )
+        return sums, counts.detach().double().expand(len(layers), -1)
+
+    sums, counts = layers.once(("domain_sums", segments.segment_ids, segments.labels, input, scores), make)
+    return {"sums": sums, "counts": counts}
 
 
-def _weighted_sums(routing: Sequence[Tensor], segments: Segments, scores: str) -> tuple[Tensor, Tensor]:
-    ids = segments.segment_ids
-    is_counted = ids == 0
-    weights = segments.labels.detach().where(is_counted.unsqueeze(1), 0.0)
-    tokens = number_of_tokens(ids)  # refuses weights that are not allowed
-    sums = [log_distribution(x, is_counted, scores).exp() for x in routing]
-    return torch.stack([weights.t().to(x.dtype) @ x for x in sums]), weights.double().sum(0) + (tokens - tokens)
+def _weighted_sums(layers: Layers, segments: Segments, input: str, scores: str) -> tuple[Tensor, Tensor]:
+    weights = segments.labels.detach().where(are_counted(layers, segments).unsqueeze(1), 0.0)
+    tokens = number_of_tokens(layers, segments)[0]  # refuses weights that are not allowed
+    of_experts = distributions(layers, segments, input, scores)
+    return weights.t().to(of_experts.dtype) @ of_experts, weights.double().sum(0) + (tokens - tokens)
 
 
 def joint_of(sums: Sums, prior: str) -> Tensor:

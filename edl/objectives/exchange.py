@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from edl.labels.segments import Segments
-from edl.objectives.base import Objective, Sums
+from edl.objectives.base import Layers, Objective, Sums
 from edl.reduction.micro_batches import Carried, DomainMemory
 from edl.reduction.ranks import Ranks
 from edl.reduction.share import share
-from edl.routing import Observation
 
 
 class Part(NamedTuple):
@@ -24,7 +23,7 @@ class Part(NamedTuple):
 
     name: str
     objective: Objective
-    layers: list[Observation]
+    layers: Layers
     segments: Segments
     places: tuple[int, ...] = ()  # of the layers in the model
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +10,9 @@ from torch import Tensor
 from edl import ops
 from edl.labels.batch import Batch
 from edl.labels.segments import Segments
-from edl.objectives.base import Objective, Sums
+from edl.objectives.base import Layers, Objective, Sums
 from edl.ops import checks
 from edl.reduction.micro_batches import Carried, former_states
-from edl.routing import Observation
 
 
 @torch.jit.unused
@@ -117,7 +115,7 @@ class ExpertDivergence(Objective):
             raise ValueError(f"edl::{self._op}: bias_correction needs one label per segment (got soft labels)")
         return segments
 
-    def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
+    def of_tokens(self, layers: Layers, segments: Segments) -> Sums:
         if not self.by_unit and segments.num_segments != self.num_domains:
             raise ValueError(
                 f"edl::{self._op}: with sequence_reduction='token' the segments are the domains, "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from edl.labels.segments import Segments, make_segments
-from edl.objectives.base import Sums
+from edl.objectives.base import Layers, Sums
 from edl.objectives.exchange import Exchange, Part, Parts
 from edl.objectives.expert_divergence import ExpertDivergence, check_options, check_types
 from edl.ops import checks
@@ -475,7 +475,7 @@ class ExpertDivergenceLoss(nn.Module):
         reads_logits = self.input == "logits"
         observations = [Observation(logits=x) if reads_logits else Observation(scores=x) for x in layers]
         # Under a name that tells the ranks of what a part does not hold.
-        return Part(f"layer_reduction={self.layer_reduction!r}", self._objective(), observations, segments)
+        return Part(f"layer_reduction={self.layer_reduction!r}", self._objective(), Layers(observations), segments)
 
     @torch.jit.unused
     def _begin_jointly(

@@ -11,10 +11,10 @@ from edl import ops
 from edl.labels.batch import Batch
 from edl.labels.segments import Segments
 from edl.objectives.arguments import Routings, as_logits, check_logits, check_masks, counted_tokens, flat, layers_of
-from edl.objectives.base import Objective, Sums
-from edl.objectives.tokens import chosen_experts
+from edl.objectives.base import Layers, Objective, Sums
+from edl.objectives.tokens import are_counted, chosen_experts, readable_logits, routing_of, stacked
 from edl.ops import checks
-from edl.routing import Observation, Routing
+from edl.routing import Routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +76,28 @@ class LoadBalancing(Objective):
     def segments(self, batch: Batch) -> Segments:
         return batch.sequences() if self.scope == "sequence" else batch.counted()
 
-    def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
-        of_layers = [self._of_layer(layer, segments) for layer in layers]
-        mass, tokens, choices = (torch.stack(numbers) for numbers in zip(*of_layers))
+    def of_tokens(self, layers: Layers, segments: Segments) -> Sums:
+        ids, num_segments, _ = segments
+        mass, tokens = torch.ops.edl._segment_sums(
+            routing_of(layers, "logits"), ids, num_segments, self.scores, "edl::LoadBalancing"
+        )
+        chosen, num = self._chosen(layers, segments), mass.shape[2]
+        if self.devices is not None:
+            if num % self.devices != 0:
+                raise ValueError(
+                    f"edl::LoadBalancing: devices must divide the number of experts, {num} (got {self.devices})"
+                )
+            mass = mass.unflatten(2, (self.devices, -1)).sum(3)
+            chosen, num = chosen // (num // self.devices), self.devices
+        if self.devices_per_token is not None:
+            chosen = _once_per_token(chosen, num)
+        tokens = tokens.detach().expand(len(layers), -1)
+        sums = {"scores": mass, "tokens": tokens, "choices": _count(chosen, ids, num_segments, num)}
         if self.by_unit:
-            return {"scores": mass, "tokens": tokens, "choices": choices}
-        sums = {"scores": mass.squeeze(1), "tokens": tokens.squeeze(1), "choices": choices.squeeze(1)}
-        return sums if self.scope == "global" else self._of_balances(self._balances(sums).unsqueeze(1), tokens)
+            return sums
+        if self.scope == "rank":
+            return self._of_balances(self._balances(sums), tokens)
+        return {name: x.squeeze(1) for name, x in sums.items()}
 
     def of_units(self, sums: Sums, labels: Tensor) -> Sums:
         return self._of_balances(self._balances(sums), sums["tokens"])
@@ -93,29 +108,14 @@ class LoadBalancing(Objective):
     def has_effect(self, sums: Sums) -> Tensor:
         return sums["tokens" if self.scope == "global" else "units"].sum() > 0
 
-    def _of_layer(self, layer: Observation, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each segment: the scores of experts or devices [S, N], the tokens [S], and the choices [S, N]."""
-        logits, experts = layer.logits, layer.experts
-        assert logits is not None and experts is not None
-        ids, num_segments, _ = segments
-        mass, tokens = torch.ops.edl.aggregate_routing(
-            logits, ids, num_segments, self.scores, caller="edl::LoadBalancing"
-        )
-        is_counted, num = (ids >= 0) & (ids < num_segments), logits.shape[1]
-        if self.choices == "by_score":
-            readable = logits.detach().where(is_counted.unsqueeze(1), 0.0)
-            _, experts = ops.route_tokens(readable, experts.shape[1], self.scores)
-        chosen = chosen_experts("LoadBalancing", experts, is_counted, num)
-        if self.devices is not None:
-            if num % self.devices != 0:
-                raise ValueError(
-                    f"edl::LoadBalancing: devices must divide the number of experts, {num} (got {self.devices})"
-                )
-            mass = mass.unflatten(1, (self.devices, -1)).sum(2)
-            chosen, num = chosen // (num // self.devices), self.devices
-        if self.devices_per_token is not None:
-            chosen = _once_per_token(chosen, num)
-        return mass, tokens, _count(chosen, ids, num_segments, num, "LoadBalancing")
+    def _chosen(self, layers: Layers, segments: Segments) -> Tensor:
+        """The choices [L, T, K] in [0, E], E for none."""
+        if self.choices == "made":
+            return chosen_experts(layers, segments)
+        top_k = stacked(layers, "experts").shape[2]
+        readable = readable_logits(layers, segments).detach().flatten(0, 1)
+        chosen = ops.route_tokens(readable, top_k, self.scores)[1].view(len(layers), -1, top_k)
+        return chosen.masked_fill(~are_counted(layers, segments).unsqueeze(1), readable.shape[1])
 
     def _balances(self, sums: Sums) -> Tensor:
         return _balance(sums["scores"], sums["tokens"], sums["choices"], self.devices_per_token or 0)
@@ -126,23 +126,21 @@ class LoadBalancing(Objective):
 
 
 def _once_per_token(chosen: Tensor, none: int) -> Tensor:
-    """Choices [T, K] without those that repeat one of the same token."""
-    ordered = chosen.sort(dim=1).values
-    repeats = ordered[:, 1:] == ordered[:, :-1]
-    return torch.cat([ordered[:, :1], ordered[:, 1:].masked_fill(repeats, none)], 1)
+    """Choices [..., K] without those that repeat one of the same token."""
+    ordered = chosen.sort(dim=-1).values
+    repeats = ordered[..., 1:] == ordered[..., :-1]
+    return torch.cat([ordered[..., :1], ordered[..., 1:].masked_fill(repeats, none)], -1)
 
 
-def _count(chosen: Tensor, segment_ids: Tensor, num_segments: int, num: int, op: str) -> Tensor:
-    """How often each segment chose each of so many [S, N], of choices [T, K] in [0, N], N for none."""
-    if num_segments == 1:
-        # The sort counts without a scatter.
-        _, offsets = torch.ops.edl.sort_by_expert(chosen, num, caller="edl::" + op)
-        counts: Tensor = offsets.diff().long().unsqueeze(0)
-        return counts
-    none = num_segments * num  # may be more than the sort has place for; integers have one sum in any order
-    keys = (segment_ids.long().unsqueeze(1) * num + chosen).masked_fill(chosen == num, none).flatten()
+def _count(chosen: Tensor, segment_ids: Tensor, num_segments: int, num: int) -> Tensor:
+    """How often each segment chose each of so many, int64 [L, S, N], of choices [L, T, K] in [0, N], N for none."""
+    num_layers = chosen.shape[0]
+    none = num_layers * num_segments * num
+    of_layer = torch.arange(num_layers, device=chosen.device).view(-1, 1, 1) * num_segments
+    keys = (of_layer + segment_ids.long().unsqueeze(1)) * num + chosen
+    keys = keys.masked_fill(chosen == num, none).flatten()
     counts = torch.zeros(none + 1, dtype=torch.int64, device=keys.device)
-    return counts.scatter_add(0, keys, torch.ones_like(keys))[:-1].view(num_segments, num)
+    return counts.scatter_add(0, keys, torch.ones_like(keys))[:-1].view(num_layers, num_segments, num)
 
 
 def _balance_sums(
@@ -152,7 +150,8 @@ def _balance_sums(
     num_experts = logits.shape[1]
     mass, tokens = torch.ops.edl.aggregate_routing(logits, counted, 1, scores, caller="edl::" + op)
     chosen = torch.where((counted == 0).unsqueeze(1), experts, torch.full_like(experts, num_experts))
-    return mass.squeeze(0), tokens.squeeze(0), _count(chosen, counted, 1, num_experts, op).squeeze(0)
+    _, offsets = torch.ops.edl.sort_by_expert(chosen, num_experts, caller="edl::" + op)
+    return mass.squeeze(0), tokens.squeeze(0), offsets.diff()
 
 
 def _balance(mass: Tensor, tokens: Tensor, choices: Tensor, choices_per_token: int = 0) -> Tensor:

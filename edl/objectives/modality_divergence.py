@@ -2,18 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from edl.labels.batch import Batch
 from edl.labels.segments import Segments
-from edl.objectives.base import Objective, Sums
+from edl.objectives.base import Layers, Objective, Sums
 from edl.objectives.domain_sums import domain_sums
 from edl.objectives.tokens import check_input, needs_of
 from edl.ops import checks
-from edl.routing import Observation
 
 _DIRECTIONS = ["symmetric", "forward", "backward"]
 
@@ -79,7 +77,7 @@ class ModalityDivergence(Objective):
     def segments(self, batch: Batch) -> Segments:
         return batch.tokens(self.labels, self.num_modalities)
 
-    def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
+    def of_tokens(self, layers: Layers, segments: Segments) -> Sums:
         return domain_sums(layers, segments, self.input, self.scores)
 
     def formula(self, sums: Sums) -> Tensor:

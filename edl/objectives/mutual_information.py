@@ -1,18 +1,16 @@
 """Mutual information: what the expert of a token tells of its domain, or the bin of the expert of its modality."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from edl.labels.batch import Batch
 from edl.labels.segments import Segments
-from edl.objectives.base import Objective, Sums
+from edl.objectives.base import Layers, Objective, Sums
 from edl.objectives.domain_sums import domain_sums, information, joint_of
 from edl.objectives.tokens import check_input, needs_of
 from edl.ops import checks
-from edl.routing import Observation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +65,7 @@ class MutualInformation(Objective):
     def segments(self, batch: Batch) -> Segments:
         return batch.tokens(self.labels, self.num_domains)
 
-    def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
+    def of_tokens(self, layers: Layers, segments: Segments) -> Sums:
         return domain_sums(layers, segments, self.input, self.scores)
 
     def formula(self, sums: Sums) -> Tensor:
@@ -138,7 +136,7 @@ class ModalityMutualInformation(Objective):
     def segments(self, batch: Batch) -> Segments:
         return batch.tokens(self.labels, self.num_modalities)
 
-    def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
+    def of_tokens(self, layers: Layers, segments: Segments) -> Sums:
         sums = domain_sums(layers, segments, self.input, self.scores)
         num_experts = sums["sums"].shape[2]
         if num_experts % self.bins != 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edl.labels.batch import Batch
-from edl.objectives.base import Objective, Sums
+from edl.objectives.base import Layers, Objective, Sums
 from edl.objectives.exchange import Exchange, Part, Parts
 from edl.objectives.log import EffectWatch, ObjectiveLog, warn_of_no_effect
 from edl.ops import checks
@@ -353,6 +353,7 @@ class Objectives(nn.Module):
     def _parts(self, layers: list[Observation], batch: Batch) -> list[Part]:
         """Each objective with the layers it can see, those of one size together, or all of them."""
         parts = []
+        shared: dict[tuple[int, ...], Layers] = {}
         for name, objective in self.objectives.items():
             needs = sorted(objective.needs)
             by_size: dict[Any, list[int]] = {}
@@ -367,7 +368,7 @@ class Objectives(nn.Module):
             self._tell_of_layers(name, needs, layers, seen)
             segments = objective.segments(batch)
             for places in by_size.values():
-                of_part = [layers[place] for place in places]
+                of_part = shared.setdefault(tuple(places), Layers([layers[place] for place in places]))
                 parts.append(Part(name, objective, of_part, segments, tuple(places)))
         return parts
 

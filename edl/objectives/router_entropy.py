@@ -1,22 +1,14 @@
 """The entropy of the router: sharp choices without labels."""
 
 import dataclasses
-from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from edl.labels.segments import Segments
-from edl.objectives.base import Objective, Sums
-from edl.objectives.tokens import (
-    check_distributions,
-    check_input,
-    log_distribution,
-    mean_over_tokens,
-    needs_of,
-    routing_of,
-)
-from edl.routing import Observation
+from edl.objectives.base import Layers, Objective, Sums
+from edl.objectives.tokens import check_input, distributions, log_scores, mean_over_tokens, needs_of
+
+_LOWEST = -1e30  # stands for log 0, times 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +40,13 @@ class RouterEntropy(Objective):
     def needs(self) -> frozenset[str]:
         return needs_of(self.input)
 
-    def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
-        is_counted, routing = segments.segment_ids == 0, routing_of(layers, self.input)
-        if self.input == "probs":
-            check_distributions(routing, segments.segment_ids)
-        scores = self.scores if self.input == "logits" else "none"
-        entropies = [_sum_of_entropies(log_distribution(x, is_counted, scores), is_counted) for x in routing]
-        return mean_over_tokens("entropies", entropies, segments.segment_ids)
+    def of_tokens(self, layers: Layers, segments: Segments) -> Sums:
+        of_tokens = layers, segments, self.input, self.scores
+        nats = (distributions(*of_tokens) * log_scores(*of_tokens).clamp(min=_LOWEST)).sum(2)
+        return mean_over_tokens("nats", nats, layers, segments)
 
     def formula(self, sums: Sums) -> Tensor:
-        return sums["entropies"] / sums["tokens"].clamp(min=1)
+        return -sums["nats"] / sums["tokens"].clamp(min=1)
 
     def has_effect(self, sums: Sums) -> Tensor:
         return sums["tokens"].sum() > 0
-
-
-def _sum_of_entropies(log_scores: Tensor, is_counted: Tensor) -> Tensor:
-    information = -log_scores.masked_fill(torch.isneginf(log_scores), 0.0)
-    return (log_scores.exp() * information).sum(1).where(is_counted, 0.0).sum()

@@ -2,15 +2,14 @@
 
 import dataclasses
 import typing
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from edl.labels.segments import Segments
 from edl.objectives.arguments import RouterLogits, as_logits, check_logits, check_masks, counted_tokens, flat, layers_of
-from edl.objectives.base import Objective, Sums
-from edl.routing import Observation
+from edl.objectives.base import Layers, Objective, Sums
+from edl.objectives.tokens import mean_over_tokens, readable_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +23,9 @@ class RouterZ(Objective):
 
     needs = frozenset({"logits"})
 
-    def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
-        squares, tokens = [], []
-        for layer in layers:
-            assert layer.logits is not None
-            of_layer = _squares_and_tokens(layer.logits, segments.segment_ids, True, "RouterZ")
-            squares.append(of_layer[0])
-            tokens.append(of_layer[1])
-        return {"squares": torch.stack(squares), "tokens": torch.stack(tokens)}
+    def of_tokens(self, layers: Layers, segments: Segments) -> Sums:
+        z = torch.logsumexp(readable_logits(layers, segments), dim=2)
+        return mean_over_tokens("squares", _or_nan(z).square(), layers, segments)
 
     def formula(self, sums: Sums) -> Tensor:
         return sums["squares"] / sums["tokens"].clamp(min=1)
@@ -40,14 +34,18 @@ class RouterZ(Objective):
         return sums["tokens"].sum() > 0
 
 
+def _or_nan(z: Tensor) -> Tensor:
+    """A token without an open expert has no distribution."""
+    return z.masked_fill(torch.isneginf(z), float("nan"))
+
+
 def _squares_and_tokens(logits: Tensor, counted: Tensor, is_masked: bool, op: str) -> tuple[Tensor, Tensor]:
     """The sum of logsumexp(logits)² over the tokens that count, and their number."""
     wide = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
     is_counted = counted == 0
     if is_masked:
         wide = torch.where(is_counted.unsqueeze(1), wide, torch.zeros_like(wide))  # padding may hold NaN
-    z = torch.logsumexp(wide, dim=1)
-    z = torch.where(torch.isneginf(z), torch.full_like(z, float("nan")), z)
+    z = _or_nan(torch.logsumexp(wide, dim=1))
     squares = torch.where(is_counted, z.square(), torch.zeros_like(z)).sum()
     # A sum of ones, by the operator that refuses mask values which are not allowed.
     tokens, _ = torch.ops.edl.aggregate_routing(

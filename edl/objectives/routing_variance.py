@@ -1,16 +1,14 @@
 """The variance of routing weights: an expert is used much by some tokens and little by others."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from edl.labels.segments import Segments
-from edl.objectives.base import Objective, Sums
-from edl.objectives.tokens import chosen_experts, log_distribution, mean_over_tokens, number_of_tokens
+from edl.objectives.base import Layers, Objective, Sums
+from edl.objectives.tokens import chosen_experts, distributions, mean_over_tokens, number_of_tokens, stacked
 from edl.ops import checks
-from edl.routing import Observation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +44,14 @@ class RoutingVariance(Objective):
     def needs(self) -> frozenset[str]:
         return frozenset({"logits", "weights", "experts"} if self.variant == "equation" else {"logits"})
 
-    def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
-        ids = segments.segment_ids
-        is_counted = ids == 0
+    def of_tokens(self, layers: Layers, segments: Segments) -> Sums:
         if self.variant == "released_code":
-            return mean_over_tokens("variances", [_sum_over_experts(layer, is_counted) for layer in layers], ids)
-        dense = [_dense_weights(layer, is_counted) for layer in layers]
+            return mean_over_tokens("variances", _variances_over_experts(layers, segments), layers, segments)
+        dense = _dense_weights(layers, segments)
         return {
-            "weights": torch.stack([x.sum(0) for x in dense]),
-            "squares": torch.stack([x.square().sum(0) for x in dense]),
-            "tokens": number_of_tokens(ids).expand(len(layers)),
+            "weights": dense.sum(1),
+            "squares": dense.square().sum(1),
+            "tokens": number_of_tokens(layers, segments),
         }
 
     def formula(self, sums: Sums) -> Tensor:
@@ -69,30 +65,27 @@ class RoutingVariance(Objective):
         return sums["tokens"].sum() > 0
 
 
-def _dense_weights(layer: Observation, is_counted: Tensor) -> Tensor:
-    """The weights [T, E], which add up to 1 for each token, 0 where it did not choose or does not count."""
-    logits, weights, experts = layer.logits, layer.weights, layer.experts
-    assert logits is not None and weights is not None and experts is not None
-    num_experts = logits.shape[1]
+def _dense_weights(layers: Layers, segments: Segments) -> Tensor:
+    """The weights [L, T, E], which add up to 1 for each token, 0 where it did not choose or does not count."""
+    weights, experts = stacked(layers, "weights"), stacked(layers, "experts")
+    num_experts = stacked(layers, "logits").shape[2]
     if weights.shape != experts.shape:
         raise ValueError(
-            f"edl::RoutingVariance: weights and experts must have one shape (got {list(weights.shape)} and "
-            f"{list(experts.shape)})"
+            f"edl::RoutingVariance: weights and experts must have one shape (got {list(weights.shape[1:])} and "
+            f"{list(experts.shape[1:])})"
         )
-    chosen = chosen_experts("RoutingVariance", experts, is_counted, num_experts)
+    chosen = chosen_experts(layers, segments)
     wide = weights if weights.dtype == torch.float64 else weights.float()
     wide = wide.where(chosen < num_experts, 0.0)
-    total = wide.sum(1, keepdim=True)
+    total = wide.sum(2, keepdim=True)
     shares = wide / total.where(total != 0, 1.0)
-    return shares.new_zeros(len(shares), num_experts + 1).scatter(1, chosen, shares)[:, :num_experts]
+    return shares.new_zeros(*shares.shape[:2], num_experts + 1).scatter(2, chosen, shares)[..., :num_experts]
 
 
-def _sum_over_experts(layer: Observation, is_counted: Tensor) -> Tensor:
-    logits = layer.logits
-    assert logits is not None
-    if logits.shape[1] < 2:
+def _variances_over_experts(layers: Layers, segments: Segments) -> Tensor:
+    scores = distributions(layers, segments, "logits", "softmax")
+    if scores.shape[2] < 2:
         raise ValueError(
             "edl::RoutingVariance: variant='released_code' needs at least two experts, whose variance it is (got 1)"
         )
-    scores = log_distribution(logits, is_counted, "softmax").exp()
-    return scores.var(1).where(is_counted, 0.0).sum()
+    return scores.var(2)

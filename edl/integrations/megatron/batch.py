@@ -6,7 +6,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from edl.labels.batch import Batch
+from edl.labels.batch import Batch, once
 from edl.labels.scope import Labels
 from edl.labels.segments import Segments
 
@@ -57,15 +57,18 @@ class RouterBatch(Batch):
             row_padding=row_padding,
         )
 
+    @once
     def counted(self) -> Segments:
         if self.attention_mask is None and self.padding_mask is None:
             ids = torch.zeros(self._num_rows, dtype=torch.int32, device=self.device)
             return Segments(self._without_padding(ids), 1, torch.zeros(1, dtype=torch.int64, device=self.device))
         return self._of_rows(self._in_order().counted())
 
+    @once
     def sequences(self) -> Segments:
         return self._of_rows(self._in_order().sequences())
 
+    @once
     def segments(self, labels: str, num_domains: int, sequence_reduction: str = "sequence") -> Segments:
         if not self.labels:  # outside of any scope, of which the router warns
             none = torch.full([self._num_rows], -1, dtype=torch.int32, device=self.device)
@@ -73,6 +76,7 @@ class RouterBatch(Batch):
             return Segments(none, num_segments, torch.arange(num_segments, device=self.device))
         return self._of_rows(self._in_order().segments(labels, num_domains, sequence_reduction))
 
+    @once
     def tokens(self, labels: str, num_domains: int) -> Segments:
         given = self.labels.get(labels)
         if given is None or not given.is_floating_point():

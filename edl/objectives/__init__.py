@@ -8,10 +8,11 @@ from edl.objectives.expert_divergence import ExpertDivergence
 from edl.objectives.load_balancing import LoadBalancing
 from edl.objectives.modality_divergence import ModalityDivergence
 from edl.objectives.mutual_information import ModalityMutualInformation, MutualInformation
-from edl.objectives.objectives import Objectives, linear_warmup
+from edl.objectives.objectives import Objectives
 from edl.objectives.router_entropy import RouterEntropy
 from edl.objectives.router_z import RouterZ
 from edl.objectives.routing_variance import RoutingVariance
+from edl.objectives.schedules import linear_decay, linear_warmup, off_after
 
 __all__ = [
     "CrossLayerCoupling",
@@ -28,7 +29,9 @@ __all__ = [
     "RoutingVariance",
     "Sums",
     "available",
+    "linear_decay",
     "linear_warmup",
     "objectives_from_file",
     "objectives_of",
+    "off_after",
 ]

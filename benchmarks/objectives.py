@@ -137,7 +137,10 @@ def sections(run: Run) -> Iterator[Section]:
     for function in functions.values():
         function()
     times = interleaved(functions, run.device, 4 * run.seconds)
-    rows = [{"with": name, "ms": str(time), "x": f"{time.median / times['layer'].median:.3f}"} for name, time in times.items()]
+    rows = [
+        {"with": name, "ms": str(time), "x": f"{time.median / times['layer'].median:.3f}"}
+        for name, time in times.items()
+    ]
     yield Section(f"Objectives on experts, with their layer, {shape}", table_of(rows), summary=True)
 
     rows = []

@@ -13,9 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import edl
 from edl.objectives import (
+    ActivationCosine,
     CrossLayerCoupling,
     DirichletPrior,
     ExpertDivergence,
+    ExpertOrthogonality,
     LoadBalancing,
     ModalityDivergence,
     ModalityMutualInformation,
@@ -32,6 +34,7 @@ B, LENGTH, H, K, D = 12, 4, 6, 3, 3
 SIZES = (12, 6, 12)  # of the layers, in experts
 EXACT = 1e-12
 WHOLE = {
+    "activations": ActivationCosine(),
     "coupling": CrossLayerCoupling(),
     "prior": DirichletPrior(bins=8),
     "divergence": ExpertDivergence(D, eps=1e-3),
@@ -40,6 +43,9 @@ WHOLE = {
     "balance": LoadBalancing(),
     "balance of sequences": LoadBalancing("sigmoid", scope="sequence", choices="by_score"),
     "balance of devices": LoadBalancing(devices=3, devices_per_token=2),
+    "outputs": ExpertOrthogonality(),
+    "outputs, normalised": ExpertOrthogonality(normalize=True),
+    "outputs of the code": ExpertOrthogonality("released_code"),
     "modalities": ModalityDivergence(D, "forward", labels="weights"),
     "bins": ModalityMutualInformation(D, bins=3, labels="of_tokens"),
     "bins, sorted": ModalityMutualInformation(D, bins=3, binning="specialisation", labels="weights"),
@@ -81,8 +87,10 @@ class Batch:
             logits = hidden @ router.T
             experts = edl.ops.route_tokens(logits.detach(), K, "softmax")[1]
             weights = logits.sigmoid().gather(1, experts)
-            # Of one token each, sequences are told by their number alone.
-            layers.append(Observation(logits, weights=weights, experts=experts, batch_size=len(self.keep[part])))
+            rows = router[experts] * hidden.unsqueeze(1)  # what a layer would not let out, of each choice
+            gram = rows @ rows.mT
+            size = len(self.keep[part])  # of one token each, sequences are told by their number alone
+            layers.append(Observation(logits, None, weights, experts, size, output_gram=gram, activation_gram=gram))
         of_part = {name: x[part] if x.dim() > 1 else x[sequences] for name, x in self.labels.items()}
         return bound(layers, self.keep[part], **of_part)
 

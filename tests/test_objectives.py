@@ -1,8 +1,11 @@
 """Objectives on one path: equal to the losses of one process, and exact however the batch is split."""
 
+import copy
 import dataclasses
 import functools
 import json
+import math
+import pickle
 import re
 import warnings
 
@@ -23,9 +26,11 @@ from edl.objectives import (
     Objectives,
     RouterZ,
     available,
+    linear_decay,
     linear_warmup,
     objectives_from_file,
     objectives_of,
+    off_after,
 )
 from edl.routing import Observation
 
@@ -227,6 +232,71 @@ def test_weights_follow_the_steps_and_are_saved():
     assert (total / values["z"]).item() == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        (linear_warmup(0.4, 2), [0.0, 0.2, 0.4, 0.4]),
+        (linear_decay(0.4, 1, 3), [0.4, 0.4, 0.2, 0.0, 0.0]),
+        (linear_decay(0.4, 0, 2, final=1.0), [0.4, 0.7, 1.0, 1.0]),
+        (off_after(0.4, 2), [0.4, 0.4, 0.0, 0.0]),
+        (off_after(0.4, 0), [0.0, 0.0]),
+        (off_after(linear_decay(linear_warmup(1.0, 2), 2, 4, final=0.5), 5), [0.0, 0.5, 1.0, 0.75, 0.5, 0.0]),
+        (linear_decay(lambda step: step, 1, 3, final=10.0), [0.0, 1.0, 6.0, 10.0, 10.0]),
+        (linear_warmup(off_after(0.4, 3), 4), [0.0, 0.1, 0.2, 0.0, 0.0]),
+    ],
+    ids=str,
+)
+def test_schedules_are_functions_of_the_step_and_of_each_other(schedule, expected):
+    assert [schedule(step) for step in range(len(expected))] == pytest.approx(expected)
+    logits = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    bound = Objectives({"z": (RouterZ(), schedule)})
+    for weight in expected:
+        total, values = bound(logits)
+        assert (total / values["z"]).item() == pytest.approx(weight)
+        bound.step()
+
+
+def test_schedules_are_compared_copied_and_saved():
+    schedule = off_after(linear_decay(linear_warmup(1.0, steps=2), 3, 4), 5)
+    assert pickle.loads(pickle.dumps(schedule)) == schedule == copy.deepcopy(schedule)
+    assert schedule != off_after(linear_decay(linear_warmup(1.0, steps=2), 3, 4), 6)
+    assert all(each in repr(schedule) for each in ("weight=1.0", "steps=2", "begin=3", "end=4", "step=5"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Infinite(Objective):
+    needs = frozenset({"logits"})
+
+    def of_tokens(self, layers, segments):
+        return {"sums": torch.stack([layer.logits.square().sum() * math.inf for layer in layers])}
+
+    def formula(self, sums):
+        return sums["sums"]
+
+
+def test_an_objective_of_weight_0_adds_nothing_whatever_it_is():
+    logits = torch.randn(9, 4, dtype=torch.float64).requires_grad_(True)
+    bound = Objectives({"bad": (_Infinite(), linear_warmup(1.0, steps=2)), "z": (RouterZ(), 0.5)})
+    total, values = bound(logits)
+    expected = 0.5 * edl.router_z_loss(logits)
+    assert_close(total, expected.detach(), EXACT)
+    assert_close(*(torch.autograd.grad(x, logits)[0] for x in (total, expected)), EXACT)
+    assert values["bad"] == math.inf and bound.log()["bad_loss"] == math.inf
+    bound.step()
+    total, _ = bound(logits)
+    assert total == math.inf and not torch.autograd.grad(total, logits)[0].isfinite().any()
+
+
+@pytest.mark.parametrize("objective", [_Infinite(), RouterZ()], ids=str)
+def test_weights_that_are_all_0_have_a_total_of_0_with_gradients_of_0(objective):
+    layers = [torch.randn(9, 4, requires_grad=True), torch.randn(9, 5, requires_grad=True)]
+    total, _ = Objectives({"it": (objective, 0.0)})(layers)
+    assert total == 0 and total.dtype == torch.float32
+    assert all(x.eq(0).all() for x in torch.autograd.grad(total, layers))
+    total, _ = Objectives({"it": (objective, 0.0)}).eval()([x.detach() for x in layers])
+    assert total == 0 and not total.requires_grad
+
+
 def test_weights_lie_on_the_cpu_also_where_a_model_has_no_memory_yet():
     logits = torch.randn(9, 4, dtype=torch.float64)
     with torch.device("meta"):
@@ -280,6 +350,19 @@ REFUSED = {
     "edl::LoadBalancing: scores must be one of ['softmax', 'sigmoid'] (got None)": lambda: LoadBalancing(scores=None),
     "edl::linear_warmup: steps must be at least 1 (got 0)": lambda: linear_warmup(1.0, 0),
     "edl::linear_warmup: weight must be finite and not negative (got nan)": lambda: linear_warmup(float("nan"), 1),
+    "edl::linear_warmup: weight must be a number (got '1')": lambda: linear_warmup("1", 1),
+    "edl::linear_decay: weight must be finite and not negative (got inf)": lambda: linear_decay(math.inf, 0, 1),
+    "edl::linear_decay: begin must not be negative (got -1)": lambda: linear_decay(1.0, -1, 1),
+    "edl::linear_decay: end must be an integer (got 1.5)": lambda: linear_decay(1.0, 0, 1.5),
+    "edl::linear_decay: end must be above begin (got 3 and 3)": lambda: linear_decay(1.0, 3, 3),
+    "edl::linear_decay: final must be finite and not negative (got -0.5)": lambda: linear_decay(1.0, 0, 1, -0.5),
+    "edl::off_after: step must not be negative (got -1)": lambda: off_after(1.0, -1),
+    "edl::Objectives: weight must be a number (got 'x')": lambda: Objectives(
+        {"z": (RouterZ(), off_after(linear_decay(lambda step: "x", 2, 3), 4))}
+    ),
+    "edl::objectives: decay_steps must be [begin, end] (got 5)": lambda: objectives_of(
+        {"router_z": {"weight": 1, "decay_steps": 5}}
+    ),
     "edl::Objectives: a layer must offer what 'balance' needs, experts, logits (got 1 without)": lambda: objectives()(
         LOGITS
     ),
@@ -494,6 +577,16 @@ def test_a_file_makes_objectives(tmp_path):
     assert [made.weights["router_z"].item(), made.weights["apart"].item()] == [0.0, 0.01]
     made.step()
     assert made.weights["router_z"] == 0.25
+    schedules = {
+        "decayed": {"objective": "router_z", "weight": 0.5, "warmup_steps": 2, "decay_steps": [3, 5]},
+        "off": {"objective": "router_z", "weight": 0.5, "warmup_steps": 2, "off_after_step": 4},
+    }
+    (tmp_path / "objectives.json").write_text(json.dumps(schedules))
+    made, found = objectives_from_file(tmp_path / "objectives.json"), []
+    for _ in range(6):
+        found.append([made.weights[name].item() for name in schedules])
+        made.step()
+    assert found == [[0.0, 0.0], [0.25, 0.25], [0.5, 0.5], [0.5, 0.5], [0.25, 0.0], [0.0, 0.0]]
     (tmp_path / "objectives.json").write_text("{")
     with pytest.raises(ValueError, match="objectives.json must hold JSON"):
         objectives_from_file(tmp_path / "objectives.json")
@@ -502,9 +595,9 @@ def test_a_file_makes_objectives(tmp_path):
 def own_objective():
     """The class of docs/objectives.md, as it stands there."""
     page = (ROOT / "docs" / "objectives.md").read_text()
-    source = re.search(r"(class LogitSize.*?)\n\n\n", page, re.DOTALL).group(1)
-    assert len([line for line in source.splitlines() if line]) <= 10
-    names = {"Objective": Objective, "torch": torch}
+    source = re.search(r"(import dataclasses\n.*?class LogitSize.*?)\n\n\nobjectives = ", page, re.DOTALL).group(1)
+    assert len([line for line in source.splitlines() if line]) <= 12
+    names = {"__name__": "own_objective"}
     exec(source, names)
     return names["LogitSize"]()
 

@@ -4,6 +4,7 @@ differences; masks, packing, labels in every form, and what is nothing."""
 import functools
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -437,23 +438,70 @@ def test_coupling_of_all_experts_is_constant_and_of_dropped_ones_nothing():
 # ---- DirichletPrior ----
 
 
-@pytest.mark.parametrize(
-    "alpha, num_experts, error, of_beta",
-    [
-        (1.0, 2, 1e-8, lambda x: x),
-        (1.0, 64, 1e-8, lambda x: 1 - (1 - x) ** 63),
-        (2.0, 2, 1e-8, lambda x: x**2 * (3 - 2 * x)),
-        (0.5, 2, 1e-5, lambda x: 2 / math.pi * x.sqrt().asin()),  # a density without bound at 1
-        (0.5, 3, 1e-8, lambda x: x.sqrt()),
-        (2.0, 3, 1e-8, lambda x: 1 - (1 - x) ** 4 * (1 + 4 * x)),
-    ],
-)
-def test_the_distribution_function_of_the_prior_is_that_of_beta(alpha, num_experts, error, of_beta):
+def of_the_table(alpha, num_experts, x):
     from edl.objectives import dirichlet_prior
 
-    table = dirichlet_prior._distribution_function(alpha, num_experts)
-    x = torch.logspace(-5.9, -0.01, 999, dtype=torch.float64)
-    assert_close(dirichlet_prior._interpolated(table, x.log())[0], of_beta(x), error)
+    table = dirichlet_prior._distribution_function(alpha, num_experts, "cpu")
+    return dirichlet_prior._interpolated(table, x.log())
+
+
+SCORES = torch.logspace(-6, -0.1, 999, dtype=torch.float64)
+SCORES = torch.cat([SCORES, 1 - SCORES])
+
+
+@pytest.mark.parametrize(
+    "alpha, num_experts, of_beta",
+    [
+        (1.0, 2, lambda x: x),
+        (1.0, 64, lambda x: 1 - (1 - x) ** 63),
+        (2.0, 2, lambda x: x**2 * (3 - 2 * x)),
+        (0.5, 2, lambda x: 2 / math.pi * x.sqrt().asin()),  # a density without bound at 1
+        (0.5, 3, lambda x: x.sqrt()),
+        (2.0, 3, lambda x: 1 - (1 - x) ** 4 * (1 + 4 * x)),
+    ],
+)
+def test_the_distribution_function_of_the_prior_is_that_of_beta(alpha, num_experts, of_beta):
+    x = SCORES.clone().requires_grad_(True)
+    expected = of_beta(x)
+    slopes = x.detach() * torch.autograd.grad(expected.sum(), x)[0]  # over log x
+    values, found = of_the_table(alpha, num_experts, SCORES)
+    assert_close(values, expected, 1e-9)
+    assert_close(found, slopes, 1e-6)
+
+
+@pytest.mark.parametrize("num_experts", [2, 3, 8, 256])
+@pytest.mark.parametrize("alpha, error", [(0.01, 1e-8), (0.75, 1e-8), (8.0, 1e-8), (1000.0, 1e-4)])
+def test_the_table_of_the_prior_is_as_exact_as_it_says(alpha, num_experts, error):
+    from scipy import special
+
+    expected = special.betainc(alpha, alpha * (num_experts - 1), SCORES.numpy())
+    assert (of_the_table(alpha, num_experts, SCORES)[0] - torch.from_numpy(expected)).abs().max() <= error
+
+
+def test_without_scipy_the_prior_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ImportError) as error:
+        DirichletPrior()
+    rule = "edl::DirichletPrior: SciPy must be installed, pip install 'expert-divergence[dirichlet]'"
+    assert str(error.value) == f"{rule} (got import of scipy halted; None in sys.modules)"
+
+
+def test_the_table_of_the_prior_is_made_once_for_a_device_and_serves_every_mode(monkeypatch):
+    from edl.objectives import dirichlet_prior
+
+    made, make = [], dirichlet_prior._cubics
+    monkeypatch.setattr(dirichlet_prior, "_tables", {})
+    monkeypatch.setattr(dirichlet_prior, "_cubics", lambda *beta: made.append(beta) or make(*beta))
+    logits = random(T, E).requires_grad_(True)
+    with torch.inference_mode():
+        expected = loss_of(DirichletPrior(2.0), logits)
+    total = loss_of(DirichletPrior(2.0), logits)
+    total.backward()
+    assert total == expected and logits.grad.ne(0).any()
+    assert made == [(2.0, 2.0 * (E - 1))]
+    for _ in range(2):
+        loss_of(DirichletPrior(2.0), logits.detach().to("meta"))
+    assert len(made) == 2
 
 
 def sorted_prior(logits, alpha=1.0):

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from edl.objectives.base import Objective, available
-from edl.objectives.objectives import Objectives, Weight, linear_warmup
+from edl.objectives.objectives import Objectives
+from edl.objectives.schedules import Weight, linear_decay, linear_warmup, off_after
 
 
 def objectives_of(configuration: Mapping[str, Any]) -> Objectives:
@@ -15,12 +16,13 @@ def objectives_of(configuration: Mapping[str, Any]) -> Objectives:
 
         {"expert_divergence": {"weight": 0.01, "num_domains": 3},
          "load_balancing": {"weight": 0.01, "scope": "global"},
-         "router_z": {"weight": 0.001, "warmup_steps": 1000}}
+         "router_z": {"weight": 0.001, "warmup_steps": 1000, "off_after_step": 20000}}
 
     Args:
-        configuration (mapping): name → options: weight, a number; warmup_steps (optional), over which the weight rises
-            from 0; objective (optional), one of the names in `available()`, by default the name itself; the rest are
-            the options of this objective.
+        configuration (mapping): name → options: weight, a number; optionally warmup_steps, over which it rises from 0,
+            decay_steps, [begin, end], between which it falls to 0, and off_after_step, from which it is 0; objective
+            (optional), one of the names in `available()`, by default the name itself; the rest are the options of this
+            objective.
 
     Returns:
         `Objectives` that are not bound to ranks yet.
@@ -55,7 +57,7 @@ def _objective_of(name: str, options: Any) -> tuple[Objective, Weight]:
     if not isinstance(options, Mapping) or "weight" not in options:
         raise ValueError(f"edl::objectives: {name!r} must map to its options, weight among them (got {options!r})")
     rest = dict(options)
-    weight, warmup_steps = rest.pop("weight"), rest.pop("warmup_steps", None)
+    weight = _weight_of(rest)
     kind = rest.pop("objective", name)
     if kind not in list(available()):  # a list also takes what has no hash
         raise ValueError(f"edl::objectives: an objective must be one of {sorted(available())} (got {kind!r})")
@@ -68,4 +70,18 @@ def _objective_of(name: str, options: Any) -> tuple[Objective, Weight]:
         made = objective(**rest)
     except TypeError as error:  # an option that has no default
         raise ValueError(f"edl::objectives: {name!r} must have all options of {kind!r} (got {error})") from error
-    return made, weight if warmup_steps is None else linear_warmup(weight, warmup_steps)
+    return made, weight
+
+
+def _weight_of(options: dict[str, Any]) -> Weight:
+    """The weight with its schedule, whose options are taken out."""
+    weight: Weight = options.pop("weight")
+    warmup_steps, decay_steps = options.pop("warmup_steps", None), options.pop("decay_steps", None)
+    off_after_step = options.pop("off_after_step", None)
+    if warmup_steps is not None:
+        weight = linear_warmup(weight, warmup_steps)
+    if decay_steps is not None:
+        if not isinstance(decay_steps, (list, tuple)) or len(decay_steps) != 2:
+            raise ValueError(f"edl::objectives: decay_steps must be [begin, end] (got {decay_steps!r})")
+        weight = linear_decay(weight, *decay_steps)
+    return weight if off_after_step is None else off_after(weight, off_after_step)

@@ -1,6 +1,5 @@
 """Objectives with their weights, bound to the ranks and micro-batches that share a batch."""
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from edl.labels.batch import Batch
 from edl.objectives.base import Layers, Objective, Sums
 from edl.objectives.exchange import Exchange, Part, Parts
 from edl.objectives.log import EffectWatch, ObjectiveLog, warn_of_no_effect
+from edl.objectives.schedules import Weight, weight_at
 from edl.ops import checks
 from edl.reduction.micro_batches import DomainMemory
 from edl.reduction.ranks import Group, Ranks
@@ -22,30 +22,7 @@ _GRAMS = (
     "output_gram",
     "activation_gram",
 )  # [T, K, K] in observations; all else that objectives read has two dimensions
-Weight = float | Callable[[int], float]
 Losses = tuple[Tensor, dict[str, Tensor]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _LinearWarmup:
-    weight: float
-    steps: int
-
-    def __call__(self, step: int) -> float:
-        return self.weight * min(1.0, step / self.steps)
-
-
-def linear_warmup(weight: float, steps: int) -> Callable[[int], float]:
-    """A weight that rises from 0 to `weight` over so many optimizer steps, and stays.
-
-    Raises:
-        ValueError: a weight that is negative or not finite, steps below 1.
-    """
-    checks.check_numbers("linear_warmup", weight=weight)
-    steps = checks.as_integer("linear_warmup", "steps", steps, lowest=1)
-    if not 0.0 <= weight < math.inf:
-        raise ValueError(f"edl::linear_warmup: weight must be finite and not negative (got {weight})")
-    return _LinearWarmup(float(weight), steps)
 
 
 class _Warned(set[str]):
@@ -79,7 +56,7 @@ class Objectives(nn.Module):
     Args:
         objectives (mapping): name → (objective, weight). The objective's part of the total is its weight times the mean
             over layers. A weight is a number of at least 0, or a function of the optimizer step that returns one, as
-            `linear_warmup` makes them.
+            `linear_warmup`, `linear_decay` and `off_after` make them. One of 0 adds nothing, whatever the objective is.
         group (ProcessGroup or DeviceMesh of one dimension, optional): ranks that share the batch, one of each
             `sequence_group`.
         sequence_group (ProcessGroup or DeviceMesh of one dimension, optional): ranks that hold parts of the same
@@ -177,8 +154,7 @@ class Objectives(nn.Module):
         """Scalars on the CPU, which a multiplication on any device takes without a copy that waits."""
         weights = {}
         for name, given in weights_given.items():
-            weight = given(self._step) if callable(given) else given
-            checks.check_numbers("Objectives", weight=weight)
+            weight = weight_at(given, self._step)
             if not 0.0 <= weight < math.inf:
                 raise ValueError(
                     f"edl::Objectives: a weight must be finite and not negative (got {weight} of {name!r})"
@@ -406,10 +382,20 @@ class Objectives(nn.Module):
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._add_to_logs(parts, sums, of_layers)
         means = {name: each.mean() for name, each in of_layers.items()}
-        total = torch.stack([self.weights[name] * mean for name, mean in means.items()]).sum()
+        total = torch.stack([self._weighted(name, mean, parts) for name, mean in means.items()]).sum()
         if not any(x.dtype == torch.float64 for part in parts for layer in part.layers for x in _observed(part, layer)):
             total = total.float()
         return total, {name: mean.detach() for name, mean in means.items()}
+
+    def _weighted(self, name: str, mean: Tensor, parts: list[Part]) -> Tensor:
+        """An objective's part of the total. One of weight 0 has none, and gradients of 0, also where it is not finite;
+        compiled code, which holds for all weights, multiplies."""
+        weight = self.weights[name]
+        if torch.compiler.is_compiling() or weight != 0:  # on the CPU
+            return weight * mean
+        read = [x for part in parts if part.name == name for layer in part.layers for x in _observed(part, layer)]
+        nothing = [x[:0].sum().to(mean) for x in read if x.requires_grad]
+        return torch.stack([torch.zeros_like(mean), *nothing]).sum()
 
     def _add_to_logs(self, parts: list[Part], sums: list[Sums], of_layers: dict[str, Tensor]) -> None:
         if torch._C._current_autograd_node() is None:

@@ -279,7 +279,7 @@ def mean_squared_cosine(gram: Tensor) -> Tensor:
             f"{list(gram.shape)} {gram.dtype})"
         )
     squares = gram.diagonal(dim1=1, dim2=2)
-    has_length = squares > 0
+    has_length = squares != 0  # NaN too, which is no length to leave out
     lengths = torch.where(has_length, squares, torch.ones_like(squares)).rsqrt()
     cosines = gram * lengths.unsqueeze(1) * lengths.unsqueeze(2)
     is_pair = (has_length.unsqueeze(1) & has_length.unsqueeze(2)).triu(diagonal=1)

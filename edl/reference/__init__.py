@@ -1,4 +1,5 @@
-"""Every operator again in plain torch: the definition that the kernels are held to.
+"""Every operator again in plain torch: the definition that the kernels are held to; and that of an objective which has
+no operator.
 
 Written to be read, not to be fast: no clever order of sums. Feed float64 for a reference. Arguments
 and results are those of the functions of the same name in `edl.ops`.
@@ -27,6 +28,7 @@ from edl.reference.loss import (
     segment_spreads,
     sequence_segment_ids,
 )
+from edl.reference.outputs import projections_on_others
 
 __all__ = [
     "LOWEST_LOG_RATIO",
@@ -42,6 +44,7 @@ __all__ = [
     "jensen_shannon",
     "one_or_nan",
     "pairwise_divergence",
+    "projections_on_others",
     "route_tokens",
     "routing_scores",
     "segment_spreads",

@@ -209,3 +209,9 @@ def test_cosines_hold_for_rows_of_any_length():
     rows = torch.tensor([[1.0, 0.0], [0.0, 1e-18], [3e15, 0.0], [0.0, 0.0]])
     gram = ops.token_gram(rows, None, torch.arange(4, dtype=torch.int32), 4)
     assert ops.mean_squared_cosine(gram).tolist() == pytest.approx([1 / 3])
+
+
+def test_cosines_do_not_hide_what_is_no_number():
+    rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [torch.nan, 1.0]])
+    gram = ops.token_gram(rows, None, torch.arange(3, dtype=torch.int32), 3)
+    assert ops.mean_squared_cosine(gram).isnan().all()

@@ -16,7 +16,8 @@ from edl.labels.batch import Batch
 from edl.moe.routers import Router
 from edl.objectives.base import Objective
 from edl.objectives.expert_divergence import ExpertDivergence
-from edl.objectives.objectives import Objectives, Weight
+from edl.objectives.objectives import Objectives
+from edl.objectives.schedules import Weight
 from edl.ops import checks
 from edl.reduction.micro_batches import DomainMemory
 from edl.reduction.ranks import Group

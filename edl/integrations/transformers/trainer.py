@@ -13,7 +13,8 @@ from edl.integrations.transformers.blocks import names_in_blocks
 from edl.integrations.transformers.capture import ObjectivesHandle, attach, unbound_objectives
 from edl.integrations.transformers.data import label_of
 from edl.objectives.base import Objective
-from edl.objectives.objectives import Objectives, Weight
+from edl.objectives.objectives import Objectives
+from edl.objectives.schedules import Weight
 from edl.reduction.micro_batches import DomainMemory
 
 if TYPE_CHECKING:

@@ -8,10 +8,9 @@ scores, and the mesh of the training context. Tokens are folded to [T, D_model].
 import contextlib
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,8 @@ NUM_DOMAINS, NUM_EXPERTS, SIZE, COEFF, TOP_K = 3, 8, 16, 0.7, 2
 BATCH, LENGTH = 4, 6
 DOMAINS = torch.tensor([0, 1, 2, 0])
 
+OWN = "edl.integrations.torchtitan"
+
 _meshes: list[Any] = []  # of the training contexts that are open
 
 
@@ -46,10 +47,7 @@ class Config:
     """Builds the class it is nested in; finds configurations in itself and in lists."""
 
     def build(self):
-        owner = sys.modules[type(self).__module__]
-        for name in type(self).__qualname__.split(".")[:-1]:
-            owner = getattr(owner, name)
-        return owner(self)
+        return self.owner(self)
 
     def traverse(self, kind):
         for field in dataclasses.fields(self):
@@ -72,7 +70,15 @@ class _Injection(torch.autograd.Function):
         return grad, torch.ones_like(ctx.saved_tensors[0])
 
 
-class AuxLoss(nn.Module):
+class Configurable(nn.Module):
+    """A module with a configuration, a class nested in it, which it tells whom to build."""
+
+    def __init_subclass__(cls):
+        if "Config" in vars(cls):
+            cls.Config.owner = cls
+
+
+class AuxLoss(Configurable):
     """Divides by the tokens of the step, injects the gradient, adds up the metric."""
 
     @dataclasses.dataclass(kw_only=True, slots=True)
@@ -132,7 +138,7 @@ class MeanScore(AuxLoss):
         return self.inject(scores_TE[:, 0].sum(), carrier=carrier, denominator=denominator)
 
 
-class TokenChoiceTopKRouter(nn.Module):
+class TokenChoiceTopKRouter(Configurable):
     @dataclasses.dataclass(kw_only=True, slots=True)
     class Config(Config):
         num_experts: int
@@ -158,7 +164,7 @@ class TokenChoiceTopKRouter(nn.Module):
         return topk_scores, topk_expert_ids, routing_map
 
 
-class Model(nn.Module):
+class Model(Configurable):
     """Two layers that weigh tokens by their top-k scores."""
 
     @dataclasses.dataclass(kw_only=True, slots=True)
@@ -178,27 +184,26 @@ class Model(nn.Module):
 
 @functools.cache
 def integration():
-    """`edl.integrations.torchtitan` with the stand-in for torchtitan, beside what is installed."""
+    """`edl.integrations.torchtitan` with the stand-in for torchtitan, beside the one of what is installed."""
     names = ("torchtitan", "distributed", "distributed.spmd_types", "models", "models.common")
     modules = {name if name == "torchtitan" else f"torchtitan.{name}": types.ModuleType(name) for name in names}
     modules["torchtitan.distributed.spmd_types"].current_spmd_mesh = lambda: _meshes[-1] if _meshes else None
     modules["torchtitan.models.common.aux_loss"] = modules["torchtitan.models.common.moe"] = sys.modules[__name__]
     modules["spmd_types"] = types.SimpleNamespace(no_typecheck=contextlib.nullcontext)
-    others = {name: module for name, module in sys.modules.items() if name in modules or name.startswith("torchtitan.")}
+    is_replaced = lambda name: name in modules or name.startswith(("torchtitan.", OWN))
+    others = {name: module for name, module in sys.modules.items() if is_replaced(name)}
     for name in others:
         del sys.modules[name]
     sys.modules.update(modules)
-    name = "edl_torchtitan_with_stand_in"
     try:
-        path = Path(edl.__file__).parent / "integrations" / "torchtitan.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return importlib.import_module(OWN)
     finally:
-        for known in modules:
-            del sys.modules[known]
+        for name in list(filter(is_replaced, sys.modules)):
+            del sys.modules[name]
         sys.modules.update(others)
+        vars(edl.integrations).pop("torchtitan", None)  # which is that of the stand-in
+        if OWN in others:
+            edl.integrations.torchtitan = others[OWN]
 
 
 def model_with_divergence(also=None, **options):

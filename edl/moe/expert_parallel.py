@@ -24,8 +24,6 @@ from edl.reduction.ranks import Group, first_problem
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-    from edl.moe.layer import MoELayer
-
 
 def as_mesh(group: Group, device: torch.device) -> "dist.device_mesh.DeviceMesh":
     """The one-dimensional mesh of an expert group.
@@ -314,7 +312,7 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def fully_shard_layer(
-    layer: "MoELayer", mesh: "dist.device_mesh.DeviceMesh", replica_mesh: "dist.device_mesh.DeviceMesh", **options: Any
+    layer: nn.Module, mesh: "dist.device_mesh.DeviceMesh", replica_mesh: "dist.device_mesh.DeviceMesh", **options: Any
 ) -> None:
     """Shards a layer with `expert_group` by FSDP2: its experts over their replicas, all else over all data ranks.
 
@@ -334,13 +332,13 @@ def fully_shard_layer(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard
 
-    if getattr(layer, "expert_mesh", None) is None:
+    expert_mesh = getattr(layer, "expert_mesh", None)
+    if expert_mesh is None:
         raise ValueError("edl::fully_shard_layer: layer must be made with expert_group (got one without)")
     for name, given in (("mesh", mesh), ("replica_mesh", replica_mesh)):
         if not isinstance(given, dist.DeviceMesh):
             raise ValueError(f"edl::fully_shard_layer: {name} must be a DeviceMesh (got {type(given).__name__})")
-    assert layer.expert_mesh is not None
-    expert_ranks, replicas = layer.expert_mesh.size(), replica_mesh.size()
+    expert_ranks, replicas = expert_mesh.size(), replica_mesh.size()
     if mesh.size() != expert_ranks * replicas:
         raise ValueError(
             "edl::fully_shard_layer: mesh must hold as many ranks as expert_group times replica_mesh "
@@ -350,7 +348,8 @@ def fully_shard_layer(
     def divide(gradients: Tensor) -> None:
         gradients.div_(expert_ranks)
 
-    dimension = 0 if layer.num_experts // expert_ranks >= replicas else 1
+    num_experts = layer.get_parameter("gate_up_proj").shape[0]
+    dimension = 0 if num_experts // expert_ranks >= replicas else 1
     # The layer casts what comes in and goes out; in between, the expert bias that its router gets and the weights that
     # the router gives stay what they are.
     policy = options.get("mp_policy", MixedPrecisionPolicy())

@@ -10,11 +10,12 @@ import functools
 import math
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from edl.objectives import Objectives
@@ -25,9 +26,6 @@ try:
 except ImportError:
     get_moe_metrics_tracker = None
 
-if TYPE_CHECKING:
-    from edl.integrations.megatron.router import EDTopKRouter
-
 _names: dict[str, None] = {}  # of the entries, in their order; the same on all pipeline stages
 
 
@@ -35,11 +33,12 @@ class RouterLog:
     """What Megatron's log says of the objectives of a router in the running step.
 
     Args:
-        router (EDTopKRouter): with its layer number.
+        router (TopKRouter): with its layer number.
+        objectives (Objectives): of the router.
     """
 
-    def __init__(self, router: "EDTopKRouter") -> None:
-        self._objectives = router.objectives
+    def __init__(self, router: TopKRouter, objectives: Objectives) -> None:
+        self._objectives = objectives
         self._num_losses = 0
         self._last: dict[str, Tensor] = {}  # means of the latest step that had any
         config = router.config

@@ -189,7 +189,7 @@ class EDTopKRouter(TopKRouter):
             if _attach_multiplies_by_group():
                 num_tokens = num_tokens / self.tp_cp_group.size()
         if self._log is None:
-            self._log = RouterLog(self)
+            self._log = RouterLog(self, self.objectives)
         self._log.count_loss()
         # Of this sum the log shows the parts: divided by infinity, it adds nothing.
         return self.attach_and_log_load_balancing_loss(

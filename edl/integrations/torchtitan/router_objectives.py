@@ -1,0 +1,204 @@
+"""The objectives of one router, bound at its first pass to the ranks of torchtitan's mesh."""
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchtitan.distributed.spmd_types import current_spmd_mesh
+
+from edl.labels.scope import current_labels
+from edl.objectives import ExpertDivergence, Objective, Objectives
+from edl.ops import checks
+from edl.reduction.micro_batches import DomainMemory
+from edl.routing import Observation
+
+LABELS = "domain_ids"  # the set that a scope has
+OBSERVED = frozenset({"scores", "weights", "experts"})  # what routers hand over
+
+
+class _Ranks:
+    """Groups of torchtitan's mesh: ranks that share a batch (`data`), ranks with slices of it (`context`), or None."""
+
+    def __init__(self) -> None:
+        mesh = current_spmd_mesh()
+        if mesh is None and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(
+                "edl::torchtitan: with several ranks the model must run in torchtitan's training context, with "
+                "parallelism.spmd_backend='spmd_types' (got no mesh)"
+            )
+        sizes = {} if mesh is None else dict(zip(mesh.mesh_dim_names, mesh.shape))
+        if sizes.get("tp", 1) > 1:
+            raise ValueError(f"edl::torchtitan: tensor parallelism is not supported (got a degree of {sizes['tp']})")
+        self.data = mesh.get_group("dp") if sizes.get("dp", 1) > 1 else None
+        self.context = mesh.get_group("cp") if sizes.get("cp", 1) > 1 else None
+        self.data_size, self.context_size = sizes.get("dp", 1), sizes.get("cp", 1)
+
+
+class RouterObjectives:
+    """The objectives of one router. No module, so that checkpoints and parallelisation do not see it.
+
+    Args:
+        objectives (Objectives): of which it makes a copy.
+        memory (bool): carry sums over the micro-batches of a step.
+        shares_tokens (bool): whether the caller multiplies the total by T_m / R, the share of one of R data ranks,
+            which the gradient then makes up for.
+        passes_of_step (int, optional): the passes after which a step ends; None where somebody calls `end_step`.
+    """
+
+    def __init__(
+        self, objectives: Objectives, memory: bool, shares_tokens: bool, passes_of_step: int | None = None
+    ) -> None:
+        self.objectives = for_routers(objectives)
+        self.passes_of_step = passes_of_step
+        self.needs = frozenset().union(*(objective.needs for objective in self.objectives.objectives.values()))
+        needs_labels = [objective.labels is not None for objective in self.objectives.objectives.values()]
+        self._some_need_labels, self._all_need_labels = any(needs_labels), all(needs_labels)
+        self._has_memory = memory
+        self._shares_tokens = shares_tokens
+        self._is_bound = False
+        self.ranks: _Ranks  # from the first pass on
+        self.values: dict[str, Tensor] = {}  # of the latest pass with an effect, NaN before
+        self.passes = 0
+
+    def _bind(self) -> None:
+        """At the first pass: the mesh is known in training only; models are copied and split before."""
+        self.ranks = _Ranks()
+        steps = self.objectives.get_extra_state()
+        self.objectives = self.objectives.bind(
+            group=self.ranks.data,
+            sequence_group=self.ranks.context,
+            averaging_ranks=self.ranks.data_size if self._shares_tokens else 1,
+            memory=DomainMemory() if self._has_memory else None,
+        )
+        self.objectives.set_extra_state(steps)
+        self._is_bound = True
+
+    def __call__(
+        self, scores: Tensor, weights: Tensor | None, experts: Tensor | None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """The losses of the forward pass in which it is called.
+
+        Args:
+            scores (Tensor[T, E] or Tensor[B, S_len, E]): of all experts, not negative: softmax, sigmoid or else.
+            weights (Tensor[T, K] or Tensor[B, S_len, K], optional): of the chosen experts; needed if an objective is.
+            experts (Tensor[T, K] or Tensor[B, S_len, K], optional): the chosen experts.
+            padding_mask (Tensor[T], optional): True = padding; a mask of the scope comes first.
+
+        Returns:
+            total and values, as `Objectives` gives them, of this layer; None where the pass keeps no gradient, or has
+            no labels and every objective needs them. Where some do without, such a pass has no labelled tokens.
+        """
+        labels = current_labels()
+        if not torch.is_grad_enabled() or (labels is None and self._all_need_labels):
+            return None
+        if scores.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "edl::torchtitan: a CUDA graph would replay the labels of its capture, training.disable_cuda_graphs "
+                "must be set (got a capture)"
+            )
+        if not self._is_bound:
+            self._bind()
+        self._refuse_cut_sequences(scores)
+        given = {} if labels is None else labels._asdict()
+        if given.get("attention_mask") is None and given.get("padding_mask") is None:
+            given["padding_mask"] = padding_mask
+        if labels is None and self._some_need_labels:
+            rows = scores.shape[:-1] if scores.dim() == 3 else (1, scores.shape[0])
+            given[LABELS] = torch.full(rows, -1, device=scores.device)
+        repeats = is_replay()
+        if self.passes == self.passes_of_step and not repeats:
+            self.end_step()
+        observation = Observation(
+            # Every score function becomes a distribution over experts, as in torchtitan's own balancing losses.
+            scores=F.normalize(scores, p=1, dim=-1).flatten(0, -2),
+            weights=None if weights is None else weights.flatten(0, -2),
+            experts=None if experts is None else experts.flatten(0, -2),
+            batch_size=scores.shape[0] if scores.dim() == 3 else -1,
+        )
+        total, values = self.objectives(observation, **given)
+        values = {name: value.to(total.dtype) for name, value in values.items()}
+        if not repeats:
+            self.passes += 1
+            for name, value in values.items():
+                self.values[name] = value.where(self.has_effect(name), self.values.get(name, torch.nan))
+        return total, values
+
+    def _refuse_cut_sequences(self, scores: Tensor) -> None:
+        if scores.dim() == 3 or self.ranks.context is None:
+            return
+        for name, objective in self.objectives.objectives.items():
+            if objective.by_unit:
+                raise ValueError(
+                    "edl::torchtitan: context parallelism cuts the token stream anywhere and needs objectives of "
+                    "tokens, as the divergence is with sequence_reduction='token' and the labels of the slice "
+                    f"(got {name!r}, which is one of sequences)"
+                )
+
+    def has_effect(self, name: str) -> Tensor:
+        """Whether an objective had something to act on in the latest pass that was no replay, a bool scalar."""
+        return self.objectives.has_effect[name]
+
+    def end_step(self) -> None:
+        """Ends a step of the optimizer."""
+        self.passes = 0
+        self.objectives.step()
+
+
+def is_replay() -> bool:
+    """Whether a forward pass runs within a backward pass, as checkpointing has it."""
+    return torch._C._current_autograd_node() is not None
+
+
+def for_routers(objectives: Objectives) -> Objectives:
+    """A copy, of objectives that read what routers hand over.
+
+    Raises:
+        ValueError: no objectives, or some that cannot.
+    """
+    if not isinstance(objectives, Objectives):
+        raise ValueError(
+            f"edl::torchtitan: objectives must be edl.objectives.Objectives (got {type(objectives).__name__})"
+        )
+    own = objectives.bind()
+    own.objectives = {name: _observing(name, objective) for name, objective in own.objectives.items()}
+    return own
+
+
+def _observing(name: str, objective: Objective) -> Objective:
+    """The objective, reading what routers hand over."""
+    if isinstance(objective, ExpertDivergence):
+        objective = dataclasses.replace(objective, input="probs")
+    missing = sorted(objective.needs - OBSERVED)
+    if missing:
+        raise ValueError(
+            f"edl::torchtitan: objectives must do with {', '.join(sorted(OBSERVED))}, which is what routers hand over "
+            f"(got {name!r}, which needs {', '.join(missing)})"
+        )
+    if objective.labels not in (None, LABELS):
+        raise ValueError(
+            f"edl::torchtitan: labels come from edl.domain_scope, so that objectives must name {LABELS!r} "
+            f"(got {objective.labels!r} of {name!r})"
+        )
+    return objective
+
+
+def objectives_of_routers(model: nn.Module) -> dict[str, RouterObjectives]:
+    found = {name: getattr(module, "objectives", None) for name, module in model.named_modules()}
+    return {name: each for name, each in found.items() if isinstance(each, RouterObjectives)}
+
+
+def set_step(model: nn.Module, step: int) -> None:
+    """Lets weights that depend on the step go on from that of a checkpoint, which torchtitan's Trainer restores.
+
+    Args:
+        model (Module): a model, or a part of one.
+        step (int): the optimizer steps that were made.
+
+    Raises:
+        ValueError: a step that is no number of steps.
+    """
+    step = checks.as_integer("torchtitan", "step", step)
+    for each in objectives_of_routers(model).values():
+        each.objectives.set_extra_state(step)

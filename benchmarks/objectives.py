@@ -8,6 +8,7 @@ are timed with their layer, as what they read is made in it. On every device the
 counted, forward and backward, without views, which launch nothing.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,11 +33,12 @@ ON_SCORES: dict[str, Objective] = {
     "LoadBalancing": objectives.LoadBalancing(),
     "RouterZ": objectives.RouterZ(),
     "RoutingVariance": objectives.RoutingVariance(),
-    "DirichletPrior": objectives.DirichletPrior(),
     "CrossLayerCoupling": objectives.CrossLayerCoupling(),
     "ModalityDivergence": objectives.ModalityDivergence(MODALITIES),
     "ModalityMutualInformation": objectives.ModalityMutualInformation(MODALITIES),
 }
+with contextlib.suppress(ImportError):  # SciPy may be missing
+    ON_SCORES["DirichletPrior"] = objectives.DirichletPrior()
 ALL = "all on scores"
 Function = Callable[[], object]
 

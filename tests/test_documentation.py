@@ -108,7 +108,6 @@ layer = edl.MoELayer(16, 8, 8, 2)
 optimizer = torch.optim.SGD(layer.parameters())
 loader = [(torch.randn(4, 8, 16), torch.randn(4, 8, 16), torch.tensor([0, 1, 2, 0]), torch.ones(4, 8))]
 """,
-        "import dataclasses": "mesh = init_device_mesh('cpu', [1], mesh_dim_names=['data'])",
     },
     "docs/routers.md": {
         "import edl": "hidden, languages = torch.randn(4, 8, 512), torch.randint(0, 4, (32,), dtype=torch.int32)",

@@ -92,5 +92,5 @@ def _chosen_masses_of_one_size(layers: Layers, segments: Segments, scores: str) 
     chosen = chosen_experts(layers, there)
     of_experts = distributions(layers, there, "logits", scores)
     num_experts = of_experts.shape[2]
-    of_chosen = of_experts.gather(2, chosen.clamp(max=num_experts - 1)).where(chosen < num_experts, 0.0)
+    of_chosen = of_experts.gather(2, chosen.clamp(max=num_experts - 1)).masked_fill(chosen == num_experts, 0.0)
     return of_chosen.sum(2).to(ids.device)

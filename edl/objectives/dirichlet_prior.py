@@ -9,7 +9,7 @@ from torch import Tensor
 
 from edl.labels.segments import Segments
 from edl.objectives.base import Layers, Objective, Sums
-from edl.objectives.tokens import are_counted, check_input, log_scores, needs_of, number_of_tokens
+from edl.objectives.tokens import are_ignored, check_input, log_scores, needs_of, number_of_tokens
 from edl.ops import checks
 
 # Scores that are nearer to 0 or 1 are read as these: the density of alpha < 1 has no bound there.
@@ -78,7 +78,7 @@ class DirichletPrior(Objective):
                 "edl::DirichletPrior: needs at least two experts, whose scores have a distribution (got 1)"
             )
         table = _distribution_function(self.alpha, logs.shape[2], str(logs.device))
-        counts, sums, squares = self._histogram(logs, are_counted(layers, segments), table)
+        counts, sums, squares = self._histogram(logs, are_ignored(layers, segments), table)
         return {"counts": counts, "sums": sums, "squares": squares, "tokens": number_of_tokens(layers, segments)}
 
     def formula(self, sums: Sums) -> Tensor:
@@ -95,7 +95,7 @@ class DirichletPrior(Objective):
     def has_effect(self, sums: Sums) -> Tensor:
         return sums["tokens"].sum() > 0
 
-    def _histogram(self, log_scores: Tensor, is_counted: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _histogram(self, log_scores: Tensor, is_ignored: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each expert and bin [L, E, bins]: how many values of F, their sum and that of their squares."""
         num_layers, _, num_experts = log_scores.shape
         log_scores = log_scores.masked_fill(torch.isneginf(log_scores), _LOWEST)  # of which there is no gradient
@@ -107,8 +107,8 @@ class DirichletPrior(Objective):
         none = num_layers * num_experts * self.bins
         experts = torch.arange(num_layers * num_experts, device=bins.device).view(num_layers, 1, num_experts)
         keys = experts * self.bins + bins
-        keys = keys.where(is_counted.unsqueeze(1), none).flatten()
-        values = values.where(is_counted.unsqueeze(1), 0.0).flatten()
+        keys = keys.masked_fill(is_ignored.unsqueeze(1), none).flatten()
+        values = values.masked_fill(is_ignored.unsqueeze(1), 0.0).flatten()
         empty = values.new_zeros(none + 1)
         counts, sums, squares = (
             empty.scatter_add(0, keys, x)[:-1].view(num_layers, num_experts, self.bins)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from edl.labels.segments import Segments
 from edl.objectives.base import Layers, Sums
-from edl.objectives.tokens import are_counted, distributions, number_of_tokens, routing_of
+from edl.objectives.tokens import are_ignored, distributions, number_of_tokens, routing_of
 
 
 def domain_sums(layers: Layers, segments: Segments, input: str, scores: str) -> Sums:
@@ -37,7 +37,7 @@ def domain_sums(layers: Layers, segments: Segments, input: str, scores: str) -> 
 
 
 def _weighted_sums(layers: Layers, segments: Segments, input: str, scores: str) -> tuple[Tensor, Tensor]:
-    weights = segments.labels.detach().where(are_counted(layers, segments).unsqueeze(1), 0.0)
+    weights = segments.labels.detach().masked_fill(are_ignored(layers, segments).unsqueeze(1), 0.0)
     tokens = number_of_tokens(layers, segments)[0]  # refuses weights that are not allowed
     of_experts = distributions(layers, segments, input, scores)
     return weights.t().to(of_experts.dtype) @ of_experts, weights.double().sum(0) + (tokens - tokens)

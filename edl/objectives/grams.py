@@ -5,7 +5,7 @@ from torch import Tensor
 
 from edl.labels.segments import Segments
 from edl.objectives.base import Layers, Sums
-from edl.objectives.tokens import are_counted, mean_over_tokens, stacked
+from edl.objectives.tokens import are_ignored, mean_over_tokens, stacked
 
 
 def counted_grams(op: str, name: str, layers: Layers, segments: Segments) -> Tensor:
@@ -27,7 +27,7 @@ def counted_grams(op: str, name: str, layers: Layers, segments: Segments) -> Ten
             f"{list(grams.shape[1:])} {grams.dtype})"
         )
     wide = grams if grams.dtype == torch.float64 else grams.float()
-    return wide.where(are_counted(layers, segments).view(-1, 1, 1), 0.0)
+    return wide.masked_fill(are_ignored(layers, segments).view(-1, 1, 1), 0.0)
 
 
 def mean_of_pairs(name: str, values: Tensor, has_pairs: bool, layers: Layers, segments: Segments) -> Sums:

@@ -12,7 +12,7 @@ from edl.labels.batch import Batch
 from edl.labels.segments import Segments
 from edl.objectives.arguments import Routings, as_logits, check_logits, check_masks, counted_tokens, flat, layers_of
 from edl.objectives.base import Layers, Objective, Sums
-from edl.objectives.tokens import are_counted, chosen_experts, readable_logits, routing_of, stacked
+from edl.objectives.tokens import are_ignored, chosen_experts, readable_logits, routing_of, stacked
 from edl.ops import checks
 from edl.routing import Routing
 
@@ -115,7 +115,7 @@ class LoadBalancing(Objective):
         top_k = stacked(layers, "experts").shape[2]
         readable = readable_logits(layers, segments).detach().flatten(0, 1)
         chosen = ops.route_tokens(readable, top_k, self.scores)[1].view(len(layers), -1, top_k)
-        return chosen.masked_fill(~are_counted(layers, segments).unsqueeze(1), readable.shape[1])
+        return chosen.masked_fill(are_ignored(layers, segments).unsqueeze(1), readable.shape[1])
 
     def _balances(self, sums: Sums) -> Tensor:
         return _balance(sums["scores"], sums["tokens"], sums["choices"], self.devices_per_token or 0)

@@ -64,7 +64,8 @@ class ObjectiveLog:
         self._waiting, self._sums = [], None
 
     def _has_effect(self, sums: Sequence[Sums]) -> Tensor:
-        return torch.stack([self._objective.has_effect(of_group) for of_group in sums]).any()
+        effects = [self._objective.has_effect(of_group) for of_group in sums]
+        return effects[0] if len(effects) == 1 else torch.stack(effects).any()
 
     @torch.no_grad()
     def _add_up(self) -> None:

@@ -76,9 +76,9 @@ def _dense_weights(layers: Layers, segments: Segments) -> Tensor:
         )
     chosen = chosen_experts(layers, segments)
     wide = weights if weights.dtype == torch.float64 else weights.float()
-    wide = wide.where(chosen < num_experts, 0.0)
+    wide = wide.masked_fill(chosen == num_experts, 0.0)
     total = wide.sum(2, keepdim=True)
-    shares = wide / total.where(total != 0, 1.0)
+    shares = wide / total.masked_fill(total == 0, 1.0)
     return shares.new_zeros(*shares.shape[:2], num_experts + 1).scatter(2, chosen, shares)[..., :num_experts]
 
 

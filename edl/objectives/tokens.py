@@ -39,14 +39,14 @@ def stacked(layers: Layers, field: str) -> Tensor:
     return layers.once(("stacked", field), make)
 
 
-def are_counted(layers: Layers, segments: Segments) -> Tensor:
-    """Whether each token counts, bool [T]."""
+def are_ignored(layers: Layers, segments: Segments) -> Tensor:
+    """Whether each token does not count, bool [T]."""
 
     def make() -> Tensor:
         ids, num_segments, _ = segments
-        return ids == 0 if num_segments == 1 else (ids >= 0) & (ids < num_segments)
+        return ids != 0 if num_segments == 1 else (ids < 0) | (ids >= num_segments)
 
-    return layers.once(("are_counted", segments.segment_ids), make)
+    return layers.once(("are_ignored", segments.segment_ids), make)
 
 
 def readable_logits(layers: Layers, segments: Segments) -> Tensor:
@@ -59,7 +59,7 @@ def readable_logits(layers: Layers, segments: Segments) -> Tensor:
 
 def _readable(routing: Tensor, layers: Layers, segments: Segments) -> Tensor:
     wide = routing if routing.dtype == torch.float64 else routing.float()
-    return wide.where(are_counted(layers, segments).unsqueeze(1), 1.0)
+    return wide.masked_fill(are_ignored(layers, segments).unsqueeze(1), 1.0)
 
 
 def log_scores(layers: Layers, segments: Segments, input: str, scores: str) -> Tensor:
@@ -127,7 +127,7 @@ def mean_over_tokens(name: str, values: Tensor, layers: Layers, segments: Segmen
         segments (Segments): that say which tokens count.
     """
     return {
-        name: values.where(are_counted(layers, segments), 0.0).sum(1),
+        name: values.masked_fill(are_ignored(layers, segments), 0.0).sum(1),
         "tokens": number_of_tokens(layers, segments)[:1].expand(len(values)),
     }
 
@@ -141,7 +141,7 @@ def chosen_experts(layers: Layers, segments: Segments) -> Tensor:
 
     def make() -> Tensor:
         num_experts = stacked(layers, "logits").shape[2]
-        chosen = stacked(layers, "experts").where(are_counted(layers, segments).unsqueeze(1), num_experts)
+        chosen = stacked(layers, "experts").masked_fill(are_ignored(layers, segments).unsqueeze(1), num_experts)
         is_wrong = (chosen < 0) | (chosen > num_experts)
         if reads_values(chosen) and bool(is_wrong.any()):
             raise IndexError(

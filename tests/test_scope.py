@@ -19,8 +19,9 @@ ONE = torch.zeros(6, dtype=torch.long)
 class Block(torch.nn.Module):
     """A router whose loss is injected, as in a pipeline stage: no argument carries labels."""
 
-    def __init__(self) -> None:
+    def __init__(self, label_set: str = "domain_ids") -> None:
         super().__init__()
+        self.label_set = label_set
         self.router = torch.nn.Linear(H, E, bias=False, dtype=torch.float64)
         torch.nn.init.normal_(self.router.weight, generator=torch.Generator().manual_seed(0))
         self.seen: list = []
@@ -29,9 +30,10 @@ class Block(torch.nn.Module):
         logits = self.router(hidden)
         weights = logits.softmax(-1)
         labels = edl.current_labels() if self.training else None
-        self.seen.append(None if labels is None else labels.domain_ids.tolist())
-        if labels is not None and torch.is_grad_enabled():
-            weights = edl.inject(weights, DIVERGENCE(logits, labels.domain_ids))
+        ids = None if labels is None else labels.label_sets[self.label_set]
+        self.seen.append(None if ids is None else ids.tolist())
+        if ids is not None and torch.is_grad_enabled():
+            weights = edl.inject(weights, DIVERGENCE(logits, ids))
         return hidden + weights.sum(-1, keepdim=True)
 
 
@@ -88,6 +90,22 @@ def router_gradient(run, labels: list, order, between=None) -> torch.Tensor:
             between(block)
     order(outputs)
     return block.router.weight.grad
+
+
+@pytest.mark.parametrize("run", CHECKPOINTS)
+def test_replays_get_every_set_of_labels_by_its_name(run):
+    gradients = []
+    for name, how in (("domain_ids", plain), ("topics", run)):
+        block = Block(name)
+        outputs = []
+        for number, ids in enumerate([BOTH, ONE, BOTH.flip(0)]):
+            others = {other: ONE for other in ("domain_ids", "topics") if other != name}
+            with edl.domain_scope(**{name: ids, **others}):
+                outputs.append(how(block, hidden_states(number)).sum())
+        for output in outputs:
+            output.backward()
+        gradients.append(block.router.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=list(ORDERS))
@@ -203,7 +221,7 @@ def test_what_cannot_be_told_is_refused(monkeypatch):
         output.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["domain_ids", "attention_mask", "padding_mask", "cu_seqlens"])
+@pytest.mark.parametrize("name", ["domain_ids", "attention_mask", "padding_mask", "cu_seqlens", "modality_ids"])
 @pytest.mark.parametrize("wrong", [[0, 1], 3, "mask", numpy.zeros(6)], ids=str)
 def test_what_is_no_tensor_is_refused(name, wrong):
     with pytest.raises(ValueError) as error, edl.domain_scope(**{"domain_ids": BOTH, name: wrong}):
@@ -212,8 +230,22 @@ def test_what_is_no_tensor_is_refused(name, wrong):
 
 
 def test_labels_that_are_none_are_refused():
-    with pytest.raises(ValueError, match=r"^edl::domain_scope: domain_ids must be a tensor \(got NoneType\)"):
-        edl.domain_scope(None).__enter__()
+    with pytest.raises(ValueError, match=r"^edl::domain_scope: modality_ids must be a tensor \(got NoneType\)"):
+        edl.domain_scope(BOTH, modality_ids=None).__enter__()
+    for none in ({}, {"domain_ids": None}, {"cu_seqlens": None}):
+        with pytest.raises(ValueError) as error, edl.domain_scope(**none):
+            pass
+        assert str(error.value) == "edl::domain_scope: labels, a mask or boundaries must be given (got none of them)"
+
+
+def test_sets_of_labels_go_by_name():
+    with edl.domain_scope(BOTH, modality_ids=ONE, topics=BOTH):
+        assert edl.current_labels().label_sets == {"domain_ids": BOTH, "modality_ids": ONE, "topics": BOTH}
+    with edl.domain_scope(modality_ids=ONE):
+        labels = edl.current_labels()
+        assert labels.domain_ids is None and labels.label_sets == {"modality_ids": ONE}
+    with edl.domain_scope(cu_seqlens=BOTH):
+        assert edl.current_labels().label_sets == {}
 
 
 # ---- how long labels are kept ----
@@ -221,8 +253,8 @@ def test_labels_that_are_none_are_refused():
 
 def scoped(run, block, seed: int = 0) -> tuple[torch.Tensor, list]:
     """Output of a pass inside a scope, and weak references to the scope's tensors."""
-    tensors = [BOTH.clone(), torch.ones(6, 4)]
-    with edl.domain_scope(tensors[0], attention_mask=tensors[1]):
+    tensors = [BOTH.clone(), torch.ones(6, 4), ONE.clone()]
+    with edl.domain_scope(tensors[0], attention_mask=tensors[1], modality_ids=tensors[2]):
         output = run(block, hidden_states(seed)).sum()
     return output, [weakref.ref(tensor) for tensor in tensors]
 

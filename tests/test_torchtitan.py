@@ -5,6 +5,7 @@ development, on a stand-in for that interface (`torchtitan_interface.py`).
 """
 
 import importlib.metadata
+import re
 import warnings
 
 import pytest
@@ -132,6 +133,26 @@ def test_several_objectives_are_those_of_a_plain_loop(single):
             assert_close(latest, batches[-1][name], TOLERANCE)
 
 
+NO_MODALITIES = "edl::Objectives: modality_ids must be given (got labels ['domain_ids'])"
+
+
+def assert_two_sets_are_those_of_a_plain_loop(found, of_loop):
+    (gradients, metrics), (expected, values) = found, of_loop
+    for actual, reference in zip(gradients, expected, strict=True):
+        assert_close(actual, reference, TOLERANCE)
+    for name in ("domains", "modalities"):
+        assert_close(metrics[f"{name}_loss"], torch.stack([batch[0][name] for batch in values]).mean(), TOLERANCE)
+
+
+@needs_torchtitan
+def test_labels_go_by_name(single, pair):
+    found, of_loop, missing = single["two_sets_of_labels"]
+    assert_two_sets_are_those_of_a_plain_loop(found, of_loop)
+    assert missing == NO_MODALITIES
+    for rank in pair:
+        assert_two_sets_are_those_of_a_plain_loop(*rank["two sets of labels, context"])
+
+
 @needs_torchtitan
 def test_routers_of_ones_own_are_configured_by_hand(single):
     for one, other in zip(*single["configured_by_hand"], strict=True):
@@ -178,8 +199,6 @@ def assert_objectives_are_refused(sentences):
     assert sentences == {
         "logits": f"edl::torchtitan: {offered} (got 'z', which needs logits)",
         "balance": f"edl::torchtitan: {offered} (got 'balance', which needs logits)",
-        "labels": "edl::torchtitan: labels come from edl.domain_scope, so that objectives must name 'domain_ids' "
-        "(got 'topics' of 'topics')",
         "bound": "edl::Objectives: an integration binds objectives to ranks and memory itself, pass them without "
         "group, sequence_group, averaging_ranks and memory (got some that are bound)",
         "no objectives": "edl::torchtitan: objectives must be edl.objectives.Objectives (got dict)",
@@ -303,7 +322,7 @@ def test_memory_of_an_auxiliary_loss_ends_with_the_step():
 def assert_gradients_and_metrics_are(found, expected):
     for actual, reference in zip(found[0], expected[0], strict=True):
         assert_close(actual, reference, EXACT)
-    assert set(found[1]) == set(expected[1]) == {f"{name}_loss/mean" for name in ("sequences", "tokens", "certainty")}
+    assert set(found[1]) == set(expected[1])
     for name, metric in found[1].items():
         assert_close(metric, expected[1][name], EXACT)
 
@@ -318,6 +337,19 @@ def test_auxiliary_loss_of_several_objectives_is_a_plain_loop_and_logs_each():
         padding = torch.arange(12) >= 10
     found = interface.gate_gradients(model), interface.collect_aux_loss_metrics(model)
     assert_gradients_and_metrics_are(found, interface.of_plain_loop(batches, [12 / 22, 10 / 22]))
+    assert set(found[1]) == {f"{name}_loss/mean" for name in ("sequences", "tokens", "certainty")}
+
+
+def test_auxiliary_loss_takes_labels_by_name():
+    """Scores of modality of the stream's tokens, beside the labels of its sequences."""
+    model, hidden = interface.model_with_objectives(samples.of_two_sets()), interface.inputs()
+    interface.train(model, interface.DOMAINS, hidden, 24, modality_ids=samples.MODALITIES.flatten(0, 1))
+    found = interface.gate_gradients(model), interface.collect_aux_loss_metrics(model)
+    labels = {"domain_ids": interface.DOMAINS, "modality_ids": samples.MODALITIES}
+    assert_gradients_and_metrics_are(found, interface.of_plain_loop([(hidden, labels)], [1.0], samples.of_two_sets))
+    assert set(found[1]) == {"domains_loss/mean", "modalities_loss/mean"}
+    with pytest.raises(ValueError, match=f"^{re.escape(NO_MODALITIES)}$"):
+        interface.train(model, interface.DOMAINS, hidden, 24)
 
 
 def test_auxiliary_loss_outside_any_scope_has_the_objectives_without_labels():

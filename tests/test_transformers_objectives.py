@@ -14,7 +14,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import edl
-from edl.objectives import ExpertDivergence, LoadBalancing, Objective, Objectives, RouterZ, linear_warmup
+from edl.objectives import (
+    ExpertDivergence,
+    LoadBalancing,
+    MutualInformation,
+    Objective,
+    Objectives,
+    RouterZ,
+    linear_warmup,
+)
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -579,21 +587,27 @@ def test_a_batch_without_a_set_of_labels_is_an_error(tmp_path):
     )
 
 
-def test_packed_documents_with_labels_per_row_and_per_token(tmp_path):
+@pytest.mark.parametrize("kind", ["labels", "weights"])
+def test_packed_documents_with_labels_per_row_and_per_token(tmp_path, kind):
     """Documents of one row each, and the same in rows of two."""
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(3, VOCABULARY, (8, 4), generator=generator)
     domains, kinds = torch.tensor([0, 0, 1, 1, 2, 2, 0, 0]), torch.tensor([0, 1, 1, 0, 0, 1, 1, 0])
+    per_token = kinds.repeat_interleave(4).view(4, 8)
+    objectives = trainer_objectives()
+    if kind == "weights":  # of the tokens
+        kinds = torch.rand(8, 4, 2, generator=generator)
+        per_token = kinds.view(4, 8, 2)
+        objectives["kinds"] = (MutualInformation(2, labels="modality_ids"), 1.0)
 
     def value(batch):
         args = arguments(tmp_path, max_steps=1, remove_unused_columns=False)
-        trainer = train(args, data_collator=lambda examples: dict(batch))
+        trainer = train(args, objectives, data_collator=lambda examples: dict(batch))
         return [trainer.state.log_history[0][name] for name in ("expert_divergence_loss", "kinds_loss")]
 
     alone = value({"input_ids": tokens, "labels": tokens, "domain_ids": domains, "modality_ids": kinds})
     packed = tokens.view(4, 8)
     positions = torch.arange(4).repeat(4, 2)
-    per_token = kinds.repeat_interleave(4).view(4, 8)
     of_rows = domains[::2]  # both documents of a row have it
     together = value(
         {

@@ -713,6 +713,20 @@ def test_collator_keeps_every_kind_of_label():
     assert "domain_ids" not in collate([None, None])
 
 
+@pytest.mark.parametrize("lengths", [(2, 3), (3, 3)])
+def test_collator_keeps_weights_of_tokens(lengths):
+    flattening = DataCollatorWithFlattening()
+    weights = [[[0.25, 0.75]] * lengths[0], [[1.0, 0.0]] * lengths[1]]
+    padding = [[0.0, 0.0]] * (3 - lengths[0])
+    left = DataCollatorForSeq2Seq(make_tokenizer("left"))
+    longer = DataCollatorForSeq2Seq(make_tokenizer(), pad_to_multiple_of=4)
+    assert collate(weights, lengths)["domain_ids"].tolist() == [weights[0] + padding, weights[1]]
+    assert collate(weights, lengths, left)["domain_ids"].tolist() == [padding + weights[0], weights[1]]
+    one_more = [[[*row, [0.0, 0.0]] for row in (weights[0] + padding, weights[1])]]
+    assert [collate(weights, lengths, longer)["domain_ids"].tolist()] == one_more
+    assert collate(weights, lengths, flattening)["domain_ids"].tolist() == [weights[0] + weights[1]]
+
+
 def shorten(examples):
     return {"input_ids": torch.zeros(len(examples), 2, dtype=torch.int64)}
 
@@ -721,7 +735,15 @@ BAD_BATCHES = {
     "some": (lambda: collate([1, None]), "DomainCollator: every example must have domain_ids (got 1 in 2 examples)"),
     "soft": (
         lambda: collate([[0.5, 0.5], [1.0, 0.0]], collator=DataCollatorWithFlattening()),
-        "DomainCollator: soft labels need one row per example (got examples flattened into one row)",
+        "DomainCollator: soft labels of examples need one row per example (got examples flattened into one row)",
+    ),
+    "weights of other tokens": (
+        lambda: collate([[[0.5, 0.5]] * 2, [[1.0, 0.0]] * 2]),
+        "DomainCollator: domain_ids must be one label per example or per token (got 2x2 for 3 tokens)",
+    ),
+    "weights of tokens and of an example": (
+        lambda: collate([[[0.5, 0.5]] * 2, [1.0, 0.0]]),
+        "DomainCollator: soft labels must have as many weights in every example, one per domain (got 2x2 and 2)",
     ),
     "other tokens": (
         lambda: collate([[0, 1], [2, 2, 0]], collator=shorten),

@@ -258,10 +258,10 @@ def expected(batches, weights, **options):
     return gradients, torch.stack(values).mean()
 
 
-def of_plain_loop(batches, shares, **options):
+def of_plain_loop(batches, shares, objectives=samples.objectives):
     """(gradients of the gates, metric of each objective) of one process; a batch is (hidden, arguments)."""
-    model, gradients, metrics = model_with_objectives(samples.objectives()).eval(), [], []
-    bound = samples.objectives("sigmoid", **options)
+    model, gradients, metrics = model_with_objectives(objectives()).eval(), [], []
+    bound = objectives("sigmoid")
     for layer in model.layers:
         gradient, values = samples.plain_loop(bound, layer.gate.weight, batches, shares)
         gradients.append(gradient / len(model.layers))

@@ -4,10 +4,21 @@ import dataclasses
 
 import torch
 
-from edl.objectives import ExpertDivergence, LoadBalancing, Objective, Objectives, RouterZ, linear_warmup
+from edl.objectives import (
+    ExpertDivergence,
+    LoadBalancing,
+    MutualInformation,
+    Objective,
+    Objectives,
+    RouterZ,
+    linear_warmup,
+)
 from edl.routing import Observation
 
 NUM_DOMAINS, TOP_K = 3, 2
+# Soft scores of modality of the tokens [B, S_len], another set of labels; of some there are none.
+MODALITIES = torch.rand(4, 6, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+MODALITIES[1, 2:4] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +52,12 @@ def objectives(scores="softmax", sequence_reduction="sequence"):
     )
 
 
+def of_two_sets(scores="softmax"):
+    """One objective of domains, and one of modalities."""
+    modalities = MutualInformation(2, input="probs", labels="modality_ids")
+    return Objectives({"domains": (ExpertDivergence(NUM_DOMAINS, scores=scores), 0.7), "modalities": (modalities, 2.0)})
+
+
 def observation(logits):
     """What a router with sigmoid scores did, with its logits [B, S_len, E] or [T, E]."""
     flat = logits.reshape(-1, logits.shape[-1])
@@ -64,7 +81,6 @@ def refused(add_objectives, config):
     arguments = {
         "logits": Objectives({"divergence": (divergence, 1.0), "z": (RouterZ(), 1.0)}),
         "balance": Objectives({"balance": (LoadBalancing(), 1.0)}),
-        "labels": Objectives({"topics": (ExpertDivergence(NUM_DOMAINS, labels="topics"), 1.0)}),
         "bound": Objectives({"divergence": (divergence, 1.0)}, averaging_ranks=1),
         "no objectives": {"divergence": (divergence, 1.0)},
     }

@@ -122,9 +122,9 @@ def expected(domain_ids, score_func="sigmoid", micro_batches=1, memory=False, mo
     return gradients, losses
 
 
-def train(model, domain_ids, batch=None, language_model=0.0):
+def train(model, domain_ids, batch=None, language_model=0.0, **labels):
     """A forward and a backward pass. The factor 0 leaves the gradient of Expert Divergence alone."""
-    with edl.domain_scope(domain_ids):
+    with edl.domain_scope(domain_ids, **labels):
         output = model(inputs() if batch is None else batch)
     (output * language_model).sum().backward()
     return output
@@ -259,6 +259,20 @@ def several_objectives():
     batches = [(hidden, {"domain_ids": ids}) for hidden, ids in zip(inputs().chunk(2), DOMAINS.chunk(2))]
     expected_of_loop = of_plain_loop(samples.objectives("sigmoid"), batches, [0.5, 0.5])
     return (gate_gradients(model), objective_metrics(model), losses), expected_of_loop
+
+
+def two_sets_of_labels():
+    """As `several_objectives`, with another set of labels by its name; and what is said where it is missing."""
+    from edl.integrations.torchtitan import objective_metrics
+
+    model = with_objectives(samples.of_two_sets())
+    train(model, DOMAINS, modality_ids=samples.MODALITIES)
+    of_loop = of_plain_loop(
+        samples.of_two_sets("sigmoid"),
+        [(inputs(), {"domain_ids": DOMAINS, "modality_ids": samples.MODALITIES})],
+        [1.0],
+    )
+    return (gate_gradients(model), objective_metrics(model)), of_loop, sentence(train, model, DOMAINS)
 
 
 def configured_by_hand():
@@ -409,6 +423,7 @@ SINGLE = (
     checkpointed,
     copied,
     several_objectives,
+    two_sets_of_labels,
     configured_by_hand,
     outside_any_scope,
     warmed_up,
@@ -505,6 +520,23 @@ def several_objectives_of_context_parallel():
     return (gate_gradients(model), objective_metrics(model)), of_loop
 
 
+def two_sets_of_labels_of_context_parallel():
+    """As `several_objectives_of_context_parallel`: labels of tokens are those of the slice."""
+    from edl.integrations.torchtitan import objective_metrics
+
+    dims, context = _parallel(context_size=dist.get_world_size())
+    model = with_objectives(samples.of_two_sets(), dims=dims)
+    hidden, modalities = (
+        whole.chunk(dist.get_world_size(), dim=1)[dist.get_rank()].contiguous()
+        for whole in (inputs(), samples.MODALITIES)
+    )
+    with context():
+        train(model, DOMAINS, hidden, modality_ids=modalities)
+    labels = {"domain_ids": DOMAINS, "modality_ids": samples.MODALITIES}
+    of_loop = of_plain_loop(samples.of_two_sets("sigmoid"), [(inputs(), labels)], [1.0])
+    return (gate_gradients(model), objective_metrics(model)), of_loop
+
+
 def refused_on_ranks():
     _dims, context = _parallel(tensor_size=dist.get_world_size())
     found = {"no mesh": sentence(train, with_divergence(), DOMAINS)}
@@ -524,5 +556,6 @@ def on_ranks_of_torchtitan():
         "context, labels per token": context_parallel(per_token),
         "several objectives, data": several_objectives_of_data_parallel(),
         "several objectives, context": several_objectives_of_context_parallel(),
+        "two sets of labels, context": two_sets_of_labels_of_context_parallel(),
         "refused": refused_on_ranks(),
     }

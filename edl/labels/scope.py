@@ -30,12 +30,19 @@ REMEMBERED_SCOPES = 512
 
 
 class Labels(NamedTuple):
-    """What a scope says of the tokens of one forward pass; the arguments of `domain_scope`."""
+    """What a scope says of the tokens of one forward pass; the arguments of `domain_scope`, `further` its other sets of
+    labels by name."""
 
-    domain_ids: Tensor
+    domain_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     padding_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    further: dict[str, Tensor] | None = None
+
+    @property
+    def label_sets(self) -> dict[str, Tensor]:
+        """All sets of labels by name, `domain_ids` first where it was given."""
+        return {**({} if self.domain_ids is None else {"domain_ids": self.domain_ids}), **(self.further or {})}
 
 
 def _current_replay() -> tuple[int, int] | None:
@@ -153,11 +160,12 @@ _OPEN: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("edl_domain
 
 @contextlib.contextmanager
 def domain_scope(
-    domain_ids: Tensor,
+    domain_ids: Tensor | None = None,
     *,
     attention_mask: Tensor | None = None,
     padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    **labels: Tensor,
 ) -> Iterator[Labels]:
     """Binds labels to the forward passes run inside: `with edl.domain_scope(domain_ids): output = model(tokens)`.
 
@@ -167,24 +175,20 @@ def domain_scope(
     labels as arguments there. Reentrant checkpointing must be neither inside other checkpointing nor around it.
 
     Args:
-        domain_ids (Tensor): labels in any form that `ExpertDivergenceLoss` takes.
+        domain_ids (Tensor, optional): labels in any form that `ExpertDivergenceLoss` takes.
         attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding (Hugging Face's sense).
         padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
         cu_seqlens (Tensor[N + 1], optional): boundaries of packed documents.
+        **labels (Tensor): further sets of labels by the names that objectives have for them (`modality_ids`), in the
+            forms that these take: weights of each token too.
 
     Returns:
         A context manager that yields the `Labels`.
 
     Raises:
-        ValueError: labels, masks or boundaries that are no tensors, or DTensors.
+        ValueError: labels, masks or boundaries that are no tensors, or DTensors; none of them.
     """
-    labels = Labels(domain_ids, attention_mask, padding_mask, cu_seqlens)
-    for name, tensor in labels._asdict().items():
-        if not isinstance(tensor, Tensor) and (tensor is not None or name == "domain_ids"):
-            raise ValueError(f"edl::domain_scope: {name} must be a tensor (got {type(tensor).__name__})")
-    checks.refuse_dtensor("domain_scope", *labels)
-    scope = Scope(labels)
-    del labels
+    scope = Scope(_checked(Labels(domain_ids, attention_mask, padding_mask, cu_seqlens, labels)))
     _SCOPES.add(scope)
     before = _OPEN.set(scope)
     try:
@@ -192,6 +196,19 @@ def domain_scope(
     finally:
         _OPEN.reset(before)
         scope.close()
+
+
+def _checked(labels: Labels) -> Labels:
+    """The labels; raises where they hold something else than tensors, or nothing."""
+    optional = (name for name in labels._fields[:-1] if getattr(labels, name) is not None)
+    given: dict[str, Any] = {**{name: getattr(labels, name) for name in optional}, **(labels.further or {})}
+    if not given:
+        raise ValueError("edl::domain_scope: labels, a mask or boundaries must be given (got none of them)")
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"edl::domain_scope: {name} must be a tensor (got {type(tensor).__name__})")
+    checks.refuse_dtensor("domain_scope", *given.values())
+    return labels
 
 
 def current_scope() -> Scope | None:
@@ -220,7 +237,7 @@ def current_labels() -> Labels | None:
     where gradients are recorded finds no labels any more once others' part of the graph is gone.
 
     Returns:
-        `Labels` (domain_ids, attention_mask, padding_mask, cu_seqlens), or None.
+        `Labels` (domain_ids, attention_mask, padding_mask, cu_seqlens, and all label_sets by name), or None.
 
     Raises:
         RuntimeError: a replay whose scope cannot be told: nested reentrant checkpointing, forward passes of several

@@ -60,23 +60,30 @@ class _Recorder:
         order = torch.arange(length * batch_size).view(length, batch_size).t().flatten()
         in_order = lambda x: x.flatten(0, x.dim() - 2)[order]
         experts = in_order(routing_map).nonzero()[:, 1].view(length * batch_size, -1)
-        self.layers.append(Observation(in_order(logits), weights=in_order(probs).gather(1, experts), experts=experts))
+        weights = in_order(probs).gather(1, experts)
+        self.layers.append(Observation(in_order(logits), None, weights, experts, batch_size))
         return probs, routing_map
 
 
-def plain(split: splits.Split, without: str = ""):
-    """Gradients by name of the step in one process, and the values by micro-batch."""
+def plain_model(split: splits.Split):
+    """The model in one process, and the recorder of its routers."""
     import small_gpt
-    from plain_layers import GatheredAttention, Layout
+    from plain_layers import GatheredAttention
 
-    step = small_gpt.make_step(split.kind)
-    scores = dict(split.changes).get("moe_router_score_function", "softmax")
-    bound = objectives(scores, without, memory=edl.DomainMemory() if split.accumulate else None)
     model = small_gpt.build(
         small_gpt.make_config(**dict(split.changes)), None, GatheredAttention if split.kind == "documents" else None
     )
     recorder = _Recorder()
     recorder.watch(model)
+    return model, recorder
+
+
+def plain_backward(split: splits.Split, model, recorder: _Recorder, bound: Objectives) -> list[dict]:
+    """Leaves the gradients of the step in the parameters, and returns the values by micro-batch."""
+    import small_gpt
+    from plain_layers import Layout
+
+    step = small_gpt.make_step(split.kind)
     Layout.current = (torch.arange(small_gpt.LENGTH), step.cu_seqlens)
     totals, weights, values = [], [], []
     for batch in small_gpt.rank_batches(step):
@@ -85,12 +92,21 @@ def plain(split: splits.Split, without: str = ""):
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
         kept = torch.ones_like(losses) if batch["padding"] is None else (~batch["padding"]).flatten().double()
         masks = {"padding_mask": batch["padding"], "cu_seqlens": batch["cu_seqlens"]}
-        labels = {} if without == "expert_divergence" else {"domain_ids": batch["domain_ids"]}
+        labels = {name: batch[name] for name in ("domain_ids", "modality_ids")}
         total, of_batch = bound(list(recorder.layers), **masks, **labels)
         totals.append((losses * kept).sum() / kept.sum() + total)
         weights.append(float(kept.sum()) if split.per_token else 1.0)
         values.append({name: float(value) for name, value in of_batch.items()})
     sum(weight * total for weight, total in zip(weights, totals)).div(sum(weights)).backward()
+    return values
+
+
+def plain(split: splits.Split, without: str = ""):
+    """Gradients by name of the step in one process, and the values by micro-batch."""
+    scores = dict(split.changes).get("moe_router_score_function", "softmax")
+    bound = objectives(scores, without, memory=edl.DomainMemory() if split.accumulate else None)
+    model, recorder = plain_model(split)
+    values = plain_backward(split, model, recorder, bound)
     return {name: p.grad.clone() for name, p in model.named_parameters()}, values
 
 

@@ -67,10 +67,20 @@ class Writer:
         self.scalars[name] = float(value)
 
 
+def shown_of_step(num_micro_batches: int, moe_layers: list[int]) -> dict[str, float]:
+    """What Megatron's log shows of the step that was, by name."""
+    from megatron.core.transformer.moe import moe_utils
+
+    writer = Writer()
+    moe_utils.track_moe_metrics(
+        1 / num_micro_batches, 0, writer, total_loss_dict={}, num_layers=2, moe_layer_freq=moe_layers, track_names=[]
+    )
+    return writer.scalars
+
+
 def logged(pp: int, moe_layers: list[int], domain_ids: torch.Tensor | None = None):
     """What Megatron's log shows of steps with these labels [N, M, B], or of the one of `make_step`: its new names."""
     import small_gpt
-    from megatron.core.transformer.moe import moe_utils
 
     import edl
 
@@ -83,11 +93,8 @@ def logged(pp: int, moe_layers: list[int], domain_ids: torch.Tensor | None = Non
     for ids in [step.domain_ids] if domain_ids is None else domain_ids:
         batches = small_gpt.rank_batches(small_gpt.Step(step.tokens, ids))
         small_gpt.train_step(model, batches, forward_step, iter(batches))
-        writer, total = Writer(), {}
-        moe_utils.track_moe_metrics(
-            1 / len(batches), 0, writer, total_loss_dict=total, num_layers=2, moe_layer_freq=moe_layers, track_names=[]
-        )
-        shown.append({name: value for name, value in writer.scalars.items() if "divergence" in name})
+        scalars = shown_of_step(len(batches), moe_layers)
+        shown.append({name: value for name, value in scalars.items() if "divergence" in name})
     return shown
 
 

@@ -14,6 +14,7 @@ import edl
 from edl.objectives import (
     ExpertDivergence,
     LoadBalancing,
+    ModalityDivergence,
     ModalityMutualInformation,
     MutualInformation,
     Objective,
@@ -50,18 +51,12 @@ def _train_step(model, domain_ids=None):
 
 def logged(pp: int, moe_layers: list[int], config: dict):
     """What Megatron's log shows of a step with all objectives, and of one whose labels make no pair."""
-    from megatron.core.transformer.moe import moe_utils
-
     parallel = {"pipeline_model_parallel_size": pp}
     model = _model(objective_splits.objectives(), parallel=parallel, moe_layer_freq=moe_layers, **config)
     shown = []
     for domain_ids in (None, torch.ones(2, 4, dtype=torch.long)):
         _train_step(model, domain_ids)
-        writer = one_rank.Writer()
-        moe_utils.track_moe_metrics(
-            1 / 2, 0, writer, total_loss_dict={}, num_layers=2, moe_layer_freq=moe_layers, track_names=[]
-        )
-        shown.append(writer.scalars)
+        shown.append(one_rank.shown_of_step(2, moe_layers))
     return shown
 
 
@@ -138,26 +133,51 @@ def outside_of_a_scope():
 
 
 def sequences_and_weights_of_tokens():
-    """What routing adds to the gradient of logits [S_len, B, E] under weights per token, and a plain loop over those of
-    [B, S_len, E]."""
+    """What routing adds to the gradient of logits [S_len, B, E] under weights per token, of two sets, and a plain loop
+    over those of [B, S_len, E]; the same of logits [T, E], of which the second set tells B."""
     import small_gpt
 
     given = {
         "load_balancing": (LoadBalancing(scope="sequence", devices=small_gpt.EXPERTS // 2), 1.0),
         "information": (MutualInformation(3), 1.0),
-        "bins": (ModalityMutualInformation(3, bins=small_gpt.EXPERTS, labels="domain_ids"), 1.0),
+        "bins": (ModalityMutualInformation(2, bins=small_gpt.EXPERTS), 1.0),
     }
     router = _model(Objectives(given)).decoder.layers[0].mlp.router.train()
     logits = torch.randn(6, 4, small_gpt.EXPERTS, dtype=torch.float64, requires_grad=True)
-    weights, keep = torch.rand(4, 6, 3, dtype=torch.float64), torch.arange(6) < torch.tensor([[6], [2], [5], [4]])
-    with edl.domain_scope(weights, attention_mask=keep):
+    weights, modalities = torch.rand(4, 6, 3, dtype=torch.float64), torch.rand(4, 6, 2, dtype=torch.float64)
+    keep = torch.arange(6) < torch.tensor([[6], [2], [5], [4]])
+    with edl.domain_scope(weights, attention_mask=keep, modality_ids=modalities):
         probs, routing_map = router.routing(logits)
     (gradient,) = torch.autograd.grad(0.0 * probs.sum(), logits)
+    with edl.domain_scope(weights.flatten(0, 1), attention_mask=keep.flatten(), modality_ids=modalities):
+        flat_probs, _ = router.routing(logits.view(24, -1))
+    (of_flat,) = torch.autograd.grad(0.0 * flat_probs.sum(), logits)
     experts = routing_map.nonzero()[:, 1].view(6, 4, -1).transpose(0, 1).flatten(0, 1)
     observation = edl.routing.Observation(logits.transpose(0, 1).flatten(0, 1), experts=experts)
-    loss, _ = Objectives(given)(observation, keep, domain_ids=weights)
+    loss, _ = Objectives(given)(observation, keep, domain_ids=weights, modality_ids=modalities)
     (wanted,) = torch.autograd.grad(loss / small_gpt.LAYERS, logits)
-    return gradient, wanted
+    return gradient, of_flat, wanted
+
+
+def boundaries_alone():
+    """What routing adds to the gradient of logits in a scope with nothing but boundaries, and a plain loop; and what is
+    said there where an objective needs labels."""
+    import small_gpt
+
+    given, boundaries = {"balance": (LoadBalancing(scope="sequence"), 1.0)}, torch.tensor([0, 5, 12])
+    router = _model(Objectives(given)).decoder.layers[0].mlp.router.train()
+    logits = torch.randn(12, 1, small_gpt.EXPERTS, dtype=torch.float64, requires_grad=True)
+    with edl.domain_scope(cu_seqlens=boundaries):
+        probs, routing_map = router.routing(logits)
+    (gradient,) = torch.autograd.grad(0.0 * probs.sum(), logits)
+    observation = edl.routing.Observation(logits.flatten(0, 1), experts=routing_map.nonzero()[:, 1].view(12, -1))
+    loss, _ = Objectives(given)(observation, cu_seqlens=boundaries)
+    (wanted,) = torch.autograd.grad(loss / small_gpt.LAYERS, logits)
+    sentences = []
+    for objective in (ExpertDivergence(3), ModalityDivergence()):
+        router = _model(Objectives({"objective": (objective, 1.0)})).decoder.layers[0].mlp.router.train()
+        sentences.append(sentence(_in_scope, router, logits, None, topics=torch.zeros(1), cu_seqlens=boundaries))
+    return gradient, wanted, sentences
 
 
 def masks_of_a_scope():
@@ -243,11 +263,6 @@ def choices():
     return gradient, wanted, missing, sentences
 
 
-@dataclasses.dataclass(frozen=True)
-class _Probabilities(ExpertDivergence):
-    """Another kind of objective that takes labels."""
-
-
 def errors(folder: str):
     """Sentences, by what is wrong."""
     from pathlib import Path
@@ -270,10 +285,8 @@ def errors(folder: str):
     file, wrong = Path(folder) / "objectives.json", Path(folder) / "wrong.json"
     file.write_text('{"router_z": {"weight": 1}}')
     wrong.write_text("{")
-    modality = Objectives({"modality": (_Probabilities(3, labels="modality_ids"), 1.0)})
     aux_loss = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
     sentences = {
-        "labels": sentence(patch_spec, layer, modality),
         "bound": sentence(patch_spec, layer, all_three.bind(memory=edl.DomainMemory())),
         "two": sentence(patch_spec, layer, all_three, objectives=all_three),
         "mapping": sentence(patch_spec, layer, objectives={"router_z": (RouterZ(), 1.0)}),
@@ -326,14 +339,14 @@ def collectives():
 
 
 def unlabelled_data():
-    """Whether a forward step without labels goes through `with_domain_ids` where no objective needs any."""
+    """Whether a forward step without labels goes through `with_domain_ids` where no objective needs these."""
     from edl.integrations.megatron import with_domain_ids
 
-    model = _model(ROUTER_Z).train()
     seen = []
 
     def forward_step(data_iterator, model):
         seen.append((next(data_iterator), edl.current_labels()))
 
-    with_domain_ids(forward_step)(iter([{"tokens": 0}]), model)
+    for objectives in (ROUTER_Z, Objectives({"modalities": (ModalityDivergence(), 1.0)})):
+        with_domain_ids(forward_step)(iter([{"tokens": 0}]), _model(objectives).train())
     return seen

@@ -65,6 +65,12 @@ class Step:
     def targets(self) -> Tensor:
         return self.tokens.roll(-1, dims=-1)
 
+    @property
+    def modality_ids(self) -> Tensor:
+        """[M, B, S_len, 2] soft scores of modality, another set of labels; of some tokens there are none."""
+        scores = torch.rand(*self.tokens.shape, 2, generator=torch.Generator().manual_seed(12), dtype=torch.float64)
+        return scores.masked_fill((self.tokens % 5 == 0).unsqueeze(-1), 0.0)
+
 
 def make_step(kind: str = "sequences", micro_batches: int = 2, batch_size: int = 4) -> Step:
     """The same numbers in every process."""
@@ -200,6 +206,7 @@ def rank_batches(step: Step) -> list[dict]:
             "targets": cut(step.targets),
             "positions": positions.unsqueeze(0),
             "domain_ids": cut(step.domain_ids) if step.domain_ids.dim() == 3 else step.domain_ids[m, share],
+            "modality_ids": cut(step.modality_ids),
             "padding": None if step.padding is None else cut(step.padding),
             "cu_seqlens": step.cu_seqlens,
         }
@@ -229,11 +236,16 @@ def forward_step(batch: dict, model, scope, masks_model: bool = True):
     return logits, loss_func
 
 
-def train_step(model: GPTModel, batches: list[dict], step_function, data_iterator) -> dict[str, Tensor]:
-    """Gradients by global name after Megatron's schedule, data-parallel reduction and finalisation."""
-    config = model.config
-    wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
-    config.finalize_model_grads_func = finalize_model_grads
+def wrap(model: GPTModel) -> DistributedDataParallel:
+    """The model as Megatron trains it."""
+    model.config.finalize_model_grads_func = finalize_model_grads
+    return DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+
+
+def train_step(model: GPTModel, batches: list[dict], step_function, data_iterator, wrapped=None) -> dict[str, Tensor]:
+    """Gradients by global name after Megatron's schedule, data-parallel reduction and finalisation; several steps need
+    one wrapped model."""
+    wrapped = wrapped or wrap(model)
     wrapped.zero_grad_buffer()
     Layout.current = (batches[0]["positions"][0], batches[0]["cu_seqlens"])
     get_forward_backward_func()(
@@ -245,7 +257,12 @@ def train_step(model: GPTModel, batches: list[dict], step_function, data_iterato
         micro_batch_size=len(batches[0]["tokens"]),
         forward_only=False,
     )
-    return {_global_name(name): p.main_grad.clone() for name, p in model.named_parameters()}
+    return {name: p.main_grad.clone() for name, p in named_parameters(model)}
+
+
+def named_parameters(model: GPTModel) -> list[tuple[str, torch.nn.Parameter]]:
+    """This rank's, by the names that they have in the whole model."""
+    return [(_global_name(name), parameter) for name, parameter in model.named_parameters()]
 
 
 def init_micro_batches(micro_batch_size: int, micro_batches: int) -> None:

@@ -113,7 +113,12 @@ def _scope(split: Split, batch: dict):
     import edl
 
     padding = None if split.masks_model else batch["padding"]
-    return edl.domain_scope(batch["domain_ids"], padding_mask=padding, cu_seqlens=batch["cu_seqlens"])
+    return edl.domain_scope(
+        batch["domain_ids"],
+        padding_mask=padding,
+        cu_seqlens=batch["cu_seqlens"],
+        modality_ids=batch["modality_ids"],
+    )
 
 
 def gradients(split: Split, objectives: dict) -> dict:

@@ -56,9 +56,19 @@ def test_objectives_without_labels_need_no_scope():
 
 
 def test_sequences_and_weights_of_tokens_stand_in_the_order_of_the_rows():
-    gradient, wanted = on_ranks(1, router_objectives.sequences_and_weights_of_tokens)[0]
+    gradient, of_flat, wanted = on_ranks(1, router_objectives.sequences_and_weights_of_tokens)[0]
     assert wanted.norm() > 1e-3
     assert_close(gradient, wanted, EXACT)
+    assert_close(of_flat, wanted, EXACT)
+
+
+def test_a_scope_need_not_have_labels_that_no_objective_names():
+    gradient, wanted, sentences = on_ranks(1, router_objectives.boundaries_alone)[0]
+    assert wanted.norm() > 1e-3
+    assert_close(gradient, wanted, EXACT)
+    assert sentences == [
+        f"edl::Objectives: {name} must be given (got labels ['topics'])" for name in ("domain_ids", "modality_ids")
+    ]
 
 
 def test_masks_of_a_scope_count_for_all_objectives():
@@ -88,13 +98,12 @@ def test_a_router_has_one_all_reduce():
 
 
 def test_data_without_labels_goes_where_none_are_needed():
-    assert on_ranks(1, router_objectives.unlabelled_data)[0] == [({"tokens": 0}, None)]
+    assert on_ranks(1, router_objectives.unlabelled_data)[0] == [({"tokens": 0}, None)] * 2
 
 
 def test_what_is_refused(tmp_path):
     sentences, names, rest = on_ranks(1, router_objectives.errors, str(tmp_path))[0]
     for name, (start, got) in {
-        "labels": ("edl::megatron.patch_spec: 'modality' must take its labels from domain_ids", "(got 'modality_ids')"),
         "bound": ("edl::Objectives: an integration binds objectives", "(got some that are bound)"),
         "two": ("edl::megatron.patch_spec: objectives must be given once", "(got two)"),
         "mapping": ("edl::megatron.patch_spec: objectives must be edl.objectives.Objectives", "(got dict)"),

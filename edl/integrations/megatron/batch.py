@@ -20,11 +20,13 @@ class RouterBatch(Batch):
         num_slices (int): of the tensor-parallel ranks; 1 without sequence parallelism.
         slice_index (int): this rank's.
         row_padding (Tensor, optional): True = padding, of this rank's rows: `padding_mask` of Megatron's model.
+        has_scope (bool): False outside of any `edl.domain_scope`, where no token has a label.
     """
 
     num_slices: int = 1
     slice_index: int = 0
     row_padding: Tensor | None = None
+    has_scope: bool = True
 
     @classmethod
     def of(
@@ -51,10 +53,11 @@ class RouterBatch(Batch):
             attention_mask=None if scope is None else scope.attention_mask,
             padding_mask=None if scope is None else scope.padding_mask,
             cu_seqlens=None if scope is None else _context_parallel_boundaries(scope.cu_seqlens, context_ranks),
-            labels={} if scope is None else {"domain_ids": scope.domain_ids},
+            labels={} if scope is None else scope.label_sets,
             num_slices=num_slices,
             slice_index=slice_index,
             row_padding=row_padding,
+            has_scope=scope is not None,
         )
 
     @once
@@ -70,7 +73,7 @@ class RouterBatch(Batch):
 
     @once
     def segments(self, labels: str, num_domains: int, sequence_reduction: str = "sequence") -> Segments:
-        if not self.labels:  # outside of any scope, of which the router warns
+        if not self.has_scope:  # of which the router warns
             none = torch.full([self._num_rows], -1, dtype=torch.int32, device=self.device)
             num_segments = num_domains if sequence_reduction == "token" else 0
             return Segments(none, num_segments, torch.arange(num_segments, device=self.device))
@@ -92,13 +95,12 @@ class RouterBatch(Batch):
         """The tokens of all slices, in the order of labels and masks: whole sequences [B, S_len], or one stream."""
         batch_size, num_rows = self.batch_size, self._num_rows
         if batch_size < 1 or num_rows % batch_size != 0:
-            given = self.labels.get("domain_ids")
-            labels = "no labels" if given is None else f"domain_ids {list(given.shape)}"
+            labels = ", ".join(f"{name} {list(given.shape)}" for name, given in self.labels.items())
             raise ValueError(
                 "edl::EDTopKRouter: with router logits [T, E], token s of sequence b in row s·B + b, labels must tell "
-                "a B that divides T: domain_ids [B] (B below T), [B, S_len] or weights [B, D], with cu_seqlens "
-                "[B, S_len]; else pass logits [S_len, B, E] "
-                f"(got {num_rows} rows, {labels}"
+                "a B that divides T: [B] (B below T), [B, S_len] or weights [B, D] or [B, S_len, D], with cu_seqlens "
+                "[B, S_len] or [B, S_len, D]; else pass logits [S_len, B, E] "
+                f"(got {num_rows} rows, {labels or 'no labels'}"
                 f"{'' if self.cu_seqlens is None else ' and cu_seqlens'})"
             )
         return Batch(
@@ -143,10 +145,11 @@ def _told_batch_size(num_rows: int, row_padding: Tensor | None, scope: Labels | 
     for mask in (scope.attention_mask, scope.padding_mask):
         if mask is not None and mask.dim() == 2:
             return mask.shape[0]
-    ids = scope.domain_ids
-    is_per_token = ids.dim() == 2 and not ids.is_floating_point()
-    if is_per_token or (scope.cu_seqlens is None and (ids.shape[0] != num_rows or num_rows == 1)):
-        return ids.shape[0]
+    for labels in scope.label_sets.values():
+        is_per_token = labels.dim() == (3 if labels.is_floating_point() else 2)
+        is_per_sequence = scope.cu_seqlens is None and labels.dim() > 0 and labels.shape[0] < max(num_rows, 2)
+        if is_per_token or is_per_sequence:
+            return labels.shape[0]
     return 0  # one label per token or per sequence of one token; or a stream that may be cut into samples
 
 

@@ -29,7 +29,7 @@ def with_domain_ids(forward_step: Callable, domains: Sequence[int] | None = None
     Returns:
         The forward step to pass to Megatron.
 
-    Raises (the forward step, where the model has objectives that need labels, and trains):
+    Raises (the forward step, where the model has objectives that need `domain_ids`, and trains):
         ValueError: the batch has no `dataset_id`, or another shape; a pipeline stage with MoE layers gets no data
             (build the data set on every stage).
         IndexError: a data set without entry in `domains`.
@@ -37,7 +37,7 @@ def with_domain_ids(forward_step: Callable, domains: Sequence[int] | None = None
 
     @functools.wraps(forward_step)
     def labelled(data_iterator: Iterator | None, model: nn.Module, *args, **kwargs):
-        if not (model.training and _needs_labels(model)):
+        if not (model.training and _needs_domain_ids(model)):
             return forward_step(data_iterator, model, *args, **kwargs)
         batch = None if data_iterator is None else next(data_iterator)
         domain_ids = _on_all_tensor_ranks(_domain_ids(batch, domains), next(model.parameters()).device)
@@ -47,8 +47,8 @@ def with_domain_ids(forward_step: Callable, domains: Sequence[int] | None = None
     return labelled
 
 
-def _needs_labels(model: nn.Module) -> bool:
-    return any(isinstance(module, EDTopKRouter) and module.needs_labels for module in model.modules())
+def _needs_domain_ids(model: nn.Module) -> bool:
+    return any(isinstance(module, EDTopKRouter) and "domain_ids" in module.label_sets for module in model.modules())
 
 
 def _domain_ids(batch: dict | None, domains: Sequence[int] | None) -> Tensor | None:

@@ -88,13 +88,14 @@ def _entries_of(objectives: Objectives) -> list[str]:
     # An option may have to divide the number of experts, which is not known here.
     options = [x for objective in objectives.objectives.values() for x in vars(objective).values() if type(x) is int]
     num_experts = math.lcm(8, *[x for x in options if x > 0])
+    label_sets = {objective.labels for objective in objectives.objectives.values()}
     with torch.enable_grad():
         logits = torch.zeros(2, num_experts, device="cpu", requires_grad=True)
         scores = logits.softmax(dim=1)
         experts = torch.arange(2, device="cpu").expand(2, 2).contiguous()
         probe(
             Observation(logits, scores, scores[:, :2], experts, batch_size=1),
-            domain_ids=torch.zeros(1, dtype=torch.long, device="cpu"),
+            **{name: torch.zeros(1, dtype=torch.long, device="cpu") for name in label_sets if name is not None},
         )
     return list(_by_entry(probe))
 

@@ -108,16 +108,17 @@ class EDTopKRouter(TopKRouter):
                 )
 
     @property
-    def needs_labels(self) -> bool:
-        """Whether one of its objectives does."""
-        return bool(self._need_labels)
+    def label_sets(self) -> set[str]:
+        """The names of the sets of labels that its objectives need."""
+        named = (objective.labels for objective in self.objectives.objectives.values())
+        return {name for name in named if name is not None}
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Megatron's routing of logits [S_len, B, E], with the loss attached to the weights.
 
         Logits [T, E] have token s of sequence b in row s·B + b and do not say B. It is taken from a `padding_mask`
-        [S_len, B], a mask [B, S_len] of the scope, labels [B] (B below T) or [B, S_len], or weights [B, D]; with
-        `cu_seqlens` from a mask, or labels [B, S_len].
+        [S_len, B], a mask [B, S_len] of the scope, or of any set labels [B] (B below T) or [B, S_len], or weights
+        [B, D] or [B, S_len, D]; with `cu_seqlens` from a mask, labels [B, S_len] or weights [B, S_len, D].
 
         Raises:
             ValueError: logits of other dimensions, or [T, E] where B is needed and cannot be told or does not divide T.

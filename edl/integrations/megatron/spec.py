@@ -106,9 +106,9 @@ def patch_spec(
         The patched spec (or function).
 
     Raises:
-        ValueError: both forms at once, a negative or no finite coeff, no num_domains, objectives that are bound or
-            need other labels than `domain_ids`, a spec without MoE layer (unless pipeline stages share the model), a
-            megatron-core before 0.16, a router that is not derived from `TopKRouter`, or one patched already.
+        ValueError: both forms at once, a negative or no finite coeff, no num_domains, objectives that are bound, a spec
+            without MoE layer (unless pipeline stages share the model), a megatron-core before 0.16, a router that is
+            not derived from `TopKRouter`, or one patched already.
     """
     if isinstance(num_domains, Objectives):
         if objectives is not None:
@@ -158,9 +158,3 @@ def _check_objectives(objectives: Any) -> None:
         raise ValueError(
             f"edl::megatron.patch_spec: objectives must be edl.objectives.Objectives (got {type(objectives).__name__})"
         )
-    for name, objective in objectives.objectives.items():
-        if objective.labels not in (None, "domain_ids"):
-            raise ValueError(
-                f"edl::megatron.patch_spec: {name!r} must take its labels from domain_ids, which edl.domain_scope "
-                f"gives (got {objective.labels!r})"
-            )

@@ -26,9 +26,9 @@ def add_objectives(model_config: Any, objectives: Objectives, *, micro_batches: 
 
     Routers hand over scores, as distributions over experts, and the chosen experts with their weights, but no logits.
     `ExpertDivergence` therefore reads the scores of the router's own function, whatever its `input` and `scores` say.
-    Labels, called "domain_ids", come from an `edl.domain_scope` around each forward pass; under context parallelism
-    labels per token are those of the rank's slice. Outside any scope objectives that name labels do nothing, and the
-    others act.
+    Labels, `domain_ids` and other sets by name, come from an `edl.domain_scope` around each forward pass; under context
+    parallelism labels per token are those of the rank's slice. Outside any scope objectives that name labels do
+    nothing, and the others act.
 
     Args:
         model_config (Configurable.Config): of a torchtitan model; changed in place.
@@ -39,8 +39,8 @@ def add_objectives(model_config: Any, objectives: Objectives, *, micro_batches: 
             checkpointing needs a scope around every pass. Default: False.
 
     Raises:
-        ValueError: objectives that are bound, need logits, or labels that a scope does not have; no router, a router of
-            another class (up to 0.3.0), or one that has objectives already.
+        ValueError: objectives that are bound or need logits; no router, a router of another class (up to 0.3.0), or one
+            that has objectives already.
     """
     checks.check_flags("torchtitan", memory=memory)
     micro_batches = checks.as_integer("torchtitan", "micro_batches", micro_batches, lowest=1)

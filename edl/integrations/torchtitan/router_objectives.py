@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtitan.distributed.spmd_types import current_spmd_mesh
 
-from edl.labels.scope import current_labels
+from edl.labels.scope import Labels, current_labels
 from edl.objectives import ExpertDivergence, Objective, Objectives
 from edl.ops import checks
 from edl.reduction.micro_batches import DomainMemory
 from edl.routing import Observation
 
-LABELS = "domain_ids"  # the set that a scope has
 OBSERVED = frozenset({"scores", "weights", "experts"})  # what routers hand over
 
 
@@ -53,8 +52,9 @@ class RouterObjectives:
         self.objectives = for_routers(objectives)
         self.passes_of_step = passes_of_step
         self.needs = frozenset().union(*(objective.needs for objective in self.objectives.objectives.values()))
-        needs_labels = [objective.labels is not None for objective in self.objectives.objectives.values()]
-        self._some_need_labels, self._all_need_labels = any(needs_labels), all(needs_labels)
+        named = [objective.labels for objective in self.objectives.objectives.values()]
+        self._label_sets = {name for name in named if name is not None}
+        self._all_need_labels = None not in named
         self._has_memory = memory
         self._shares_tokens = shares_tokens
         self._is_bound = False
@@ -101,12 +101,7 @@ class RouterObjectives:
         if not self._is_bound:
             self._bind()
         self._refuse_cut_sequences(scores)
-        given = {} if labels is None else labels._asdict()
-        if given.get("attention_mask") is None and given.get("padding_mask") is None:
-            given["padding_mask"] = padding_mask
-        if labels is None and self._some_need_labels:
-            rows = scores.shape[:-1] if scores.dim() == 3 else (1, scores.shape[0])
-            given[LABELS] = torch.full(rows, -1, device=scores.device)
+        given = self._given(labels, scores, padding_mask)
         repeats = is_replay()
         if self.passes == self.passes_of_step and not repeats:
             self.end_step()
@@ -124,6 +119,20 @@ class RouterObjectives:
             for name, value in values.items():
                 self.values[name] = value.where(self.has_effect(name), self.values.get(name, torch.nan))
         return total, values
+
+    def _given(self, labels: Labels | None, scores: Tensor, padding_mask: Tensor | None) -> dict[str, Tensor | None]:
+        """What is known of the tokens, by the names that objectives have for it."""
+        if labels is None:
+            rows = scores.shape[:-1] if scores.dim() == 3 else (1, scores.shape[0])
+            none = {name: torch.full(rows, -1, device=scores.device) for name in self._label_sets}
+            return {"padding_mask": padding_mask, **none}
+        has_mask = labels.attention_mask is not None or labels.padding_mask is not None
+        return {
+            "attention_mask": labels.attention_mask,
+            "padding_mask": labels.padding_mask if has_mask else padding_mask,
+            "cu_seqlens": labels.cu_seqlens,
+            **labels.label_sets,
+        }
 
     def _refuse_cut_sequences(self, scores: Tensor) -> None:
         if scores.dim() == 3 or self.ranks.context is None:
@@ -175,11 +184,6 @@ def _observing(name: str, objective: Objective) -> Objective:
         raise ValueError(
             f"edl::torchtitan: objectives must do with {', '.join(sorted(OBSERVED))}, which is what routers hand over "
             f"(got {name!r}, which needs {', '.join(missing)})"
-        )
-    if objective.labels not in (None, LABELS):
-        raise ValueError(
-            f"edl::torchtitan: labels come from edl.domain_scope, so that objectives must name {LABELS!r} "
-            f"(got {objective.labels!r} of {name!r})"
         )
     return objective
 

@@ -27,9 +27,9 @@ def _is_soft(label: Tensor) -> bool:
     return label.is_floating_point() and label.numel() > 0  # an empty list of labels is floating for torch
 
 
-def _per_token(op: str, name: str, label: Tensor, n: int) -> list[Any]:
-    """The label of each of an example's n tokens."""
-    if label.dim() > 0 and label.shape != (n,):
+def _per_token(op: str, name: str, label: Tensor, n: int, dimensions: int = 1) -> list[Any]:
+    """The label of each of an example's n tokens, or with two dimensions its weights."""
+    if label.dim() > 0 and (label.dim() != dimensions or label.shape[0] != n):
         raise ValueError(
             f"edl::{op}: {name} must be one label per example or per token "
             f"(got {'x'.join(map(str, label.shape))} for {n} tokens)"
@@ -37,14 +37,18 @@ def _per_token(op: str, name: str, label: Tensor, n: int) -> list[Any]:
     return [label.item()] * n if label.dim() == 0 else label.tolist()
 
 
-def _token_labels(name: str, labels: list[Tensor], lengths: list[int], batch: Mapping[str, Any]) -> Tensor:
-    """Labels [B, S_len], one per token and -1 at padding, of examples that were padded, or flattened into one row."""
-    per_token = [_per_token("DomainCollator", name, label, n) for label, n in zip(labels, lengths)]
+def _token_labels(
+    name: str, labels: list[Tensor], lengths: list[int], batch: Mapping[str, Any], none: Any, dtype: torch.dtype
+) -> Tensor:
+    """Labels [B, S_len], one per token and `none` at padding, of examples that were padded, or flattened into one row;
+    weights [B, S_len, D] where `none` is a list of them."""
+    dimensions = 2 if isinstance(none, list) else 1
+    per_token = [_per_token("DomainCollator", name, label, n, dimensions) for label, n in zip(labels, lengths)]
     shape = batch["input_ids"].shape
     if shape == (1, sum(lengths)):
-        return torch.tensor([list(chain.from_iterable(per_token))], dtype=torch.int64)
+        return torch.tensor([list(chain.from_iterable(per_token))], dtype=dtype)
     if len(shape) == 2 and lengths == [shape[1]] * shape[0]:
-        return torch.tensor(per_token, dtype=torch.int64)
+        return torch.tensor(per_token, dtype=dtype)
     mask = batch.get("attention_mask")
     kept = mask.tolist() if mask is not None and mask.shape == shape and len(shape) == 2 else []
     if [sum(map(bool, row)) for row in kept] != lengths:
@@ -52,21 +56,21 @@ def _token_labels(name: str, labels: list[Tensor], lengths: list[int], batch: Ma
             "edl::DomainCollator: the collator must pad each example to a row with an attention_mask, or flatten all "
             f"into one row (got {shape[0]} rows of {shape[1]} for examples of {lengths} tokens)"
         )
-    return torch.tensor([list(_spread(row, iter(label))) for row, label in zip(kept, per_token)], dtype=torch.int64)
+    return torch.tensor([list(_spread(row, iter(label), none)) for row, label in zip(kept, per_token)], dtype=dtype)
 
 
-def _spread(kept: list[Any], labels: Iterator[int]) -> Iterator[int]:
-    """The labels at the places that are kept, in their order, and -1 at the others."""
-    return (next(labels) if keep else -1 for keep in kept)
+def _spread(kept: list[Any], labels: Iterator[Any], none: Any) -> Iterator[Any]:
+    """The labels at the places that are kept, in their order, and `none` at the others."""
+    return (next(labels) if keep else none for keep in kept)
 
 
 class DomainCollator:
     """Lets another collator make the batch and gives it the labels of the examples.
 
-    One label per example becomes `[B]`, one per token `[B, S_len]` with -1 at padding, whichever side is padded, and
-    floating weights [D] become `[B, D]`. Where the collator flattens all examples into one row
-    (`DataCollatorWithFlattening`), labels become one per token. Batches without labels, such as those of an evaluation
-    set, pass as they are.
+    One label per example becomes `[B]`, one per token `[B, S_len]` with -1 at padding, whichever side is padded.
+    Floating weights [D] of an example become `[B, D]`, those of its tokens [n, D] `[B, S_len, D]` with zeros at
+    padding. Where the collator flattens all examples into one row (`DataCollatorWithFlattening`), labels become one per
+    token. Batches without labels, such as those of an evaluation set, pass as they are.
 
     Args:
         collator (Callable): makes a batch of tensors of a list of examples, without their labels.
@@ -108,21 +112,27 @@ def _collated(name: str, labels: list[Tensor], examples: list[dict[str, Any]], b
             f"{sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__})"
         )
     is_soft = any(map(_is_soft, labels))
-    if len(batch["input_ids"]) == len(examples) and (is_soft or all(label.dim() == 0 for label in labels)):
-        if len({label.shape for label in labels}) > 1:
-            raise ValueError(
-                "edl::DomainCollator: soft labels must have as many weights in every example, one per domain "
-                f"(got {' and '.join(str(label.numel()) for label in labels)})"
-            )
-        dtype = reduce(torch.promote_types, (label.dtype for label in labels))
-        return torch.tensor([label.tolist() for label in labels], dtype=dtype)
-    if is_soft:
+    if is_soft and len({(label.dim(), label.shape[-1:]) for label in labels}) > 1:
         raise ValueError(
-            "edl::DomainCollator: soft labels need one row per example (got examples flattened into one row)"
+            "edl::DomainCollator: soft labels must have as many weights in every example, one per domain "
+            f"(got {' and '.join('x'.join(map(str, label.shape)) or '1' for label in labels)})"
+        )
+    are_weights_of_tokens = is_soft and labels[0].dim() == 2
+    is_one_each = not are_weights_of_tokens and (is_soft or all(label.dim() == 0 for label in labels))
+    dtype = reduce(torch.promote_types, (label.dtype for label in labels))
+    if is_one_each and len(batch["input_ids"]) == len(examples):
+        return torch.tensor([label.tolist() for label in labels], dtype=dtype)
+    if is_one_each and is_soft:
+        raise ValueError(
+            "edl::DomainCollator: soft labels of examples need one row per example (got examples flattened into one "
+            "row)"
         )
     if not all("input_ids" in example for example in examples):
         raise ValueError("edl::DomainCollator: examples with labels of tokens must have input_ids (got one without)")
-    return _token_labels(name, labels, [len(example["input_ids"]) for example in examples], batch)
+    lengths = [len(example["input_ids"]) for example in examples]
+    if are_weights_of_tokens:
+        return _token_labels(name, labels, lengths, batch, [0.0] * labels[0].shape[1], dtype)
+    return _token_labels(name, labels, lengths, batch, -1, torch.int64)
 
 
 def pack_documents(

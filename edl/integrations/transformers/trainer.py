@@ -87,7 +87,7 @@ def _documents_in_rows(cu_seqlens: Tensor, shape: torch.Size) -> tuple[Tensor, T
 
 
 def _is_per_token(labels: Any) -> bool:
-    return bool(labels.dim() == 2 and not labels.is_floating_point())
+    return bool(labels.dim() == (3 if labels.is_floating_point() else 2))
 
 
 def _has_mixed_documents(per_token: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -344,7 +344,7 @@ class EDTrainerMixin(_Trainer):
         if not self._label_sets:
             return self._handle.loss(attention_mask=attention_mask)
         labels = {name: self._labels_of(name, inputs) for name in self._label_sets}
-        per_token = [given for given in labels.values() if _is_per_token(given)]
+        per_token = [given for given in labels.values() if _is_per_token(given) and not given.is_floating_point()]
         tokens, cu_seqlens = _tokens_of(inputs), self._document_boundaries(inputs)
         if cu_seqlens is not None:
             of_rows = {

@@ -5,11 +5,13 @@ from edl.objectives.configuration import objectives_from_file, objectives_of
 from edl.objectives.cross_layer_coupling import CrossLayerCoupling
 from edl.objectives.dirichlet_prior import DirichletPrior
 from edl.objectives.expert_divergence import ExpertDivergence
+from edl.objectives.expert_router_coupling import ExpertRouterCoupling
 from edl.objectives.load_balancing import LoadBalancing
 from edl.objectives.modality_divergence import ModalityDivergence
 from edl.objectives.mutual_information import ModalityMutualInformation, MutualInformation
 from edl.objectives.objectives import Objectives, linear_warmup
 from edl.objectives.router_entropy import RouterEntropy
+from edl.objectives.router_weights import RouterOrthogonality, RouterSimilarity
 from edl.objectives.router_z import RouterZ
 from edl.objectives.routing_variance import RoutingVariance
 
@@ -17,6 +19,7 @@ __all__ = [
     "CrossLayerCoupling",
     "DirichletPrior",
     "ExpertDivergence",
+    "ExpertRouterCoupling",
     "LoadBalancing",
     "ModalityDivergence",
     "ModalityMutualInformation",
@@ -24,6 +27,8 @@ __all__ = [
     "Objective",
     "Objectives",
     "RouterEntropy",
+    "RouterOrthogonality",
+    "RouterSimilarity",
     "RouterZ",
     "RoutingVariance",
     "Sums",

@@ -18,6 +18,7 @@ from edl.ops import inject  # noqa: E402
 from edl.reduction.micro_batches import DomainMemory  # noqa: E402
 from edl.routing import Choice, Routing, RoutingContext  # noqa: E402
 from edl.training.expert_bias import update_expert_bias  # noqa: E402
+from edl.training.router_weights import decoupled_router_step  # noqa: E402
 
 layer_listeners.append(tell_transformers)
 
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "cmake_prefix_path",
     "current_labels",
+    "decoupled_router_step",
     "domain_scope",
     "expert_divergence_loss",
     "expert_parallel",

@@ -193,6 +193,11 @@ class Observation(NamedTuple):
         output_gram (Tensor[T, K, K], optional): inner products of each token's K expert outputs before their weights,
             as `edl.ops.expert_mlp_with_gram` gives them.
         activation_gram (Tensor[T, K, K], optional): of the K activations before `down`.
+        router_gram (Tensor[E, E], optional): inner products of the router's rows, as `edl.moe.router_weights.gram_of`
+            gives them.
+        router_responses (Tensor[E, E_local], optional): how strongly the gates of this process' experts answer to the
+            router's rows, as `edl.moe.router_weights.responses_of` gives it.
+        first_expert (int): the expert of its first column. Default: 0.
     """
 
     logits: Tensor | None = None
@@ -203,9 +208,31 @@ class Observation(NamedTuple):
     tokens_per_expert: Tensor | None = None
     output_gram: Tensor | None = None
     activation_gram: Tensor | None = None
+    router_gram: Tensor | None = None
+    router_responses: Tensor | None = None
+    first_expert: int = 0
 
 
 _pytree._register_namedtuple(Observation, serialized_type_name="edl.routing.Observation")
+
+
+# The fields with a row for each token.
+_OF_TOKENS = ("logits", "scores", "weights", "experts", "output_gram", "activation_gram")
+
+
+def tokens_seen(layers: list[Observation]) -> Tensor:
+    """What says how many tokens a call has, and where: the first tensor with a row for each of them, or none of the
+    rows of what was observed of weights alone.
+
+    Raises:
+        ValueError: nothing was observed.
+    """
+    fields = [(name, getattr(layer, name)) for layer in layers for name in Observation._fields]
+    observed = [(name, x) for name, x in fields if isinstance(x, Tensor)]
+    if not observed:
+        raise ValueError(f"edl::Objectives: observations must hold what was observed (got {len(layers)} of nothing)")
+    of_tokens = [x for name, x in observed if name in _OF_TOKENS]
+    return of_tokens[0] if of_tokens else torch.empty(0, device=observed[0][1].device)
 
 
 def observations_of(given: Any) -> list[Observation]:

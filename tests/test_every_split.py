@@ -12,18 +12,22 @@ from tolerances import assert_close
 from torch.distributed.device_mesh import init_device_mesh
 
 import edl
+from edl.moe.router_weights import gram_of, responses_of
 from edl.objectives import (
     ActivationCosine,
     CrossLayerCoupling,
     DirichletPrior,
     ExpertDivergence,
     ExpertOrthogonality,
+    ExpertRouterCoupling,
     LoadBalancing,
     ModalityDivergence,
     ModalityMutualInformation,
     MutualInformation,
     Objectives,
     RouterEntropy,
+    RouterOrthogonality,
+    RouterSimilarity,
     RouterZ,
     RoutingVariance,
     available,
@@ -52,6 +56,9 @@ WHOLE = {
     "information": MutualInformation(D, "uniform"),
     "information of weights": MutualInformation(D, labels="weights"),
     "entropy": RouterEntropy(),
+    "rows": RouterOrthogonality(groups=2, margin=0.1),
+    "rows, similarity": RouterSimilarity(),
+    "rows and experts": ExpertRouterCoupling(),
     "z": RouterZ(),
     "variance": RoutingVariance(),
     "variance of the code": RoutingVariance("released_code"),
@@ -78,19 +85,26 @@ class Batch:
             "of_tokens": torch.randint(-1, D, (B, LENGTH), generator=generator),
             "weights": random(B, LENGTH, D).abs(),
         }
+        self.gates = [random(size, 4, H) for size in SIZES]
 
     def losses(self, bound, routers, part):
         sequences, positions = part
         hidden = self.hidden[sequences, positions].flatten(0, 1)
         layers = []
-        for router in routers:
+        for router, gates in zip(routers, self.gates, strict=True):
             logits = hidden @ router.T
             experts = edl.ops.route_tokens(logits.detach(), K, "softmax")[1]
             weights = logits.sigmoid().gather(1, experts)
             rows = router[experts] * hidden.unsqueeze(1)  # what a layer would not let out, of each choice
             gram = rows @ rows.mT
+            told = {
+                "output_gram": gram,
+                "activation_gram": gram,
+                "router_gram": gram_of(router),
+                "router_responses": responses_of(router, gates),
+            }
             size = len(self.keep[part])  # of one token each, sequences are told by their number alone
-            layers.append(Observation(logits, None, weights, experts, size, output_gram=gram, activation_gram=gram))
+            layers.append(Observation(logits, weights=weights, experts=experts, batch_size=size, **told))
         of_part = {name: x[part] if x.dim() > 1 else x[sequences] for name, x in self.labels.items()}
         return bound(layers, self.keep[part], **of_part)
 

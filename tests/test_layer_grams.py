@@ -131,6 +131,6 @@ def test_it_comes_with_the_routing_alone():
     with pytest.raises(ValueError) as error:
         make_layer(output_gram=True, return_routing=False)
     assert str(error.value) == (
-        "edl::MoELayer: output_gram and activation_gram are returned with the routing, they need return_routing=True "
-        "(got False)"
+        "edl::MoELayer: output_gram, activation_gram, router_gram, router_responses are returned with the routing, "
+        "they need return_routing=True (got False)"
     )

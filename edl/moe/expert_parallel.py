@@ -10,7 +10,7 @@ computation takes the local shards.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Optional, TypeGuard
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edl import ops
+from edl.moe import router_weights
 from edl.ops import checks
 from edl.reduction.ranks import Group, first_problem
 
@@ -104,7 +105,7 @@ def uniform_experts_(weight: Tensor, bound: float) -> None:
     """
     if weight.is_meta:
         return
-    if not _is_dtensor(weight):
+    if not checks.is_dtensor(weight):
         for expert in weight:
             nn.init.uniform_(_with_marks_of(weight, expert), -bound, bound)
         return
@@ -125,14 +126,6 @@ def _with_marks_of(weight: Tensor, part: Tensor) -> Tensor:
     """A part of a weight with the attributes that a framework set on the whole, by which `nn.init` may skip it."""
     part.__dict__.update(weight.__dict__)
     return part
-
-
-def _is_dtensor(tensor: Tensor) -> TypeGuard["DTensor"]:
-    if not dist.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
 
 
 def _as_dtensor(tensor: Tensor) -> "DTensor":
@@ -287,6 +280,21 @@ def expert_mlp(
     return ops.combine_tokens(rows, weights, row_order, weights.shape[1]), gram
 
 
+def router_responses(weight: Tensor, gate_up: Tensor, mesh: "dist.device_mesh.DeviceMesh") -> tuple[Tensor, int]:
+    """`edl.moe.router_weights.responses_of` for the experts of this rank.
+
+    Args:
+        weight (Tensor[E, H]): of the router.
+        gate_up (DTensor[E, 2I, H]): sharded by expert over the mesh.
+        mesh (DeviceMesh): of one dimension.
+
+    Returns:
+        Tensor[E, E/R], and the first of these experts.
+    """
+    own = _as_dtensor(gate_up).to_local()
+    return router_weights.responses_of(weight, own), mesh.get_local_rank() * own.shape[0]
+
+
 # ---- around the layer: data parallelism, clipping ----
 
 
@@ -354,6 +362,8 @@ def fully_shard_layer(
     # the router gives stay what they are.
     policy = options.get("mp_policy", MixedPrecisionPolicy())
     inside = {**options, "mp_policy": dataclasses.replace(policy, cast_forward_inputs=False, output_dtype=None)}
+    if layer.router_gram or layer.router_responses:
+        inside["reshard_after_forward"] = False  # the layer looks at the router's rows once more behind it
     fully_shard(list(layer.children()), mesh=mesh, **inside)
     sharded = fully_shard(layer, mesh=replica_mesh, shard_placement_fn=lambda parameter: Shard(dimension), **options)
     # FSDP2 divides by the replicas; with this, by all data ranks. `set_gradient_divide_factor(mesh.size())` means the
@@ -426,7 +436,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if gradients:
             norm = torch.nn.utils.get_total_norm(gradients)
-            norms.append(norm.full_tensor() if _is_dtensor(norm) else norm)
+            norms.append(norm.full_tensor() if checks.is_dtensor(norm) else norm)
     total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
     for parameters in (experts, others):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)

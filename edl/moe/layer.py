@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edl import ops
-from edl.moe import expert_parallel
+from edl.moe import expert_parallel, router_weights
 from edl.moe.routers import Router, TopK, check_top_k_options, check_weight_type
 from edl.ops import checks
 from edl.reduction.ranks import Group
@@ -61,18 +61,26 @@ def _check_own_router(router: Router, options: dict[str, Any], expert_bias: bool
         )
 
 
-def _check_grams(output_gram: bool, activation_gram: bool, return_routing: bool, has_group: bool) -> None:
-    """Raises where a layer cannot tell how alike its experts answer."""
-    checks.check_flags("MoELayer", output_gram=output_gram, activation_gram=activation_gram)
-    if (output_gram or activation_gram) and not return_routing:
+_OBSERVED = ("output_gram", "activation_gram", "router_gram", "router_responses")
+
+
+def _check_observed(asked: dict[str, bool], return_routing: bool, has_group: bool, has_rows: bool) -> None:
+    """Raises where a layer cannot tell objectives what they ask for."""
+    checks.check_flags("MoELayer", **asked)
+    if any(asked.values()) and not return_routing:
         raise ValueError(
-            "edl::MoELayer: output_gram and activation_gram are returned with the routing, they need "
-            "return_routing=True (got False)"
+            f"edl::MoELayer: {', '.join(_OBSERVED)} are returned with the routing, they need return_routing=True (got "
+            "False)"
         )
-    if activation_gram and has_group:
+    if asked["activation_gram"] and has_group:
         raise ValueError(
             "edl::MoELayer: activation_gram needs all activations of a token in one process, which no expert_group has "
             "(got an expert_group)"
+        )
+    if (asked["router_gram"] or asked["router_responses"]) and not has_rows:
+        raise ValueError(
+            "edl::MoELayer: router_gram and router_responses need a router with a row for each expert, weight [E, H] "
+            "(got one without)"
         )
 
 
@@ -141,6 +149,11 @@ class MoELayer(nn.Module):
             until the backward pass. Default: False.
         activation_gram (bool): the same of the experts' activations before `down`, as `activation_gram`; nothing more
             is kept. Not with `expert_group`, whose ranks hold a token's activations apart. Default: False.
+        router_gram (bool): the same of the router's rows, as `router_gram [E, E]`, which does not depend on the tokens.
+            The router must have them as `weight [E, H]`. Default: False.
+        router_responses (bool): how strongly each expert's gate answers to each of these rows, perturbed, as
+            `router_responses`: see `edl.objectives.ExpertRouterCoupling`, also for what it costs. With `expert_group`
+            of this rank's experts, from `first_expert` on. Default: False.
         device (torch.device, str or int, optional): where the parameters are created.
         dtype (torch.dtype, optional): type of the parameters.
 
@@ -154,6 +167,9 @@ class MoELayer(nn.Module):
     return_routing: Final[bool]  # these decide the type that a scripted layer returns
     output_gram: Final[bool]
     activation_gram: Final[bool]
+    router_gram: Final[bool]
+    router_responses: Final[bool]
+    returns_observation: Final[bool]
     transformers_family: str | None = None  # the model type of the block that the layer was made from
     top_k, scores = _of_router("top_k"), _of_router("scores")
     normalize_top_k, routed_scaling_factor = _of_router("normalize_top_k"), _of_router("routed_scaling_factor")
@@ -179,6 +195,8 @@ class MoELayer(nn.Module):
         return_routing: bool = True,
         output_gram: bool = False,
         activation_gram: bool = False,
+        router_gram: bool = False,
+        router_responses: bool = False,
         device: torch.types.Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -190,7 +208,6 @@ class MoELayer(nn.Module):
         checks.check_flags(
             "MoELayer", expert_bias=expert_bias, shared_expert_gate=shared_expert_gate, return_routing=return_routing
         )
-        _check_grams(output_gram, activation_gram, return_routing, expert_group is not None)
         check_weight_type("MoELayer", dtype)
         if num_shared_experts == 0 and (shared_expert_gate or shared_intermediate_size is not None):
             raise ValueError(
@@ -211,6 +228,9 @@ class MoELayer(nn.Module):
             router = TopK(hidden_size, num_experts, **options, device=device, dtype=dtype)
         else:
             _check_own_router(router, options, expert_bias)
+        asked = dict(zip(_OBSERVED, (output_gram, activation_gram, router_gram, router_responses)))
+        has_rows = router_weights.has_rows(router, num_experts, hidden_size)
+        _check_observed(asked, return_routing, expert_group is not None, has_rows)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_experts = num_experts
@@ -218,6 +238,9 @@ class MoELayer(nn.Module):
         self.return_routing = return_routing
         self.output_gram = output_gram
         self.activation_gram = activation_gram
+        self.router_gram = router_gram
+        self.router_responses = router_responses
+        self.returns_observation = any(asked.values())
         self.router = router
         self.expert_mesh: torch.distributed.device_mesh.DeviceMesh | None = None
         if expert_group is not None:
@@ -330,6 +353,12 @@ class MoELayer(nn.Module):
         row_order, offsets = torch.ops.edl.sort_by_expert(choice.experts, self.num_experts, caller="edl::MoELayer")
         return tokens, choice, row_order, offsets
 
+    def _router_rows(self) -> Tensor:
+        """The router's weight [E, H]; TorchScript looks at it only where it is asked for."""
+        weight = self.router.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
     # Returns what return_routing says: TorchScript, which reads annotations, infers it.
     def forward(self, hidden: Tensor, context: RoutingContext | None = None):  # type: ignore[no-untyped-def]
         """Runs the layer.
@@ -340,7 +369,8 @@ class MoELayer(nn.Module):
 
         Returns:
             output (Tensor[..., H]), and the `Routing` of the T tokens unless `return_routing` is False; with
-            `output_gram` or `activation_gram` an `edl.routing.Observation` in its place.
+            `output_gram`, `activation_gram`, `router_gram` or `router_responses` an `edl.routing.Observation` in its
+            place.
 
         Raises:
             ValueError: no dense tensor, a last dimension other than H, a type or device other than that of the experts,
@@ -349,6 +379,8 @@ class MoELayer(nn.Module):
         """
         output_gram: Tensor | None = None
         activation_gram: Tensor | None = None
+        responses: Tensor | None = None
+        first_expert = 0
         if self.expert_mesh is not None:
             with expert_parallel.reporting_failures(self.gate_up_proj, self.expert_mesh):
                 tokens, choice, row_order, offsets = self._route(hidden, context)
@@ -362,6 +394,10 @@ class MoELayer(nn.Module):
                 self.expert_mesh,
                 self.output_gram,
             )
+            if self.router_responses:
+                responses, first_expert = expert_parallel.router_responses(
+                    self._router_rows(), self.gate_up_proj, self.expert_mesh
+                )
         else:
             tokens, choice, row_order, offsets = self._route(hidden, context)
             if self.output_gram or self.activation_gram:
@@ -379,6 +415,8 @@ class MoELayer(nn.Module):
                 activation_gram = of_activations if self.activation_gram else None
             else:
                 output = ops.expert_mlp(tokens, choice.weights, row_order, offsets, self.gate_up_proj, self.down_proj)
+            if self.router_responses:
+                responses = router_weights.responses_of(self._router_rows(), self.gate_up_proj)
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens)
             if self.shared_expert_gate is not None:
@@ -389,7 +427,10 @@ class MoELayer(nn.Module):
         output = output.view_as(hidden) if torch.jit.is_tracing() else torch.ops.aten._unsafe_view(output, hidden.shape)
         if self.return_routing:
             tokens_per_expert = (offsets[1:] - offsets[:-1]).to(torch.int64)
-            if self.output_gram or self.activation_gram:
+            if self.returns_observation:
+                of_rows: Tensor | None = None
+                if self.router_gram:
+                    of_rows = router_weights.gram_of(self._router_rows())
                 return output, Observation(
                     choice.logits,
                     None,
@@ -399,6 +440,9 @@ class MoELayer(nn.Module):
                     tokens_per_expert,
                     output_gram,
                     activation_gram,
+                    of_rows,
+                    responses,
+                    first_expert,
                 )
             return output, Routing(choice.logits, choice.weights, choice.experts, tokens_per_expert)
         return output
@@ -453,6 +497,6 @@ class MoELayer(nn.Module):
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
             f"num_experts={self.num_experts}, expert_bias={self.expert_bias is not None}, "
             f"num_shared_experts={self.num_shared_experts}, return_routing={self.return_routing}"
-            + "".join(f", {name}=True" for name in ("output_gram", "activation_gram") if getattr(self, name))
+            + "".join(f", {name}=True" for name in _OBSERVED if getattr(self, name))
             + (f", expert_group of {self.expert_mesh.size()} ranks" if self.expert_mesh is not None else "")
         )

@@ -7,11 +7,13 @@ from edl.objectives.cross_layer_coupling import CrossLayerCoupling
 from edl.objectives.dirichlet_prior import DirichletPrior
 from edl.objectives.expert_divergence import ExpertDivergence
 from edl.objectives.expert_orthogonality import ExpertOrthogonality
+from edl.objectives.expert_router_coupling import ExpertRouterCoupling
 from edl.objectives.load_balancing import LoadBalancing
 from edl.objectives.modality_divergence import ModalityDivergence
 from edl.objectives.mutual_information import ModalityMutualInformation, MutualInformation
 from edl.objectives.objectives import Objectives
 from edl.objectives.router_entropy import RouterEntropy
+from edl.objectives.router_weights import RouterOrthogonality, RouterSimilarity
 from edl.objectives.router_z import RouterZ
 from edl.objectives.routing_variance import RoutingVariance
 from edl.objectives.schedules import linear_decay, linear_warmup, off_after
@@ -22,6 +24,7 @@ __all__ = [
     "DirichletPrior",
     "ExpertDivergence",
     "ExpertOrthogonality",
+    "ExpertRouterCoupling",
     "LoadBalancing",
     "ModalityDivergence",
     "ModalityMutualInformation",
@@ -29,6 +32,8 @@ __all__ = [
     "Objective",
     "Objectives",
     "RouterEntropy",
+    "RouterOrthogonality",
+    "RouterSimilarity",
     "RouterZ",
     "RoutingVariance",
     "Sums",

@@ -16,7 +16,7 @@ from edl.objectives.schedules import Weight, weight_at
 from edl.ops import checks
 from edl.reduction.micro_batches import DomainMemory
 from edl.reduction.ranks import Group, Ranks
-from edl.routing import Observation, observations_of
+from edl.routing import Observation, observations_of, tokens_seen
 
 _GRAMS = (
     "output_gram",
@@ -273,7 +273,7 @@ class Objectives(nn.Module):
         """
 
         def batch_of(layers: list[Observation]) -> Batch:
-            seen = next(x for layer in layers for x in layer if isinstance(x, Tensor))
+            seen = tokens_seen(layers)
             checks.check_tensors("Objectives", observations=seen)
             size = max(layer.batch_size for layer in layers)
             num_tokens = seen.shape[0] if seen.dim() > 0 else 0
@@ -322,7 +322,7 @@ class Objectives(nn.Module):
             raise ValueError("edl::Objectives: allocate_memory() needs a memory (got none)")
         masks = {name: arguments.pop(name, None) for name in ("attention_mask", "padding_mask", "cu_seqlens")}
         layers = observations_of(observations)
-        seen = next(x for layer in layers for x in layer if isinstance(x, Tensor))
+        seen = tokens_seen(layers)
         batch = Batch(seen.shape[0], seen.device, layers[0].batch_size, labels=arguments, **masks)
         self._exchange.reserve(self._parts(layers, batch), self.memory)
 

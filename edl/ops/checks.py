@@ -1,20 +1,28 @@
 """Arguments that are what they should be, or a sentence."""
 
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard["DTensor"]:
+    """Whether a tensor is one of torch.distributed.tensor, of which this process may hold a part."""
+    if type(tensor) is Tensor or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def refuse_dtensor(op: str, *tensors: Tensor | None) -> None:
     """Raises where an operator is given a DTensor, whose shards only the caller knows how to combine."""
     for tensor in tensors:
-        if tensor is None or type(tensor) is Tensor or not torch.distributed.is_available():
-            continue
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(tensor, DTensor):
+        if tensor is not None and is_dtensor(tensor):
             raise ValueError(f"edl::{op}: takes plain tensors, call to_local() on the shards first (got a DTensor)")
 
 

@@ -274,9 +274,11 @@ class _Infinite(Objective):
         return sums["sums"]
 
 
-def test_an_objective_of_weight_0_adds_nothing_whatever_it_is():
+@pytest.mark.parametrize("memory", [None, edl.DomainMemory()], ids=["alone", "shared"])
+def test_an_objective_of_weight_0_adds_nothing_whatever_it_is(memory):
     logits = torch.randn(9, 4, dtype=torch.float64).requires_grad_(True)
-    bound = Objectives({"bad": (_Infinite(), linear_warmup(1.0, steps=2)), "z": (RouterZ(), 0.5)})
+    objectives = {"bad": (_Infinite(), linear_warmup(1.0, steps=2)), "z": (RouterZ(), 0.5)}
+    bound = Objectives(objectives, memory=memory)
     total, values = bound(logits)
     expected = 0.5 * edl.router_z_loss(logits)
     assert_close(total, expected.detach(), EXACT)

@@ -312,21 +312,6 @@ def test_short_rows_without_eps_are_finite(name):
     assert loss > 0 and torch.autograd.grad(loss, gram)[0].isfinite().all()
 
 
-def test_all_together_compile_in_one_graph():
-    grams, keep = batch()
-    bound = Objectives({name: (objective, 1.0) for name, objective in OBJECTIVES.items()})
-
-    def losses_of(x):
-        total, values = bound([observation(each) for each in x], keep)
-        return total, torch.stack(list(values.values()))
-
-    eager, compiled = (grams.clone().requires_grad_(True) for _ in range(2))
-    expected, values = losses_of(eager)
-    found, values_found = torch.compile(losses_of, fullgraph=True, backend="aot_eager")(compiled)
-    assert_close(values_found, values, EXACT)
-    assert_close(*(torch.autograd.grad(x, y)[0] for x, y in ((found, compiled), (expected, eager))), EXACT)
-
-
 class _Step(torch.nn.Module):
     """A layer with its objectives."""
 

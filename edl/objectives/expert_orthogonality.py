@@ -49,8 +49,8 @@ class ExpertOrthogonality(Objective):
         ValueError: an unknown variant, an option outside its range, `normalize` beside the released code.
 
     Source: arXiv 2505.22323, whose weight is 1e-3 after a scaling to the size of the balance loss, which we do not
-        have, as it reads values; its code, with 1e-4, is github.com/HongcanGuo/Auxloss-For-Advancing-Expert-
-        Specialization. Both add over layers, where the mean is taken here.
+        have, as it reads values; its code, with 1e-4 and a sum over layers where the mean is taken here, is
+        github.com/HongcanGuo/Auxloss-For-Advancing-Expert-Specialization.
     """
 
     variant: str = "equation"

@@ -13,17 +13,19 @@ class _Share(torch.autograd.Function):
         ctx.factor = factor
         ctx.dtypes = [x.dtype for x in own]
         ctx.save_for_backward(worth)
+        if not torch.compiler.is_compiling():  # which gives zeros
+            ctx.set_materialize_grads(False)  # what no loss was made of has no gradient, not one of 0 times infinity
         pieces = total.split([x.numel() for x in own])
         shared = tuple([piece.view(x.shape) for piece, x in zip(pieces, own)])
         ctx.mark_non_differentiable(*[x for x, is_needed in zip(shared, ctx.needs_input_grad[3:]) if not is_needed])
         return shared
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (worth,) = ctx.saved_tensors
         of_own: list[Tensor | None] = []
         for grad, dtype, is_needed in zip(grads, ctx.dtypes, ctx.needs_input_grad[3:]):
-            if not is_needed:
+            if grad is None or not is_needed:
                 of_own.append(None)
                 continue
             if ctx.factor != 1.0:

@@ -4,7 +4,7 @@ try:
     import megatron.core  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "edl.integrations.megatron: megatron-core 0.16 or later must be installed, pip install 'edl[megatron]' (got "
+        "edl.integrations.megatron: megatron-core 0.16 or later must be installed, pip install 'expert-divergence[megatron]' (got "
         f"{error})"
     ) from error
 

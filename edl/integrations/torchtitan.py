@@ -27,6 +27,7 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
 from edl.labels.scope import current_labels
 from edl.objectives import ExpertDivergence, Objective, Objectives
+from edl.objectives.needs import refuse_unobserved
 from edl.ops import checks, inject
 from edl.reduction.micro_batches import DomainMemory
 from edl.routing import Observation
@@ -497,12 +498,7 @@ def _observing(name: str, objective: Objective) -> Objective:
     """The objective, reading what routers hand over."""
     if isinstance(objective, ExpertDivergence):
         objective = dataclasses.replace(objective, input="probs")
-    missing = sorted(objective.needs - OBSERVED)
-    if missing:
-        raise ValueError(
-            f"edl::torchtitan: objectives must do with {', '.join(sorted(OBSERVED))}, which is what routers hand over "
-            f"(got {name!r}, which needs {', '.join(missing)})"
-        )
+    refuse_unobserved("torchtitan", {name: objective}, OBSERVED)
     if _labels_of(objective) not in (None, LABELS):
         raise ValueError(
             f"edl::torchtitan: labels come from edl.domain_scope, so that objectives must name {LABELS!r} "

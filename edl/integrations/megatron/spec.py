@@ -13,8 +13,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from edl.integrations.megatron import metrics
 from edl.integrations.megatron.arguments import refuse_both_forms
-from edl.integrations.megatron.router import EDTopKRouter
+from edl.integrations.megatron.router import OBSERVED, EDTopKRouter
 from edl.objectives import ExpertDivergence, Objectives
+from edl.objectives.needs import refuse_unobserved
 
 
 def _builder(router: Any, options: dict[str, Any]) -> Callable:
@@ -107,8 +108,9 @@ def patch_spec(
 
     Raises:
         ValueError: both forms at once, a negative or no finite coeff, no num_domains, objectives that are bound or
-            need other labels than `domain_ids`, a spec without MoE layer (unless pipeline stages share the model), a
-            megatron-core before 0.16, a router that is not derived from `TopKRouter`, or one patched already.
+            need other labels than `domain_ids` or what no router tells, a spec without MoE layer (unless pipeline
+            stages share the model), a megatron-core before 0.16, a router that is not derived from `TopKRouter`, or one
+            patched already.
     """
     if isinstance(num_domains, Objectives):
         if objectives is not None:
@@ -158,6 +160,7 @@ def _check_objectives(objectives: Any) -> None:
         raise ValueError(
             f"edl::megatron.patch_spec: objectives must be edl.objectives.Objectives (got {type(objectives).__name__})"
         )
+    refuse_unobserved("megatron.patch_spec", objectives.objectives, OBSERVED)
     for name, objective in objectives.objectives.items():
         if objective.labels not in (None, "domain_ids"):
             raise ValueError(

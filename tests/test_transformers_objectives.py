@@ -16,10 +16,13 @@ from torch.distributed.fsdp import fully_shard
 import edl
 from edl.objectives import (
     ExpertDivergence,
+    ExpertRouterCoupling,
     LoadBalancing,
     MutualInformation,
     Objective,
     Objectives,
+    RouterOrthogonality,
+    RouterSimilarity,
     RouterZ,
     linear_warmup,
 )
@@ -109,6 +112,72 @@ def test_choices_and_weights_of_every_family(family):
     wanted = router_gradient(model, 0.5 * balance + 0.25 * concentration)
     assert_close(router_gradient(model, total), wanted.double(), PRECISION)
     assert wanted.abs().max() > 0
+
+
+OF_ROWS = {"rows": (RouterOrthogonality(), 0.5), "similarity": (RouterSimilarity(), 0.25)}
+
+
+def loss_of_rows(model):
+    losses = []
+    for router in routers_of(model).values():
+        rows = torch.nn.functional.normalize(router.weight)
+        identity = torch.eye(E, dtype=rows.dtype)
+        similarity = (router.weight @ router.weight.T - identity).abs().mean()
+        losses.append(0.5 * (rows @ rows.T - identity).square().mean() + 0.25 * similarity)
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4"])
+def test_rows_of_routers(family, checkpointing):
+    model = make_model(family, torch.float32 if family == "gpt_oss" else torch.float64)
+    wanted = loss_of_rows(model)
+    gradient = router_gradient(model, wanted)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    handle = attach(model, OF_ROWS)
+    model(input_ids=make_tokens(), attention_mask=MASK).logits.mean().backward(retain_graph=True)
+    model.zero_grad()
+    output = model(input_ids=make_tokens(), attention_mask=MASK)
+    total = handle.loss(attention_mask=MASK)
+    assert_close(total, wanted.double(), PRECISION)
+    (total + 0.0 * output.logits.sum()).backward()
+    found = torch.cat([router.weight.grad.flatten() for router in routers_of(model).values()])
+    assert gradient.abs().max() > 0
+    assert_close(found, gradient.double(), PRECISION)
+
+
+def test_rows_of_routers_in_two_passes():
+    model, memory = make_model("mixtral", torch.float64), edl.DomainMemory()
+    handle = attach(model, Objectives(OF_ROWS, memory=memory))
+    with memory.collect(), torch.no_grad():
+        for _ in range(2):
+            model(make_tokens())
+            handle.loss()
+    for _ in range(2):
+        model(make_tokens())
+        (handle.loss() / 2).backward()
+    handle.objectives.step()
+    found = torch.cat([router.weight.grad.flatten() for router in routers_of(model).values()])
+    assert_close(found, router_gradient(model, loss_of_rows(model)), PRECISION)
+
+
+def test_objectives_that_no_router_serves_are_refused():
+    with pytest.raises(ValueError) as error:
+        attach(make_model("mixtral"), {"coupling": (ExpertRouterCoupling(), 1.0)})
+    assert str(error.value) == (
+        "edl::attach: objectives must do with experts, logits, router_gram, scores, weights, which is what routers "
+        "hand over (got 'coupling', which needs router_responses)"
+    )
+    model = make_model("mixtral")
+    model.model.layers[1].mlp.gate.rows = model.model.layers[1].mlp.gate._parameters.pop("weight")
+    with pytest.raises(ValueError) as error:
+        attach(model, OF_ROWS)
+    assert str(error.value) == (
+        "edl::attach: objectives on the router's rows need a router with a weight [E, H] (got layers.1.mlp.gate, a "
+        "MixtralTopKRouter without)"
+    )
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def transformers_balance(family, router_logits, mask):

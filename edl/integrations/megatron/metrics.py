@@ -85,16 +85,16 @@ def _by_entry(objectives: Objectives) -> dict[str, tuple[Tensor, Tensor]]:
 def _entries_of(objectives: Objectives) -> list[str]:
     """The names of the log's entries, told by the losses of two tokens: a stage without MoE layer has no others."""
     probe = objectives.bind()
-    # An option may have to divide the number of experts, which is not known here.
+    # An option may have to divide the number of experts, which is not known here, and leave no expert alone.
     options = [x for objective in objectives.objectives.values() for x in vars(objective).values() if type(x) is int]
-    num_experts = math.lcm(8, *[x for x in options if x > 0])
+    num_experts = math.lcm(8, *[2 * x for x in options if x > 0])
     label_sets = {objective.labels for objective in objectives.objectives.values()}
     with torch.enable_grad():
         logits = torch.zeros(2, num_experts, device="cpu", requires_grad=True)
         scores = logits.softmax(dim=1)
         experts = torch.arange(2, device="cpu").expand(2, 2).contiguous()
         probe(
-            Observation(logits, scores, scores[:, :2], experts, batch_size=1),
+            Observation(logits, scores, scores[:, :2], experts, batch_size=1, router_gram=logits.T @ logits),
             **{name: torch.zeros(1, dtype=torch.long, device="cpu") for name in label_sets if name is not None},
         )
     return list(_by_entry(probe))

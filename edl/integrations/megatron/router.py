@@ -24,12 +24,14 @@ from torch import Tensor
 import edl
 from edl.integrations.megatron.batch import RouterBatch, check_dimensions
 from edl.integrations.megatron.metrics import RouterLog
+from edl.moe.router_weights import gram_of
 from edl.objectives import ExpertDivergence, Objectives
 from edl.reduction.ranks import reads_values
 from edl.routing import Observation
 
 NATIVE_SCORES = ("softmax", "sigmoid")
 CHOICES = frozenset({"experts", "weights"})
+OBSERVED = CHOICES | {"logits", "scores", "router_gram"}  # what a router tells
 
 
 class EDTopKRouter(TopKRouter):
@@ -167,6 +169,7 @@ class EDTopKRouter(TopKRouter):
             else None,
             weights=weights,
             experts=experts,
+            router_gram=gram_of(self.weight) if "router_gram" in self._needs else None,
         )
 
     def _batch(self, logits: Tensor, padding_mask: Tensor | None, scope: edl.Labels | None) -> RouterBatch:

@@ -13,8 +13,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from edl.integrations.megatron import metrics
 from edl.integrations.megatron.arguments import refuse_both_forms
-from edl.integrations.megatron.router import EDTopKRouter
+from edl.integrations.megatron.router import OBSERVED, EDTopKRouter
 from edl.objectives import ExpertDivergence, Objectives
+from edl.objectives.needs import refuse_unobserved
 
 
 def _builder(router: Any, options: dict[str, Any]) -> Callable:
@@ -106,9 +107,9 @@ def patch_spec(
         The patched spec (or function).
 
     Raises:
-        ValueError: both forms at once, a negative or no finite coeff, no num_domains, objectives that are bound, a spec
-            without MoE layer (unless pipeline stages share the model), a megatron-core before 0.16, a router that is
-            not derived from `TopKRouter`, or one patched already.
+        ValueError: both forms at once, a negative or no finite coeff, no num_domains, objectives that are bound or need
+            what no router tells, a spec without MoE layer (unless pipeline stages share the model), a megatron-core
+            before 0.16, a router that is not derived from `TopKRouter`, or one patched already.
     """
     if isinstance(num_domains, Objectives):
         if objectives is not None:
@@ -158,3 +159,4 @@ def _check_objectives(objectives: Any) -> None:
         raise ValueError(
             f"edl::megatron.patch_spec: objectives must be edl.objectives.Objectives (got {type(objectives).__name__})"
         )
+    refuse_unobserved("megatron.patch_spec", objectives.objectives, OBSERVED)

@@ -10,6 +10,7 @@ from torchtitan.distributed.spmd_types import current_spmd_mesh
 
 from edl.labels.scope import Labels, current_labels
 from edl.objectives import ExpertDivergence, Objective, Objectives
+from edl.objectives.needs import refuse_unobserved
 from edl.ops import checks
 from edl.reduction.micro_batches import DomainMemory
 from edl.routing import Observation
@@ -179,12 +180,7 @@ def _observing(name: str, objective: Objective) -> Objective:
     """The objective, reading what routers hand over."""
     if isinstance(objective, ExpertDivergence):
         objective = dataclasses.replace(objective, input="probs")
-    missing = sorted(objective.needs - OBSERVED)
-    if missing:
-        raise ValueError(
-            f"edl::torchtitan: objectives must do with {', '.join(sorted(OBSERVED))}, which is what routers hand over "
-            f"(got {name!r}, which needs {', '.join(missing)})"
-        )
+    refuse_unobserved("torchtitan", {name: objective}, OBSERVED)
     return objective
 
 

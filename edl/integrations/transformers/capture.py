@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from edl.labels.batch import Batch
+from edl.moe.router_weights import gram_of
 from edl.moe.routers import Router
 from edl.objectives.base import Objective
 from edl.objectives.expert_divergence import ExpertDivergence
+from edl.objectives.needs import refuse_unobserved
 from edl.objectives.objectives import Objectives
 from edl.objectives.schedules import Weight
 from edl.ops import checks
@@ -77,6 +79,8 @@ def _find_routers(model: nn.Module) -> tuple[nn.Module, list[tuple[str, nn.Modul
     return parts.pop(), [(name, router, index) for router, (_, name, index) in found.items()]
 
 
+OBSERVED = frozenset({"logits", "scores", "experts", "weights", "router_gram"})  # what is captured
+
 # The second and third argument of the experts of transformers: what their router chose.
 _CHOICES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
 
@@ -102,6 +106,17 @@ def _frozen_routers(part: nn.Module, names: Sequence[str]) -> list[str]:
         name: [requires_grad for path, requires_grad in parameters if path.startswith(f"{name}.")] for name in names
     }
     return [name for name, flags in trainable.items() if flags and not any(flags)]
+
+
+def _rows_of(name: str, router: nn.Module) -> Tensor:
+    """The weight [E, H] of a router."""
+    weight = getattr(router, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            f"edl::attach: objectives on the router's rows need a router with a weight [E, H] (got {name}, a "
+            f"{type(router).__name__} without)"
+        )
+    return weight
 
 
 def _are_distributions(routing: Tensor) -> bool | None:
@@ -137,6 +152,7 @@ class _Record:
             capture.record(self.name, output if isinstance(output, Tensor) else output[self.index])
             if isinstance(output, Choice):  # of a layer of edl
                 capture.record_choices(self.name, output.experts, output.weights)
+            capture.record_rows(self.name, router)
 
 
 class _RecordArguments(_Record):
@@ -170,15 +186,19 @@ class _Capture:
         self.names = [name for name, _, _ in routers]
         self.warned_of_frozen = False
         self.gives_probabilities: bool | None = None  # until the routers told
+        needs = [] if objectives is None else [objective.needs for objective in objectives.objectives.values()]
+        self.needs_rows = any("router_gram" in each for each in needs)
         self.clear()
         self.hooks: list[RemovableHandle] = []
         if part is None or objectives is None:
             return
+        for name, router, _ in routers if self.needs_rows else ():
+            _rows_of(name, router)  # refuses one without
         self.hooks.append(part.register_forward_pre_hook(self.begin, with_kwargs=True))
         self.hooks.append(part.register_forward_hook(self.end, always_call=True))
         for name, router, index in routers:
             self.hooks.append(router.register_forward_hook(_Record(self, name, index)))
-        if any(objective.needs & {"experts", "weights"} for objective in objectives.objectives.values()):
+        if any(each & {"experts", "weights"} for each in needs):
             for name, experts in _find_experts(part, self.names):
                 self.hooks.append(experts.register_forward_pre_hook(_RecordArguments(self, name), with_kwargs=True))
 
@@ -192,6 +212,7 @@ class _Capture:
         self.batch_shape: list[int] = [0]
         self.captured: list[tuple[str, Tensor]] = []
         self.chosen: dict[int, tuple[Tensor, Tensor]] = {}  # by place in `captured`
+        self.grams: dict[int, Tensor] = {}  # likewise
 
     def begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if part is not self.part or not part.training:
@@ -225,6 +246,19 @@ class _Capture:
         if place is not None and isinstance(experts, Tensor) and isinstance(weights, Tensor):
             self.chosen[place] = (experts.flatten(0, -2), weights.flatten(0, -2))
 
+    def record_rows(self, name: str, router: nn.Module) -> None:
+        """Keeps the Gram matrix of a router's rows, which only here are whole under FSDP.
+
+        A replay computes it too, for activation checkpointing saves in both passes what a hook saves in one.
+        """
+        is_training = self.part is not None and self.part.training and torch.is_grad_enabled()
+        if not self.needs_rows or not (self.is_recording or is_training):
+            return
+        gram = gram_of(_rows_of(name, router))
+        place = self.last_run(name)
+        if place is not None:
+            self.grams[place] = gram
+
     def end(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.is_recording = False
 
@@ -244,7 +278,7 @@ class _Capture:
     def take(self) -> list[Observation]:
         """What each layer did; it is given once."""
         self.warn_of_frozen()  # of a compiled model
-        captured, chosen, shape = self.captured, self.chosen, self.batch_shape
+        captured, chosen, grams, shape = self.captured, self.chosen, self.grams, self.batch_shape
         needs_gradient, lacks_gradient = self.needs_gradient, self.lacks_gradient
         self.clear()
         missing = [name for name in self.names if name not in {ran for ran, _ in captured}]
@@ -272,7 +306,10 @@ class _Capture:
             self.gives_probabilities = _are_distributions(captured[0][1])
         if self.gives_probabilities:
             self.refuse_probabilities()
-        return [self.observation(routing, chosen.get(place), shape) for place, (_, routing) in enumerate(captured)]
+        return [
+            self.observation(routing, chosen.get(place), shape)._replace(router_gram=grams.get(place))
+            for place, (_, routing) in enumerate(captured)
+        ]
 
     def refuse_probabilities(self) -> None:
         assert self.objectives is not None
@@ -315,6 +352,7 @@ class ObjectivesHandle:
         self._factor = 1  # of a sum over layers, in beta and value
         self._frees_memory = False
         self._capture = _Capture()
+        refuse_unobserved("attach", objectives.objectives, OBSERVED)
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:

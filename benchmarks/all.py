@@ -15,6 +15,7 @@ from pathlib import Path
 
 import loss
 import moe
+import objectives
 import router
 import scaling
 import torch
@@ -23,7 +24,7 @@ from report import Run, Section, conditions, facts
 
 from edl import machine
 
-BENCHMARKS = [moe, router, loss, train_step, scaling]
+BENCHMARKS = [moe, router, loss, objectives, train_step, scaling]
 LAST_START = 12 * 60  # seconds
 RESULTS = Path(__file__).with_name("results")
 

@@ -441,7 +441,7 @@ def test_coupling_of_all_experts_is_constant_and_of_dropped_ones_nothing():
 def of_the_table(alpha, num_experts, x):
     from edl.objectives import dirichlet_prior
 
-    table = dirichlet_prior._distribution_function(alpha, num_experts, "cpu")
+    table = dirichlet_prior._distribution_function(alpha, num_experts, "cpu", x.dtype)
     return dirichlet_prior._interpolated(table, x.log())
 
 

@@ -48,7 +48,7 @@ CORRECTNESS = [
 ]
 GRAPHS = ["tests/test_cuda_graphs.py", "tests/test_compile.py", "tests/test_opcheck.py"]
 EMULATION = "tests/test_cuda_emulation.py"
-BENCHMARKS = {"moe": "layer", "loss_graph": "loss-graph", "loss": "loss"}  # and their pages
+BENCHMARKS = {"moe": "layer", "loss_graph": "loss-graph", "loss": "loss", "objectives": "loss"}  # and their pages
 SHARED_PAGES = {"no-rows": "correctness", "races": "sanitizer"}  # of stages without one of their own
 
 
@@ -292,19 +292,26 @@ def sanitizer(target: Target, seconds: float) -> str:
 
 
 def speed(target: Target, seconds: float) -> str:
-    """The layer and the loss beside their peers, and the loss inside a CUDA graph beside its floor."""
+    """The layer and the loss beside their peers, the loss inside a CUDA graph beside its floor, and objectives beside
+    their layer."""
     deadline = time.monotonic() + seconds
     others = []
+    begun: set[Path] = set()
     with tempfile.TemporaryDirectory() as folder:
         for benchmark, page in BENCHMARKS.items():
             command = [sys.executable, f"benchmarks/{benchmark}.py", "--device", target.device.type, "--quick"]
-            command += ["--save", str(target.page(page))]
+            page_so_far, begins = target.page(page), target.page(page) not in begun
+            saved = page_so_far if begins else Path(folder) / f"{benchmark}.md"
+            begun.add(page_so_far)
+            command += ["--save", str(saved)]
             if target.is_rehearsal:
                 if benchmark != "loss":
                     continue
                 command += ["--seconds", "0.01"]
             outcome = run(command, max(1.0, deadline - time.monotonic()), Path(folder) / "log", {}, lambda: None)
             others += [f"{benchmark} {outcome}"] if outcome != PASSED else []
+            if not begins and saved.exists():
+                page_so_far.write_text(f"{page_so_far.read_text()}\n{saved.read_text()}")
     if any("failed" in other for other in others):
         return f"failed: {', '.join(others)}"
     return ", ".join(others) or PASSED

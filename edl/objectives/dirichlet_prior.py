@@ -77,8 +77,9 @@ class DirichletPrior(Objective):
             raise ValueError(
                 "edl::DirichletPrior: needs at least two experts, whose scores have a distribution (got 1)"
             )
-        table = _distribution_function(self.alpha, logs.shape[2], str(logs.device))
-        counts, sums, squares = self._histogram(logs, are_ignored(layers, segments), table)
+        table = _distribution_function(self.alpha, logs.shape[2], str(logs.device), logs.dtype)
+        ignored = are_ignored(layers, segments)
+        counts, sums, squares = _Histogram.apply(logs, ignored, table, self.bins)  # type: ignore[no-untyped-call]
         return {"counts": counts, "sums": sums, "squares": squares, "tokens": number_of_tokens(layers, segments)}
 
     def formula(self, sums: Sums) -> Tensor:
@@ -95,56 +96,74 @@ class DirichletPrior(Objective):
     def has_effect(self, sums: Sums) -> Tensor:
         return sums["tokens"].sum() > 0
 
-    def _histogram(self, log_scores: Tensor, is_ignored: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each expert and bin [L, E, bins]: how many values of F, their sum and that of their squares."""
+
+class _Histogram(torch.autograd.Function):
+    """Of each expert and bin [L, E, bins], float64: how many values of F, their sum and that of their squares."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, log_scores: Tensor, is_ignored: Tensor, table: Tensor, bins: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         num_layers, _, num_experts = log_scores.shape
-        log_scores = log_scores.masked_fill(torch.isneginf(log_scores), _LOWEST)  # of which there is no gradient
-        with torch.no_grad():
-            logs = log_scores.double().clamp(_LOWEST, _HIGHEST)
-            values, slopes = _interpolated(table, logs)
-            bins = (values.nan_to_num() * self.bins).long().clamp(0, self.bins - 1)
-        values = values + slopes * (log_scores - log_scores.detach())
-        none = num_layers * num_experts * self.bins
-        experts = torch.arange(num_layers * num_experts, device=bins.device).view(num_layers, 1, num_experts)
-        keys = experts * self.bins + bins
-        keys = keys.masked_fill(is_ignored.unsqueeze(1), none).flatten()
-        values = values.masked_fill(is_ignored.unsqueeze(1), 0.0).flatten()
-        empty = values.new_zeros(none + 1)
+        values, slopes = _interpolated(table, log_scores)
+        none = num_layers * num_experts * bins
+        of_expert = torch.arange(0, none, bins, device=log_scores.device)
+        keys = (values * bins).long().clamp_(0, bins - 1).add_(of_expert.view(num_layers, 1, num_experts))
+        keys = keys.masked_fill_(is_ignored.unsqueeze(1), none).flatten()
+        wide = values.flatten().double()  # a bin may hold more values than float32 adds well
+        empty = wide.new_zeros(none + 1)
         counts, sums, squares = (
-            empty.scatter_add(0, keys, x)[:-1].view(num_layers, num_experts, self.bins)
-            for x in (torch.ones_like(values), values, values.square())
+            empty.scatter_add(0, keys, x)[:-1].view(num_layers, num_experts, bins)
+            for x in (torch.ones_like(wide), wide, wide.square())
         )
+        ctx.save_for_backward(keys, values, slopes)
+        ctx.mark_non_differentiable(counts)
         return counts, sums, squares
 
-
-def _interpolated(table: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
-    """F and its slope over log x, of the cubics of a table [N - 1, 4]."""
-    rest = -torch.expm1(logs)  # 1 - x
-    places = (logs - rest.log() + _LIMIT) / _WIDTH
-    below = places.nan_to_num().long().clamp(max=_KNOTS - 2)
-    part = places - below
-    value, slope, square, cubic = table.index_select(0, below.flatten()).view(*logs.shape, 4).unbind(-1)
-    values = value + part * (slope + part * (square + part * cubic))
-    return values.clamp(0.0, 1.0), (slope + part * (2 * square + part * (3 * cubic))) / (_WIDTH * rest)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        keys, values, slopes = ctx.saved_tensors
+        of_sums, of_squares = (
+            torch.nn.functional.pad(grad.flatten(), (0, 1)).to(values.dtype).index_select(0, keys).view(values.shape)
+            for grad in grads[1:]
+        )
+        return of_sums.add_(of_squares.mul_(values), alpha=2).mul_(slopes), None, None, None
 
 
-_tables: dict[tuple[float, int, str], Tensor] = {}
+def _interpolated(table: Tensor, log_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """F and its slope over log x, which is 0 where x is read as another, of the cubics of a table [4, N - 1]."""
+    logs = log_scores.clamp(_LOWEST, _HIGHEST)
+    rest = torch.expm1(logs).neg_()  # 1 - x
+    part = rest.log().neg_().add_(logs).add_(_LIMIT).div_(_WIDTH)
+    below = part.int().clamp_(0, _KNOTS - 2)  # of NaN any: its part is NaN
+    part -= below
+    value, slope, square, cubic = (
+        column.index_select(0, below.flatten()).view(logs.shape) for column in table.unbind()
+    )
+    slopes = torch.addcmul(square, cubic, part, value=1.5).mul_(part).mul_(2).add_(slope).div_(rest.mul_(_WIDTH))
+    values = value.addcmul_(slope.addcmul_(square.addcmul_(cubic, part), part), part).clamp_(0.0, 1.0)
+    return values, slopes.masked_fill_(logs != log_scores, 0.0)
+
+
+_tables: dict[tuple[float, int, str, torch.dtype], Tensor] = {}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _distribution_function(alpha: float, num_experts: int, device: str) -> Tensor:
-    """F between knots that lie evenly in log(x / (1 - x)): cubics [N - 1, 4], float64, made once for each device."""
-    table = _tables.get((alpha, num_experts, device))
+def _distribution_function(alpha: float, num_experts: int, device: str, dtype: torch.dtype) -> Tensor:
+    """F between knots that lie evenly in log(x / (1 - x)): cubics [4, N - 1], made once for each device and type."""
+    key = alpha, num_experts, device, dtype
+    table = _tables.get(key)
     if table is None:
         with torch.inference_mode(False):
-            table = torch.tensor(_cubics(alpha, alpha * (num_experts - 1)), device=device)
+            table = torch.tensor(_cubics(alpha, alpha * (num_experts - 1)), dtype=dtype, device=device)
         if type(table) is Tensor:  # torch.export gives one without values
-            _tables[alpha, num_experts, device] = table
+            _tables[key] = table
     return table
 
 
 def _cubics(a: float, b: float) -> Any:
-    """The distribution function of Beta(a, b), as cubics through its values and slopes at knots, an array."""
+    """The distribution function of Beta(a, b), as cubics through its values and slopes at knots, an array
+    [4, N - 1]."""
     import numpy as np
 
     special = _scipy_special()
@@ -152,7 +171,7 @@ def _cubics(a: float, b: float) -> Any:
     values = special.betainc(a, b, special.expit(knots))
     slopes = _WIDTH * np.exp(a * special.log_expit(knots) + b * special.log_expit(-knots) - special.betaln(a, b))
     rise, slope, next_slope = values[1:] - values[:-1], slopes[:-1], slopes[1:]
-    return np.stack([values[:-1], slope, 3 * rise - 2 * slope - next_slope, slope + next_slope - 2 * rise], 1)
+    return np.stack([values[:-1], slope, 3 * rise - 2 * slope - next_slope, slope + next_slope - 2 * rise])
 
 
 def _scipy_special() -> Any:

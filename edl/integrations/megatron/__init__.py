@@ -4,8 +4,8 @@ try:
     import megatron.core  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "edl.integrations.megatron: megatron-core 0.16 or later must be installed, pip install 'expert-divergence[megatron]' (got "
-        f"{error})"
+        "edl.integrations.megatron: megatron-core 0.16 or later must be installed, "
+        f"pip install 'expert-divergence[megatron]' (got {error})"
     ) from error
 
 from edl.integrations.megatron.arguments import add_arguments, options

@@ -231,6 +231,17 @@ def test_responses_of_narrow_weights(dtype):
     assert_close(found, expected, tolerance(dtype, H * I, 2))
 
 
+def test_under_autocast_gates_answer_in_its_type():
+    layer, tokens = make_layer(**BOTH, dtype=torch.float32), torch.randn(4, 12)
+    expected = layer(tokens)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(tokens)[1]
+    assert found.router_gram.equal(expected.router_gram)
+    assert found.router_responses.dtype == torch.float32
+    assert_close(found.router_responses, expected.router_responses, tolerance(torch.bfloat16, 12 * 8, 3))
+    assert not found.router_responses.equal(expected.router_responses)
+
+
 # ---- the noise ----
 
 
@@ -720,6 +731,19 @@ def replicated_layers_under_fsdp2():
         assert_close(whole(layer.router.weight), reference.router.weight, EXACT)
     assert model(tokens[0])[0].isfinite().all()  # and it trains on
     torch.optim.SGD(model.parameters(), 0.1).step()
+
+
+def test_spread_experts_compile_in_one_graph(group_of_one):
+    torch.manual_seed(1)
+    spread = edl.MoELayer(H, I, 6, 2, **BOTH, dtype=torch.float64, expert_group=group_of_one)
+    tokens = random(5, H)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(copy.deepcopy(spread), fullgraph=True, backend="aot_eager")
+        if torch.__version__ < (2, 12):  # where no layer with an expert_group compiles
+            return
+        found, expected = compiled(tokens)[1], spread(tokens)[1]
+    assert_close(found.router_responses, expected.router_responses, EXACT)
+    assert found.first_expert == expected.first_expert == 0
 
 
 ON_TWO = [

@@ -231,6 +231,17 @@ def test_responses_of_narrow_weights(dtype):
     assert_close(found, expected, tolerance(dtype, H * I, 2))
 
 
+def test_under_autocast_gates_answer_in_its_type():
+    layer, tokens = make_layer(**BOTH, dtype=torch.float32), torch.randn(4, 12)
+    expected = layer(tokens)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(tokens)[1]
+    assert found.router_gram.equal(expected.router_gram)
+    assert found.router_responses.dtype == torch.float32
+    assert_close(found.router_responses, expected.router_responses, tolerance(torch.bfloat16, 12 * 8, 3))
+    assert not found.router_responses.equal(expected.router_responses)
+
+
 # ---- the noise ----
 
 
@@ -389,6 +400,15 @@ def test_what_is_no_option_is_refused():
         refused(sentence, make)
 
 
+def test_weights_whose_memory_was_freed_are_refused():
+    weight = random(E, H)
+    weight.untyped_storage().resize_(0)
+    rest = "weight must have memory (got a tensor whose storage was freed)"
+    refused(f"edl::router_weights: {rest}", gram_of, weight)
+    refused(f"edl::router_weights: {rest}", responses_of, weight, random(E, 2 * I, H))
+    refused(f"edl::decoupled_router_step: {rest}", edl.decoupled_router_step, weight, RouterSimilarity(), 0.1)
+
+
 def test_an_observation_of_nothing_is_refused():
     sentence = "edl::Objectives: observations must hold what was observed (got 2 of nothing)"
     refused(sentence, Objectives({"it": (RouterEntropy(), 1.0)}), [Observation(), Observation()])
@@ -508,6 +528,39 @@ def test_objectives_push_the_weights_of_layers():
         assert layer.gate_up_proj.grad[:, :8].ne(0).any() and layer.gate_up_proj.grad[:, 8:].eq(0).all()
 
 
+class Total(nn.Module):
+    """All objectives on the weights of a layer, beside one on its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = make_layer(**BOTH)
+        bound = {
+            repr(objective): (objective, 0.5) for objective in (RouterOrthogonality(margin=0.1), RouterSimilarity())
+        }
+        self.bound = Objectives({**bound, "coupling": (ExpertRouterCoupling(), 1.0), "entropy": (RouterEntropy(), 1.0)})
+
+    def forward(self, tokens):
+        output, observed = self.layer(tokens)
+        return output.sum() + self.bound(observed)[0]
+
+
+@pytest.mark.parametrize("form", ["compiled", "exported"])
+def test_layers_and_objectives_are_one_graph(form):
+    model, tokens = Total().eval(), torch.randn(9, 12, dtype=torch.float64)
+    results = []
+    expected = model(tokens)
+    if form == "compiled":
+        call, owner = torch.compile(model, fullgraph=True, backend="aot_eager"), model
+    else:
+        call = owner = torch.export.export(model, (tokens,)).module()
+    for run, module in ((model, model), (call, owner)):
+        total = run(tokens)
+        results.append([total, *torch.autograd.grad(total, list(module.parameters()))])
+    assert_close(results[0][0], expected, EXACT)
+    for actual, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+
+
 class RowsOfAnother(edl.routers.Router):
     """Has no weight of its own."""
 
@@ -602,6 +655,27 @@ def sequence_parallel_experts():
     assert_close(whole(spread.gate_up_proj.grad), one.gate_up_proj.grad, 1e-11)
 
 
+def spread_experts_in_two_passes():
+    """Micro-batches are carried as whatever is summed."""
+    torch.manual_seed(1)
+    one = edl.MoELayer(H, I, 8, 2, **BOTH, dtype=torch.float64)
+    torch.manual_seed(1)
+    spread = edl.MoELayer(H, I, 8, 2, **BOTH, dtype=torch.float64, expert_group=dist.group.WORLD)
+    memory = edl.DomainMemory()
+    objectives = Objectives(OVER_RANKS, group=dist.group.WORLD, memory=memory)
+    batches = [random(count, H, seed=dist.get_rank()) for count in (4, 1)]
+    with memory.collect(), torch.no_grad():
+        for tokens in batches:
+            objectives(spread(tokens)[1])
+    for tokens in batches:
+        (objectives(spread(tokens)[1])[0] / 2).backward()
+    objectives.step()
+    Objectives(OVER_RANKS)(one(batches[0])[1])[0].backward()
+    dist.all_reduce(spread.router.weight.grad)
+    assert_close(spread.router.weight.grad / 2, one.router.weight.grad, 1e-11)
+    assert_close(whole(spread.gate_up_proj.grad) / 2, one.gate_up_proj.grad, 1e-11)
+
+
 def experts_on_no_rank():
     layer = edl.MoELayer(H, I, 8, 2, router_responses=True, expert_group=dist.group.WORLD)
     observed = layer(torch.randn(3, H))[1]
@@ -659,7 +733,26 @@ def replicated_layers_under_fsdp2():
     torch.optim.SGD(model.parameters(), 0.1).step()
 
 
-ON_TWO = [sequence_parallel_experts, experts_on_no_rank, rows_that_are_not_whole, replicated_layers_under_fsdp2]
+def test_spread_experts_compile_in_one_graph(group_of_one):
+    torch.manual_seed(1)
+    spread = edl.MoELayer(H, I, 6, 2, **BOTH, dtype=torch.float64, expert_group=group_of_one)
+    tokens = random(5, H)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(copy.deepcopy(spread), fullgraph=True, backend="aot_eager")
+        if torch.__version__ < (2, 12):  # where no layer with an expert_group compiles
+            return
+        found, expected = compiled(tokens)[1], spread(tokens)[1]
+    assert_close(found.router_responses, expected.router_responses, EXACT)
+    assert found.first_expert == expected.first_expert == 0
+
+
+ON_TWO = [
+    sequence_parallel_experts,
+    spread_experts_in_two_passes,
+    experts_on_no_rank,
+    rows_that_are_not_whole,
+    replicated_layers_under_fsdp2,
+]
 
 
 @pytest.mark.parametrize("check", ON_TWO, ids=lambda check: check.__name__)

@@ -359,6 +359,40 @@ class MoELayer(nn.Module):
         assert isinstance(weight, Tensor)
         return weight
 
+    def _observation(
+        self,
+        choice: Choice,
+        tokens_per_expert: Tensor,
+        output_gram: Tensor | None,
+        activation_gram: Tensor | None,
+    ) -> Observation:
+        """What was asked for, of tokens and of weights."""
+        of_rows: Tensor | None = None
+        responses: Tensor | None = None
+        first_expert = 0
+        if self.router_gram:
+            of_rows = router_weights.gram_of(self._router_rows())
+        if self.router_responses:
+            if self.expert_mesh is not None:
+                responses, first_expert = expert_parallel.router_responses(
+                    self._router_rows(), self.gate_up_proj, self.expert_mesh
+                )
+            else:
+                responses = router_weights.responses_of(self._router_rows(), self.gate_up_proj)
+        return Observation(
+            choice.logits,
+            None,
+            choice.weights,
+            choice.experts,
+            -1,
+            tokens_per_expert,
+            output_gram,
+            activation_gram,
+            of_rows,
+            responses,
+            first_expert,
+        )
+
     # Returns what return_routing says: TorchScript, which reads annotations, infers it.
     def forward(self, hidden: Tensor, context: RoutingContext | None = None):  # type: ignore[no-untyped-def]
         """Runs the layer.
@@ -379,8 +413,6 @@ class MoELayer(nn.Module):
         """
         output_gram: Tensor | None = None
         activation_gram: Tensor | None = None
-        responses: Tensor | None = None
-        first_expert = 0
         if self.expert_mesh is not None:
             with expert_parallel.reporting_failures(self.gate_up_proj, self.expert_mesh):
                 tokens, choice, row_order, offsets = self._route(hidden, context)
@@ -394,10 +426,6 @@ class MoELayer(nn.Module):
                 self.expert_mesh,
                 self.output_gram,
             )
-            if self.router_responses:
-                responses, first_expert = expert_parallel.router_responses(
-                    self._router_rows(), self.gate_up_proj, self.expert_mesh
-                )
         else:
             tokens, choice, row_order, offsets = self._route(hidden, context)
             if self.output_gram or self.activation_gram:
@@ -415,8 +443,6 @@ class MoELayer(nn.Module):
                 activation_gram = of_activations if self.activation_gram else None
             else:
                 output = ops.expert_mlp(tokens, choice.weights, row_order, offsets, self.gate_up_proj, self.down_proj)
-            if self.router_responses:
-                responses = router_weights.responses_of(self._router_rows(), self.gate_up_proj)
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens)
             if self.shared_expert_gate is not None:
@@ -428,22 +454,7 @@ class MoELayer(nn.Module):
         if self.return_routing:
             tokens_per_expert = (offsets[1:] - offsets[:-1]).to(torch.int64)
             if self.returns_observation:
-                of_rows: Tensor | None = None
-                if self.router_gram:
-                    of_rows = router_weights.gram_of(self._router_rows())
-                return output, Observation(
-                    choice.logits,
-                    None,
-                    choice.weights,
-                    choice.experts,
-                    -1,
-                    tokens_per_expert,
-                    output_gram,
-                    activation_gram,
-                    of_rows,
-                    responses,
-                    first_expert,
-                )
+                return output, self._observation(choice, tokens_per_expert, output_gram, activation_gram)
             return output, Routing(choice.logits, choice.weights, choice.experts, tokens_per_expert)
         return output
 

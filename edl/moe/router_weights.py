@@ -14,6 +14,7 @@ def _check_rows(weight: Tensor) -> None:
             "its router alone (got a DTensor)"
         )
     checks.check_tensors("router_weights", weight=weight)
+    checks.check_memory("router_weights", weight=weight)
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
             "edl::router_weights: a router's weight must be floating-point and have the shape [E, H] (got "

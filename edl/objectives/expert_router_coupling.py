@@ -65,7 +65,7 @@ class ExpertRouterCoupling(Objective):
     def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
         columns = [_columns(layer) for layer in layers]
         if columns[0].shape[1] == columns[0].shape[0]:
-            return one_unit(list(self._losses(torch.stack(columns))))
+            return one_unit(self._losses(torch.stack(columns)))
         owned = [torch.ones_like(x) for x in columns]
         return {
             "responses": torch.stack([_in_their_places(x, layer) for x, layer in zip(columns, layers)]),

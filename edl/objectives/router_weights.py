@@ -23,21 +23,22 @@ class OfRouterGram(abc.ABC):
     needs = frozenset({"router_gram"})
 
     @abc.abstractmethod
-    def loss_of(self, gram: Tensor) -> Tensor:
-        """The loss of a layer, a scalar, of its router's Gram matrix [E, E]."""
+    def losses_of(self, grams: Tensor) -> Tensor:
+        """The loss of each layer [L], of the Gram matrices [L, E, E] of their routers' rows."""
 
     def segments(self, batch: Batch) -> Segments:
         return no_tokens(batch)
 
     def of_tokens(self, layers: Sequence[Observation], segments: Segments) -> Sums:
-        grams = [layer.router_gram for layer in layers]
-        return one_unit([self.loss_of(_checked(type(self).__name__, gram)) for gram in grams])
+        grams = [_gram_of(type(self).__name__, layer) for layer in layers]
+        return one_unit(self.losses_of(torch.stack(grams)))
 
     def formula(self, sums: Sums) -> Tensor:
         return mean_over_units(sums)
 
 
-def _checked(op: str, gram: Tensor | None) -> Tensor:
+def _gram_of(op: str, layer: Observation) -> Tensor:
+    gram = layer.router_gram
     assert gram is not None
     if gram.shape[0] != gram.shape[1] or gram.dtype not in (torch.float32, torch.float64):
         raise ValueError(
@@ -86,20 +87,20 @@ class RouterOrthogonality(OfRouterGram, Objective):
         if not 1e-18 < self.eps < math.inf:
             raise ValueError(f"edl::RouterOrthogonality: eps must be finite and above 1e-18 (got {self.eps})")
 
-    def loss_of(self, gram: Tensor) -> Tensor:
-        num_experts = gram.shape[0]
+    def losses_of(self, grams: Tensor) -> Tensor:
+        num_experts = grams.shape[1]
         if num_experts % self.groups != 0 or num_experts < 2 * self.groups:
             raise ValueError(
                 "edl::RouterOrthogonality: groups must divide the number of experts into two or more each, which it "
                 f"compares (got {self.groups} for {num_experts})"
             )
-        squares = gram.diagonal()
+        squares = grams.diagonal(dim1=1, dim2=2)
         is_long = squares > self.eps**2
         inverse = squares.where(is_long, 1.0).rsqrt().where(is_long, 1.0 / self.eps)
-        excess = torch.relu((gram * inverse * inverse.unsqueeze(1)).abs() - self.margin)
-        group = torch.arange(num_experts, device=gram.device) // (num_experts // self.groups)
+        excess = torch.relu((grams * inverse.unsqueeze(1) * inverse.unsqueeze(2)).abs() - self.margin)
+        group = torch.arange(num_experts, device=grams.device) // (num_experts // self.groups)
         is_pair = (group == group.unsqueeze(1)).fill_diagonal_(False)
-        return excess.square().where(is_pair, 0.0).sum() * (self.groups / num_experts**2)
+        return excess.square().where(is_pair, 0.0).sum((1, 2)) * (self.groups / num_experts**2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,5 +120,6 @@ class RouterSimilarity(OfRouterGram, Objective):
     Source: arXiv 2506.14038; its weight is not known to us.
     """
 
-    def loss_of(self, gram: Tensor) -> Tensor:
-        return (gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)).abs().mean()
+    def losses_of(self, grams: Tensor) -> Tensor:
+        identity = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device)
+        return (grams - identity).abs().mean((1, 2))

@@ -1,7 +1,5 @@
 """What objectives on weights share: no token matters to them, and all ranks have the same, so that each is one unit."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -16,10 +14,9 @@ def no_tokens(batch: Batch) -> Segments:
     return Segments(ids, 1, torch.zeros(1, dtype=torch.int64, device=batch.device))
 
 
-def one_unit(losses: Sequence[Tensor]) -> Sums:
-    """The two sums of a mean over ranks and micro-batches, of the same weights in each."""
-    loss = torch.stack(list(losses))
-    return {"loss": loss, "ranks": torch.ones_like(loss)}
+def one_unit(losses: Tensor) -> Sums:
+    """The two sums of a mean over ranks and micro-batches, of losses [L] of the same weights in each."""
+    return {"loss": losses, "ranks": torch.ones_like(losses)}
 
 
 def mean_over_units(sums: Sums) -> Tensor:

@@ -110,8 +110,9 @@ def _gradient(master: Tensor, objective: OfRouterGram) -> Tensor:
     """∂L/∂W [E, H], of a whole weight also where the ranks hold parts of it."""
     with torch.inference_mode(False), torch.enable_grad():
         whole = master.full_tensor() if checks.is_dtensor(master) else master
+        checks.check_memory(_OP, weight=whole.detach())
         rows = whole.detach().clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(objective.loss_of(gram_of(rows)), rows)
+        (gradient,) = torch.autograd.grad(objective.losses_of(gram_of(rows).unsqueeze(0)), rows)
     return gradient
 
 

@@ -18,6 +18,7 @@ from edl.ops import inject  # noqa: E402
 from edl.reduction.micro_batches import DomainMemory  # noqa: E402
 from edl.routing import Choice, Routing, RoutingContext  # noqa: E402
 from edl.training.expert_bias import update_expert_bias  # noqa: E402
+from edl.training.modality_scores import GaussianModalityScores  # noqa: E402
 from edl.training.router_weights import decoupled_router_step  # noqa: E402
 
 layer_listeners.append(tell_transformers)
@@ -28,6 +29,7 @@ __all__ = [
     "Choice",
     "DomainMemory",
     "ExpertDivergenceLoss",
+    "GaussianModalityScores",
     "Labels",
     "MoELayer",
     "Routing",

@@ -12,6 +12,7 @@ from tolerances import assert_close, tolerance
 
 import edl
 from edl import ops, reference
+from edl.moe.router_weights import gram_of, responses_of
 
 pytestmark = pytest.mark.cuda
 
@@ -383,3 +384,55 @@ def test_values_are_checked_on_the_stream_of_their_device(monkeypatch):
     ):
         torch.cuda.set_device(0)
         ops.aggregate_routing(*arguments)
+
+
+# ---- objectives, of several operators each ----
+
+
+def observations_on(device, dtype):
+    """Two layers of 40 tokens, the last ten of them padding of NaN, on a device."""
+    generator = torch.Generator().manual_seed(3)
+    layers = []
+    for _ in range(2):
+        logits, rows = (torch.randn(shape, generator=generator) for shape in ((40, 12), (40, 3, 7)))
+        logits[30:], rows[30:] = math.nan, math.nan
+        experts = ops.route_tokens(logits.nan_to_num(), 3, "softmax")[1]
+        weights = torch.rand(40, 3, generator=generator)
+        router, gates = torch.randn(12, 7, generator=generator), torch.randn(12, 10, 7, generator=generator)
+        read = [x.to(device, dtype).requires_grad_() for x in (logits, weights, rows, router, gates)]
+        gram = read[2] @ read[2].mT
+        layers.append((read, read[0], read[1], experts.to(device), gram, read[3], read[4]))
+    return layers
+
+
+@pytest.mark.parametrize("name", sorted(edl.objectives.available()))
+def test_objectives_are_those_of_the_cpu(name):
+    objective = edl.objectives.available()[name]
+    options = {"num_domains": 3} if name in ("expert_divergence", "mutual_information") else {}
+    options |= {"bins": 4} if name == "modality_mutual_information" else {}
+    keep = torch.arange(40) < 30
+    labels = {"domain_ids": torch.arange(40) // 10 % 3, "modality_ids": torch.arange(40) % 2}
+    if name == "expert_divergence":
+        options["sequence_reduction"] = "token"
+    results = []
+    for device, dtype in ((torch.device("cpu"), torch.float64), (CUDA, torch.float32)):
+        layers = observations_on(device, dtype)
+        seen = [
+            edl.routing.Observation(
+                logits,
+                weights=weights,
+                experts=experts,
+                output_gram=gram,
+                activation_gram=gram,
+                router_gram=gram_of(router),
+                router_responses=responses_of(router.float(), gates.float()),
+            )
+            for _, logits, weights, experts, gram, router, gates in layers
+        ]
+        bound = edl.objectives.Objectives({name: (objective(**options), 1.0)})
+        total, _ = bound(seen, keep.to(device), **{key: each.to(device) for key, each in labels.items()})
+        total.backward()
+        gradients = [x.grad for read, *_ in layers for x in read if x.grad is not None]
+        results.append([total, *gradients])
+    for expected, found in zip(*results, strict=True):
+        assert_close(found, expected, 1e-4)

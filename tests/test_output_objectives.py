@@ -221,7 +221,7 @@ def test_experts_spread_over_ranks_have_the_gradient_of_one_process():
     on_ranks(2, with_experts_on_two_ranks)
 
 
-@pytest.mark.parametrize("asked", ["output_gram", "activation_gram"])
+@pytest.mark.parametrize("asked", ["output_gram", "activation_gram", "router_responses", "return_routing"])
 @pytest.mark.parametrize("dimensions", [(1, 2), (2, 1)], ids=["rows", "columns"])
 def test_tensor_parallel_experts_are_refused(group_of_one, asked, dimensions):
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
@@ -234,7 +234,8 @@ def test_tensor_parallel_experts_are_refused(group_of_one, asked, dimensions):
     with pytest.raises(ValueError) as error:
         layer(torch.randn(3, 8))
     assert str(error.value) == (
-        "edl::expert_mlp_with_gram: takes plain tensors, call to_local() on the shards first (got a DTensor)"
+        "edl::MoELayer: experts must be whole where the layer runs, so spread them by expert_group, not by tensor "
+        "parallelism, and call the module that FSDP2 gathers, not the layer inside (got a DTensor)"
     )
 
 

@@ -98,6 +98,15 @@ def _tell_listeners() -> None:
         listener()
 
 
+def _check_whole(*experts: Tensor) -> None:
+    """Raises where experts that are not spread by the layer itself are shards."""
+    if any(checks.is_dtensor(weights) for weights in experts):
+        raise ValueError(
+            "edl::MoELayer: experts must be whole where the layer runs, so spread them by expert_group, not by tensor "
+            "parallelism, and call the module that FSDP2 gathers, not the layer inside (got a DTensor)"
+        )
+
+
 class MoELayer(nn.Module):
     """A Mixture-of-Experts layer: each token passes some of `num_experts` SwiGLU networks, which its router chooses.
 
@@ -427,6 +436,8 @@ class MoELayer(nn.Module):
                 self.output_gram,
             )
         else:
+            if not torch.jit.is_scripting():
+                _check_whole(self.gate_up_proj, self.down_proj)
             tokens, choice, row_order, offsets = self._route(hidden, context)
             if self.output_gram or self.activation_gram:
                 output, of_outputs, of_activations = ops.expert_mlp_with_gram(

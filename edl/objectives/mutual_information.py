@@ -91,9 +91,9 @@ class ModalityMutualInformation(Objective):
     Second-hand: arXiv 2604.23996 (SMoES), from notes: the router's scores of the tokens, weighted by their soft scores
     of modality m, are averaged over them and added over the experts of bin b; what comes out, normalised, is P(m, b).
     So all modalities that occur are as probable. A bin is what lies on one device of expert parallelism: modalities
-    that keep to theirs send less. Scores of modality are given as labels. Left out are the paper's estimators of them,
-    from attention weights and from Gaussians of hidden states; the running average by which it sorts experts is that of
-    the batch here.
+    that keep to theirs send less. Scores of modality are given as labels, for instance those of
+    `edl.GaussianModalityScores`; the paper's other estimator, from attention weights, is left out. The running average
+    by which the paper sorts experts is that of the batch here.
 
     Between -min(log M, log B) and 0, which is also the loss where a single modality occurs. 0 log 0 = 0.
 

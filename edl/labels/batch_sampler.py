@@ -72,7 +72,8 @@ class DomainBatchSampler(Sampler[list[int]]):
 
     Raises:
         ValueError: labels that are no whole numbers [N] from -1 on, fewer than m domains with n sequences, fewer
-            sequences than a batch, an option outside its range, a state of another sampler.
+            sequences than a batch, an option outside its range, a state of another sampler; when it is iterated, ranks
+            by default that changed since.
     """
 
     def __init__(
@@ -90,13 +91,15 @@ class DomainBatchSampler(Sampler[list[int]]):
         self.domains_per_batch = checks.as_integer(_OP, "domains_per_batch", domains_per_batch, lowest=1)
         self.sequences_per_domain = checks.as_integer(_OP, "sequences_per_domain", sequences_per_domain, lowest=1)
         self.rank, self.num_ranks = _ranks(rank, num_ranks)
+        self._has_default_ranks = rank is None
         self.seed = checks.as_integer(_OP, "seed", seed)
         checks.check_flags(_OP, drop_last=drop_last)
         self.drop_last = drop_last
         self.epoch = 0
-        self._corpus = _corpus(labels)
-        self._check_sizes()
-        self._groups = self._groups_of_domains()
+        with torch.device("cpu"):
+            self._corpus = _corpus(labels)
+            self._check_sizes()
+            self._groups = self._groups_of_domains()
         wanted = self._num_full * self.domains_per_batch
         total = int(self._groups.sum())
         lacks_in_all = total < wanted - self._num_full
@@ -167,9 +170,15 @@ class DomainBatchSampler(Sampler[list[int]]):
         return self._num_full + (self._num_last > 0)
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self._has_default_ranks and _ranks(None, None) != (self.rank, self.num_ranks):
+            raise ValueError(
+                f"edl::{_OP}: must be made after init_process_group, or be given rank and num_ranks "
+                f"(got rank {self.rank} of {self.num_ranks} when it was made, and now {_ranks(None, None)})"
+            )
         first, self._next = self._next, 0
         self._drawn = first
-        full, last = self._batches()
+        with torch.device("cpu"):
+            full, last = self._batches()
         for place in range(first, len(self)):
             self._drawn = place + 1
             yield (full[place] if place < self._num_full else last).tolist()
@@ -219,7 +228,7 @@ class DomainBatchSampler(Sampler[list[int]]):
         num_free = self._num_full * size - int((grouped >= 0).sum())
         batches[batches < 0] = rest[:num_free]
         del grouped
-        columns = torch.rand(batches.shape, generator=generator).argsort(1)
+        columns = torch.rand(batches.shape, generator=generator).argsort(dim=1, stable=True)
         batches = batches.gather(1, columns)
         del columns
         last = rest[num_free : num_free + self._num_last].unsqueeze(0)

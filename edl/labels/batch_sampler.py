@@ -265,13 +265,13 @@ def _ranks(rank: int | None, num_ranks: int | None) -> tuple[int, int]:
 def _corpus(labels: Any) -> _Corpus:
     try:
         given = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"edl::{_OP}: labels must be whole numbers [N] (got {type(labels).__name__})") from None
     checks.check_tensor(_OP, "labels", given)
     checks.check_memory(_OP, labels=given)
     if given.dim() != 1 or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise ValueError(f"edl::{_OP}: labels must be whole numbers [N] (got {given.dtype} {list(given.shape)})")
-    given = given.cpu()
+    given = given.to("cpu", torch.int64)
     if len(given) and given.min() < -1:
         raise ValueError(f"edl::{_OP}: labels must be at least -1 (got {int(given.min())})")
     names, domains, counts = given.unique(return_inverse=True, return_counts=True)

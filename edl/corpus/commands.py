@@ -7,8 +7,9 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-from edl.corpus import labelling, readers
+from edl.corpus import labelling, readers, weborganizer
 from edl.corpus.models import Model
+from edl.corpus.readers.listed import with_lists
 
 # Bytes; starting a process takes seconds.
 _WORTH_A_PROCESS = 64 * 2**20
@@ -17,6 +18,8 @@ _APPLY = """\
 Labels every document of a corpus with its domain: by the sub-folder that it lies in, by a column of its row, or by a
 model. Writes an int16 file per shard, NAME.npy, in the order of the documents, -1 = unlabelled, and domains.json. The
 same command goes on where a kill has interrupted it."""
+
+_KNOWN = {"weborganizer-topics": weborganizer.TOPICS, "weborganizer-formats": weborganizer.FORMATS}
 
 _APPLY_EXAMPLES = """\
 examples:
@@ -60,8 +63,13 @@ def _add_apply(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--column", help="column with the labels, such as source; meta.source inside of an object")
     source.add_argument("--model", type=pathlib.Path, help="folder of a classifier, or .bin file of fastText")
+    source.add_argument("--lists", type=pathlib.Path, help="folder of NAME__choice.npy or NAME.npy, numbers of domains")
     parser.add_argument("--threshold", type=_probability, help="less probable domains of --model become -1")
-    parser.add_argument("--domains", type=pathlib.Path, help="names and their order: a domains.json, or a name a line")
+    parser.add_argument(
+        "--domains",
+        type=pathlib.Path,
+        help=f"names in their order: a domains.json, a file with a name a line, {' or '.join(_KNOWN)}",
+    )
     parser.add_argument("--text-column", default="text", help="column with the text (text)")
     parser.add_argument("--no-text", action="store_true", help="do not look at texts: rows without one count too")
     parser.add_argument("--kind", choices=readers.KINDS, help="what to read of folders that hold several kinds")
@@ -99,13 +107,15 @@ def _apply(options: argparse.Namespace) -> None:
         raise ValueError("edl::label: --threshold must come with --model (got labels without probabilities)")
     if options.domains and options.model:
         raise ValueError("edl::label: --domains must come without --model, which has its own (got both)")
-    if not (options.column or options.model or any(shard.label for shard in shards)):
+    if not (options.column or options.model or options.lists or any(shard.label for shard in shards)):
         raise ValueError(
-            "edl::label: labels must come from sub-folders, --column or --model (got documents outside of sub-folders, "
-            f"such as those of {shards[0].source})"
+            "edl::label: labels must come from sub-folders, --column, --lists or --model (got documents outside of "
+            f"sub-folders, such as those of {shards[0].source})"
         )
     labeller = Model(options.model, options.threshold) if options.model else None
     domains = _names(options.domains) if options.domains else None
+    if options.lists:
+        shards = with_lists(shards, options.lists, domains)
     processes = options.processes or _worthwhile_processes(sum(shard.num_bytes for shard in shards))
     summary = labelling.apply(shards, labeller, options.output, domains, processes, options.quiet)
     if not options.quiet:
@@ -117,13 +127,17 @@ def _worthwhile_processes(num_bytes: int) -> int:
 
 
 def _names(path: pathlib.Path) -> list[str]:
-    """The names of domains in a file of an earlier run, or one a line."""
+    """Names of domains that are known, in a file of an earlier run, or one a line."""
+    if str(path) in _KNOWN:
+        return list(_KNOWN[str(path)])
     try:
         if path.suffix == ".json":
             return [str(name) for name in json.loads(path.read_text())["domains"]]
         return [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (KeyError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"edl::label: --domains must be a domains.json, or a name a line (got {error!r})") from error
+        raise ValueError(
+            f"edl::label: --domains must be a domains.json, or have a name a line (got {error!r})"
+        ) from error
 
 
 def _print(summary: labelling.Summary, output: str) -> None:

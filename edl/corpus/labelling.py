@@ -111,7 +111,7 @@ def _check(shards: Sequence[Shard], labeller: Labeller | None, domains: list[str
     without_text = [shard.source for shard in shards if not shard.has_text]
     if labeller and without_text:
         raise ValueError(
-            "edl::label: documents without text, such as token ids, must be labelled by a folder, a column or a list (got "
+            "edl::label: documents without text, such as token ids, must be labelled by folder, column or list (got "
             f"a model for {without_text[0]})"
         )
 

@@ -4,20 +4,27 @@ import collections
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from edl.corpus.documents import Shard
 from edl.corpus.readers.folder import FolderShard, walk
 from edl.corpus.readers.jsonl import JsonlShard
+from edl.corpus.readers.megatron import MegatronShard
 from edl.corpus.readers.streams import check_regular
+from edl.corpus.readers.tables import ArrowShard, ParquetShard
 
-# By which end of a name a kind is known; what has none of them is text.
+# By which end of a name a kind is known, longer ones first; what has none of them is text.
 SUFFIXES = {
     "jsonl": tuple(
-        f".{name}{compressed}" for name in ("jsonl", "ndjson", "json") for compressed in ("", ".gz", ".zst")
+        f".{name}{compressed}" for name in ("jsonl", "ndjson", "json") for compressed in (".gz", ".zst", "")
     ),
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+    "megatron": (".idx",),
 }
 KINDS = ("text", *SUFFIXES)
+# What `Dataset.save_to_disk` writes beside its Arrow files.
+_OF_DATASETS = {"state.json", "dataset_info.json", "dataset_dict.json"}
 
 
 def shards_of(
@@ -66,22 +73,21 @@ class _Input:
 
     def shards(self) -> list[Shard]:
         if not self.path.is_dir():
-            state_of_file = check_regular(self.path)
             kind = self.kind or _kind(self.path)
-            if kind == "text":
-                raise ValueError(f"edl::label: a file must be of a known kind: {known_suffixes()} (got {self.path})")
-            return [self._shard(kind, self.path, None, state_of_file)]
+            if kind not in SUFFIXES:
+                raise ValueError(f"edl::label: a file must be one of {known_suffixes()} (got {self.path})")
+            return [self._shard(kind, self.path, None)]
         shards: dict[str, list[Shard]] = collections.defaultdict(list)
         for label, path, state in _files(self.path):
             kind = "text" if self.kind == "text" else _kind(path)
             if kind == "text":
                 self._add_text(shards[kind], label, state)
-            elif state:
-                shards[kind].append(self._shard(kind, path, label, state))
+            elif kind and self.kind in (None, kind):
+                shards[kind].append(self._shard(kind, path, label))
         if self.kind:
             return shards[self.kind]
         if len(shards) > 1:
-            examples = ", ".join(f"{kind}: {some[0].source}" for kind, some in sorted(shards.items()))
+            examples = ", ".join(f"{kind} in {some[0].source}" for kind, some in sorted(shards.items()))
             raise ValueError(f"edl::label: a folder must hold one kind of input, or --kind choose it (got {examples})")
         return [shard for some in shards.values() for shard in some]
 
@@ -96,13 +102,15 @@ class _Input:
             shards[-1].num_bytes += state.st_size
             shards[-1].changed = max(shards[-1].changed, state.st_mtime_ns)
 
-    def _shard(self, kind: str, path: pathlib.Path, label: str | None, state: os.stat_result) -> Shard:
+    def _shard(self, kind: str, path: pathlib.Path, label: str | None) -> Shard:
+        state = check_regular(path)
         below = path.name if path == self.path else str(path.relative_to(self.path))
-        suffix = next(
-            (suffix for suffix in sorted(SUFFIXES[kind], key=len)[::-1] if below.endswith(suffix)), path.suffix
-        )
+        suffix = next((suffix for suffix in SUFFIXES[kind] if below.endswith(suffix)), path.suffix)
         found = self.prefix + below.removesuffix(suffix), path, state.st_size, state.st_mtime_ns, label
-        return JsonlShard(*found, self.text_column, self.label_column)
+        if kind == "megatron":
+            return MegatronShard(*found)
+        of_rows: dict[str, Callable[..., Shard]] = {"jsonl": JsonlShard, "parquet": ParquetShard, "arrow": ArrowShard}
+        return of_rows[kind](*found, self.text_column, self.label_column)
 
 
 def _files(folder: pathlib.Path) -> Iterator[tuple[str | None, pathlib.Path, os.stat_result | None]]:
@@ -115,7 +123,12 @@ def _files(folder: pathlib.Path) -> Iterator[tuple[str | None, pathlib.Path, os.
                 yield name, path, state
 
 
-def _kind(path: pathlib.Path) -> str:
+def _kind(path: pathlib.Path) -> str | None:
+    """The kind of a file; None where it goes with another one."""
+    if path.name in _OF_DATASETS and any(any(path.parent.glob(files)) for files in ("*.arrow", "*/*.arrow")):
+        return None
+    if path.suffix == ".bin" and path.with_suffix(".idx").exists():
+        return None
     return next((kind for kind, suffixes in SUFFIXES.items() if path.name.endswith(suffixes)), "text")
 
 

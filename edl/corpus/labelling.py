@@ -88,8 +88,8 @@ def apply(
     Raises:
         ValueError: the input is broken, the output of another call or in use, or there are too many domains.
     """
-    fixed = list(labeller.domains) if labeller else None if domains is None else list(domains)
-    _check(shards, labeller, fixed, processes)
+    _check(shards, labeller, processes)
+    fixed = _fixed_domains(labeller, domains)
     task = _Task(pathlib.Path(output), _run(shards, labeller, fixed), labeller, fixed)
     with _held(task.output):
         if (task.output / INDEX).exists():
@@ -103,17 +103,22 @@ def apply(
     return summary
 
 
-def _check(shards: Sequence[Shard], labeller: Labeller | None, domains: list[str] | None, processes: int) -> None:
+def _check(shards: Sequence[Shard], labeller: Labeller | None, processes: int) -> None:
     if processes < 1:
         raise ValueError(f"edl::label: processes must be positive (got {processes})")
-    if domains is not None and (len(set(domains)) < len(domains) or len(domains) > _MOST_DOMAINS):
-        raise ValueError(f"edl::label: domains must differ, at most {_MOST_DOMAINS} of them (got {len(domains)})")
     without_text = [shard.source for shard in shards if not shard.has_text]
     if labeller and without_text:
         raise ValueError(
             "edl::label: documents without text, such as token ids, must be labelled by folder, column or list (got "
             f"a model for {without_text[0]})"
         )
+
+
+def _fixed_domains(labeller: Labeller | None, domains: Sequence[str] | None) -> list[str] | None:
+    names = list(labeller.domains) if labeller else list(domains or [])
+    if len(set(names)) < len(names) or len(names) > _MOST_DOMAINS:
+        raise ValueError(f"edl::label: domains must differ, at most {_MOST_DOMAINS} of them (got {len(names)})")
+    return None if labeller is None and domains is None else names
 
 
 def _run(shards: Sequence[Shard], labeller: Labeller | None, domains: list[str] | None) -> str:

@@ -10,8 +10,10 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-# Of a block: bytes of the names that are new (JSON), bytes of the codes (int16), checksum of both.
-_HEAD = struct.Struct("<III")
+# Of a block: bytes of the names that are new (JSON), bytes of the codes (int16).
+_SIZES = struct.Struct("<II")
+# Of all of it, sizes too: zeros, which a power failure may leave, are no block.
+_CHECKSUM = struct.Struct("<I")
 # An interrupted run's processes notice within a batch that nobody waits for them.
 _PATIENCE = 60
 
@@ -75,7 +77,8 @@ class Part:
     def append(self, new_names: list[str], codes: bytes) -> None:
         """Adds the codes of the next documents, int16, and the names that they are the first to use."""
         names = json.dumps(new_names).encode() if new_names else b""
-        self._file.write(_HEAD.pack(len(names), len(codes), zlib.crc32(names + codes)) + names + codes)
+        block = _SIZES.pack(len(names), len(codes)) + names + codes
+        self._file.write(block + _CHECKSUM.pack(zlib.crc32(block)))
         self._file.flush()
         self.num_documents += len(codes) // 2
 
@@ -93,10 +96,11 @@ class Part:
 
 def _blocks(file: BinaryIO) -> Iterator[tuple[list[Any], bytes]]:
     """(new names, codes) of each block up to the first that is not whole."""
-    while len(head := file.read(_HEAD.size)) == _HEAD.size:
-        size_of_names, size_of_codes, checksum = _HEAD.unpack(head)
+    while len(sizes := file.read(_SIZES.size)) == _SIZES.size:
+        size_of_names, size_of_codes = _SIZES.unpack(sizes)
         content = file.read(size_of_names + size_of_codes)
-        if len(content) != size_of_names + size_of_codes or zlib.crc32(content) != checksum:
+        checksum = file.read(_CHECKSUM.size)
+        if checksum != _CHECKSUM.pack(zlib.crc32(sizes + content)):
             return
         names = content[:size_of_names]
         yield json.loads(names) if names else [], content[size_of_names:]

@@ -15,14 +15,15 @@ class MegatronShard(Shard):
         self.has_text = False
 
     def documents(self, start: int = 0) -> Iterator[Document]:
-        lengths, documents = self._index()
+        data = self._open()  # with it, its arrays end
+        lengths, documents = data.index.sequence_lengths, data.index.document_indices
         for number in range(start, len(documents) - 1):
             num_tokens = lengths[documents[number] : documents[number + 1]].sum()
             yield Document(None, self.label, None if num_tokens else EMPTY)
             self.position = self.num_bytes * (number + 1) // (len(documents) - 1)
 
-    def _index(self) -> tuple[Any, Any]:
-        """(tokens of each sequence, first sequence of each document and the end of the last)."""
+    def _open(self) -> Any:
+        """The dataset, whose index is checked."""
         try:
             from megatron.core.datasets.indexed_dataset import IndexedDataset
         except ImportError as error:
@@ -32,7 +33,7 @@ class MegatronShard(Shard):
             ) from error
         try:
             data = IndexedDataset(str(self.source.with_suffix("")), multimodal=False, mmap=True)
-            lengths, documents = data.sequence_lengths, data.document_indices
+            lengths, documents = data.index.sequence_lengths, data.index.document_indices
         except Exception as error:  # it asserts, and reads whatever the file says
             raise ValueError(f"edl::label: Megatron's files must be whole (got {self.source}: {error})") from error
         num_tokens = self.source.with_suffix(".bin").stat().st_size // data.index.dtype_size
@@ -42,4 +43,4 @@ class MegatronShard(Shard):
                 f"edl::label: Megatron's index must tell where the documents of its .bin are (got {self.source}: "
                 f"{len(documents) - 1} documents, {len(lengths)} sequences, {lengths.sum()} tokens of {num_tokens})"
             )
-        return lengths, documents
+        return data

@@ -14,7 +14,7 @@ UNREADABLE = "unreadable"
 NOT_JSON = "not a JSON object"
 NO_LABEL = "no label"
 UNKNOWN_LABEL = "unknown label"
-BELOW_THRESHOLD = "below the threshold"
+IMPROBABLE = "no probable domain"
 # Why a document has the label -1. Files of interrupted runs hold positions in this tuple.
 PROBLEMS = (
     BAD_UTF8,
@@ -25,7 +25,7 @@ PROBLEMS = (
     NOT_JSON,
     NO_LABEL,
     UNKNOWN_LABEL,
-    BELOW_THRESHOLD,
+    IMPROBABLE,
 )
 # Longer ones are no names of domains, and would fill the memory with what is in the wrong column.
 LONGEST_LABEL = 256

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Protocol
 
 from edl.corpus import workers
-from edl.corpus.documents import BELOW_THRESHOLD, NO_LABEL, PROBLEMS, UNKNOWN_LABEL, Document, Shard
+from edl.corpus.documents import IMPROBABLE, NO_LABEL, PROBLEMS, UNKNOWN_LABEL, Document, Shard
 from edl.corpus.extras import require
 from edl.corpus.parts import Part, lock
 
@@ -42,7 +42,7 @@ class Labeller(Protocol):
     def threshold(self) -> float | None: ...
 
     def label(self, documents: list[Document]) -> Any:
-        """The domains of documents that have a text: int16 [documents], -1 = below the threshold."""
+        """The domains of documents that have a text: int16 [documents], -1 = none is probable enough."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _codes_by_model(documents: list[Document], labeller: Labeller) -> Any:
         labels = numpy.asarray(labeller.label(sound))
         if labels.shape != (len(sound),) or labels.min() < -1 or labels.max() >= len(labeller.domains):
             raise ValueError(f"edl::label: a model must give a label in [-1, {len(labeller.domains)}) to each document")
-        codes[codes == 0] = numpy.where(labels < 0, _CODES[BELOW_THRESHOLD], labels)
+        codes[codes == 0] = numpy.where(labels < 0, _CODES[IMPROBABLE], labels)
     return codes
 
 

@@ -30,7 +30,7 @@ class Model:
         return str(_load(self.path).hash)
 
     def label(self, documents: list[Document]) -> Any:
-        """The domains, int16 [documents], -1 = below the threshold."""
+        """The domains, int16 [documents], -1 = none is probable enough."""
         domains, probabilities = _load(self.path).predict([document.text for document in documents])
         if self.threshold is None:
             return domains

@@ -175,7 +175,7 @@ def test_a_model_labels_what_has_a_text(tmp_path):
     index = index_of(tmp_path / "out")
     assert (index["domains"], index["model"], index["threshold"]) == (["a", "b", "c"], "x", 0.5)
     below = sum(label == -1 for label in expected) - 2
-    assert index["unlabelled"] == {"empty": 1, "no text": 1, **({"below the threshold": below} if below else {})}
+    assert index["unlabelled"] == {"empty": 1, "no text": 1, **({"no probable domain": below} if below else {})}
     assert dataclasses.asdict(summary).items() <= index.items()
 
 

@@ -1,9 +1,10 @@
 """Objectives of the routing in transformers' `Trainer`."""
 
+import itertools
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from edl.integrations.transformers.blocks import names_in_blocks
 from edl.integrations.transformers.capture import ObjectivesHandle, attach, unbound_objectives
 from edl.integrations.transformers.data import label_of
+from edl.labels.batch_sampler import DomainBatchSampler
 from edl.objectives.base import Objective
 from edl.objectives.objectives import Objectives
 from edl.objectives.schedules import Weight
@@ -71,6 +73,41 @@ def _packed_documents(
         return _PackedDocuments(source, source.diff(dim=-1) != 1, shape)
     # Of multimodal models: those of the text first, where there are four.
     return _PackedDocuments(source, source[0].diff(dim=-1) != 1, shape) if source.shape[0] == 4 else None
+
+
+class _Sequences(torch.utils.data.Sampler[int]):
+    """The sequences of batches one after another, which the Trainer cuts into batches of its processes again.
+
+    Args:
+        batches (DomainBatchSampler): of all processes together.
+        num_sequences (int): of the data set.
+    """
+
+    def __init__(self, batches: DomainBatchSampler, num_sequences: int) -> None:
+        self.batches = batches
+        self._length = min(len(batches) * batches.batch_size, num_sequences)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.chain.from_iterable(self.batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batches.set_epoch(epoch)
+
+
+def _labels_of_examples(dataset: Any, name: str) -> Any:
+    """A column of a data set: at once where it has columns, else from one example after another."""
+    try:
+        if hasattr(dataset, "with_format"):
+            return dataset.with_format("torch")[name][:]
+        return [example[name] for example in dataset]
+    except (KeyError, TypeError, IndexError, ValueError):
+        raise ValueError(
+            f"edl::EDTrainerMixin: domains_per_batch needs {name} in every example of the training data set "
+            "(got one without)"
+        ) from None
 
 
 def _tokens_of(inputs: dict[str, Any]) -> Any:
@@ -198,6 +235,10 @@ class EDTrainerMixin(_Trainer):
             `memory` under gradient accumulation: `edl.DomainMemory(decay=0.9)`; None: each micro-batch on its own.
         two_passes (bool): under gradient accumulation run the micro-batches of a step once more, first, without
             gradients. Exact but for dropout, which differs between the passes. Default: False.
+        domains_per_batch (int, optional): batches that hold so many domains, of all processes together, as
+            `edl.labels.DomainBatchSampler` draws them from the labels of the training data set, one per example, in the
+            place of a `train_sampling_strategy`. Default: the Trainer's own batches.
+        sequences_per_domain (int): of each of these domains. Default: 1.
         kwargs: of the Trainer.
 
     Raises:
@@ -215,6 +256,8 @@ class EDTrainerMixin(_Trainer):
         beta: float | None = None,
         divergence_options: dict[str, Any] | None = None,
         two_passes: bool = False,
+        domains_per_batch: int | None = None,
+        sequences_per_domain: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -249,6 +292,9 @@ class EDTrainerMixin(_Trainer):
         self._has_common_state = is_common  # whether every process has the same memory
         named = {objective.labels for objective in self.objectives.objectives.values()}
         self._label_sets = sorted(name for name in named if name is not None)
+        self._domains_per_batch, self._sequences_per_domain = domains_per_batch, sequences_per_domain
+        self._sequences: _Sequences | None = None  # in the order of training, with domains_per_batch
+        self._check_domains_per_batch()
         if self.args.save_strategy != "no":
             names_in_blocks(self.model)  # so that what cannot be saved is refused before it was trained
         self._packed: list[_PackedDocuments] = []  # of the micro-batches of a step
@@ -273,6 +319,44 @@ class EDTrainerMixin(_Trainer):
                 f"(got tensor, context and sequence parallel sizes {sizes})"
             )
 
+    def _check_domains_per_batch(self) -> None:
+        if self._domains_per_batch is None:
+            if self._sequences_per_domain != 1:
+                raise ValueError(
+                    "edl::EDTrainerMixin: sequences_per_domain needs domains_per_batch "
+                    f"(got {self._sequences_per_domain!r} alone)"
+                )
+            return
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        if strategy != "random" or self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
+            raise ValueError(
+                "edl::EDTrainerMixin: domains_per_batch needs a training data set of known length and "
+                "train_sampling_strategy 'random', in whose place it comes "
+                f"(got {type(self.train_dataset).__name__} and {strategy!r})"
+            )
+        if "domain_ids" not in self._label_sets:
+            raise ValueError(
+                "edl::EDTrainerMixin: domains_per_batch needs an objective with labels domain_ids "
+                f"(got labels {self._label_sets})"
+            )
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if self._domains_per_batch is None:
+            return super()._get_train_sampler(*args, **kwargs)
+        labels = _labels_of_examples(args[0] if args else self.train_dataset, "domain_ids")
+        batches = DomainBatchSampler(
+            labels,
+            self._train_batch_size * (1 if self.accelerator.split_batches else self.args.world_size),
+            self._domains_per_batch,
+            self._sequences_per_domain,
+            rank=0,
+            num_ranks=1,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        self._sequences = _Sequences(batches, len(labels))
+        return self._sequences
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns += [name for name in self._label_sets if name not in self._signature_columns]
@@ -284,6 +368,8 @@ class EDTrainerMixin(_Trainer):
         return super()._inner_training_loop(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        if self._sequences is not None:  # which the data loader of a training that resumes may not reach
+            self._sequences.set_epoch(int(self.state.epoch or 0))
         try:
             batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         except (TypeError, ValueError, RuntimeError):

@@ -13,12 +13,14 @@ VOCABULARY = 96
 class SmallModel(nn.Module):
     """Predicts the next token from the present one, through two Mixture-of-Experts layers."""
 
-    def __init__(self, hidden_size: int = 32, num_experts: int = 8, top_k: int = 2) -> None:
+    def __init__(
+        self, hidden_size: int = 32, num_experts: int = 8, top_k: int = 2, vocabulary: int = VOCABULARY
+    ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, hidden_size)
+        self.embedding = nn.Embedding(vocabulary, hidden_size)
         self.norms = nn.ModuleList([nn.LayerNorm(hidden_size) for _ in range(2)])
         self.layers = nn.ModuleList([edl.MoELayer(hidden_size, 32, num_experts, top_k) for _ in range(2)])
-        self.unembedding = nn.Linear(hidden_size, VOCABULARY)
+        self.unembedding = nn.Linear(hidden_size, vocabulary)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Tokens [B, S] to logits [B, S, V], and the router's logits [B·S, E] of each layer."""

@@ -85,7 +85,7 @@ optimizer, replica_group = torch.optim.SGD(model.parameters()), None
 """,
         "gathered = StateDictOptions(": "model = Model(mesh['experts'])",
     },
-    "docs/labels_sampler.md": {
+    "docs/domain_batches.md": {
         "import edl": """
 import json, pathlib
 import numpy
@@ -116,6 +116,23 @@ class EDTrainer(EDTrainerMixin, Trainer):
 
 model = make_model("mixtral")
 args = TrainingArguments(output_dir="output", max_steps=1, logging_steps=1, use_cpu=True, report_to=[])
+""",
+    },
+    "docs/labels.md": {
+        "import edl": """
+import pathlib
+
+import edl
+from edl.corpus import labelling
+from edl.corpus.readers import shards_of
+
+for name in ("English", "maths"):
+    pathlib.Path("my-text", name).mkdir(parents=True)
+    for number in range(6):
+        pathlib.Path("my-text", name, f"{number}.txt").write_text(f"{name} {number}")
+labelling.apply(shards_of(["my-text"]), None, "labels")
+layer = edl.MoELayer(8, 8, 4, 2)
+embed = lambda texts: torch.randn(len(texts), 5, 8)
 """,
     },
     "docs/megatron.md": {
@@ -213,11 +230,12 @@ AFTER = {
         "fully_shard([layer.router": "layer(hidden)[0].sum().backward()",
         "gathered = StateDictOptions(": "assert state['blocks.0.layer.gate_up_proj'].shape == (8, 16, 16)",
     },
-    "docs/labels_sampler.md": {
+    "docs/domain_batches.md": {
         "import edl": "assert domain_ids.shape == (24,)",
         "from torch.utils.data import DataLoader": "assert len(batch['domain_ids'].unique()) > 1",
         "trainer = EDTrainer(": "trainer.train()",
     },
+    "docs/labels.md": {"import edl": "assert len(examples) == 12 and loss.isfinite() and len(labels.domains) == 2"},
     "docs/megatron.md": {"with edl.domain_scope(": "assert output.domain_ids.tolist() == [0, 1]"},
     "docs/routers.md": {
         "import edl": "assert (routing.experts // 16 == languages[:, None]).all() and routing.logits.isfinite().all()",

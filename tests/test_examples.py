@@ -34,6 +34,18 @@ def test_train_with_loss(folder):
     assert language[3] < language[0] / 2 and language[-1] < language[0] / 2
 
 
+def test_train_with_labels(folder):
+    """README's line on the text that is here without a network: saved, labelled by folder, trained with."""
+    run_example("pretrain/save_text.py", folder, "my-text", "--data", "python")
+    output = run(sys.executable, "-m", "edl", "label", "apply", "my-text", "--output", "labels", cwd=folder)
+    assert {"English", "Python", "mathematics"} <= set(output.split())
+    output = run_example("train_with_labels.py", folder, "my-text", "labels")
+    without, with_loss = map(float, re.search(f"{NUMBER} without, {NUMBER} with", output).groups())
+    assert with_loss < without - 0.5
+    language = numbers(f"language {NUMBER}", output)
+    assert language[2] < language[0] * 0.8
+
+
 def test_moe_layer(folder):
     output = run_example("moe_layer.py", folder)
     language = numbers(f"language {NUMBER}", output)

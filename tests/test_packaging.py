@@ -79,6 +79,9 @@ def test_wheel_requires_torch_alone_and_more_for_each_extra_only(wheel):
     assert {extra: names(extra) for extra in built.metadata.get_all("Provides-Extra")} == {
         "transformers": {"torch", "transformers", "accelerate", "datasets"},
         "megatron": {"torch", "megatron-core"},
+        "dirichlet": {"torch", "scipy"},
+        "label": {"torch", "numpy", "pyarrow", "safetensors", "scikit-learn", "tqdm"},
+        "fasttext": {"torch", "fasttext-predict"},
     }
 
 

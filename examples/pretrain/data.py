@@ -126,19 +126,26 @@ def load(data, cache, sequence_length):
     Raises:
         DataError: when fewer than two domains have enough text.
     """
+    return _usable_domains(collect(data, cache), sequence_length)
+
+
+def collect(data, cache):
+    """Finds the documents of each domain; `data` and `cache` as for `load`.
+
+    Returns:
+        list of Collection.
+    """
     if data == "python":
-        collections_ = from_environment()
-    elif data in ("", "debian"):
+        return from_environment()
+    if data in ("", "debian"):
         missing = debian.tools_missing()
         if missing and data:
             raise DataError(f"The packages of Debian need {' and '.join(missing)}, which is not installed here.")
         if missing:
             absent = " and no ".join(missing)
             print(f"No {absent} here: taking text from the Python environment instead of Debian's packages.")
-        collections_ = from_environment() if missing else from_debian(pathlib.Path(cache))
-    else:
-        collections_ = from_folder(pathlib.Path(data))
-    return _usable_domains(collections_, sequence_length)
+        return from_environment() if missing else from_debian(pathlib.Path(cache))
+    return from_folder(pathlib.Path(data))
 
 
 def from_debian(cache):

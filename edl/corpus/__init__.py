@@ -1,0 +1,1 @@
+"""Text as it lies on disks, and domain labels for it."""

@@ -1,4 +1,4 @@
-"""The command `edl`: `edl info` says what is installed and what runs, `edl --version` the version alone."""
+"""The command `edl`: `edl info` says what is installed and what runs, `edl label` labels a corpus."""
 
 import argparse
 
@@ -6,6 +6,7 @@ import torch
 
 import edl
 from edl import _build, _extension, machine
+from edl.corpus.commands import add_commands as add_label_commands
 
 
 def build_facts() -> dict[str, str]:
@@ -46,5 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(title="commands", required=True)
     info = commands.add_parser("info", help="versions, build facts, instruction set in use, CUDA")
     info.set_defaults(run=_print_info)
+    label = commands.add_parser("label", help="domain labels for the documents of a corpus")
+    add_label_commands(label)
     options = parser.parse_args(arguments)
     options.run(options)

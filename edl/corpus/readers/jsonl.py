@@ -1,0 +1,69 @@
+"""Lines of JSON objects, plain or compressed: one document a line."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from edl.corpus.documents import BAD_UTF8, NOT_JSON, TOO_LONG, Document, Shard, document_of, label_of
+from edl.corpus.readers.streams import reading
+
+# Read in bounded memory: what is longer is passed over and counted.
+LONGEST_LINE = 64 * 2**20
+
+
+@dataclasses.dataclass
+class JsonlShard(Shard):
+    """One document a line; empty lines are none.
+
+    Attributes:
+        text_column: key of the text; None: the text is not looked at.
+        label_column: key of the label, `a.b` for an object in an object; None: the label is the shard's.
+    """
+
+    text_column: str | None
+    label_column: str | None
+
+    def __post_init__(self) -> None:
+        self.has_text = self.text_column is not None
+
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        with reading(self.source) as (stream, file):
+            for number, line in enumerate(_lines(stream)):
+                self.position = file.tell()
+                if number >= start:
+                    yield self._document(line)
+
+    def _document(self, line: bytes | None) -> Document:
+        if line is None:
+            return Document(None, self.label, TOO_LONG)
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            return Document(None, self.label, BAD_UTF8)
+        except (ValueError, RecursionError):
+            return Document(None, self.label, NOT_JSON)
+        if not isinstance(row, dict):
+            return Document(None, self.label, NOT_JSON)
+        label = label_of(_value(row, self.label_column)) if self.label_column else self.label
+        return document_of(_value(row, self.text_column), label) if self.text_column else Document(None, label, None)
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes | None]:
+    """The lines that are not empty; None for one that is too long."""
+    while line := stream.readline(LONGEST_LINE):
+        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(LONGEST_LINE)
+            yield None
+        elif not line.isspace():
+            yield line
+
+
+def _value(row: dict[str, Any], column: str) -> object:
+    """The value of a key, or of a path of keys."""
+    if column in row or "." not in column:
+        return row.get(column)
+    first, _, rest = column.partition(".")
+    inner = row.get(first)
+    return _value(inner, rest) if isinstance(inner, dict) else None

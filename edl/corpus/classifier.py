@@ -14,7 +14,7 @@ from edl.corpus.features import Features
 VERSION = 1
 MODEL = "model.json"
 WEIGHTS = "model.safetensors"
-MOST_DOMAINS = 2**15 - 1  # what labels of 16 bits can tell apart
+MOST_DOMAINS = 2**15  # what labels of 16 bits can tell apart
 _MADE_BY = "a model must be a folder that edl label train or edl label cluster made"
 
 
@@ -92,7 +92,9 @@ class Classifier:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _write(folder / WEIGHTS, arrays)
-            _write(folder / MODEL, (json.dumps(page, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+            _write(
+                folder / MODEL, (json.dumps(page, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+            )
         except OSError as error:
             raise ValueError(f"edl::label: a model's folder must be writable (got {error})") from error
         return Classifier.load(folder)

@@ -1,5 +1,6 @@
 """A classifier from a small labelled sample, and how good it is on documents that it has not seen."""
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,13 @@ _CURVE = (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 _THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
-def train(texts: Sequence[str], labels: Sequence[str], features: Features | None = None, seed: int = 0) -> Classifier:
+def train(
+    texts: Sequence[str],
+    labels: Sequence[str],
+    features: Features | None = None,
+    seed: int = 0,
+    quiet: bool = True,
+) -> Classifier:
     """Multinomial logistic regression on n-grams that are weighted by how rare they are.
 
     Domains count alike whatever their numbers of examples, which say little of a corpus. `measured` has what
@@ -27,21 +34,25 @@ def train(texts: Sequence[str], labels: Sequence[str], features: Features | None
         labels: name of the domain of each.
         features: default: `Features()`.
         seed: of what is held out together.
+        quiet: no progress bar.
 
     Raises:
         ValueError: less than two domains, or less than five examples of one.
     """
     np = require("numpy")
     features = features or Features()
-    names, ids = np.unique(np.asarray(labels, object).astype(str), return_inverse=True)
-    _check(dict(zip(names.tolist(), np.bincount(ids).tolist())))
+    counts = collections.Counter(labels)
+    _check(counts)
+    names = sorted(counts)
+    place_of = {name: place for place, name in enumerate(names)}
+    ids = np.array([place_of[label] for label in labels])
+    rows = tuple({"name": name, "examples": counts[name]} for name in names)
     vectors = features.of(texts)
-    rows = tuple({"name": str(name), "examples": int(count)} for name, count in zip(names, np.bincount(ids)))
-    weights, bias = _fit(vectors, ids, len(names))
-    return Classifier(rows, weights, bias, features, _measured(rows, vectors, ids, features, seed))
+    weights, bias = _fit(vectors, ids, len(rows))
+    return Classifier(rows, weights, bias, features, _measured(rows, vectors, ids, features, seed, quiet))
 
 
-def _check(counts: dict[str, int]) -> None:
+def _check(counts: collections.Counter[str]) -> None:
     if not 2 <= len(counts) <= MOST_DOMAINS:
         found = ", ".join(counts) if len(counts) < 2 else str(len(counts))
         raise ValueError(f"edl::label: examples must be of 2 to {MOST_DOMAINS} domains (got {found or 'none'})")
@@ -79,21 +90,26 @@ def _fit(vectors: Any, ids: Any, num_domains: int) -> tuple[Any, Any]:
     return np.ascontiguousarray((weights * factors).T, np.float32), bias.astype(np.float32)
 
 
-def _measured(rows: tuple[dict[str, Any], ...], vectors: Any, ids: Any, features: Features, seed: int) -> Any:
+def _measured(
+    rows: tuple[dict[str, Any], ...], vectors: Any, ids: Any, features: Features, seed: int, quiet: bool
+) -> dict[str, Any]:
+    """What cross-validation finds: counts and shares, for a file."""
     np = require("numpy")
     places = _places(ids, seed)
     most = max(row["examples"] for row in rows) * (_FOLDS - 1) // _FOLDS
+    steps = [number for number in _CURVE if number < most] + [most]
     curve = []
-    for examples in [number for number in _CURVE if number < most] + [most]:
+    for examples in require("tqdm").tqdm(steps, unit="step", disable=True if quiet else None, leave=False):
         probabilities = _held_out(rows, vectors, ids, features, places, examples)
         curve.append({"examples": examples, **share(probabilities.argmax(1) == ids)})
     is_right, certainty = probabilities.argmax(1) == ids, probabilities.max(1)
-    thresholds = [
-        {"threshold": threshold, "labelled": float(np.mean(certainty >= threshold)), **share(is_right[certainty >= threshold])}
-        for threshold in _THRESHOLDS
-    ]
     confusion = np.zeros((len(rows), len(rows)), np.int64)
     np.add.at(confusion, (ids, probabilities.argmax(1)), 1)
+    thresholds = []
+    for threshold in _THRESHOLDS:
+        is_labelled = certainty >= threshold
+        labelled = {"threshold": threshold, "labelled": float(is_labelled.mean())}
+        thresholds.append({**labelled, **share(is_right[is_labelled])})
     return {"held_out": share(is_right), "confusion": confusion.tolist(), "curve": curve, "thresholds": thresholds}
 
 

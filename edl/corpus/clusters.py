@@ -8,7 +8,7 @@ from edl.corpus.classifier import MOST_DOMAINS, Classifier
 from edl.corpus.extras import require
 from edl.corpus.features import Features
 from edl.corpus.telling import beginning, telling_words
-from edl.corpus.training import rarity, scaled
+from edl.corpus.training import one_thread, rarity, scaled
 
 _RANK = 50
 _STARTS = 10
@@ -40,7 +40,7 @@ def cluster(texts: Sequence[str], number: int, features: Features | None = None,
         raise ValueError(f"edl::label: clusters must be from 2 to {most}, of {len(texts)} documents (got {number})")
     vectors = features.of(texts)
     factors = rarity(vectors)
-    with require("threadpoolctl").threadpool_limits(1):  # sums of several threads have other bits
+    with one_thread(), np.errstate(invalid="ignore", divide="ignore"):  # where all documents are the same
         weights, bias = _nearest(scaled(vectors, factors), number, seed)
         scores = vectors @ (weights * factors[:, None]) + bias
     best, second = -np.partition(-scores, 1, axis=1)[:, :2].T

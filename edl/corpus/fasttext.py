@@ -90,7 +90,7 @@ class _Content:
         width, _, _, _, _, word_n_grams, loss, model, buckets, _, longest, _, _ = self._take("12id")
         if model != _SUPERVISED or not 1 <= loss <= 4:
             raise ValueError("not supervised")
-        has_buckets = word_n_grams > 1 or (longest > 0 and version > 11)
+        has_buckets = word_n_grams > 1 or (longest != 0 and version != 11)  # whose remainder is taken
         if width < 1 or buckets < has_buckets:
             raise ValueError("sizes that are not positive")
         num_words, labels, num_pruned = self._dictionary()

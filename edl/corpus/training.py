@@ -61,6 +61,13 @@ def _check(counts: collections.Counter[str]) -> None:
         raise ValueError(f"edl::label: a domain must have at least {FEWEST_EXAMPLES} examples (got {count} of {name})")
 
 
+def one_thread() -> Any:
+    """Inside of it scikit-learn has one thread: sums of several have other bits."""
+    for module in ("sklearn.cluster", "sklearn.decomposition", "sklearn.linear_model"):
+        require(module)  # with libraries that would not obey if they were loaded later
+    return require("threadpoolctl").threadpool_limits(1)
+
+
 def rarity(vectors: Any) -> Any:
     """1 + log((1 + N) / (1 + n)) of each bucket, n of N documents have it: float32 [buckets]."""
     np = require("numpy")
@@ -82,7 +89,7 @@ def _fit(vectors: Any, ids: Any, num_domains: int) -> tuple[Any, Any]:
     model = require("sklearn.linear_model").LogisticRegression(
         C=_INVERSE_PENALTY, class_weight="balanced", max_iter=1000
     )
-    with require("threadpoolctl").threadpool_limits(1):  # sums of several threads have other bits
+    with one_thread():
         model.fit(scaled(vectors, factors), ids)
     weights, bias = model.coef_, model.intercept_
     if num_domains == 2:  # scikit-learn keeps the second's alone

@@ -7,7 +7,7 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-from edl.corpus import labelling, readers, weborganizer
+from edl.corpus import labelling, model_commands, readers, weborganizer
 from edl.corpus.models import Model
 from edl.corpus.readers.listed import with_lists
 
@@ -32,6 +32,8 @@ def add_commands(label: argparse.ArgumentParser) -> None:
     """Adds what `edl label` can do to its parser."""
     commands = label.add_subparsers(title="commands", required=True)
     _add_apply(commands)
+    model_commands.add_train(commands, in_sentences)
+    model_commands.add_cluster(commands, in_sentences)
 
 
 def _positive(text: str) -> int:

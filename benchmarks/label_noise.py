@@ -2,7 +2,8 @@
 
 `python benchmarks/label_noise.py TEXT`: TEXT has a sub-folder for each domain. The examples' small model, on bytes;
 a share of the passages has the label of another domain, throughout. The divergence is that of the true domains, on
-passages that were not trained on: the Jensen-Shannon divergence of their mean router probabilities, over layers.
+passages that were not trained on: the Jensen-Shannon divergence of their mean router probabilities, over layers, in
+nats, with its 95 % interval over seeds.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from small_model import SmallModel, next_token_loss
 
 import edl
 
-NOISE = (0.0, 0.01, 0.05, 0.1, 0.2, 0.4)
+NOISE = (0.0, 0.05, 0.2, 0.4, 2 / 3)  # of three domains, two thirds are labels at random
 SEEDS, STEPS, BATCH, LENGTH, BETA = 4, 150, 16, 128, 1e-2
 
 
@@ -36,7 +37,7 @@ def divergence_of(model: SmallModel, tokens: torch.Tensor, domains: torch.Tensor
     return total / len(logits)
 
 
-def reached(tokens: torch.Tensor, domains: torch.Tensor, noise: float | None, seed: int) -> float:
+def reached(tokens: torch.Tensor, domains: torch.Tensor, noise: float | None, corrected: bool, seed: int) -> float:
     """The divergence after training; noise None: without the loss."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(tokens), generator=generator)
@@ -46,7 +47,7 @@ def reached(tokens: torch.Tensor, domains: torch.Tensor, noise: float | None, se
     labels = torch.where(torch.rand(domains.shape, generator=generator) < (noise or 0.0), others, domains)
     torch.manual_seed(seed)
     model = SmallModel(vocabulary=256)
-    objective = edl.ExpertDivergenceLoss(num_domains)
+    objective = edl.ExpertDivergenceLoss(num_domains, bias_correction=corrected)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(STEPS):
         batch = known[torch.randint(len(known), (BATCH,), generator=generator)]
@@ -67,12 +68,14 @@ def main() -> None:
     domains = torch.tensor([place for place, texts in enumerate(passages.values()) for _ in texts])
     content = [list(text.encode()[:LENGTH]) for texts in passages.values() for text in texts]
     tokens = torch.tensor(content)
-    print("| labels that are wrong | divergence in nats [95 % over seeds] |\n|---|---|")
+    print("| labels that are wrong | loss | bias-corrected loss |\n|---|---|---|")
     for noise in (*NOISE, None):
-        found = [reached(tokens, domains, noise, seed) for seed in range(SEEDS)]
-        half = stats.t.ppf(0.975, SEEDS - 1) * stats.sem(found)
-        name = "the loss left out" if noise is None else f"{noise:.0%}"
-        print(f"| {name} | {np.mean(found):.3f} ± {half:.3f} |", flush=True)
+        cells = []
+        for corrected in (False, True):
+            found = [reached(tokens, domains, noise, corrected, seed) for seed in range(SEEDS)]
+            half = stats.t.ppf(0.975, SEEDS - 1) * stats.sem(found)
+            cells.append(f"{np.mean(found):.3f} ± {half:.3f}")
+        print(f"| {'the loss left out' if noise is None else f'{noise:.0%}'} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def _nearest(vectors: Any, number: int, seed: int) -> tuple[Any, Any]:
     """(2 c [buckets, clusters], -|c|^2 [clusters]) of the centres c, float64.
 
     They are centres of projections on the first 50 singular vectors. The nearest in that space is linear in the vectors
-    themselves. With three clusters of 2100 passages, as many of each of three domains, 99 % are in that of their domain,
+    themselves. With three clusters of 2100 passages, as many of each of three domains, 99 % are in that of theirs,
     and half without the projection.
     """
     np = require("numpy")

@@ -87,11 +87,6 @@ def document_of(text: object, label: str | None) -> Document:
         return Document(None, label, NO_TEXT)
     if not text or text.isspace():
         return Document(None, label, EMPTY)
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-            return Document(None, label, BAD_UTF8)
     return Document(text, label, None)
 
 

@@ -46,7 +46,17 @@ class JsonlShard(Shard):
         if not isinstance(row, dict):
             return Document(None, self.label, NOT_JSON)
         label = label_of(_value(row, self.label_column)) if self.label_column else self.label
-        return document_of(_value(row, self.text_column), label) if self.text_column else Document(None, label, None)
+        if not self.text_column:
+            return Document(None, label, None)
+        text = _value(row, self.text_column)
+        if b"\\u" in line and _has_half_a_pair(text):
+            return Document(None, label, BAD_UTF8)
+        return document_of(text, label)
+
+
+def _has_half_a_pair(text: object) -> bool:
+    """Whether there is half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    return isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in set(text))
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes | None]:

@@ -20,7 +20,15 @@ SOFTMAX, SUPERVISED = 3, 3
 
 
 def model_of(
-    words=WORDS, labels=LABELS, inputs=INPUTS, outputs=OUTPUTS, version=12, kind=SUPERVISED, buckets=0, longest=0
+    words=WORDS,
+    labels=LABELS,
+    inputs=INPUTS,
+    outputs=OUTPUTS,
+    version=12,
+    kind=SUPERVISED,
+    buckets=0,
+    longest=0,
+    quantised=False,
 ):
     """A file as fastText 0.9 writes it: sizes, words and labels, two matrices."""
     options = (3, 5, 5, 1, 5, 1, SOFTMAX, kind, buckets, 0, longest, 100, 1e-4)
@@ -30,7 +38,15 @@ def model_of(
         parts += [name.encode() + b"\0" + struct.pack("<qb", 7, is_label) for name in names]
     for matrix in (inputs, outputs):
         parts += [struct.pack("<?2q", False, *matrix.shape), matrix.tobytes()]
+    if quantised:
+        parts[-4:-2] = [struct.pack("<2?2qi", True, False, 4, 3, 8), CODES.tobytes(), QUANTISER, CENTROIDS.tobytes()]
     return b"".join(parts)
+
+
+# Rows of 3 numbers in two parts, of 2 and 1, each one of 256.
+CODES = np.random.default_rng(2).integers(256, size=(4, 2), dtype=np.uint8)
+CENTROIDS = np.random.default_rng(3).normal(size=256 * 3).astype("<f4")
+QUANTISER = struct.pack("<4i", 3, 2, 2, 1)
 
 
 @pytest.fixture
@@ -40,9 +56,9 @@ def path(tmp_path):
     return path
 
 
-def by_hand(rows):
+def by_hand(rows, inputs=INPUTS):
     """Softmax of the mean of rows, as the library has it."""
-    scores = OUTPUTS.astype(np.float64) @ INPUTS[rows].astype(np.float64).mean(0)
+    scores = OUTPUTS.astype(np.float64) @ inputs[rows].astype(np.float64).mean(0)
     odds = np.exp(scores - scores.max())
     return odds / odds.sum()
 
@@ -55,6 +71,21 @@ def test_labels_are_those_of_the_formula(path):
     assert (ids.dtype, probabilities.dtype) == (np.int16, np.float32)
     assert ids.tolist() == [np.argmax(row) for row in expected]
     np.testing.assert_allclose(probabilities, [row.max() for row in expected], atol=3e-5)
+
+
+def test_a_quantised_model(tmp_path):
+    path = tmp_path / "model.ftz"
+    path.write_bytes(model_of(quantised=True))
+    pairs, singles = CENTROIDS[:512].reshape(256, 2), CENTROIDS[512:, None]
+    inputs = np.concatenate([pairs[CODES[:, 0]], singles[CODES[:, 1]]], 1)
+    ids, probabilities = FastText.load(path).predict(["the cat", "数学"])
+    expected = [by_hand(rows, inputs) for rows in ([1, 2, 0], [3, 0])]
+    assert ids.tolist() == [np.argmax(row) for row in expected]
+    np.testing.assert_allclose(probabilities, [row.max() for row in expected], atol=3e-5)
+    for size in range(0, path.stat().st_size, 7):
+        path.write_bytes(model_of(quantised=True)[:size])
+        with pytest.raises(ValueError, match="edl::label: a fastText model must be a whole file"):
+            FastText.load(path)
 
 
 def test_only_the_beginning_counts(path):

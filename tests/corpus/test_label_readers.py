@@ -194,8 +194,20 @@ def test_megatrons_documents_have_the_labels_of_their_folders(tmp_path, capsys):
     sentence = refused(capsys, tmp_path / "in", "--model", tmp_path, "--output", tmp_path / "no")
     assert "must be labelled by folder, column or list" in sentence
     content = (tmp_path / "in/code/a.idx").read_bytes()
-    for broken in (content[:50], content[:20], b"", content[:34] + b"\xff" * 12 + content[46:]):
+    for broken in (
+        content[:50],
+        content[:20],
+        b"",
+        content[:17] + b"\x63" + content[18:],
+        content[:34] + b"\xff" * 12 + content[46:],
+        content[:-8] + b"\x09" + content[-7:],
+    ):
         (tmp_path / "in/code/a.idx").write_bytes(broken)
+        assert "a.idx" in refused(capsys, tmp_path / "in", "--output", tmp_path / "broken")
+        shutil.rmtree(tmp_path / "broken")
+    (tmp_path / "in/code/a.idx").write_bytes(content)
+    for tokens in (b"", b"\0" * 8):
+        (tmp_path / "in/code/a.bin").write_bytes(tokens)
         assert "a.idx" in refused(capsys, tmp_path / "in", "--output", tmp_path / "broken")
         shutil.rmtree(tmp_path / "broken")
 

@@ -1,10 +1,15 @@
 """Megatron's tokenised data, .bin and .idx: documents of token ids, which have boundaries and no text."""
 
 import dataclasses
+import struct
 from collections.abc import Iterator
 from typing import Any
 
 from edl.corpus.documents import EMPTY, Document, Shard
+from edl.corpus.readers.streams import check_regular
+
+# Magic, version, type of the tokens, sequences, documents and one.
+_HEADER = struct.Struct("<9sQBQQ")
 
 
 @dataclasses.dataclass
@@ -31,6 +36,7 @@ class MegatronShard(Shard):
                 "edl::label: megatron-core must be installed to read .idx files, pip install "
                 f"'expert-divergence[megatron]' (got {error})"
             ) from error
+        self._check_size()
         try:
             data = IndexedDataset(str(self.source.with_suffix("")), multimodal=False, mmap=True)
             lengths, documents = data.index.sequence_lengths, data.index.document_indices
@@ -44,3 +50,17 @@ class MegatronShard(Shard):
                 f"{len(documents) - 1} documents, {len(lengths)} sequences, {lengths.sum()} tokens of {num_tokens})"
             )
         return data
+
+    def _check_size(self) -> None:
+        """megatron-core prints a traceback of its own where a file ends before its header says."""
+        has_tokens = check_regular(self.source.with_suffix(".bin")).st_size > 0
+        with open(self.source, "rb") as file:
+            header = file.read(_HEADER.size)
+        if len(header) == _HEADER.size:
+            magic, version, kind, num_sequences, num_documents = _HEADER.unpack(header)
+            size = _HEADER.size + 12 * num_sequences + 8 * num_documents
+            # One byte more for each sequence where there are modes.
+            is_whole = self.num_bytes in (size, size + num_sequences)
+            if (magic, version) == (b"MMIDIDX\0\0", 1) and 1 <= kind <= 8 and is_whole and has_tokens:
+                return
+        raise ValueError(f"edl::label: Megatron's files must be whole (got {self.source}, {self.num_bytes} bytes)")

@@ -102,6 +102,39 @@ layer = edl.MoELayer(8, 8, 4, 2)
 embed = lambda texts: torch.randn(len(texts), 5, 8)
 """,
     },
+    "docs/labels_sampler.md": {
+        "import edl": """
+import json, pathlib
+import numpy
+
+folder = pathlib.Path("labels")
+(folder / "part").mkdir(parents=True)
+numpy.save(folder / "part" / "00.npy", numpy.array([0, 1, 2, 1, 0, -1, 1, 0] * 3, numpy.int16))
+shards = [{"name": "part/00", "documents": 24}]
+index = {"version": 1, "domains": ["code", "news", "prose"], "counts": {}, "shards": shards}
+(folder / "domains.json").write_text(json.dumps(index))
+""",
+        "dataset = dataset.add_column(": """
+import datasets
+
+tokens = torch.randint(3, 40, (24, 8))
+dataset = datasets.Dataset.from_dict({"input_ids": tokens.tolist(), "labels": tokens.tolist()})
+""",
+        "trainer = EDTrainer(": """
+from transformers import Trainer, TrainingArguments
+from transformers_models import make_model
+
+from edl.integrations.transformers import EDTrainerMixin
+
+
+class EDTrainer(EDTrainerMixin, Trainer):
+    pass
+
+
+model = make_model("mixtral")
+args = TrainingArguments(output_dir="output", max_steps=1, logging_steps=1, use_cpu=True, report_to=[])
+""",
+    },
     "docs/megatron.md": {
         "with edl.domain_scope(": """
 import edl
@@ -198,6 +231,11 @@ AFTER = {
         "gathered = StateDictOptions(": "assert state['blocks.0.layer.gate_up_proj'].shape == (8, 16, 16)",
     },
     "docs/labels.md": {"import edl": "assert len(examples) == 12 and loss.isfinite() and len(labels.domains) == 2"},
+    "docs/labels_sampler.md": {
+        "import edl": "assert domain_ids.shape == (24,)",
+        "from torch.utils.data import DataLoader": "assert len(batch['domain_ids'].unique()) > 1",
+        "trainer = EDTrainer(": "trainer.train()",
+    },
     "docs/megatron.md": {"with edl.domain_scope(": "assert output.domain_ids.tolist() == [0, 1]"},
     "docs/routers.md": {
         "import edl": "assert (routing.experts // 16 == languages[:, None]).all() and routing.logits.isfinite().all()",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from edl.corpus import labelling, model_commands, readers, weborganizer
 from edl.corpus.models import Model
 from edl.corpus.readers.listed import with_lists
+from edl.corpus.telling import printable
 
 # Bytes; starting a process takes seconds.
 _WORTH_A_PROCESS = 64 * 2**20
@@ -149,8 +150,3 @@ def _print(summary: labelling.Summary, output: str) -> None:
     for name, count in lines:
         print(f"{count:>{width},}  {printable(name)}")
     print(f"{sum(count for _, count in lines):>{width},}  documents, labels in {printable(output)}")
-
-
-def printable(words: str) -> str:
-    """A name without what a terminal would obey instead of showing it."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in words)

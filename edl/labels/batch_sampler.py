@@ -18,10 +18,12 @@ _OP = "DomainBatchSampler"
 class _Corpus(NamedTuple):
     """What is known of the sequences once and for all.
 
-    domains: [N], those that occur numbered from 0, U - 1 = unlabelled; counts: [U - 1] sequences of each."""
+    domains: [N], the D that occur numbered from 0, D = unlabelled; counts: [D] sequences of each; checksum: of domains
+    and their places."""
 
     domains: Tensor
     counts: Tensor
+    checksum: int
 
 
 class DomainBatchSampler(Sampler[list[int]]):
@@ -137,7 +139,7 @@ class DomainBatchSampler(Sampler[list[int]]):
         self._num_last = 0 if self.drop_last or rest < self.num_ranks else rest
 
     def _groups_of_domains(self) -> Tensor:
-        """How many groups of each domain the batches of an epoch get, [U - 1]: min(cap, share · count) with one share
+        """How many groups of each domain the batches of an epoch get, [D]: min(cap, share · count) with one share
         for all, rounded by the largest remainders."""
         counts = self._corpus.counts.double()
         caps = (self._corpus.counts // self.sequences_per_domain).clamp(max=self._num_full)
@@ -214,7 +216,7 @@ class DomainBatchSampler(Sampler[list[int]]):
     def _settings(self) -> dict[str, Any]:
         """What the batches of an epoch depend on."""
         names = ("batch_size", "domains_per_batch", "sequences_per_domain", "num_ranks", "seed", "drop_last")
-        of_labels = {"sequences": len(self._corpus.domains), "counts": self._corpus.counts.tolist()}
+        of_labels = {"sequences": len(self._corpus.domains), "checksum": self._corpus.checksum}
         return {name: getattr(self, name) for name in names} | of_labels
 
     def _batches(self) -> tuple[Tensor, Tensor]:
@@ -263,13 +265,13 @@ def _ranks(rank: int | None, num_ranks: int | None) -> tuple[int, int]:
 def _corpus(labels: Any) -> _Corpus:
     try:
         given = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"edl::{_OP}: labels must be whole numbers [N] (got {type(labels).__name__})") from None
     checks.check_tensor(_OP, "labels", given)
     checks.check_memory(_OP, labels=given)
     if given.dim() != 1 or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise ValueError(f"edl::{_OP}: labels must be whole numbers [N] (got {given.dtype} {list(given.shape)})")
-    given = given.cpu()
+    given = given.to("cpu", torch.int64)
     if len(given) and given.min() < -1:
         raise ValueError(f"edl::{_OP}: labels must be at least -1 (got {int(given.min())})")
     names, domains, counts = given.unique(return_inverse=True, return_counts=True)
@@ -277,12 +279,13 @@ def _corpus(labels: Any) -> _Corpus:
     if num_unlabelled:
         counts = counts[1:]
         domains = torch.where(domains == 0, len(counts), domains - 1)
-    return _Corpus(domains.to(torch.int16 if len(counts) < 2**15 else torch.int32), counts)
+    checksum = int((domains + 1).mul_(torch.arange(1, len(domains) + 1)).sum())
+    return _Corpus(domains.to(torch.int16 if len(counts) < 2**15 else torch.int32), counts, checksum)
 
 
 def _chosen_domains(groups: Tensor, num_batches: int, per_batch: int, generator: torch.Generator) -> Tensor:
-    """The domains whose groups each batch gets, [Q, m]: all different, U - 1 where there is none left; each domain
-    as often as it has groups [U - 1], at most Q.
+    """The domains whose groups each batch gets, [Q, m]: all different, D where there is none left; each domain as often
+    as it has groups [D], at most Q.
 
     A batch takes a domain with the probability of its groups that are left by the batches that are left: domains lie
     in random order on a line, each as long as its groups, and points at the distance of the batches that are left
@@ -309,7 +312,7 @@ def _chosen_domains(groups: Tensor, num_batches: int, per_batch: int, generator:
 def _stretches(
     groups: Tensor, order: Tensor, num_batches: int, num_stretches: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Groups of each domain in each stretch of the epoch [V, U], the last column 0, and batches of each stretch [V].
+    """Groups of each domain in each stretch of the epoch [V, D + 1], the last column 0, and batches of each [V].
 
     Groups are dealt to the batches one after another, domain by domain, and with them to the stretches; each gets its
     part of a domain within one, and at most one a batch. Neighbours in this deal are apart by the golden section of the

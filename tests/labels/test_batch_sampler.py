@@ -125,6 +125,16 @@ def test_a_rare_domain_is_spread_evenly():
         assert twentieths.max() <= 3
 
 
+@pytest.mark.filterwarnings("ignore:edl::DomainBatchSampler")
+def test_a_domain_of_five_sequences_comes_from_the_beginning_to_the_end():
+    """Not in a part of the epoch: its first and last are farther apart than half."""
+    labels = torch.cat([torch.zeros(4900, dtype=torch.long), torch.arange(100) // 5 + 1])
+    places = labels[torch.tensor(list(DomainBatchSampler(labels, 2, 2, 1)))]
+    for domain in range(1, 21):
+        found = (places == domain).any(1).nonzero().flatten()
+        assert found[-1] - found[0] > 1250
+
+
 def test_all_pairs_of_domains_meet_alike():
     labels = torch.arange(10).repeat(2000)
     meetings = torch.zeros(10, 10)
@@ -232,7 +242,7 @@ def test_a_state_is_the_same_on_all_ranks_and_refused_by_another_sampler():
         {"seed": 1},
         {"drop_last": False},
         {"labels": labels[:-1]},
-        {"labels": labels.flip(0).clamp(max=2)},
+        {"labels": labels.flip(0)},
         {"domains_per_batch": 3},
     ):
         options = {"labels": labels, "batch_size": 3, "rank": 0, "num_ranks": 2, **others}
@@ -308,6 +318,7 @@ WRONG = {
     "text": {"labels": ["a", "b"]},
     "no labels": {"labels": None},
     "labels below -1": {"labels": LABELS - 1},
+    "labels beyond 64 bits": {"labels": [2**70, 1, 0, 1]},
     "an empty corpus": {"labels": LABELS[:0]},
     "one domain": {"labels": torch.zeros(8, dtype=torch.long)},
     "unlabelled": {"labels": torch.full((8,), -1)},
@@ -347,5 +358,7 @@ def test_labels_come_in_any_form():
     import numpy
 
     wanted = list(DomainBatchSampler(LABELS, 4))
+    unsigned = DomainBatchSampler(numpy.array([0, 1, 2, 0], numpy.uint16), 4)
+    assert list(unsigned) == list(DomainBatchSampler([0, 1, 2, 0], 4))
     for labels in (LABELS.tolist(), LABELS.numpy(), LABELS.numpy().astype(numpy.int16), LABELS.int(), LABELS.char()):
         assert list(edl.labels.DomainBatchSampler(labels, 4)) == wanted

@@ -405,9 +405,12 @@ def observations_on(device, dtype):
     return layers
 
 
-@pytest.mark.parametrize("name", sorted(edl.objectives.available()))
+OBJECTIVES = {name: each for name, each in edl.objectives.available().items() if each.__module__.startswith("edl.")}
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_objectives_are_those_of_the_cpu(name):
-    objective = edl.objectives.available()[name]
+    objective = OBJECTIVES[name]
     options = {"num_domains": 3} if name in ("expert_divergence", "mutual_information") else {}
     options |= {"bins": 4} if name == "modality_mutual_information" else {}
     keep = torch.arange(40) < 30

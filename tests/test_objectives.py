@@ -22,6 +22,7 @@ import edl
 from edl.objectives import (
     ExpertDivergence,
     LoadBalancing,
+    ModalityDivergence,
     Objective,
     Objectives,
     RouterZ,
@@ -594,14 +595,15 @@ def test_a_file_makes_objectives(tmp_path):
         objectives_from_file(tmp_path / "objectives.json")
 
 
-def own_objective():
-    """The class of docs/objectives.md, as it stands there."""
+def own_objective(name="LogitSize"):
+    """A class of docs/objectives.md, as it stands there."""
     page = (ROOT / "docs" / "objectives.md").read_text()
     source = re.search(r"(import dataclasses\n.*?class LogitSize.*?)\n\n\nobjectives = ", page, re.DOTALL).group(1)
     assert len([line for line in source.splitlines() if line]) <= 12
-    names = {"__name__": "own_objective"}
+    names = {"__name__": "own_objective", "torch": torch}
     exec(source, names)
-    return names["LogitSize"]()
+    exec(re.search(r"(from edl.objectives.tokens import sums_by_segment.*?)\n```", page, re.DOTALL).group(1), names)
+    return names[name]()
 
 
 def check_own_objective():
@@ -619,6 +621,67 @@ def check_own_objective():
 
 def test_the_objective_of_the_documentation_is_exact_over_two_ranks():
     on_ranks(2, check_own_objective)
+
+
+def test_the_documentations_objective_of_sequences_sees_each_whole():
+    logits = torch.randn(4, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_(True)
+    keep = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]])
+    whole = torch.softmax(logits, -1)
+    means = torch.stack([whole[row][keep[row] > 0].mean(0) for row in (0, 1, 3)])
+    expected = torch.special.entr(means).sum(1).mean()
+    bound = Objectives({"entropy": (own_objective("SequenceEntropy"), 1.0)})
+    total, _ = bound(logits, keep)
+    assert_close(total, expected.detach(), EXACT)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (total, expected)]
+    assert_close(gradients[0], gradients[1], EXACT)
+    with pytest.raises(IndexError, match="^edl::Objectives: segment_ids must be"):
+        bound(logits, 2 * keep)
+
+
+def test_a_step_without_a_token_is_in_no_log():
+    bound = Objectives({"size": (own_objective(), 1.0)})
+    logits = torch.full((6, 4), 3.0, requires_grad=True)
+    for keep in (torch.ones(6), torch.zeros(6)):
+        bound(logits, keep)
+        bound.step()
+    logged = bound.log()
+    assert logged["size_loss"] == 9.0 and logged["size/steps_without_effect"] == 1
+
+
+def test_measures_are_means_over_layers_whatever_their_sizes():
+    bound = Objectives({"apart": (ModalityDivergence(2), 1.0)})
+    logits = [torch.randn(8, size, dtype=torch.float64, requires_grad=True) for size in (4, 6, 4)]
+    total, _ = bound(logits, modality_ids=torch.arange(8) % 2)
+    assert_close(bound.log()["apart/nats"], -total.detach(), EXACT)
+
+
+class Wrong(RouterZ):
+    def __init__(self, **methods):
+        for name, method in methods.items():
+            object.__setattr__(self, name, method)
+
+
+WRONG = {
+    "formula must give a loss for each layer, [L] (got [] of 'z')": Wrong(formula=lambda sums: sums["squares"].sum()),
+    "has_effect must give a bool scalar (got [1] of Wrong)": Wrong(has_effect=lambda sums: sums["tokens"] > 0),
+    "of_tokens must give sums of each layer, [L, ...] (got squares [], tokens [1] of 'z')": Wrong(
+        of_tokens=lambda layers, segments: {"squares": layers[0].logits.sum(), "tokens": torch.ones(1)}
+    ),
+    "an objective needs fields of an edl.routing.Observation (got 'logit' of 'z')": Wrong(needs=frozenset({"logit"})),
+    "measures must give scalars by names other than loss, weight, steps_without_effect and layer_<i> (got 'weight' [] "
+    "of Wrong)": Wrong(measures=lambda sums: {"weight": torch.ones(())}),
+    "measures must give scalars by names other than loss, weight, steps_without_effect and layer_<i> (got 'mean' [1] "
+    "of Wrong)": Wrong(measures=lambda sums: {"mean": sums["tokens"]}),
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG)
+def test_an_objective_of_ones_own_with_a_mistake_is_refused(sentence):
+    with pytest.raises(ValueError) as error:
+        bound = Objectives({"z": (WRONG[sentence], 1.0)})
+        bound(torch.randn(5, 4, requires_grad=True))
+        bound.log()
+    assert str(error.value) == f"edl::Objectives: {sentence}"
 
 
 def test_classes_are_listed_by_their_names_in_words():

@@ -39,6 +39,3 @@ class ActivationCosine(Objective):
 
     def formula(self, sums: Sums) -> Tensor:
         return sums["cosines"] / sums["tokens"].clamp(min=1)
-
-    def has_effect(self, sums: Sums) -> Tensor:
-        return sums["tokens"].sum() > 0

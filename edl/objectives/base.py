@@ -102,7 +102,8 @@ class Objective(abc.ABC):
 
         Returns:
             Name → Tensor[L, ...], with a gradient where there is one; with `by_unit` Tensor[L, S, ...], or [1, S, ...]
-            where all layers have the same. A mean is a sum and the number of what was added.
+            where all layers have the same. A mean is a sum and the number of what was added, called tokens where these
+            are tokens.
         """
 
     def of_units(self, sums: Sums, labels: Tensor) -> Sums:
@@ -122,9 +123,15 @@ class Objective(abc.ABC):
         """The loss of each layer, Tensor[L], of the sums of all ranks."""
 
     def has_effect(self, sums: Sums) -> Tensor:
-        """Whether there was anything to act on, a bool scalar; where not, the loss is 0 and no log counts it."""
-        return torch.ones((), dtype=torch.bool, device=next(iter(sums.values())).device)
+        """Whether there was anything to act on, a bool scalar; where not, the loss is 0 and no log counts it. By
+        default: whether there are "tokens", of sums of this name; always, without."""
+        tokens = sums.get("tokens")
+        if tokens is None:
+            return torch.ones((), dtype=torch.bool, device=next(iter(sums.values())).device)
+        return tokens.sum() > 0
 
     def measures(self, sums: Sums) -> dict[str, Tensor]:
-        """What a log shows beside the loss: name → a scalar, of the sums of all ranks, without gradient."""
+        """What a log shows beside the loss: name → a scalar of layers of one size, of the sums of all ranks, without
+        gradient; NaN where there is nothing to measure, which no log counts. Of layers of several sizes a log takes
+        their mean, weighted by their numbers. No name is loss, weight, steps_without_effect or begins with layer_."""
         return {}

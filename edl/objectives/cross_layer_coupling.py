@@ -57,9 +57,6 @@ class CrossLayerCoupling(Objective):
     def formula(self, sums: Sums) -> Tensor:
         return -sums["coupled"] / sums["tokens"].clamp(min=1)
 
-    def has_effect(self, sums: Sums) -> Tensor:
-        return sums["tokens"].sum() > 0
-
 
 def _chosen_masses(layers: Layers, segments: Segments, scores: str) -> Tensor:
     """What each token's chosen experts have of its scores [L, T], on the device of the segments; of layers of whatever

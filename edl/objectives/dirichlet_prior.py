@@ -93,9 +93,6 @@ class DirichletPrior(Objective):
         of_bins = counts * ((means - ranks).square() + spread.where(counts > 1, 0.0))
         return (of_bins / tokens.clamp(min=1)).sum(2).mean(1)
 
-    def has_effect(self, sums: Sums) -> Tensor:
-        return sums["tokens"].sum() > 0
-
 
 class _Histogram(torch.autograd.Function):
     """Of each expert and bin [L, E, bins], float64: how many values of F, their sum and that of their squares."""

@@ -1,12 +1,11 @@
 """Routing of domains, languages or modalities: sums of the router's scores over the tokens of each, whose labels may be
 weights."""
 
-import torch
 from torch import Tensor
 
 from edl.labels.segments import Segments
 from edl.objectives.base import Layers, Sums
-from edl.objectives.tokens import are_ignored, distributions, number_of_tokens, routing_of
+from edl.objectives.tokens import are_ignored, distributions, number_of_tokens, sums_by_segment
 
 
 def domain_sums(layers: Layers, segments: Segments, input: str, scores: str) -> Sums:
@@ -23,13 +22,7 @@ def domain_sums(layers: Layers, segments: Segments, input: str, scores: str) -> 
         if segments.labels.is_floating_point():
             sums, counts = _weighted_sums(layers, segments, input, scores)
         else:
-            sums, counts = torch.ops.edl._segment_sums(
-                routing_of(layers, input),
-                segments.segment_ids,
-                segments.num_segments,
-                scores if input == "logits" else "none",
-                "edl::Objectives",
-            )
+            sums, counts = sums_by_segment(layers, segments, input, scores)
         return sums, counts.detach().double().expand(len(layers), -1)
 
     sums, counts = layers.once(("domain_sums", segments.segment_ids, segments.labels, input, scores), make)

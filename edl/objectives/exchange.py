@@ -194,13 +194,25 @@ def _of_tokens(part: Part) -> Sums:
     ids = part.segments.segment_ids
     device = _read(part)[0].device
     if device == ids.device:
-        return part.objective.of_tokens(part.layers, part.segments)
+        return _checked(part, part.objective.of_tokens(part.layers, part.segments))
     there = part.segments._replace(segment_ids=ids.to(device), labels=part.segments.labels.to(device))
-    return {name: x.to(ids.device) for name, x in part.objective.of_tokens(part.layers, there).items()}
+    sums = _checked(part, part.objective.of_tokens(part.layers, there))
+    return {name: x.to(ids.device) for name, x in sums.items()}
 
 
 def _of_units(part: Part, sums: Sums) -> Sums:
     return part.objective.of_units(sums, part.segments.labels) if part.objective.by_unit else sums
+
+
+def _checked(part: Part, sums: Sums) -> Sums:
+    """The sums of an objective, which must say of which layer they are."""
+    sizes = {x.shape[0] if x.dim() > 0 else 0 for x in sums.values()}
+    if len(sizes - {1} if part.objective.by_unit else sizes) > 1 or 0 in sizes:
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in sums.items())
+        raise ValueError(
+            f"edl::Objectives: of_tokens must give sums of each layer, [L, ...] (got {shapes} of {part.name!r})"
+        )
+    return sums
 
 
 def _read(part: Part) -> list[Tensor]:

@@ -82,9 +82,6 @@ class ExpertOrthogonality(Objective):
     def formula(self, sums: Sums) -> Tensor:
         return sums["projections"] / sums["tokens"].clamp(min=1)
 
-    def has_effect(self, sums: Sums) -> Tensor:
-        return sums["tokens"].sum() > 0
-
 
 def _on_each_other(grams: Tensor, eps: float | None) -> Tensor:
     """Σ_j Σ_{k≠j} of the squared projections of Gram matrices [..., K, K], of squared cosines without eps."""

@@ -12,7 +12,7 @@ from edl.labels.batch import Batch
 from edl.labels.segments import Segments
 from edl.objectives.arguments import Routings, as_logits, check_logits, check_masks, counted_tokens, flat, layers_of
 from edl.objectives.base import Layers, Objective, Sums
-from edl.objectives.tokens import are_ignored, chosen_experts, readable_logits, routing_of, stacked
+from edl.objectives.tokens import are_ignored, chosen_experts, readable_logits, stacked, sums_by_segment
 from edl.ops import checks
 from edl.routing import Routing
 
@@ -78,9 +78,7 @@ class LoadBalancing(Objective):
 
     def of_tokens(self, layers: Layers, segments: Segments) -> Sums:
         ids, num_segments, _ = segments
-        mass, tokens = torch.ops.edl._segment_sums(
-            routing_of(layers, "logits"), ids, num_segments, self.scores, "edl::LoadBalancing"
-        )
+        mass, tokens = sums_by_segment(layers, segments, "logits", self.scores)
         chosen, num = self._chosen(layers, segments), mass.shape[2]
         if self.devices is not None:
             if num % self.devices != 0:
@@ -91,7 +89,6 @@ class LoadBalancing(Objective):
             chosen, num = chosen // (num // self.devices), self.devices
         if self.devices_per_token is not None:
             chosen = _once_per_token(chosen, num)
-        tokens = tokens.detach().expand(len(layers), -1)
         sums = {"scores": mass, "tokens": tokens, "choices": _count(chosen, ids, num_segments, num)}
         if self.by_unit:
             return sums

@@ -18,6 +18,7 @@ class _Loss(NamedTuple):
 
     losses: Tensor  # [L]
     sums: list[Sums]  # of groups of these layers
+    sizes: list[int]  # of the groups, in layers
 
 
 class ObjectiveLog:
@@ -38,10 +39,11 @@ class ObjectiveLog:
         self._names: list[str] = []
         self._sums: Tensor | None = None  # [2, M]: of each name the values that count, and their number
 
-    def add(self, losses: Tensor, sums: Sequence[Sums]) -> Tensor:
-        """Counts losses [L], computed from these sums; returns whether there was something to act on."""
+    def add(self, losses: Tensor, sums: Sequence[Sums], sizes: Sequence[int]) -> Tensor:
+        """Counts losses [L], computed from these sums, of groups of so many layers; returns whether there was something
+        to act on."""
         detached = [{name: x.detach() for name, x in of_group.items()} for of_group in sums]
-        self._waiting.append(_Loss(losses.detach(), detached))
+        self._waiting.append(_Loss(losses.detach(), detached, list(sizes)))
         has_effect = self._has_effect(detached)
         if len(self._waiting) == _MOST_WAITING:
             self._add_up()
@@ -65,6 +67,11 @@ class ObjectiveLog:
 
     def _has_effect(self, sums: Sequence[Sums]) -> Tensor:
         effects = [self._objective.has_effect(of_group) for of_group in sums]
+        if any(effect.dim() != 0 for effect in effects):
+            raise ValueError(
+                f"edl::Objectives: has_effect must give a bool scalar (got {list(effects[0].shape)} of "
+                f"{type(self._objective).__name__})"
+            )
         return effects[0] if len(effects) == 1 else torch.stack(effects).any()
 
     @torch.no_grad()
@@ -72,13 +79,13 @@ class ObjectiveLog:
         if not self._waiting:
             return
         rows, are_counted = [], []
-        for losses, sums in self._waiting:
+        for losses, sums, sizes in self._waiting:
             has_effect = self._has_effect(sums)
             measures = [self._objective.measures(of_group) for of_group in sums]
             values = {"loss": losses.mean(), **dict(zip((f"layer_{place}" for place in self._layers), losses))}
             number_of_losses = len(values)
             for name in measures[0]:
-                values[name] = torch.stack([of_group[name].double() for of_group in measures]).mean()
+                values[name] = self._mean(name, [of_group[name] for of_group in measures], sizes)
             self._names = list(values)
             row = torch.stack([value.double() for value in values.values()])
             is_counted = ~row.isnan()
@@ -89,6 +96,15 @@ class ObjectiveLog:
         row, is_counted = torch.stack(rows), torch.stack(are_counted)
         sums_now = torch.stack([row.where(is_counted, 0.0).sum(0), is_counted.sum(0).double()])
         self._sums = sums_now if self._sums is None else self._sums + sums_now
+
+    def _mean(self, name: str, measured: list[Tensor], sizes: list[int]) -> Tensor:
+        """The mean over all layers of a measure of groups of layers."""
+        if name in ("loss", "weight", "steps_without_effect") or name.startswith("layer_") or measured[0].dim() != 0:
+            raise ValueError(
+                "edl::Objectives: measures must give scalars by names other than loss, weight, steps_without_effect "
+                f"and layer_<i> (got {name!r} {list(measured[0].shape)} of {type(self._objective).__name__})"
+            )
+        return torch.stack([x.double() * size for x, size in zip(measured, sizes)]).sum() / sum(sizes)
 
 
 class EffectWatch:

@@ -88,6 +88,11 @@ class Objectives(nn.Module):
                 raise ValueError(
                     f"edl::Objectives: objectives must map names to (objective, weight) (got {name!r}: {bound!r})"
                 )
+            if unknown := sorted(bound[0].needs - set(Observation._fields)):
+                raise ValueError(
+                    f"edl::Objectives: an objective needs fields of an edl.routing.Observation (got {unknown[0]!r} of "
+                    f"{name!r})"
+                )
         if memory is not None and not isinstance(memory, DomainMemory):
             raise ValueError(f"edl::Objectives: memory must be a DomainMemory (got {type(memory).__name__})")
         self.objectives = {name: objective for name, (objective, _) in objectives.items()}
@@ -377,10 +382,17 @@ class Objectives(nn.Module):
     def _losses(self, parts: list[Part], sums: list[Sums]) -> Losses:
         losses: dict[str, list[Tensor]] = {name: [] for name in self.objectives}
         for part, shared in zip(parts, sums):
-            losses[part.name].append(part.objective.formula(shared))
+            loss = part.objective.formula(shared)
+            if loss.dim() != 1:
+                raise ValueError(
+                    f"edl::Objectives: formula must give a loss for each layer, [L] (got {list(loss.shape)} of "
+                    f"{part.name!r})"
+                )
+            losses[part.name].append(loss)
         of_layers = {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in losses.items()}
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._add_to_logs(parts, sums, of_layers)
+            sizes = {name: [len(loss) for loss in each] for name, each in losses.items()}
+            self._add_to_logs(parts, sums, of_layers, sizes)
         means = {name: each.mean() for name, each in of_layers.items()}
         total = torch.stack([self._weighted(name, mean, parts) for name, mean in means.items()]).sum()
         if not any(x.dtype == torch.float64 for part in parts for layer in part.layers for x in _observed(part, layer)):
@@ -397,7 +409,9 @@ class Objectives(nn.Module):
         nothing = [x[:0].sum().to(mean) for x in read if x.requires_grad]
         return torch.stack([torch.zeros_like(mean), *nothing]).sum()
 
-    def _add_to_logs(self, parts: list[Part], sums: list[Sums], of_layers: dict[str, Tensor]) -> None:
+    def _add_to_logs(
+        self, parts: list[Part], sums: list[Sums], of_layers: dict[str, Tensor], sizes: dict[str, list[int]]
+    ) -> None:
         if torch._C._current_autograd_node() is None:
             self._counts_replays = False
         elif not self._counts_replays:
@@ -407,7 +421,7 @@ class Objectives(nn.Module):
             if name not in self._logs:
                 places = [place for part, _ in own for place in part.places]
                 self._logs[name] = ObjectiveLog(self.objectives[name], places)
-            self.has_effect[name] = self._logs[name].add(losses, [shared for _, shared in own])
+            self.has_effect[name] = self._logs[name].add(losses, [shared for _, shared in own], sizes[name])
             self._watches[name].see(self.has_effect[name])
 
     def extra_repr(self) -> str:

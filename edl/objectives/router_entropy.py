@@ -47,6 +47,3 @@ class RouterEntropy(Objective):
 
     def formula(self, sums: Sums) -> Tensor:
         return -sums["nats"] / sums["tokens"].clamp(min=1)
-
-    def has_effect(self, sums: Sums) -> Tensor:
-        return sums["tokens"].sum() > 0

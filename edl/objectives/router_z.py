@@ -30,9 +30,6 @@ class RouterZ(Objective):
     def formula(self, sums: Sums) -> Tensor:
         return sums["squares"] / sums["tokens"].clamp(min=1)
 
-    def has_effect(self, sums: Sums) -> Tensor:
-        return sums["tokens"].sum() > 0
-
 
 def _or_nan(z: Tensor) -> Tensor:
     """A token without an open expert has no distribution."""

@@ -61,9 +61,6 @@ class RoutingVariance(Objective):
         means, squares = (sums[name].double() / tokens.unsqueeze(1) for name in ("weights", "squares"))
         return (means.square() - squares).mean(1)
 
-    def has_effect(self, sums: Sums) -> Tensor:
-        return sums["tokens"].sum() > 0
-
 
 def _dense_weights(layers: Layers, segments: Segments) -> Tensor:
     """The weights [L, T, E], which add up to 1 for each token, 0 where it did not choose or does not count."""

@@ -117,17 +117,46 @@ def number_of_tokens(layers: Layers, segments: Segments) -> Tensor:
     return layers.once(("number_of_tokens", segments.segment_ids), make)
 
 
+def sum_over_tokens(values: Tensor, layers: Layers, segments: Segments) -> Tensor:
+    """The sums of numbers [L, T, ...] over the tokens that count, [L, ...]."""
+    is_ignored = are_ignored(layers, segments)
+    return values.masked_fill(is_ignored.view(-1, *[1] * (values.dim() - 2)), 0.0).sum(1)
+
+
+def sums_by_segment(layers: Layers, segments: Segments, input: str, scores: str) -> tuple[Tensor, Tensor]:
+    """The sums of the distributions over experts of the tokens of each segment [L, S, E], and their numbers [L, S].
+
+    Args:
+        layers (Layers): of one size.
+        segments (Segments): S; ids of labels and mask values that are not allowed are refused.
+        input (str): "logits", or "probs", whose scores must be distributions where tokens count.
+        scores (str): of logits, "softmax" or "sigmoid" (normalised over experts).
+    """
+
+    def make() -> tuple[Tensor, Tensor]:
+        sums, counts = torch.ops.edl._segment_sums(
+            routing_of(layers, input),
+            segments.segment_ids,
+            segments.num_segments,
+            scores if input == "logits" else "none",
+            "edl::Objectives",
+        )
+        return sums, counts.detach().expand(len(layers), -1)
+
+    return layers.once(("sums_by_segment", segments.segment_ids, input, scores), make)
+
+
 def mean_over_tokens(name: str, values: Tensor, layers: Layers, segments: Segments) -> Sums:
-    """The two sums of a mean over the tokens that count.
+    """The two sums of a mean over the tokens that count, `name` and tokens.
 
     Args:
         name (str): of what is averaged.
         values (Tensor[L, T]): of each token.
         layers (Layers): of one size.
-        segments (Segments): that say which tokens count.
+        segments (Segments): one, of all tokens that count, as `Batch.counted` gives it.
     """
     return {
-        name: values.masked_fill(are_ignored(layers, segments), 0.0).sum(1),
+        name: sum_over_tokens(values, layers, segments),
         "tokens": number_of_tokens(layers, segments)[:1].expand(len(values)),
     }
 

@@ -245,7 +245,6 @@ def test_weights_follow_the_steps_and_are_saved():
         (linear_decay(lambda step: step, 1, 3, final=10.0), [0.0, 1.0, 6.0, 10.0, 10.0]),
         (linear_warmup(off_after(0.4, 3), 4), [0.0, 0.1, 0.2, 0.0, 0.0]),
     ],
-    ids=str,
 )
 def test_schedules_are_functions_of_the_step_and_of_each_other(schedule, expected):
     assert [schedule(step) for step in range(len(expected))] == pytest.approx(expected)

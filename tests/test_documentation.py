@@ -136,6 +136,21 @@ embed = lambda texts: torch.randn(len(texts), 5, 8)
 """,
     },
     "docs/megatron.md": {
+        "labelled = edl_megatron.": """
+import json, pathlib, types
+import numpy
+from megatron.core.datasets.gpt_dataset import GPTDataset
+
+import edl
+from edl.integrations import megatron as edl_megatron
+
+folder = pathlib.Path("labels")
+folder.mkdir()
+numpy.save(folder / "part.npy", numpy.zeros(2, numpy.int16))
+shards = [{"name": "part", "documents": 2}]
+(folder / "domains.json").write_text(json.dumps({"version": 1, "domains": ["a"], "counts": {}, "shards": shards}))
+args, forward_step = types.SimpleNamespace(seq_length=8), print
+""",
         "with edl.domain_scope(": """
 import edl
 
@@ -236,7 +251,10 @@ AFTER = {
         "trainer = EDTrainer(": "trainer.train()",
     },
     "docs/labels.md": {"import edl": "assert len(examples) == 12 and loss.isfinite() and len(labels.domains) == 2"},
-    "docs/megatron.md": {"with edl.domain_scope(": "assert output.domain_ids.tolist() == [0, 1]"},
+    "docs/megatron.md": {
+        "labelled = edl_megatron.": "assert issubclass(labelled, GPTDataset)",
+        "with edl.domain_scope(": "assert output.domain_ids.tolist() == [0, 1]",
+    },
     "docs/routers.md": {
         "import edl": "assert (routing.experts // 16 == languages[:, None]).all() and routing.logits.isfinite().all()",
         "def tell(": """

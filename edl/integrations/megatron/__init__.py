@@ -10,7 +10,8 @@ except ModuleNotFoundError as error:
 
 from edl.integrations.megatron.arguments import add_arguments, options
 from edl.integrations.megatron.data import with_domain_ids
+from edl.integrations.megatron.documents import label_documents
 from edl.integrations.megatron.router import EDTopKRouter
 from edl.integrations.megatron.spec import patch_spec
 
-__all__ = ["EDTopKRouter", "add_arguments", "options", "patch_spec", "with_domain_ids"]
+__all__ = ["EDTopKRouter", "add_arguments", "label_documents", "options", "patch_spec", "with_domain_ids"]

@@ -137,7 +137,8 @@ def _count(chosen: Tensor, segment_ids: Tensor, num_segments: int, num: int) -> 
     keys = (of_layer + segment_ids.long().unsqueeze(1)) * num + chosen
     keys = keys.masked_fill(chosen == num, none).flatten()
     counts = torch.zeros(none + 1, dtype=torch.int64, device=keys.device)
-    return counts.scatter_add(0, keys, torch.ones_like(keys))[:-1].view(num_layers, num_segments, num)
+    counts = counts.scatter_add(0, keys, torch.ones_like(keys)).narrow(0, 0, none)
+    return counts.view(num_layers, num_segments, num)
 
 
 def _balance_sums(

@@ -157,7 +157,7 @@ def mean_over_tokens(name: str, values: Tensor, layers: Layers, segments: Segmen
     """
     return {
         name: sum_over_tokens(values, layers, segments),
-        "tokens": number_of_tokens(layers, segments)[:1].expand(len(values)),
+        "tokens": number_of_tokens(layers, segments).narrow(0, 0, 1).expand(len(values)),
     }
 
 

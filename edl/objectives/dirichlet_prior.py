@@ -35,7 +35,8 @@ class DirichletPrior(Objective):
     one, and its gradient too, but where all scores of an expert lie in one bin, as in a router that does not choose yet
     (20 %), and where they are as the prior says (10 %, of next to nothing). Ranks are constants of the gradient, as
     they are between swaps. F is that of SciPy (`pip install 'expert-divergence[dirichlet]'`), read from a table: within
-    1e-8 for alpha up to 8, and 1e-4 up to 1000. Scores are read as between 1e-6 and 1 - 1e-6.
+    1e-8 for alpha up to 8, and 1e-4 up to 1000. Scores are read as between 1e-6 and 1 - 1e-6,
+    and have no gradient beyond.
 
     Between 0, for scores distributed as the prior says, and 1/3; 0 without a token that counts. On CUDA the histogram
     adds in no fixed order, but with torch.use_deterministic_algorithms.

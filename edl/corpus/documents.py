@@ -81,6 +81,22 @@ class Shard(abc.ABC):
         """
 
 
+@dataclasses.dataclass
+class RowShard(Shard):
+    """Documents that are rows with columns.
+
+    Attributes:
+        text_column: name of the text; None: the text is not looked at.
+        label_column: name of the label, `a.b` for a field of a field; None: the label is the shard's.
+    """
+
+    text_column: str | None
+    label_column: str | None
+
+    def __post_init__(self) -> None:
+        self.has_text = self.text_column is not None
+
+
 def document_of(text: object, label: str | None) -> Document:
     """The document of a row whose text may be anything."""
     if not isinstance(text, str):

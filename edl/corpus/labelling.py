@@ -13,9 +13,8 @@ from edl.corpus import workers
 from edl.corpus.documents import IMPROBABLE, NO_LABEL, PROBLEMS, UNKNOWN_LABEL, Document, Shard
 from edl.corpus.extras import require
 from edl.corpus.parts import Part, lock
+from edl.labels.files import INDEX, VERSION
 
-VERSION = 1
-INDEX = "domains.json"
 # A batch ends with the document that reaches one of these: batches, too, are the same in every run.
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 8 * 2**20

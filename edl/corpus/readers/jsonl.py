@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from edl.corpus.documents import BAD_UTF8, NOT_JSON, TOO_LONG, Document, Shard, document_of, label_of
+from edl.corpus.documents import BAD_UTF8, NOT_JSON, TOO_LONG, Document, RowShard, document_of, label_of
 from edl.corpus.readers.streams import reading
 
 # Read in bounded memory: what is longer is passed over and counted.
@@ -13,19 +13,8 @@ LONGEST_LINE = 64 * 2**20
 
 
 @dataclasses.dataclass
-class JsonlShard(Shard):
-    """One document a line; empty lines are none.
-
-    Attributes:
-        text_column: key of the text; None: the text is not looked at.
-        label_column: key of the label, `a.b` for an object in an object; None: the label is the shard's.
-    """
-
-    text_column: str | None
-    label_column: str | None
-
-    def __post_init__(self) -> None:
-        self.has_text = self.text_column is not None
+class JsonlShard(RowShard):
+    """One document a line; empty lines are none."""
 
     def documents(self, start: int = 0) -> Iterator[Document]:
         with reading(self.source) as (stream, file):

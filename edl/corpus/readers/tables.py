@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from edl.corpus.documents import BAD_UTF8, Document, Shard, document_of, label_of
+from edl.corpus.documents import BAD_UTF8, Document, RowShard, document_of, label_of
 from edl.corpus.extras import require
 from edl.corpus.readers.streams import CHUNK, check_regular
 
@@ -16,19 +16,8 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @dataclasses.dataclass
-class TableShard(Shard):
-    """One document a row.
-
-    Attributes:
-        text_column: name of the text; None: the text is not looked at.
-        label_column: name of the label, `a.b` for a field of a struct; None: the label is the shard's.
-    """
-
-    text_column: str | None
-    label_column: str | None
-
-    def __post_init__(self) -> None:
-        self.has_text = self.text_column is not None
+class TableShard(RowShard):
+    """One document a row."""
 
     @contextlib.contextmanager
     def _broken_in_a_sentence(self) -> Iterator[None]:
@@ -137,7 +126,7 @@ class _Columns:
         return label_of(label)
 
 
-def _path(fields: Iterable[Any], column: str | None, shard: Shard) -> list[str]:
+def _path(fields: Iterable[Any], column: str | None, shard: RowShard) -> list[str]:
     """A column as the names of a field and of fields in it.
 
     Raises:

@@ -14,8 +14,9 @@ FLOORS = [
     {"routing", "labels"},
     {"reduction"},
     {"moe", "objectives"},
-    {"training"},
-    {"integrations", "corpus"},
+    {"training", "diagnostics"},
+    {"report", "integrations", "corpus"},
+    {"observe"},
     {"cli"},
     {"__main__", "__init__"},
 ]

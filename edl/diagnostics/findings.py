@@ -125,7 +125,6 @@ class Course:
         max_violation (array[M, L]): (busiest expert - mean) / mean.
         dead (array[M, L]): number of experts without a choice.
         token_entropy (array[M, L]): nats.
-        saturation (array[M, L]): share of the choices of experts by domain that agree with the last snapshot's.
     """
 
     steps: Any
@@ -133,7 +132,6 @@ class Course:
     max_violation: Any
     dead: Any
     token_entropy: Any
-    saturation: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,7 +192,10 @@ class Change:
         paired (int): documents that are in both.
         information (Estimate): of I(E;D), mean over layers.
         standardised (Estimate): of the standardised divergence, mean over layers and pairs.
-        layer_information (array[L]): by layer; of layers that both have.
+        layers (sequence of int): numbers of the layers that both have, L.
+        layer_information (array[L]): difference of I(E;D).
+        layer_saturation (array[L]): share of a token's choices in the earlier run that the later one makes too, mean over
+            tokens; NaN where the tokens are others.
         note (str): what the comparison cannot say, "one seed each" where it is so.
     """
 
@@ -203,5 +204,7 @@ class Change:
     paired: int
     information: Estimate
     standardised: Estimate
+    layers: Sequence[int]
     layer_information: Any
+    layer_saturation: Any
     note: str

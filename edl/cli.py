@@ -1,4 +1,4 @@
-"""The command `edl`: `edl info` says what is installed and what runs, `edl label` labels a corpus."""
+"""The command `edl`: what is installed, labels of a corpus, and what the experts of a model do."""
 
 import argparse
 
@@ -6,7 +6,10 @@ import torch
 
 import edl
 from edl import _build, _extension, machine
+from edl.command_line import add_command, tell
 from edl.corpus.commands import add_commands as add_label_commands
+
+_INFO = "Says what is installed and what runs: versions, how edl was built, the instruction set in use, CUDA."
 
 
 def build_facts() -> dict[str, str]:
@@ -33,11 +36,10 @@ def _cuda() -> str:
     return f"built for {_build.cuda_version}, devices: {', '.join(names)}"
 
 
-def _print_info(_: argparse.Namespace) -> None:
+def _tell_info(options: argparse.Namespace) -> None:
     facts = build_facts()
     width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:{width}}  {value}")
+    tell(options, facts, lambda: [f"{name:{width}}  {value}" for name, value in facts.items()])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,8 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="edl", description=edl.__doc__)
     parser.add_argument("--version", action="version", version=f"edl {edl.__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
-    info = commands.add_parser("info", help="versions, build facts, instruction set in use, CUDA")
-    info.set_defaults(run=_print_info)
+    line = "versions, build facts, instruction set in use, CUDA"
+    add_command(commands, "info", line, _INFO, "example:\n  edl info --json | jq .CUDA", _tell_info)
     label = commands.add_parser("label", help="domain labels for the documents of a corpus")
     add_label_commands(label)
     options = parser.parse_args(arguments)

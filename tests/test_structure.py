@@ -9,7 +9,7 @@ PACKAGE = Path(edl.__file__).parent
 # Each room may import those of the lines above, and its own.
 FLOORS = [
     {"_build"},
-    {"_extension", "machine"},
+    {"_extension", "command_line", "extras", "machine"},
     {"ops", "reference", "flops"},
     {"routing", "labels"},
     {"reduction"},

@@ -1,16 +1,19 @@
 """The command `edl label`: domains for the documents of a corpus."""
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
-import sys
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from edl.command_line import add_command, tell, whole_number
 from edl.corpus import labelling, model_commands, readers, weborganizer
 from edl.corpus.models import Model
 from edl.corpus.readers.listed import with_lists
-from edl.corpus.telling import printable
+
+if TYPE_CHECKING:
+    from edl.command_line import Commands
 
 # Bytes; starting a process takes seconds.
 _WORTH_A_PROCESS = 64 * 2**20
@@ -33,14 +36,8 @@ def add_commands(label: argparse.ArgumentParser) -> None:
     """Adds what `edl label` can do to its parser."""
     commands = label.add_subparsers(title="commands", required=True)
     _add_apply(commands)
-    model_commands.add_train(commands, in_sentences)
-    model_commands.add_cluster(commands, in_sentences)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer (got {text!r})")
-    return int(text)
+    model_commands.add_train(commands)
+    model_commands.add_cluster(commands)
 
 
 def _probability(text: str) -> float:
@@ -53,13 +50,9 @@ def _probability(text: str) -> float:
     return value
 
 
-def _add_apply(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "apply",
-        help="labels a corpus by folders, a column or a model",
-        description=_APPLY,
-        epilog=_APPLY_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _add_apply(commands: "Commands") -> None:
+    parser = add_command(
+        commands, "apply", "labels a corpus by folders, a column or a model", _APPLY, _APPLY_EXAMPLES, _apply
     )
     parser.add_argument("input", nargs="+", help=f"folders, or files ({readers.known_suffixes()})")
     parser.add_argument("--output", required=True, help="folder for the labels")
@@ -76,30 +69,7 @@ def _add_apply(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--text-column", default="text", help="column with the text (text)")
     parser.add_argument("--no-text", action="store_true", help="do not look at texts: rows without one count too")
     parser.add_argument("--kind", choices=readers.KINDS, help="what to read of folders that hold several kinds")
-    parser.add_argument("--processes", type=_positive, help="a shard each (all processors, where it is worth it)")
-    parser.add_argument("--quiet", action="store_true", help="print nothing")
-    parser.set_defaults(run=in_sentences(_apply))
-
-
-def in_sentences(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
-    """A command that ends with a sentence and the exit status 2 where input, output or options are at fault."""
-
-    def run(options: argparse.Namespace) -> None:
-        try:
-            command(options)
-        except (ImportError, OSError, ValueError) as error:
-            sentence = str(error)
-            if isinstance(error, OSError):
-                sentence = f"edl::label: files must be readable and the output writable (got {error})"
-            elif not sentence.startswith("edl::"):  # a mistake of ours
-                raise
-            print(printable(sentence), file=sys.stderr)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            print("edl label: interrupted; the same command goes on from here", file=sys.stderr)
-            raise SystemExit(130) from None
-
-    return run
+    parser.add_argument("--processes", type=whole_number(1), help="a shard each (all processors, where it is worth it)")
 
 
 def _apply(options: argparse.Namespace) -> None:
@@ -121,8 +91,7 @@ def _apply(options: argparse.Namespace) -> None:
         shards = with_lists(shards, options.lists, domains)
     processes = options.processes or _worthwhile_processes(sum(shard.num_bytes for shard in shards))
     summary = labelling.apply(shards, labeller, options.output, domains, processes, options.quiet)
-    if not options.quiet:
-        _print(summary, options.output)
+    tell(options, {"output": options.output, **dataclasses.asdict(summary)}, lambda: _lines(summary, options.output))
 
 
 def _worthwhile_processes(num_bytes: int) -> int:
@@ -143,10 +112,12 @@ def _names(path: pathlib.Path) -> list[str]:
         ) from error
 
 
-def _print(summary: labelling.Summary, output: str) -> None:
+def _lines(summary: labelling.Summary, output: str) -> list[str]:
     """A line for each domain and each problem."""
     lines = [*summary.counts.items(), *((f"-1, {name}", count) for name, count in summary.unlabelled.items())]
     width = max((len(f"{count:,}") for _, count in lines), default=0)
-    for name, count in lines:
-        print(f"{count:>{width},}  {printable(name)}")
-    print(f"{sum(count for _, count in lines):>{width},}  documents, labels in {printable(output)}")
+    total = sum(count for _, count in lines)
+    return [
+        *(f"{count:>{width},}  {name}" for name, count in lines),
+        f"{total:>{width},}  documents, labels in {output}",
+    ]

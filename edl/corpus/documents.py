@@ -38,11 +38,13 @@ class Document(NamedTuple):
         text: its text, of a file longer than 1 MiB the beginning; None where there is none or it cannot be read.
         label: what it comes with: the name of its folder or the value of a column; None without one.
         problem: None, or one of `PROBLEMS`: the document is labelled -1 and counted.
+        group: its source, such as a site or a book, of which there may be several documents; None: it has its own.
     """
 
     text: str | None
     label: str | None
     problem: str | None
+    group: str | None = None
 
 
 @dataclasses.dataclass
@@ -88,22 +90,24 @@ class RowShard(Shard):
     Attributes:
         text_column: name of the text; None: the text is not looked at.
         label_column: name of the label, `a.b` for a field of a field; None: the label is the shard's.
+        group_column: name of the source, likewise; None: there is none.
     """
 
     text_column: str | None
     label_column: str | None
+    group_column: str | None = None
 
     def __post_init__(self) -> None:
         self.has_text = self.text_column is not None
 
 
-def document_of(text: object, label: str | None) -> Document:
+def document_of(text: object, label: str | None, group: str | None) -> Document:
     """The document of a row whose text may be anything."""
     if not isinstance(text, str):
         return Document(None, label, NO_TEXT)
     if not text or text.isspace():
         return Document(None, label, EMPTY)
-    return Document(text, label, None)
+    return Document(text, label, None, group)
 
 
 def label_of(value: object) -> str | None:

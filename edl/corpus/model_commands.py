@@ -1,20 +1,18 @@
 """The commands `edl label train` and `edl label cluster`: models that `edl label apply --model` takes."""
 
 import argparse
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from edl.command_line import add_command, printable, tell, whole_number
 from edl.corpus import readers
 from edl.corpus.classifier import MODEL, Classifier
 from edl.corpus.clusters import cluster
 from edl.corpus.features import Features
 from edl.corpus.sample import Sample, sample_of
-from edl.corpus.telling import printable
 from edl.corpus.training import train
 
 if TYPE_CHECKING:
-    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
-_Command = Callable[[argparse.Namespace], None]
+    from edl.command_line import Command, Commands
 
 _TRAIN = """\
 Trains a model on documents that have labels: the sub-folder that they lie in, or a column. Prints how good it is on
@@ -36,49 +34,40 @@ then: name them in groups/model.json (the same name twice makes one domain of tw
       edl label apply my-text --model groups --output labels"""
 
 
-def add_train(commands: "_Commands", in_sentences: Callable[[_Command], _Command]) -> None:
-    """Adds `train` to the commands of `edl label`; `in_sentences` wraps what it runs."""
-    parser = _parser(commands, "train", "makes a model from labelled examples", _TRAIN, _TRAIN_EXAMPLES)
+def add_train(commands: "Commands") -> None:
+    """Adds `train` to the commands of `edl label`."""
+    parser = _parser(commands, "train", "makes a model from labelled examples", _TRAIN, _TRAIN_EXAMPLES, _train)
     parser.add_argument("--column", help="column with the labels, such as source (the name of the sub-folder)")
-    parser.add_argument("--examples", type=_number(5), default=500, help="of a domain, at most: a random sample (500)")
-    parser.set_defaults(run=in_sentences(_train))
-
-
-def add_cluster(commands: "_Commands", in_sentences: Callable[[_Command], _Command]) -> None:
-    """Adds `cluster` to the commands of `edl label`; `in_sentences` wraps what it runs."""
-    parser = _parser(commands, "cluster", "makes a model without any labels", _CLUSTER, _CLUSTER_EXAMPLES)
-    parser.add_argument("--clusters", type=_number(2), required=True, help="how many")
-    parser.add_argument("--documents", type=_number(2), default=10000, help="at most, a random sample (10000)")
-    parser.set_defaults(run=in_sentences(_cluster))
-
-
-def _parser(commands: Any, name: str, line: str, description: str, examples: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=line,
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser.add_argument(
+        "--examples", type=whole_number(5), default=500, help="of a domain, at most: a random sample (500)"
     )
+
+
+def add_cluster(commands: "Commands") -> None:
+    """Adds `cluster` to the commands of `edl label`."""
+    parser = _parser(commands, "cluster", "makes a model without any labels", _CLUSTER, _CLUSTER_EXAMPLES, _cluster)
+    parser.add_argument("--clusters", type=whole_number(2), required=True, help="how many")
+    parser.add_argument("--documents", type=whole_number(2), default=10000, help="at most, a random sample (10000)")
+
+
+def _parser(
+    commands: "Commands", name: str, line: str, description: str, examples: str, run: "Command"
+) -> argparse.ArgumentParser:
+    parser = add_command(commands, name, line, description, examples, run)
     parser.add_argument("input", nargs="+", help=f"folders, or files ({readers.known_suffixes()})")
     parser.add_argument("--output", required=True, help="folder for the model, a new one")
     parser.add_argument("--text-column", default="text", help="column with the text (text)")
     parser.add_argument("--kind", choices=readers.KINDS, help="what to read of folders that hold several kinds")
     parser.add_argument(
-        "--max-characters", type=_number(1), default=2000, help="of a document, how many are read, later too (2000)"
+        "--max-characters",
+        type=whole_number(1),
+        default=2000,
+        help="of a document, how many are read, later too (2000)",
     )
-    parser.add_argument("--seed", type=_number(0), default=0, help="of samples (0); the same again gives the same bits")
-    parser.add_argument("--quiet", action="store_true", help="print nothing")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="of samples (0); the same again gives the same bits"
+    )
     return parser
-
-
-def _number(lowest: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not (text.isascii() and text.isdecimal() and len(text) < 10) or int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {lowest} (got {text!r})")
-        return int(text)
-
-    return number
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -87,8 +76,8 @@ def _train(options: argparse.Namespace) -> None:
     sample = sample_of(shards, options.examples, features.max_characters, True, options.seed, options.quiet)
     labels = [label for label in sample.labels if label is not None]
     model = train(sample.texts, labels, features, options.seed, options.quiet).save(options.output)
-    if not options.quiet:
-        print("\n".join([*_left_out(sample), *report(model), "", f"model in {printable(options.output)}"]))
+    result = {"output": options.output, "left_out": sample.left_out, **model.measured}
+    tell(options, result, lambda: [*_left_out(sample), *report(model), "", f"model in {options.output}"])
 
 
 def _cluster(options: argparse.Namespace) -> None:
@@ -96,13 +85,21 @@ def _cluster(options: argparse.Namespace) -> None:
     shards = readers.shards_of(options.input, options.text_column, None, options.kind)
     sample = sample_of(shards, options.documents, features.max_characters, False, options.seed, options.quiet)
     model = cluster(sample.texts, options.clusters, features, options.seed).save(options.output)
-    if not options.quiet:
-        for row in model.rows:
-            print(f"{printable(row['name'])}, {row['documents']} of {len(sample.texts)} documents")
-            print(f"  {printable(', '.join(row['telling']))}")
-            print("\n".join(f"  “{example}”" for example in row["examples"]))
-        advice = f'To name them, change each "name" in {printable(options.output)}/{MODEL}.'
-        print("\n".join([*_left_out(sample), advice]))
+    groups = [{name: row[name] for name in ("name", "documents", "telling")} for row in model.rows]
+    result = {"output": options.output, "left_out": sample.left_out, "groups": groups}
+    tell(options, result, lambda: _described(model, sample, options.output))
+
+
+def _described(model: Classifier, sample: Sample, output: str) -> list[str]:
+    """Lines about the groups that were found."""
+    lines = []
+    for row in model.rows:
+        lines += [
+            f"{row['name']}, {row['documents']} of {len(sample.texts)} documents",
+            f"  {', '.join(row['telling'])}",
+        ]
+        lines += [f"  “{example}”" for example in row["examples"]]
+    return [*lines, *_left_out(sample), f'To name them, change each "name" in {output}/{MODEL}.']
 
 
 def _left_out(sample: Sample) -> list[str]:

@@ -60,7 +60,7 @@ class Part:
         found = self._file.read(len(first_line))
         if not first_line.startswith(found):
             raise ValueError(
-                "edl::label: output must be empty, or of a run with the same input and options (got "
+                "edl::corpus: output must be empty, or of a run with the same input and options (got "
                 f"{self._path} of another one: remove it, or name another folder)"
             )
         self._file.seek(0)
@@ -118,7 +118,7 @@ def lock(descriptor: int, path: pathlib.Path, patience: float = 0.0) -> None:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             if time.monotonic() > end:
-                raise ValueError(f"edl::label: one run at a time must write an output (got {path}, in use)") from error
+                raise ValueError(f"edl::corpus: one run at a time must write an output (got {path}, in use)") from error
             time.sleep(0.2)
         except OSError:  # a file system without locks
             return None

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from edl.command_line import printable
 from edl.corpus.extras import require
 
 _LETTERS = re.compile(r"[^\W\d_]+")
@@ -60,8 +61,3 @@ def beginning(text: str, length: int = 80) -> str:
     """The first characters on one line, without what a terminal would obey."""
     shown = printable(" ".join(text[: 4 * length].split()))
     return shown if len(shown) <= length else shown[: length - 1] + "…"
-
-
-def printable(text: str) -> str:
-    """A text without what a terminal would obey instead of showing it."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)

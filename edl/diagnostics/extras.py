@@ -1,24 +1,10 @@
-"""Packages that only reports need, imported when they are used."""
+"""Packages that diagnostics need beside torch."""
 
-import importlib
 from typing import Any
+
+from edl import extras
 
 
 def require(package: str, op: str, extra: str = "report") -> Any:
-    """Imports a package of an extra.
-
-    Args:
-        package (str): its name in Python.
-        op (str): in whose name it is missed.
-        extra (str): what brings it. Default: "report".
-
-    Raises:
-        ImportError: it is missing; one sentence says what to install.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(
-            f"edl::{op}: {package.partition('.')[0]} must be installed, pip install 'expert-divergence[{extra}]' "
-            f"(got {error})"
-        ) from error
+    """As `edl.extras.require`, of the extra that reports have."""
+    return extras.require(package, op, extra)

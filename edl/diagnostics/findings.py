@@ -135,6 +135,31 @@ class Course:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Interventions:
+    """What a model loses when experts are silent or swapped: rises of the cross entropy, nats per token.
+
+    Rises are rows (mean, low, high) with a 95 % interval over documents; NaN where there were too few.
+
+    Attributes:
+        tokens (array[D]): that were predicted.
+        documents (array[D]): that they are of.
+        loss (array[D]): of the model as it is.
+        own (array[D, 3]): rise on a domain's text while a quarter of every layer's experts is silent, its favourites.
+        others (array[D, 3]): rise on the other domains' text meanwhile.
+        random (array[D, 3]): rise on a domain's text while as many random experts are silent, the control.
+        permuted (array[L, 3]): rise on all text while the choices of one layer mean other experts.
+    """
+
+    tokens: Any
+    documents: Any
+    loss: Any
+    own: Any
+    others: Any
+    random: Any
+    permuted: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Findings:
     """All of a run.
 
@@ -159,6 +184,7 @@ class Findings:
         token_texts (mapping of int to str): of the tokens in `top_tokens`.
         examples (sequence of Example): only where they were asked for.
         course (Course, optional): where there are snapshots.
+        interventions (Interventions, optional): where they were asked for.
         notes (sequence of str): sentences that a reader must know: what was left out, what could not be tested.
     """
 
@@ -180,6 +206,7 @@ class Findings:
     token_texts: Mapping[int, str] = dataclasses.field(default_factory=dict)
     examples: Sequence[Example] = ()
     course: Course | None = None
+    interventions: Interventions | None = None
     notes: Sequence[str] = ()
 
 
@@ -194,8 +221,8 @@ class Change:
         standardised (Estimate): of the standardised divergence, mean over layers and pairs.
         layers (sequence of int): numbers of the layers that both have, L.
         layer_information (array[L]): difference of I(E;D).
-        layer_saturation (array[L]): share of a token's choices in the earlier run that the later one makes too, mean over
-            tokens; NaN where the tokens are others.
+        layer_saturation (array[L]): share of a token's choices in the earlier run that the later one makes too, mean
+            over tokens; NaN where the tokens are others.
         note (str): what the comparison cannot say, "one seed each" where it is so.
     """
 

@@ -64,6 +64,7 @@ class Record:
         self.groups = own if groups is None else np.asarray(groups).astype(np.int64, copy=False)
         self.facts, self.token_texts = dict(facts or {}), dict(token_texts or {})
         self._experts = experts if callable(experts) else list(experts).__getitem__
+        self._last: tuple[int, Any] | None = None  # the layer that was asked for last, and will be again
         self._weights = weights if weights is None or callable(weights) else list(weights).__getitem__
         shapes = {"offsets": (number + 1,), "keys": (number,), "groups": (number,)}
         for name, shape in shapes.items():
@@ -99,11 +100,16 @@ class Record:
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
     def experts(self, place: int) -> Any:
-        """The choices of the place-th layer, array[T, K] of int64 in [0, E], E for none.
+        """The choices of the place-th layer, array[T, K] of int64 in [0, E], E for none; not to be written into.
 
         Raises:
             ValueError: they are not T rows of integers.
         """
+        if self._last is None or self._last[0] != place:
+            self._last = (place, self._read_experts(place))
+        return self._last[1]
+
+    def _read_experts(self, place: int) -> Any:
         np = require("numpy", "Record")
         chosen = np.asarray(self._experts(place))
         if chosen.ndim != 2 or len(chosen) != self.num_tokens or chosen.dtype.kind not in "iu":
@@ -186,3 +192,41 @@ class Record:
             token_texts=token_texts,
             **vectors,
         )
+
+
+def joined(parts: Sequence[Record], order: Sequence[int], facts: dict[str, Any], token_texts: dict[int, str]) -> Record:
+    """The documents of several records as one, in another order.
+
+    Args:
+        parts: of the same layers and domains.
+        order: which document comes where.
+        facts: of the whole.
+        token_texts: likewise.
+    """
+    np = require("numpy", "Record")
+    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+    begins = np.cumsum(lengths) - lengths
+    places = np.concatenate([np.arange(begins[document], begins[document] + lengths[document]) for document in order])
+    of_tokens = np.concatenate([part.token_ids for part in parts])[places]
+    of_documents = {
+        name: np.concatenate([getattr(part, name) for part in parts])[list(order)]
+        for name in ("labels", "keys", "groups")
+    }
+
+    def experts(place: int) -> Any:
+        return np.concatenate([part.experts(place) for part in parts])[places]
+
+    def weights(place: int) -> Any:
+        return np.concatenate([part.weights(place) for part in parts])[places]
+
+    return Record(
+        parts[0].layers,
+        parts[0].domains,
+        of_tokens,
+        np.concatenate([[0], np.cumsum(lengths[list(order)])]),
+        experts=experts,
+        weights=None if parts[0].weights(0) is None else weights,
+        facts=facts,
+        token_texts=token_texts,
+        **of_documents,
+    )

@@ -52,7 +52,7 @@ def refused(capsys, *arguments) -> str:
         label(*arguments)
     printed = capsys.readouterr()
     assert end.value.code == 2 and not printed.out
-    assert printed.err.startswith("edl::label: ") and printed.err.count("\n") == 1, printed.err
+    assert printed.err.startswith(("edl::label: ", "edl::corpus: ")) and printed.err.count("\n") == 1, printed.err
     return printed.err
 
 

@@ -32,6 +32,7 @@ def shards_of(
     text_column: str | None = "text",
     label_column: str | None = None,
     kind: str | None = None,
+    group_column: str | None = None,
 ) -> list[Shard]:
     """The shards of a corpus, sorted by name.
 
@@ -43,6 +44,7 @@ def shards_of(
         text_column: where a row's text is; None: texts are not looked at.
         label_column: where a row's label is, in the place of the folder's name.
         kind: one of `KINDS`: what to read of folders that hold several, and of files with another suffix.
+        group_column: where the source of a row is, of which there may be several documents.
 
     Raises:
         ValueError: there is nothing to read, there are several kinds, or names that are the same, or pipes.
@@ -51,13 +53,13 @@ def shards_of(
     shards = []
     for path in inputs:
         prefix = f"{path.resolve().name}/" if len(inputs) > 1 and path.is_dir() else ""
-        shards += _Input(path, prefix, text_column, label_column, kind).shards()
+        shards += _Input(path, prefix, text_column, label_column, kind, group_column).shards()
     if not shards:
-        raise ValueError(f"edl::label: input must hold documents (got none in {', '.join(map(str, inputs))})")
+        raise ValueError(f"edl::corpus: input must hold documents (got none in {', '.join(map(str, inputs))})")
     [(name, count)] = collections.Counter(shard.name for shard in shards).most_common(1)
     if count > 1:
         sources = ", ".join(str(shard.source) for shard in shards if shard.name == name)
-        raise ValueError(f"edl::label: the names of shards must differ (got {name} for {sources})")
+        raise ValueError(f"edl::corpus: the names of shards must differ (got {name} for {sources})")
     return sorted(shards, key=lambda shard: shard.name)
 
 
@@ -70,12 +72,13 @@ class _Input:
     text_column: str | None
     label_column: str | None
     kind: str | None
+    group_column: str | None
 
     def shards(self) -> list[Shard]:
         if not self.path.is_dir():
             kind = self.kind or _kind(self.path)
             if kind not in SUFFIXES:
-                raise ValueError(f"edl::label: a file must be one of {known_suffixes()} (got {self.path})")
+                raise ValueError(f"edl::corpus: a file must be one of {known_suffixes()} (got {self.path})")
             return [self._shard(kind, self.path, None)]
         shards: dict[str, list[Shard]] = collections.defaultdict(list)
         for label, path, state in _files(self.path):
@@ -88,7 +91,7 @@ class _Input:
             return shards[self.kind]
         if len(shards) > 1:
             examples = ", ".join(f"{kind} in {some[0].source}" for kind, some in sorted(shards.items()))
-            raise ValueError(f"edl::label: a folder must hold one kind of input, or --kind choose it (got {examples})")
+            raise ValueError(f"edl::corpus: a folder must hold one kind of input, or --kind choose it (got {examples})")
         return [shard for some in shards.values() for shard in some]
 
     def _add_text(self, shards: list[Shard], label: str | None, state: os.stat_result | None) -> None:
@@ -110,7 +113,7 @@ class _Input:
         if kind == "megatron":
             return MegatronShard(*found)
         of_rows: dict[str, Callable[..., Shard]] = {"jsonl": JsonlShard, "parquet": ParquetShard, "arrow": ArrowShard}
-        return of_rows[kind](*found, self.text_column, self.label_column)
+        return of_rows[kind](*found, self.text_column, self.label_column, self.group_column)
 
 
 def _files(folder: pathlib.Path) -> Iterator[tuple[str | None, pathlib.Path, os.stat_result | None]]:

@@ -37,7 +37,7 @@ def walk(folder: pathlib.Path, depth: int | None = None) -> Iterator[tuple[pathl
         try:
             names = sorted(name for name in os.listdir(place) if not name.startswith("."))
         except OSError as error:
-            raise ValueError(f"edl::label: input must be folders that can be read (got {error})") from error
+            raise ValueError(f"edl::corpus: input must be folders that can be read (got {error})") from error
         folders = []
         for name in names:
             path = place / name
@@ -60,7 +60,7 @@ def _state(path: pathlib.Path) -> os.stat_result | None:
 
 @dataclasses.dataclass
 class FolderShard(Shard):
-    """One document a file.
+    """One document a file; those of a folder in it are of one source.
 
     Attributes:
         depth: how many floors of sub-folders belong to it; None: all.
@@ -81,7 +81,8 @@ class FolderShard(Shard):
             return Document(None, self.label, BAD_UTF8)
         except ValueError:
             return Document(None, self.label, UNREADABLE)
-        return Document(text, self.label, problem)
+        below = path.relative_to(self.source).parts
+        return Document(text, self.label, problem, below[0] if len(below) > 1 else None)
 
 
 def _read(path: pathlib.Path) -> tuple[str | None, str | None]:

@@ -40,7 +40,7 @@ class JsonlShard(RowShard):
         text = _value(row, self.text_column)
         if b"\\u" in line and _has_half_a_pair(text):
             return Document(None, label, BAD_UTF8)
-        return document_of(text, label)
+        return document_of(text, label, label_of(_value(row, self.group_column)) if self.group_column else None)
 
 
 def _has_half_a_pair(text: object) -> bool:

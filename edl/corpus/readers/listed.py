@@ -39,7 +39,7 @@ class ListedShard(Shard):
         for count, (document, number) in enumerate(pairs, start):
             if document is None or number is None:
                 raise ValueError(
-                    f"edl::label: a list must have a number for each document (got {len(numbers)} in {self.numbers}, "
+                    f"edl::corpus: a list must have a number for each document (got {len(numbers)} in {self.numbers}, "
                     f"{'more' if number is None else count} documents in {self.source})"
                 )
             yield document._replace(label=self._name(int(number)))
@@ -56,9 +56,9 @@ class ListedShard(Shard):
         try:
             numbers = numpy.load(self.numbers, mmap_mode="r", allow_pickle=False)
         except (EOFError, OSError, ValueError) as error:
-            raise ValueError(f"edl::label: a list must be an .npy file (got {self.numbers}: {error})") from error
+            raise ValueError(f"edl::corpus: a list must be an .npy file (got {self.numbers}: {error})") from error
         if getattr(numbers, "ndim", None) != 1 or numbers.dtype.kind not in "iu":
-            raise ValueError(f"edl::label: a list must be integers [documents] (got {self.numbers})")
+            raise ValueError(f"edl::corpus: a list must be integers [documents] (got {self.numbers})")
         return numbers
 
 
@@ -75,6 +75,6 @@ def _with_list(shard: Shard, folder: pathlib.Path, names: Sequence[str] | None) 
     paths = [folder / f"{shard.name}{suffix}" for suffix in _SUFFIXES]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
-        raise ValueError(f"edl::label: every shard must have a list of labels (got neither {paths[0]} nor {paths[1]})")
+        raise ValueError(f"edl::corpus: every shard must have a list of labels (got neither {paths[0]} nor {paths[1]})")
     changed = max(shard.changed, path.stat().st_mtime_ns)
     return ListedShard(shard.name, shard.source, shard.num_bytes, changed, None, shard, path, names)

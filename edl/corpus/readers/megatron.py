@@ -33,7 +33,7 @@ class MegatronShard(Shard):
             from megatron.core.datasets.indexed_dataset import IndexedDataset
         except ImportError as error:
             raise ImportError(
-                "edl::label: megatron-core must be installed to read .idx files, pip install "
+                "edl::corpus: megatron-core must be installed to read .idx files, pip install "
                 f"'expert-divergence[megatron]' (got {error})"
             ) from error
         self._check_size()
@@ -41,12 +41,12 @@ class MegatronShard(Shard):
             data = IndexedDataset(str(self.source.with_suffix("")), multimodal=False, mmap=True)
             lengths, documents = data.index.sequence_lengths, data.index.document_indices
         except Exception as error:  # it asserts, and reads whatever the file says
-            raise ValueError(f"edl::label: Megatron's files must be whole (got {self.source}: {error})") from error
+            raise ValueError(f"edl::corpus: Megatron's files must be whole (got {self.source}: {error})") from error
         num_tokens = self.source.with_suffix(".bin").stat().st_size // data.index.dtype_size
         ascending = len(documents) and documents[0] == 0 and (documents[1:] >= documents[:-1]).all()
         if not ascending or documents[-1] != len(lengths) or (lengths < 0).any() or lengths.sum() != num_tokens:
             raise ValueError(
-                f"edl::label: Megatron's index must tell where the documents of its .bin are (got {self.source}: "
+                f"edl::corpus: Megatron's index must tell where the documents of its .bin are (got {self.source}: "
                 f"{len(documents) - 1} documents, {len(lengths)} sequences, {lengths.sum()} tokens of {num_tokens})"
             )
         return data
@@ -63,4 +63,4 @@ class MegatronShard(Shard):
             is_whole = self.num_bytes in (size, size + num_sequences)
             if (magic, version) == (b"MMIDIDX\0\0", 1) and 1 <= kind <= 8 and is_whole and has_tokens:
                 return
-        raise ValueError(f"edl::label: Megatron's files must be whole (got {self.source}, {self.num_bytes} bytes)")
+        raise ValueError(f"edl::corpus: Megatron's files must be whole (got {self.source}, {self.num_bytes} bytes)")

@@ -28,9 +28,9 @@ def check_regular(path: pathlib.Path) -> os.stat_result:
     try:
         state = path.stat()
     except OSError as error:
-        raise ValueError(f"edl::label: input must be a file or a folder that can be read (got {error})") from error
+        raise ValueError(f"edl::corpus: input must be a file or a folder that can be read (got {error})") from error
     if not stat.S_ISREG(state.st_mode):
-        raise ValueError(f"edl::label: input must be a regular file (got {path}: {stat.filemode(state.st_mode)})")
+        raise ValueError(f"edl::corpus: input must be a regular file (got {path}: {stat.filemode(state.st_mode)})")
     return state
 
 
@@ -56,7 +56,7 @@ def reading(path: pathlib.Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             else:
                 yield file, file
     except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"edl::label: input must be files that are whole (got {path}: {error})") from error
+        raise ValueError(f"edl::corpus: input must be files that are whole (got {path}: {error})") from error
 
 
 class _Expanded(io.RawIOBase):

@@ -26,10 +26,12 @@ class TableShard(RowShard):
             yield
         except (require("pyarrow").lib.ArrowException, OSError, MemoryError) as error:
             what = str(error).partition("\n")[0]
-            raise ValueError(f"edl::label: tables must be whole (got {self.source}: {what})") from error
+            raise ValueError(f"edl::corpus: tables must be whole (got {self.source}: {what})") from error
 
     def _columns(self, schema: Any) -> "_Columns":
-        return _Columns(_path(schema, self.text_column, self), _path(schema, self.label_column, self), schema)
+        names = (self.text_column, self.label_column, self.group_column)
+        text, label, group = (_path(schema, name, self) for name in names)
+        return _Columns(text, label, group, schema)
 
     def _documents(self, batch: Any, start: int, columns: "_Columns") -> Iterator[Document]:
         """The documents of a record batch from the start-th on."""
@@ -37,9 +39,10 @@ class TableShard(RowShard):
             rows = batch.slice(begin, _ROWS)
             texts = _values(rows, columns.text)
             labels = _values(rows, columns.label)
-            for text, label in zip(texts, labels):
+            groups = _values(rows, columns.group)
+            for text, label, group in zip(texts, labels, groups):
                 name = columns.name(label) if columns.label else self.label
-                yield _document(text, name) if columns.text else Document(None, name, None)
+                yield _document(text, name, _name(group)) if columns.text else Document(None, name, None)
 
 
 @dataclasses.dataclass
@@ -53,7 +56,7 @@ class ParquetShard(TableShard):
             parquet.ParquetFile(str(self.source), buffer_size=CHUNK, pre_buffer=False) as file,
         ):
             columns = self._columns(file.schema_arrow)
-            names = [".".join(path) for path in (columns.text, columns.label) if path]
+            names = [".".join(path) for path in (columns.text, columns.label, columns.group) if path]
             done = 0
             for group in range(file.num_row_groups):
                 num_rows = file.metadata.row_group(group).num_rows
@@ -85,7 +88,7 @@ class ArrowShard(TableShard):
         state = self.source.with_name("state.json")
         if state.is_file() and b'"_indices_data_files": [' in state.read_bytes():
             raise ValueError(
-                f"edl::label: a dataset must have its rows in their order, flatten_indices makes it so (got {state})"
+                f"edl::corpus: a dataset must have its rows in their order, flatten_indices makes it so (got {state})"
             )
 
 
@@ -108,10 +111,11 @@ def _batches(file: Any) -> Iterator[Any]:
 
 
 class _Columns:
-    """Where text and label of a row are, and the names that numbers of labels stand for (`datasets.ClassLabel`)."""
+    """Where text, label and source of a row are, and the names that numbers of labels stand for
+    (`datasets.ClassLabel`)."""
 
-    def __init__(self, text: list[str], label: list[str], schema: Any) -> None:
-        self.text, self.label = text, label
+    def __init__(self, text: list[str], label: list[str], group: list[str], schema: Any) -> None:
+        self.text, self.label, self.group = text, label, group
         try:
             features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
             self.names = features[label[0]]["names"] if len(label) == 1 else []
@@ -119,11 +123,13 @@ class _Columns:
             self.names = []
 
     def name(self, label: object) -> str | None:
-        if isinstance(label, bytes):
-            label = label.decode(errors="replace")
         if self.names and isinstance(label, int) and 0 <= label < len(self.names):
             label = self.names[label]
-        return label_of(label)
+        return _name(label)
+
+
+def _name(value: object) -> str | None:
+    return label_of(value.decode(errors="replace") if isinstance(value, bytes) else value)
 
 
 def _path(fields: Iterable[Any], column: str | None, shard: RowShard) -> list[str]:
@@ -138,7 +144,7 @@ def _path(fields: Iterable[Any], column: str | None, shard: RowShard) -> list[st
         types = {field.name: field.type for field in fields}
         name = rest if rest in types else rest.partition(".")[0]
         if name not in types or (name != rest and not require("pyarrow.types").is_struct(types[name])):
-            raise ValueError(f"edl::label: {shard.source} must have the column {column} (got {', '.join(types)})")
+            raise ValueError(f"edl::corpus: {shard.source} must have the column {column} (got {', '.join(types)})")
         path.append(name)
         rest = rest[len(name) + 1 :]
         fields = types[name] if rest else ()
@@ -173,10 +179,10 @@ def _as_bytes(array: Any) -> Any:
     return array
 
 
-def _document(text: object, label: str | None) -> Document:
+def _document(text: object, label: str | None, group: str | None) -> Document:
     if isinstance(text, bytes):
         try:
             text = text.decode()
         except UnicodeDecodeError:
             return Document(None, label, BAD_UTF8)
-    return document_of(text, label)
+    return document_of(text, label, group)

@@ -1,0 +1,120 @@
+"""The command `edl report`: a page about what the experts of one run or several do."""
+
+import argparse
+import pathlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from edl.command_line import add_command, tell, whole_number
+from edl.diagnostics import exports, significance
+from edl.diagnostics.extras import require
+from edl.diagnostics.findings import Change, Findings
+from edl.report.page import write_page
+from edl.report.runs import Run, read_runs
+
+if TYPE_CHECKING:
+    from edl.command_line import Commands
+
+_REPORT = """\
+Makes a page, one HTML file without outside parts, of what `edl observe` or a training with edl.RoutingStatistics has
+written: whether experts specialise, beyond the token and beyond chance, and which do. Several runs stand beside each
+other, and each is compared with the one before."""
+
+_EXAMPLES = """\
+examples:
+  edl report routing                                    routing/report.html
+  edl report before after --output comparison.html      and what training in between has changed
+  edl report routing --png figures --csv tables         also for a paper"""
+
+
+def add_report(commands: "Commands") -> None:
+    """Adds `edl report`."""
+    parser = add_command(commands, "report", "a page about what experts do", _REPORT, _EXAMPLES, _report)
+    parser.add_argument("runs", metavar="FILE", nargs="+", help="folders of `edl observe`, statistics, records")
+    parser.add_argument("--output", type=pathlib.Path, help="the page (report.html beside the first file)")
+    parser.add_argument("--title", action="append", help="of a run, once for each (the names of their folders)")
+    parser.add_argument(
+        "--examples",
+        type=whole_number(0),
+        default=0,
+        help="documents of each domain whose text is shown (0: a page may be shared where its text may not)",
+    )
+    parser.add_argument("--png", type=pathlib.Path, help="folder for figures")
+    parser.add_argument("--csv", type=pathlib.Path, help="folder for tables")
+    parser.add_argument("--data", type=pathlib.Path, help="JSON file for all numbers, of a single run")
+    parser.add_argument("--moelens", type=pathlib.Path, help="JSON file as MoELens reads it, of a single run")
+    parser.add_argument("--tensorboard", type=pathlib.Path, help="folder for TensorBoard, of a single run")
+
+
+def _report(options: argparse.Namespace) -> None:
+    runs = read_runs(options.runs, options.title)
+    alone = [name for name in ("csv", "data", "moelens", "tensorboard") if getattr(options, name)]
+    if alone and len(runs) > 1:
+        raise ValueError(f"edl::report: --{alone[0]} must be of a single run (got {len(runs)})")
+    progress = _Progress(options.quiet)
+    found = [run.findings(options.examples, progress.told) for run in runs]
+    changes = [_change(earlier, later) for earlier, later in zip(runs, runs[1:]) if earlier.record and later.record]
+    progress.close()
+    first = pathlib.Path(options.runs[0])
+    output = options.output or (first if first.is_dir() else first.parent) / "report.html"
+    write_page(found, output, changes)
+    _write_others(options, found)
+    tell(options, _result(found, changes, output), lambda: [*map(_line, found), f"page in {output}"])
+
+
+def _change(earlier: Run, later: Run) -> Change:
+    assert earlier.record is not None and later.record is not None
+    return significance.compare_runs(earlier.record, later.record, earlier.title, later.title)
+
+
+def _write_others(options: argparse.Namespace, found: list[Findings]) -> None:
+    if options.png:
+        from edl.report.figures import write_figures
+
+        write_figures(found, options.png)
+    if options.csv:
+        exports.write_csv(found[0], options.csv)
+    if options.data:
+        exports.write_json(found[0], options.data)
+    if options.moelens:
+        exports.write_moelens(found[0], options.moelens)
+    if options.tensorboard:
+        tensorboard = require("torch.utils.tensorboard", "report", "tensorboard")
+        with tensorboard.SummaryWriter(str(options.tensorboard)) as writer:
+            exports.write_tensorboard(found[0], writer, 0)
+
+
+class _Progress:
+    """A bar for each thing that is computed."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._tqdm, self._disable = require("tqdm", "report").tqdm, True if quiet else None
+        self._what, self._bar = "", None
+
+    def told(self, what: str, done: int, total: int) -> None:
+        """So many steps of this are done."""
+        if what != self._what or self._bar is None:
+            self.close()
+            self._what = what
+            self._bar: Any = self._tqdm(total=total, desc=what, disable=self._disable, leave=False, file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _result(found: list[Findings], changes: list[Change], output: pathlib.Path) -> dict[str, Any]:
+    return {
+        "output": str(output),
+        "runs": [exports.headline(findings) for findings in found],
+        "changes": [exports.change_to_json(change) for change in changes],
+    }
+
+
+def _line(findings: Findings) -> str:
+    from edl.report.answers import answer
+
+    return f"{findings.title}: {answer(findings)}"

@@ -6,6 +6,7 @@ _extension.load()
 
 from edl import flops, objectives, ops, reference  # noqa: E402, F401  (flops registers formulas)
 from edl._build import version as __version__  # noqa: E402  (load() turns a missing build into a sentence)
+from edl.diagnostics.statistics import RoutingStatistics  # noqa: E402
 from edl.integrations import tell_transformers  # noqa: E402
 from edl.labels import segments  # noqa: E402
 from edl.labels.scope import Labels, current_labels, domain_scope  # noqa: E402
@@ -34,6 +35,7 @@ __all__ = [
     "MoELayer",
     "Routing",
     "RoutingContext",
+    "RoutingStatistics",
     "__version__",
     "cmake_prefix_path",
     "current_labels",

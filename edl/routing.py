@@ -198,6 +198,8 @@ class Observation(NamedTuple):
         router_responses (Tensor[E, E_local], optional): how strongly the gates of this process' experts answer to the
             router's rows, as `edl.moe.router_weights.responses_of` gives it.
         first_expert (int): the expert of its first column. Default: 0.
+        layer (int): the number of the layer in the model, from 0, where somebody tells, else -1 (default).
+        router (str): the name of its router in the model, or "" (default).
     """
 
     logits: Tensor | None = None
@@ -211,6 +213,8 @@ class Observation(NamedTuple):
     router_gram: Tensor | None = None
     router_responses: Tensor | None = None
     first_expert: int = 0
+    layer: int = -1
+    router: str = ""
 
 
 _pytree._register_namedtuple(Observation, serialized_type_name="edl.routing.Observation")
@@ -220,9 +224,13 @@ _pytree._register_namedtuple(Observation, serialized_type_name="edl.routing.Obse
 _OF_TOKENS = ("logits", "scores", "weights", "experts", "output_gram", "activation_gram")
 
 
-def tokens_seen(layers: list[Observation]) -> Tensor:
+def tokens_seen(layers: list[Observation], op: str = "Objectives") -> Tensor:
     """What says how many tokens a call has, and where: the first tensor with a row for each of them, or none of the
     rows of what was observed of weights alone.
+
+    Args:
+        layers (list of Observation): of all layers.
+        op (str): in whose name it refuses. Default: "Objectives".
 
     Raises:
         ValueError: nothing was observed.
@@ -230,17 +238,18 @@ def tokens_seen(layers: list[Observation]) -> Tensor:
     fields = [(name, getattr(layer, name)) for layer in layers for name in Observation._fields]
     observed = [(name, x) for name, x in fields if isinstance(x, Tensor)]
     if not observed:
-        raise ValueError(f"edl::Objectives: observations must hold what was observed (got {len(layers)} of nothing)")
+        raise ValueError(f"edl::{op}: observations must hold what was observed (got {len(layers)} of nothing)")
     of_tokens = [x for name, x in observed if name in _OF_TOKENS]
     return of_tokens[0] if of_tokens else torch.empty(0, device=observed[0][1].device)
 
 
-def observations_of(given: Any) -> list[Observation]:
+def observations_of(given: Any, op: str = "Objectives") -> list[Observation]:
     """One observation for each layer.
 
     Args:
         given (Observation, Routing or Tensor, or a list or tuple of them): of one layer or several; a tensor is logits
             [T, E] or [B, S_len, E].
+        op (str): in whose name it refuses. Default: "Objectives".
 
     Raises:
         ValueError: something else.
@@ -250,13 +259,12 @@ def observations_of(given: Any) -> list[Observation]:
     if not isinstance(layers, (list, tuple)) or len(layers) == 0:
         got = f"an empty {type(given).__name__}" if isinstance(layers, (list, tuple)) else type(given).__name__
         raise ValueError(
-            "edl::Objectives: observations must be an Observation, a Routing or router logits, or a list of them "
-            f"(got {got})"
+            f"edl::{op}: observations must be an Observation, a Routing or router logits, or a list of them (got {got})"
         )
-    return [_observation_of(layer) for layer in layers]
+    return [_observation_of(layer, op) for layer in layers]
 
 
-def _observation_of(layer: Any) -> Observation:
+def _observation_of(layer: Any, op: str) -> Observation:
     if isinstance(layer, Observation):
         return layer
     if isinstance(layer, Routing):
@@ -267,6 +275,6 @@ def _observation_of(layer: Any) -> Observation:
             return Observation(logits=layer.flatten(0, 1), batch_size=layer.shape[0])
         return Observation(logits=layer)
     raise ValueError(
-        "edl::Objectives: observations must hold Observations, Routings or router logits, and nothing for a layer "
+        f"edl::{op}: observations must hold Observations, Routings or router logits, and nothing for a layer "
         f"without a router (got a list with {type(layer).__name__})"
     )

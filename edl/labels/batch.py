@@ -41,6 +41,7 @@ class Batch:
         padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
         cu_seqlens (Tensor[N + 1], optional): boundaries of packed documents.
         labels (mapping): name → Tensor, sets of labels in the forms that `edl.segments.make_segments` takes.
+        op (str): in whose name it refuses. Default: "Objectives".
     """
 
     num_tokens: int
@@ -50,6 +51,7 @@ class Batch:
     padding_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     labels: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    op: str = "Objectives"
     _made: dict[Any, Segments] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @once
@@ -59,9 +61,9 @@ class Batch:
         Raises:
             ValueError: a mask of a wrong shape, both masks.
         """
-        checks.check_given("Objectives", attention_mask=self.attention_mask, padding_mask=self.padding_mask)
+        checks.check_given(self.op, attention_mask=self.attention_mask, padding_mask=self.padding_mask)
         ids = torch.zeros(self.num_tokens, dtype=torch.int32, device=self.device)
-        ids = mask_segments(ids, 1, self.batch_size, self.attention_mask, self.padding_mask, "Objectives")
+        ids = mask_segments(ids, 1, self.batch_size, self.attention_mask, self.padding_mask, self.op)
         return Segments(ids, 1, torch.zeros(1, dtype=torch.int64, device=self.device))
 
     @once
@@ -72,19 +74,19 @@ class Batch:
             ValueError: nothing tells the sequences apart, a mask or boundaries of a wrong shape, both masks.
         """
         masks = {"attention_mask": self.attention_mask, "padding_mask": self.padding_mask}
-        checks.check_given("Objectives", **masks, cu_seqlens=self.cu_seqlens)
+        checks.check_given(self.op, **masks, cu_seqlens=self.cu_seqlens)
         told = [mask.shape[0] for mask in masks.values() if mask is not None and mask.dim() == 2]
         num_sequences = self.batch_size if self.batch_size >= 0 or not told else told[0]
         if self.cu_seqlens is None and num_sequences < 0:
             raise ValueError(
-                "edl::Objectives: what is summed by sequence must be told the sequences, by cu_seqlens, a mask "
+                f"edl::{self.op}: what is summed by sequence must be told the sequences, by cu_seqlens, a mask "
                 f"[B, S_len] or router logits [B, S_len, E] (got {self.num_tokens} tokens without)"
             )
         ids, num_segments, labels = whole_segments(
             self.num_tokens, num_sequences, self.device, self.cu_seqlens, "Objectives"
         )
         rows = num_sequences if self.cu_seqlens is None else self.batch_size
-        ids = mask_segments(ids, num_segments, rows, self.attention_mask, self.padding_mask, "Objectives")
+        ids = mask_segments(ids, num_segments, rows, self.attention_mask, self.padding_mask, self.op)
         return Segments(ids, num_segments, labels)
 
     @once
@@ -109,7 +111,7 @@ class Batch:
             self.padding_mask,
             self.cu_seqlens,
             self.batch_size,
-            "Objectives",
+            self.op,
         )
 
     @once
@@ -136,17 +138,17 @@ class Batch:
             self.padding_mask,
             self.cu_seqlens,
             self.batch_size,
-            "Objectives",
+            self.op,
         )
 
     def _labels(self, labels: str) -> Tensor:
         given = self.labels.get(labels)
         if given is None:
-            raise ValueError(f"edl::Objectives: {labels} must be given (got labels {sorted(self.labels)})")
-        checks.check_tensors("Objectives", **{labels: given})
+            raise ValueError(f"edl::{self.op}: {labels} must be given (got labels {sorted(self.labels)})")
+        checks.check_tensors(self.op, **{labels: given})
         if given.device != self.device:
             raise ValueError(
-                f"edl::Objectives: {labels} must be on the device of the observations "
+                f"edl::{self.op}: {labels} must be on the device of the observations "
                 f"(got {given.device} and {self.device})"
             )
         return given

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from edl.labels.batch import Batch
 from edl.objectives.base import Layers, Objective, Sums
+from edl.objectives.batches import batch_of
 from edl.objectives.exchange import Exchange, Part, Parts
 from edl.objectives.log import EffectWatch, ObjectiveLog, warn_of_no_effect
 from edl.objectives.schedules import Weight, weight_at
+from edl.objectives.statistics import Statistics, Watching, look
 from edl.ops import checks
 from edl.reduction.micro_batches import DomainMemory
 from edl.reduction.ranks import Group, Ranks
-from edl.routing import Observation, observations_of, tokens_seen
+from edl.routing import Observation, observations_of
 
 _GRAMS = (
     "output_gram",
@@ -57,6 +59,7 @@ class Objectives(nn.Module):
         objectives (mapping): name → (objective, weight). The objective's part of the total is its weight times the mean
             over layers. A weight is a number of at least 0, or a function of the optimizer step that returns one, as
             `linear_warmup`, `linear_decay` and `off_after` make them. One of 0 adds nothing, whatever the objective is.
+            It may be empty where there are statistics, and the total is 0.
         group (ProcessGroup or DeviceMesh of one dimension, optional): ranks that share the batch, one of each
             `sequence_group`.
         sequence_group (ProcessGroup or DeviceMesh of one dimension, optional): ranks that hold parts of the same
@@ -64,9 +67,14 @@ class Objectives(nn.Module):
         averaging_ranks (int, optional): the number of ranks over which the framework averages gradients, as
             `edl.ExpertDivergenceLoss` takes it.
         memory (DomainMemory, optional): carries the sums over the micro-batches of a step; of these objectives alone.
+        statistics (RoutingStatistics, optional): counts what passes in training mode routed, each once: neither replays
+            of activation checkpointing nor the first of two passes. It may be set at any time, with a model of
+            transformers before `attach`.
+        evaluation_statistics (RoutingStatistics, optional): the same of passes in evaluation mode.
 
     Raises:
-        ValueError: no objective, something that is none, a weight that is negative or not finite; no such groups.
+        ValueError: no objective and no statistics, something that is none, a weight that is negative or not finite; no
+            such groups.
     """
 
     def __init__(
@@ -76,9 +84,12 @@ class Objectives(nn.Module):
         sequence_group: Group | None = None,
         averaging_ranks: int | None = None,
         memory: DomainMemory | None = None,
+        statistics: Statistics | None = None,
+        evaluation_statistics: Statistics | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(objectives, Mapping) or not objectives:
+        self._watching = Watching(statistics, evaluation_statistics)
+        if not isinstance(objectives, Mapping) or not (objectives or self._watching.all()):
             raise ValueError(
                 f"edl::Objectives: objectives must be a mapping of names to (objective, weight) (got {objectives!r})"
             )
@@ -112,6 +123,37 @@ class Objectives(nn.Module):
         self._warned = _Warned()
 
     @property
+    def statistics(self) -> Statistics | None:
+        """What counts passes in training mode; copies of these objectives share it."""
+        return self._watching.training
+
+    @statistics.setter
+    def statistics(self, statistics: Statistics | None) -> None:
+        self._watching.set(True, statistics)
+
+    @property
+    def evaluation_statistics(self) -> Statistics | None:
+        """What counts passes in evaluation mode; copies of these objectives share it."""
+        return self._watching.evaluation
+
+    @evaluation_statistics.setter
+    def evaluation_statistics(self, statistics: Statistics | None) -> None:
+        self._watching.set(False, statistics)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The fields of an `edl.routing.Observation` that objectives and statistics read."""
+        of_objectives = (objective.needs for objective in self.objectives.values())
+        return frozenset[str]().union(*of_objectives, *(each.needs for each in self._watching.all()))
+
+    @property
+    def label_sets(self) -> frozenset[str]:
+        """The names of the sets of labels that objectives and statistics need."""
+        named = (objective.labels for objective in self.objectives.values())
+        of_objectives = {name for name in named if name is not None}
+        return frozenset(of_objectives).union(*(each.label_sets for each in self._watching.all()))
+
+    @property
     def has_schedule(self) -> bool:
         """Whether a weight depends on the number of steps."""
         return any(callable(weight) for weight in self._given_weights.values())
@@ -139,8 +181,11 @@ class Objectives(nn.Module):
                 "sequence_group, averaging_ranks and memory (got some that are bound)"
             )
         objectives = {name: (self.objectives[name], weight) for name, weight in self._given_weights.items()}
-        bound = Objectives(objectives, group, sequence_group, averaging_ranks, memory)
-        bound._warned = self._warned
+        watching = self._watching
+        bound = Objectives(
+            objectives, group, sequence_group, averaging_ranks, memory, watching.training, watching.evaluation
+        )
+        bound._warned, bound._watching = self._warned, watching
         return bound
 
     def set_weight(self, name: str, weight: Weight) -> None:
@@ -277,14 +322,10 @@ class Objectives(nn.Module):
                 function.
         """
 
-        def batch_of(layers: list[Observation]) -> Batch:
-            seen = tokens_seen(layers)
-            checks.check_tensors("Objectives", observations=seen)
-            size = max(layer.batch_size for layer in layers)
-            num_tokens = seen.shape[0] if seen.dim() > 0 else 0
-            return Batch(num_tokens, seen.device, size, attention_mask, padding_mask, cu_seqlens, labels)
-
-        return self.begin_batch(lambda: observations_of(observations), batch_of)
+        return self.begin_batch(
+            lambda: observations_of(observations),
+            lambda layers: batch_of("Objectives", layers, attention_mask, padding_mask, cu_seqlens, labels),
+        )
 
     def begin_batch(
         self, observations_of: Callable[[], list[Observation]], batch_of: Callable[[list[Observation]], Batch]
@@ -308,10 +349,46 @@ class Objectives(nn.Module):
 
         def parts() -> Parts:
             layers = observations_of()
-            return self._parts(layers, batch_of(layers))
+            batch = batch_of(layers)
+            made = self._parts(layers, batch)
+            self._look(layers, batch, self.training)
+            return made
 
+        if not self.objectives:
+            batch = self.look(observations_of, batch_of, self.training)
+            nothing = torch.zeros((), device=batch.device)
+            return lambda: (nothing, {})
         wait = self._exchange.begin(parts, memory)
         return lambda: self._losses(*wait())
+
+    def look(
+        self,
+        observations_of: Callable[[], list[Observation]],
+        batch_of: Callable[[list[Observation]], Batch],
+        training: bool,
+    ) -> Batch:
+        """Lets the statistics of a mode count a batch, without losses; for integrations.
+
+        Args:
+            observations_of, batch_of: as `begin_batch` takes them.
+            training (bool): whether the model is in training mode.
+
+        Returns:
+            The batch.
+
+        Raises:
+            ValueError, IndexError: what the statistics raise.
+        """
+        layers = observations_of()
+        batch = batch_of(layers)
+        self._look(layers, batch, training)
+        return batch
+
+    def _look(self, layers: list[Observation], batch: Batch, training: bool) -> None:
+        statistics = self._watching.of_mode(training)
+        comes_again = self.memory is not None and self.memory.is_collecting
+        if statistics is not None and not comes_again:
+            look(statistics, layers, batch)
 
     def allocate_memory(self, observations: Any, **arguments: Tensor) -> None:
         """Fixes the size of the memory's state before the first micro-batch does, for what loads a state into the
@@ -325,10 +402,10 @@ class Objectives(nn.Module):
         """
         if self.memory is None:
             raise ValueError("edl::Objectives: allocate_memory() needs a memory (got none)")
-        masks = {name: arguments.pop(name, None) for name in ("attention_mask", "padding_mask", "cu_seqlens")}
+        attention_mask, padding_mask = arguments.pop("attention_mask", None), arguments.pop("padding_mask", None)
+        cu_seqlens = arguments.pop("cu_seqlens", None)
         layers = observations_of(observations)
-        seen = tokens_seen(layers)
-        batch = Batch(seen.shape[0], seen.device, layers[0].batch_size, labels=arguments, **masks)
+        batch = batch_of("Objectives", layers, attention_mask, padding_mask, cu_seqlens, arguments)
         self._exchange.reserve(self._parts(layers, batch), self.memory)
 
     def _parts(self, layers: list[Observation], batch: Batch) -> list[Part]:

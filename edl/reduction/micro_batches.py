@@ -177,6 +177,11 @@ class DomainMemory(nn.Module):
         return self._collecting or (self.training and torch.is_grad_enabled())
 
     @property
+    def is_collecting(self) -> bool:
+        """Whether this is the first of two passes, whose tokens come again."""
+        return self._collecting
+
+    @property
     def has_collected(self) -> bool:
         """Whether this is the second of two passes, in which the sums of the batch are known and nothing is summed
         over ranks."""

@@ -1,0 +1,206 @@
+"""What one layer's routing of some tokens adds up to. Nothing here waits for a device, and nothing has a gradient."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from edl.diagnostics.layers import LayerFacts
+from edl.ops import checks
+from edl.reduction.ranks import reads_values
+from edl.routing import Observation
+
+OP = "RoutingStatistics"
+
+
+class LayerSums(NamedTuple):
+    """The sums of a layer over the tokens that count.
+
+    Attributes:
+        choices (Tensor[D, E]): int64, how often each expert was chosen by each domain.
+        mass (Tensor[D, E]): float64, of the scores, which are distributions over experts; NaN where the layer tells
+            neither logits nor scores.
+        tokens (Tensor[D]): int64, their number.
+        coactivation (Tensor[E, E]): int64, how many tokens chose two experts; on the diagonal, one.
+        entropy (Tensor[D]): float64, of the tokens' scores, nats; NaN as mass is.
+        margin (Tensor[D]): float64, of the distances of the K-th highest score to the next; NaN as mass is, and where
+            there is no next.
+    """
+
+    choices: Tensor
+    mass: Tensor
+    tokens: Tensor
+    coactivation: Tensor
+    entropy: Tensor
+    margin: Tensor
+
+
+class CourseSums(NamedTuple):
+    """What a snapshot keeps of a layer, as `LayerSums` has it."""
+
+    choices: Tensor
+    tokens: Tensor
+    entropy: Tensor
+    margin: Tensor
+
+
+def shapes_of(num_domains: int, num_experts: int) -> LayerSums:
+    """The shapes of sums, in the place of these."""
+    by_expert, by_domain = (num_domains, num_experts), (num_domains,)
+    shapes: list[tuple[int, ...]] = [by_expert, by_expert, by_domain, (num_experts, num_experts), by_domain, by_domain]
+    return LayerSums(*shapes)  # type: ignore[arg-type]
+
+
+def nothing(num_domains: int, num_experts: int, device: torch.device) -> LayerSums:
+    """Sums over no token."""
+    counts = {"choices", "tokens", "coactivation"}
+    with torch.inference_mode(False):  # what is made inside can only be changed inside
+        zeros = [
+            torch.zeros(shape, dtype=torch.int64 if name in counts else torch.float64, device=device)
+            for name, shape in shapes_of(num_domains, num_experts)._asdict().items()
+        ]
+    return LayerSums(*zeros)
+
+
+def course_of(sums: LayerSums) -> CourseSums:
+    """The part of sums that a snapshot keeps."""
+    return CourseSums(sums.choices, sums.tokens, sums.entropy, sums.margin)
+
+
+def facts_of(observation: Observation, place: int, num_tokens: int, top_k: int | None) -> LayerFacts:
+    """What is known of a layer that was observed.
+
+    Args:
+        observation (Observation): of T tokens.
+        place (int): which layer it is where it does not say so itself.
+        num_tokens (int): T.
+        top_k (int, optional): K where it does not tell its choices.
+
+    Raises:
+        ValueError: what is no routing of T tokens, or does not tell E or K.
+    """
+    number = place if observation.layer < 0 else observation.layer
+    routing = observation.logits if observation.scores is None else observation.scores
+    experts, counts = observation.experts, observation.tokens_per_expert
+    checks.check_given(OP, logits=observation.logits, scores=observation.scores, experts=experts)
+    for name, tensor in {"logits or scores": routing, "experts": experts}.items():
+        if tensor is not None and (tensor.dim() != 2 or tensor.shape[0] != num_tokens or tensor.shape[1] < 1):
+            raise ValueError(
+                f"edl::{OP}: {name} of layer {number} must have a row for each of the {num_tokens} tokens (got "
+                f"{list(tensor.shape)})"
+            )
+    if routing is not None and not routing.is_floating_point():
+        raise ValueError(f"edl::{OP}: logits or scores must be floating (got {routing.dtype})")
+    if experts is not None and experts.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"edl::{OP}: experts must be int32 or int64 (got {experts.dtype})")
+    if routing is None and counts is None:
+        raise ValueError(
+            f"edl::{OP}: layer {number} must tell its number of experts, by logits, scores or tokens_per_expert (got "
+            f"{'experts alone' if experts is not None else 'none of its tokens'})"
+        )
+    if experts is None and (routing is None or top_k is None):
+        raise ValueError(
+            f"edl::{OP}: layer {number} must tell its choices, experts; where these are the K highest scores, top_k=K "
+            "says so (got a layer that does not tell, and no top_k)"
+        )
+    num_experts = routing.shape[1] if routing is not None else len(counts)  # type: ignore[arg-type]
+    chosen = experts.shape[1] if experts is not None else top_k
+    assert chosen is not None
+    if chosen > num_experts:
+        raise ValueError(f"edl::{OP}: a token chooses at most {num_experts} experts (got {chosen} of layer {number})")
+    return LayerFacts(number, observation.router, num_experts, chosen)
+
+
+def sums_of(observation: Observation, ids: Tensor, facts: LayerFacts, num_domains: int, scores: str) -> LayerSums:
+    """The sums of a layer.
+
+    Args:
+        observation (Observation): of T tokens; those that do not count may hold NaN.
+        ids (Tensor[T]): int32, the domain of each token, on the layer's device; -1 = not counted. D, a label or mask
+            value that is not allowed, makes mass, entropy and margin NaN.
+        facts (LayerFacts): of the layer.
+        num_domains (int): D.
+        scores (str): of logits, "softmax" or "sigmoid".
+
+    Raises:
+        IndexError: an expert outside [0, E] (on the CPU; elsewhere it is none).
+    """
+    is_counted = (ids >= 0) & (ids < num_domains)
+    rows = ids.long().masked_fill(~is_counted, 0)
+
+    def by_domain(values: Tensor) -> Tensor:
+        zeros = torch.zeros(num_domains, dtype=values.dtype, device=values.device)
+        return zeros.scatter_add_(0, rows, values.masked_fill(~is_counted, 0))
+
+    mass, distribution = _scores_of(observation, ids, is_counted, num_domains, scores)
+    unknown = torch.full([num_domains], torch.nan, dtype=torch.float64, device=ids.device)
+    if distribution is None or mass is None:
+        mass, entropy, margin = unknown.unsqueeze(1).expand(-1, facts.num_experts), unknown, unknown
+    else:
+        wrong = torch.where((ids >= num_domains).any(), torch.nan, 0.0)  # a label that is not allowed
+        entropy = by_domain(torch.special.entr(distribution).sum(1).double()) + wrong
+        margin = unknown
+        if facts.top_k < facts.num_experts:
+            best = distribution.topk(facts.top_k + 1, dim=1).values
+            margin = by_domain((best[:, -2] - best[:, -1]).double()) + wrong
+    chosen, is_chosen = _choices_of(observation, distribution, is_counted, facts)
+    cells = (rows.unsqueeze(1) * facts.num_experts + chosen).masked_fill(~is_chosen, 0)
+    choices = torch.zeros(num_domains * facts.num_experts, dtype=torch.int64, device=ids.device)
+    choices = choices.scatter_add_(0, cells.flatten(), is_chosen.flatten().long())
+    return LayerSums(
+        choices.view(num_domains, facts.num_experts),
+        mass,
+        by_domain(torch.ones_like(rows)),
+        _coactivation(chosen, is_chosen, facts.num_experts),
+        entropy,
+        margin,
+    )
+
+
+def _scores_of(
+    observation: Observation, ids: Tensor, is_counted: Tensor, num_domains: int, scores: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mass of scores [D, E], which the operator of the objectives sums, and the scores [T, E], some finite ones
+    where tokens do not count; None where a layer has none."""
+    routing, kind = observation.scores, "none"
+    if routing is None:
+        routing, kind = observation.logits, scores
+    if routing is None:
+        return None, None
+    sums, _ = torch.ops.edl._segment_sums([routing.detach()], ids, num_domains, kind, f"edl::{OP}")
+    wide = routing.detach() if routing.dtype == torch.float64 else routing.detach().float()
+    wide = wide.masked_fill(~is_counted.unsqueeze(1), 1.0)
+    if kind == "softmax":
+        return sums[0].double(), wide.softmax(1)
+    if kind == "sigmoid":
+        gates = torch.nn.functional.logsigmoid(wide)
+        return sums[0].double(), (gates - gates.logsumexp(1, keepdim=True)).exp()
+    return sums[0].double(), wide
+
+
+def _choices_of(
+    observation: Observation, distribution: Tensor | None, is_counted: Tensor, facts: LayerFacts
+) -> tuple[Tensor, Tensor]:
+    """The choices [T, K] as int64 in [0, E), and where there is one."""
+    experts = observation.experts
+    if experts is None:
+        assert distribution is not None
+        experts = distribution.topk(facts.top_k, dim=1).indices
+    chosen = experts.detach().long().masked_fill(~is_counted.unsqueeze(1), facts.num_experts)
+    is_wrong = (chosen < 0) | (chosen > facts.num_experts)
+    if reads_values(chosen) and bool(is_wrong.any()):
+        raise IndexError(
+            f"edl::{OP}: experts must be in [0, {facts.num_experts}], {facts.num_experts} for none (got "
+            f"{chosen[is_wrong][0]})"
+        )
+    is_chosen = (chosen < facts.num_experts) & ~is_wrong
+    return chosen.masked_fill(~is_chosen, 0), is_chosen
+
+
+def _coactivation(chosen: Tensor, is_chosen: Tensor, num_experts: int) -> Tensor:
+    """How many tokens chose two experts [E, E], from choices [T, K]."""
+    with torch.autocast(chosen.device.type, enabled=False):
+        columns = chosen.masked_fill(~is_chosen, num_experts)
+        flags = torch.zeros([len(chosen), num_experts + 1], device=chosen.device)  # exact up to 2^24 tokens
+        flags = flags.scatter_(1, columns, 1.0).narrow(1, 0, num_experts)
+        return (flags.T @ flags).round().long()

@@ -1,0 +1,382 @@
+"""Differences of domains at equal tokens: what of a routing is not told by the current token.
+
+Domains of different vocabulary route differently through any router. Here the routings of two domains are averaged over
+the tokens that both have, with the same weights (direct standardisation), and compared as routings are.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from edl.diagnostics.extras import require
+from edl.diagnostics.findings import BeyondToken
+from edl.diagnostics.multipliers import (
+    FEWEST,
+    NOTHING,
+    Pair,
+    Summary,
+    Units,
+    over,
+    pair_of,
+    signs_of,
+    summarised,
+    units_of,
+)
+from edl.diagnostics.record import Record
+
+# A token id is compared where so many independent documents of both domains have it.
+_DOCUMENTS_OF_A_TOKEN = 8
+# So many draws tell a bias; only tests and intervals need all.
+_DRAWS_FOR_BIAS = 199
+# Elements of a table [cells, E] at a time.
+_BLOCK = 2**23
+
+
+class _Domain(NamedTuple):
+    """A domain's tokens, sorted by unit and token id. A cell is a token id in a unit.
+
+    Attributes:
+        units (array): the domain's among all.
+        unit_starts (array[units + 1]): where cells of a unit begin.
+        cell_tokens (array[cells]): which token, as `_Vocabulary` numbers them.
+        starts (array[cells + 1]): where tokens of a cell begin in `order`.
+        order (array): places in the record.
+        tokens (array): which occur, sorted.
+    """
+
+    units: Any
+    unit_starts: Any
+    cell_tokens: Any
+    starts: Any
+    order: Any
+    tokens: Any
+
+
+class _Vocabulary(NamedTuple):
+    """The tokens of a record, numbered: those of several domains, then one for the rest of each domain.
+
+    Nothing but their own domain is known of the rest, so it may stay together.
+
+    Attributes:
+        domains (list of _Domain): D.
+        number (int): of tokens, the rests included.
+        controlled (list of array): of each domain, the tokens that enough of its documents, and those of another, have.
+        covered (array[P]): the share of two domains' tokens that both have in enough documents.
+    """
+
+    domains: list[_Domain]
+    number: int
+    controlled: list[Any]
+    covered: Any
+
+
+def _vocabulary_of(record: Record, units: Units) -> _Vocabulary:
+    np = require("numpy", "significance")
+    number_of_domains = len(record.domains)
+    labels = record.labels[record.documents]
+    _, ids = np.unique(record.token_ids, return_inverse=True)
+    ids = ids.ravel()
+    several = int(ids.max()) + 1 if len(ids) else 0
+    is_shared = np.bincount(np.unique(labels.astype(np.int64) * several + ids) % max(several, 1), minlength=several) > 1
+    shared = int(is_shared.sum())
+    tokens = np.where(is_shared[ids], (np.cumsum(is_shared) - 1)[ids], shared + labels)
+    number = shared + number_of_domains
+    cells = units.of_documents[record.documents] * number + tokens
+    order = np.argsort(cells, kind="stable")
+    found, starts = np.unique(cells[order], return_index=True)
+    starts = np.append(starts, len(order))
+    unit_bounds = np.searchsorted(units.domains, np.arange(number_of_domains + 1))
+    domains = []
+    documents, numbers = np.zeros((2, number_of_domains, number), np.int64)
+    for domain, (first, last) in enumerate(itertools.pairwise(unit_bounds)):
+        begin, end = np.searchsorted(found, [first * number, last * number])
+        of_cells = found[begin:end] % number
+        domains.append(
+            _Domain(
+                np.arange(first, last),
+                np.searchsorted(found[begin:end], np.arange(first, last + 1) * number),
+                of_cells,
+                starts[begin : end + 1] - starts[begin],
+                order[starts[begin] : starts[end]],
+                np.unique(of_cells),
+            )
+        )
+        documents[domain] = np.bincount(of_cells, minlength=number)
+        numbers[domain] = np.bincount(of_cells, np.diff(starts[begin : end + 1]), minlength=number)
+    enough = documents >= _DOCUMENTS_OF_A_TOKEN
+    is_controlled = enough & (enough.sum(0) > 1)
+    covered = [
+        over(numbers[[a, b]][:, enough[a] & enough[b]].sum(dtype=float), numbers[[a, b]].sum(dtype=float))
+        for a, b in zip(*np.triu_indices(number_of_domains, 1))
+    ]
+    return _Vocabulary(domains, number, [np.flatnonzero(row) for row in is_controlled], np.array(covered, float))
+
+
+class _Rates(NamedTuple):
+    """The routing by token of one domain in one layer.
+
+    Attributes:
+        shares (array[tokens, E]): of each controlled token's choices.
+        choices (array[tokens]): how many.
+        weights (array[D, tokens]): of the tokens, against each other domain; rows add up to 1, or are 0.
+        variances (array[tokens, E]): of the shares.
+        influences (array[units, D, E]): of the units, on the routing standardised against each other domain.
+        units (array[D]): how many have a token of those compared.
+    """
+
+    shares: Any
+    choices: Any
+    weights: Any
+    variances: Any
+    influences: Any
+    units: Any
+
+
+class _Composed(NamedTuple):
+    """Routings that a router would show which sees the token alone.
+
+    Attributes:
+        shares (array[D, E]): NaN where a domain has no two documents with choices.
+        moves (array[draws, D, E]): their influences times signs.
+    """
+
+    shares: Any
+    moves: Any
+
+
+class _Mixture(NamedTuple):
+    """What tokens are, whatever the domain, in one layer.
+
+    Attributes:
+        sizes (array[D]): choices of each domain.
+        frequencies (array[D, tokens]): shares of a domain's choices that are a token's.
+        rates (array[tokens, E]): routing of a token over all domains, which weigh alike.
+    """
+
+    sizes: Any
+    frequencies: Any
+    rates: Any
+
+
+def _table(rows: Any, chosen: Any, number: int, num_experts: int) -> Any:
+    """Counts of choices, array[number, E] of float64."""
+    np = require("numpy", "significance")
+    cells = rows[:, None] * (num_experts + 1) + chosen
+    counts = np.bincount(cells.ravel(), minlength=number * (num_experts + 1))
+    return counts.reshape(number, num_experts + 1)[:, :num_experts].astype(np.float64)
+
+
+class Layer:
+    """Choices of one layer by domain and token.
+
+    Args:
+        record: of the choices.
+        place: of the layer among the record's.
+        vocabulary: of the record.
+    """
+
+    def __init__(self, record: Record, place: int, vocabulary: _Vocabulary) -> None:
+        np = require("numpy", "significance")
+        self.vocabulary, self.num_experts = vocabulary, record.layers[place].num_experts
+        self.chosen = record.experts(place)
+        shape = (len(vocabulary.domains), vocabulary.number)
+        sizes, frequencies = np.zeros(shape[0]), np.zeros(shape)
+        rates = np.zeros((vocabulary.number, self.num_experts))
+        self.counts = []
+        for number, domain in enumerate(vocabulary.domains):
+            of_tokens = np.repeat(np.searchsorted(domain.tokens, domain.cell_tokens), np.diff(domain.starts))
+            table = _table(of_tokens, self.chosen[domain.order], len(domain.tokens), self.num_experts)
+            self.counts.append(table[np.searchsorted(domain.tokens, vocabulary.controlled[number])])
+            sizes[number] = table.sum()
+            if sizes[number]:
+                rates[domain.tokens] += table / sizes[number]
+                frequencies[number, domain.tokens] = table.sum(1) / sizes[number]
+        self.mixture = _Mixture(sizes, frequencies, over(rates, frequencies.sum(0)[:, None]))
+
+    def _blocks(self, number: int) -> Iterator[tuple[Any, Any, Any]]:
+        """The units of a domain, some at a time: their places, bounds of their cells, counts[cells, E] of float32."""
+        np = require("numpy", "significance")
+        domain = self.vocabulary.domains[number]
+        most = max(_BLOCK // self.num_experts, 1)
+        begin = 0
+        while begin < len(domain.units):
+            end = int(np.searchsorted(domain.unit_starts, domain.unit_starts[begin] + most, "right")) - 1
+            end = min(max(end, begin + 1), len(domain.units))
+            bounds = domain.unit_starts[begin : end + 1]
+            starts = domain.starts[bounds[0] : bounds[-1] + 1]
+            rows = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+            chosen = self.chosen[domain.order[starts[0] : starts[-1]]]
+            counts = _table(rows, chosen, len(starts) - 1, self.num_experts).astype(np.float32)
+            yield np.arange(begin, end), bounds, counts
+            begin = end
+
+    def rates(self) -> list[_Rates]:
+        """The routing by token of each domain, with what each unit does to the standardised ones."""
+        np = require("numpy", "significance")
+        controlled = np.unique(np.concatenate(self.vocabulary.controlled))
+        choices = np.zeros((len(self.counts), len(controlled)))
+        places = [np.searchsorted(controlled, tokens) for tokens in self.vocabulary.controlled]
+        for number, counts in enumerate(self.counts):
+            choices[number, places[number]] = counts.sum(1)
+        rates = []
+        for number, counts in enumerate(self.counts):
+            own, others = choices[number, places[number]], choices[:, places[number]].copy()
+            others[number] = 0.0
+            weights = over(own * others, own + others)
+            weights = over(weights, weights.sum(1, keepdims=True))
+            rates.append(self._influenced(number, over(counts, own[:, None]), own, weights))
+        return rates
+
+    def _influenced(self, number: int, shares: Any, choices: Any, weights: Any) -> _Rates:
+        np, sparse = require("numpy", "significance"), require("scipy.sparse", "significance")
+        domain, controlled = self.vocabulary.domains[number], self.vocabulary.controlled[number]
+        influences = np.zeros((len(domain.units), len(weights), self.num_experts), np.float32)
+        variances = np.zeros(shares.shape)
+        narrow, narrow_weights, documents = shares.astype(np.float32), weights.astype(np.float32), np.zeros(len(shares))
+        units = np.zeros(len(weights), np.int64)
+        for places, bounds, counts in self._blocks(number):
+            tokens = domain.cell_tokens[bounds[0] : bounds[-1]]
+            kept = np.flatnonzero(np.isin(tokens, controlled, kind="table"))
+            rows = np.searchsorted(controlled, tokens[kept])
+            counts = counts[kept]
+            sizes = counts.sum(1)
+            counts -= sizes[:, None] * narrow[rows]
+            counts *= over(1.0, choices[rows] - sizes)[:, None].astype(np.float32)
+            sums = sparse.csr_matrix((np.ones(len(rows)), (rows, np.arange(len(rows)))), (len(shares), len(rows)))
+            variances += sums @ np.square(counts)
+            documents += sums @ (sizes > 0)
+            ends = np.searchsorted(kept, bounds - bounds[0])
+            for unit, begin, end in zip(places, ends, ends[1:]):
+                of_unit = narrow_weights[:, rows[begin:end]]
+                np.matmul(of_unit, counts[begin:end], out=influences[unit])
+                units += (of_unit @ sizes[begin:end]) > 0
+        # Squares of what changes when one is left out add up to more than the variance, n / (n - 1) times it.
+        variances *= over(np.maximum(documents - 1, 0), documents)[:, None]
+        return _Rates(shares, choices, weights, variances, influences, units)
+
+    def composed(self, signs: Any) -> _Composed:
+        """The routings that tokens alone would give."""
+        np = require("numpy", "significance")
+        sizes, frequencies, rates = self.mixture
+        shares = np.where(sizes[:, None] > 0, frequencies @ rates, np.nan)
+        number_of_domains = len(sizes)
+        moves = np.zeros((len(signs), number_of_domains * self.num_experts), np.float32)
+        narrow, scale = rates.astype(np.float32), over(1.0, frequencies.sum(0))
+        units = np.zeros(number_of_domains, np.int64)
+        for number, domain in enumerate(self.vocabulary.domains):
+            for places, bounds, counts in self._blocks(number):
+                tokens = domain.cell_tokens[bounds[0] : bounds[-1]]
+                expected, of_cells = narrow[tokens], counts.sum(1)
+                counts -= of_cells[:, None] * expected
+                weights = (frequencies[:, tokens] * scale[tokens]).astype(np.float32)
+                influences = np.zeros((len(places), number_of_domains, self.num_experts), np.float32)
+                cuts = bounds - bounds[0]
+                for row, (begin, end) in enumerate(itertools.pairwise(cuts)):
+                    size = float(of_cells[begin:end].sum())
+                    units[number] += size > 0
+                    if 0 < size < sizes[number]:
+                        np.matmul(weights[:, begin:end], counts[begin:end], out=influences[row])
+                        influences[row, number] += of_cells[begin:end] @ expected[begin:end] - size * shares[number]
+                        influences[row] /= sizes[number] - size
+                moves += signs[:, domain.units[places]] @ influences.reshape(len(places), -1)
+        shares[units < 2] = np.nan  # the absence of a domain's only document tells nothing
+        return _Composed(shares, moves.reshape(len(signs), number_of_domains, self.num_experts))
+
+
+def beyond_token(record: Record, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> BeyondToken:
+    """Whether domains differ in the choices of experts at equal tokens.
+
+    Args:
+        record: of tokens and choices.
+        seed: of the signs. Default: 0.
+        progress: called with the layers done and all layers, after each.
+
+    Returns:
+        BeyondToken: NaN for pairs that share no token in 8 independent documents of both.
+
+    Raises:
+        ImportError: no numpy or scipy.
+        ValueError: seed is no integer from 0 on.
+    """
+    np = require("numpy", "significance")
+    units = units_of(record)
+    signs, vocabulary = signs_of(units, seed), _vocabulary_of(record, units)
+    composition, same_token = [], []
+
+    def layers() -> Iterator[Sequence[Pair | None]]:
+        for place in range(len(record.layers)):
+            layer = Layer(record, place, vocabulary)
+            composition.append(_composition(layer.composed(signs[:_DRAWS_FOR_BIAS])))
+            rates = layer.rates()
+            same_token.append(_same_token(rates, vocabulary))
+            yield _pairs(rates, vocabulary, signs)
+            if progress is not None:
+                progress(place + 1, len(record.layers))
+
+    summary = summarised(layers())
+    return BeyondToken(summary.comparison, np.array(composition), np.array(same_token), vocabulary.covered)
+
+
+def standardised(record: Record, seed: int) -> Summary:
+    """The standardised comparison alone, with how its value moves."""
+    units = units_of(record)
+    signs, vocabulary = signs_of(units, seed), _vocabulary_of(record, units)
+    places = range(len(record.layers))
+    return summarised(_pairs(Layer(record, place, vocabulary).rates(), vocabulary, signs) for place in places)
+
+
+def _pairs(rates: list[_Rates], vocabulary: _Vocabulary, signs: Any) -> list[Pair | None]:
+    np = require("numpy", "significance")
+    pairs: list[Pair | None] = []
+    routings = [rate.weights @ rate.shares for rate in rates]
+    for first, second in zip(*np.triu_indices(len(rates), 1)):
+        if not rates[first].weights[second].any():
+            pairs.append(None)
+            continue
+        of_pair = []
+        for one, other in ((first, second), (second, first)):
+            influences = np.ascontiguousarray(rates[one].influences[:, other])
+            of_pair.append(signs[:, vocabulary.domains[one].units] @ influences)
+        is_tested = min(rates[first].units[second], rates[second].units[first]) >= FEWEST
+        ours, theirs = routings[first][second], routings[second][first]
+        pairs.append(pair_of(ours, theirs, of_pair[0], of_pair[1], is_tested))
+    return pairs
+
+
+def _composition(composed: _Composed) -> Any:
+    """Corrected divergences of the routings that tokens alone would give, array[P]."""
+    np = require("numpy", "significance")
+    values = []
+    for first, second in zip(*np.triu_indices(len(composed.shares), 1)):
+        shares, moves = composed
+        pair = pair_of(shares[first], shares[second], moves[:, first], moves[:, second], is_tested=False)
+        values.append(pair.plain - pair.quadratic.mean())
+    return np.array(values, float)
+
+
+def _same_token(rates: list[_Rates], vocabulary: _Vocabulary) -> Any:
+    """Mean divergence of the routings of one and the same token, corrected, array[P].
+
+    A token has few choices for many experts, so that expansions of a divergence do not hold. What holds at any number:
+    documents that are alike differ in squares, over the routing of both, by as much as their variances say. The plain
+    divergence is multiplied by the share of the squares that is more than this.
+    """
+    np, special = require("numpy", "significance"), require("scipy.special", "significance")
+    alone = [-special.entr(rate.shares).sum(1) / 2 for rate in rates]
+    values = []
+    for first, second in zip(*np.triu_indices(len(rates), 1)):
+        _, ours, theirs = np.intersect1d(
+            vocabulary.controlled[first], vocabulary.controlled[second], assume_unique=True, return_indices=True
+        )
+        weights, one, other = rates[first].weights[second, ours], rates[first], rates[second]
+        if not weights.any():
+            values.append(np.nan)
+            continue
+        mine, yours = one.shares[ours], other.shares[theirs]
+        part = over(one.choices[ours], one.choices[ours] + other.choices[theirs])[:, None]
+        scale = over(weights[:, None], part * mine + (1 - part) * yours)
+        squares = float(np.einsum("ve,ve->", np.square(mine - yours), scale))
+        noise = float(np.einsum("ve,ve->", one.variances[ours] + other.variances[theirs], scale))
+        plain = weights @ (special.entr((mine + yours) / 2).sum(1) + alone[first][ours] + alone[second][theirs])
+        values.append(plain * (squares - noise) / squares if squares > NOTHING else 0.0)
+    return np.array(values, float)

@@ -8,6 +8,8 @@ import edl
 from edl import _build, _extension, machine
 from edl.command_line import add_command, tell
 from edl.corpus.commands import add_commands as add_label_commands
+from edl.observe.commands import add_observe
+from edl.report.commands import add_report
 
 _INFO = "Says what is installed and what runs: versions, how edl was built, the instruction set in use, CUDA."
 
@@ -51,5 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_command(commands, "info", line, _INFO, "example:\n  edl info --json | jq .CUDA", _tell_info)
     label = commands.add_parser("label", help="domain labels for the documents of a corpus")
     add_label_commands(label)
+    add_observe(commands)
+    add_report(commands)
     options = parser.parse_args(arguments)
     options.run(options)

@@ -256,10 +256,8 @@ def _course(statistics: RoutingStatistics | None) -> Course | None:
 def _notes(record: Record | None, domains: Sequence[str]) -> list[str]:
     np = require("numpy", "report")
     if record is None:
-        return [
-            "There is no record of single documents: numbers come without tests and intervals, and nothing is known "
-            "of tokens. `edl observe` writes one."
-        ]
+        sentence = "There is no record of single documents: numbers come without tests and intervals, and nothing is "
+        return [f"{sentence}known of tokens. `edl observe` writes one."]
     groups = [len(np.unique(record.groups[record.labels == domain])) for domain in range(len(domains))]
     few = [f"{name} ({number})" for name, number in zip(domains, groups) if number < FEWEST]
     notes = [f"Fewer than {FEWEST} independent documents, and so without a test: {', '.join(few)}."] if few else []

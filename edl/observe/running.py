@@ -64,7 +64,7 @@ def run_of(watched: WatchedModel, plan: Plan, domains: Sequence[str], options: S
     for document, label in zip(plan.documents, plan.labels):
         digest.update(repr((document.key, label, document.group)).encode())
         digest.update(document.tokens.ids.tobytes() + document.window.tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,7 @@ def observe(
         advance: is told how many tokens were read since last time.
     """
     watch = Watch(watched.model)
+    unfinished.begin()
     statistics = unfinished.statistics() or RoutingStatistics(list(domains), scores=scores)
     pieces, last = [], time.monotonic()
     begin = first = unfinished.done

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from edl.corpus.parts import lock
-from edl.diagnostics.files import write_whole
+from edl.diagnostics.files import header_of, write_whole
 from edl.diagnostics.record import Record, joined
 from edl.diagnostics.statistics import RoutingStatistics
 
@@ -53,46 +53,54 @@ class Unfinished:
         os.close(self._descriptor)
 
     def _take_up(self) -> None:
-        self.done, self.is_finished, self._parts = 0, False, 0
-        finished = [path for path in (self.output / STATISTICS, self.output / RECORD) if path.exists()]
+        self.done, self._parts = 0, 0
+        results = [path for path in (self.output / STATISTICS, self.output / RECORD) if path.exists()]
+        are_own = [header_of(path, "observe").get("facts", {}).get("run") == self.run for path in results]
+        self.is_finished = len(results) == 2 and all(are_own)
         state = self._state()
-        if state is not None and state.get("run") == self.run:
-            self.is_finished = bool(state["finished"]) and len(finished) == 2
+        if self.is_finished:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        elif state is not None and state["run"] == self.run and all(are_own):
             self.done, self._parts = state["done"], state["parts"]
-        elif finished or state is not None:
+        elif results or self.folder.exists():
             raise ValueError(
                 "edl::observe: output must be empty, or of a run with the same model, text and options (got "
                 f"{self.output} of another one: remove it, or name another folder)"
             )
 
     def _state(self) -> dict[str, Any] | None:
+        """What the last step says; None without one that is whole."""
         try:
             state = json.loads((self.folder / _STATE).read_text())
-            return state if isinstance(state, dict) and {"run", "done", "parts", "finished"} <= state.keys() else {}
-        except FileNotFoundError:
+            return {name: state[name] for name in ("run", "done", "parts")}
+        except (KeyError, OSError, TypeError, ValueError):
             return None
-        except ValueError:
-            return {}
 
     def _part(self, number: int) -> pathlib.Path:
         return self.folder / f"part-{number:05}.safetensors"
 
+    def _sums(self, number: int) -> pathlib.Path:
+        return self.folder / f"sums-{number:05}.safetensors"
+
     def statistics(self) -> RoutingStatistics | None:
         """The sums so far; None at the beginning."""
-        return RoutingStatistics.load(self.folder / f"sums-{self._parts:05}.safetensors") if self._parts else None
+        return RoutingStatistics.load(self._sums(self._parts)) if self._parts else None
 
     def step(self, record: Record, statistics: RoutingStatistics) -> None:
         """Keeps what was seen since the step before, and the sums so far."""
-        self.folder.mkdir(exist_ok=True)
         record.save(self._part(self._parts))
-        statistics.save(self.folder / f"sums-{self._parts + 1:05}.safetensors")
-        self._write_state(self.done + len(record), self._parts + 1, False)
-        (self.folder / f"sums-{self._parts - 1:05}.safetensors").unlink(missing_ok=True)
+        statistics.save(self._sums(self._parts + 1))
+        self._write_state(self.done + len(record), self._parts + 1)
+        self._sums(self._parts - 1).unlink(missing_ok=True)
 
-    def _write_state(self, done: int, parts: int, finished: bool) -> None:
-        state = {"run": self.run, "done": done, "parts": parts, "finished": finished}
-        write_whole(self.folder / _STATE, json.dumps(state).encode())
-        self.done, self._parts, self.is_finished = done, parts, finished
+    def begin(self) -> None:
+        """Makes the folder, so that another run keeps out of it from here on."""
+        self.folder.mkdir(exist_ok=True)
+        self._write_state(self.done, self._parts)
+
+    def _write_state(self, done: int, parts: int) -> None:
+        write_whole(self.folder / _STATE, json.dumps({"run": self.run, "done": done, "parts": parts}).encode())
+        self.done, self._parts = done, parts
 
     def finish(self, order: Sequence[int], facts: dict[str, Any], token_texts: dict[int, str]) -> None:
         """Puts the results in place and removes the parts.
@@ -105,14 +113,9 @@ class Unfinished:
         statistics = self.statistics()
         assert statistics is not None
         parts = [Record.load(self._part(number)) for number in range(self._parts)]
+        facts = {**facts, "run": self.run}
         joined(parts, order, facts, token_texts).save(self.output / RECORD)
         statistics.facts = facts
         statistics.save(self.output / STATISTICS)
-        self._write_state(self.done, self._parts, True)
-        for path in self.folder.iterdir():
-            if path.name != _STATE:
-                path.unlink()
-
-    def remove(self) -> None:
-        """Forgets what was done."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.folder)
+        self.is_finished = True

@@ -1,6 +1,7 @@
 """The command `edl report`: a page about what the experts of one run or several do."""
 
 import argparse
+import itertools
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,9 @@ def _report(options: argparse.Namespace) -> None:
         raise ValueError(f"edl::report: --{alone[0]} must be of a single run (got {len(runs)})")
     progress = _Progress(options.quiet)
     found = [run.findings(options.examples, progress.told) for run in runs]
-    changes = [_change(earlier, later) for earlier, later in zip(runs, runs[1:]) if earlier.record and later.record]
+    changes = [
+        _change(earlier, later) for earlier, later in itertools.pairwise(runs) if earlier.record and later.record
+    ]
     progress.close()
     first = pathlib.Path(options.runs[0])
     output = options.output or (first if first.is_dir() else first.parent) / "report.html"
@@ -89,14 +92,15 @@ class _Progress:
 
     def __init__(self, quiet: bool) -> None:
         self._tqdm, self._disable = require("tqdm", "report").tqdm, True if quiet else None
-        self._what, self._bar = "", None
+        self._what = ""
+        self._bar: Any = None
 
     def told(self, what: str, done: int, total: int) -> None:
         """So many steps of this are done."""
         if what != self._what or self._bar is None:
             self.close()
             self._what = what
-            self._bar: Any = self._tqdm(total=total, desc=what, disable=self._disable, leave=False, file=sys.stderr)
+            self._bar = self._tqdm(total=total, desc=what, disable=self._disable, leave=False, file=sys.stderr)
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:

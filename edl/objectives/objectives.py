@@ -124,7 +124,7 @@ class Objectives(nn.Module):
 
     @property
     def statistics(self) -> Statistics | None:
-        """What counts passes in training mode; copies of these objectives share it."""
+        """What counts passes in training mode."""
         return self._watching.training
 
     @statistics.setter
@@ -133,7 +133,7 @@ class Objectives(nn.Module):
 
     @property
     def evaluation_statistics(self) -> Statistics | None:
-        """What counts passes in evaluation mode; copies of these objectives share it."""
+        """What counts passes in evaluation mode."""
         return self._watching.evaluation
 
     @evaluation_statistics.setter
@@ -167,7 +167,7 @@ class Objectives(nn.Module):
     ) -> "Objectives":
         """The same objectives and weights, bound to ranks and a memory; for integrations, which know them.
 
-        What one copy has warned of no other warns of again.
+        What one copy has warned of no other warns of again, and all share their statistics.
 
         Args:
             group, sequence_group, averaging_ranks, memory: as the constructor takes them.
@@ -185,7 +185,7 @@ class Objectives(nn.Module):
         bound = Objectives(
             objectives, group, sequence_group, averaging_ranks, memory, watching.training, watching.evaluation
         )
-        bound._warned, bound._watching = self._warned, watching
+        bound._warned = self._warned
         return bound
 
     def set_weight(self, name: str, weight: Weight) -> None:

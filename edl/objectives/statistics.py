@@ -30,8 +30,8 @@ class Statistics(Protocol):
 
 
 class Watching:
-    """The statistics of training and of evaluation. Copies of objectives, one for each router, share it, so that there
-    is one sum.
+    """The statistics of training and of evaluation. Copies of objectives, one for each router, share them, so that
+    there is one sum.
 
     Args:
         training (Statistics, optional): of passes in training mode.
@@ -42,7 +42,7 @@ class Watching:
         self.training, self.evaluation = _checked(training), _checked(evaluation)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Watching":
-        return self
+        return Watching(self.training, self.evaluation)
 
     def of_mode(self, training: bool) -> Statistics | None:
         return self.training if training else self.evaluation

@@ -13,14 +13,14 @@ from edl.diagnostics.statistics.state import shapes_by_name
 from edl.diagnostics.statistics.sums import OP
 from edl.reduction.ranks import Group, gather, process_group
 
-State = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 
-
-def summed(state: State, name: str, group: Group) -> State:
+def summed(
+    header: dict[str, Any], tensors: Mapping[str, Tensor], name: str, group: Group
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The state of all ranks of a group.
 
     Args:
-        state: header and tensors of this rank.
+        header, tensors: of this rank.
         name (str): of the argument that the group was given as.
         group (ProcessGroup or DeviceMesh of one dimension): all its ranks call.
 
@@ -29,9 +29,7 @@ def summed(state: State, name: str, group: Group) -> State:
     """
     ranks = process_group(name, group)
     assert ranks is not None
-    header, tensors = state
-    headers = gather(ranks, dict(header))
-    layers = _layers_of([(rank, each) for rank, each in headers])
+    layers = _layers_of(gather(ranks, header))
     # NCCL moves what lies on its devices alone.
     device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(ranks) else "cpu"
     shapes = shapes_by_name(layers, len(header["domains"]), len(header["steps"]))

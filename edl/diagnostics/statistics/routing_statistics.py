@@ -237,7 +237,11 @@ class RoutingStatistics:
         return measures_of(self.domains, sums, per_layer, per_pair)
 
     def reduce(
-        self, group: Group | None = None, sequence_group: Group | None = None, stage_group: Group | None = None
+        self,
+        group: Group | None = None,
+        sequence_group: Group | None = None,
+        stage_group: Group | None = None,
+        only_latest: bool = False,
     ) -> "RoutingStatistics":
         """The sums of several ranks, on the CPU; all ranks call it, between the same steps, and all get them. A rank
         that shares its tokens with another, as tensor-parallel ranks without sequence parallelism, belongs in no group
@@ -249,6 +253,7 @@ class RoutingStatistics:
                 the same sequences (context parallel; tensor parallel with sequence parallel).
             stage_group (ProcessGroup or DeviceMesh of one dimension, optional): pipeline stages, whose layers are put
                 together by their numbers.
+            only_latest (bool): leave out all snapshots but the latest, which is enough for a log. Default: False.
 
         Returns:
             New statistics; these stay as they are.
@@ -256,12 +261,16 @@ class RoutingStatistics:
         Raises:
             ValueError: no such groups; ranks that differ in domains, snapshots, or what a layer is.
         """
-        whole = self
+        header, tensors = self._state(self.snapshots[-1:] if only_latest else self.snapshots)
         groups = {"group": group, "sequence_group": sequence_group, "stage_group": stage_group}
         for name, each in groups.items():
             if each is not None:
-                whole = self._of_state(*summed(whole._state(), name, each))
-        return self._of_state(*whole._state()) if whole is self else whole
+                header, tensors = summed(header, tensors, name, each)
+        return self._of_state(header, tensors)
+
+    def emptied(self) -> "RoutingStatistics":
+        """New statistics of the same options, without sums."""
+        return RoutingStatistics(self.domains, self.scores, self.top_k, self.labels, self.facts)
 
     def reset(self) -> None:
         """Forgets all sums and snapshots."""
@@ -269,7 +278,7 @@ class RoutingStatistics:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far, for a checkpoint: tensors on the CPU, and a header as text."""
-        header, tensors = self._state()
+        header, tensors = self._state(self.snapshots)
         return {"header": json.dumps(header), **tensors}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -300,7 +309,7 @@ class RoutingStatistics:
             ImportError: no safetensors.
             OSError: it cannot be written.
         """
-        header, tensors = self._state()
+        header, tensors = self._state(self.snapshots)
         files.save(path, state.KIND, state.VERSION, header, {name: x.numpy() for name, x in tensors.items()})
 
     @classmethod
@@ -315,22 +324,22 @@ class RoutingStatistics:
         options = {name: header[name] for name in ("domains", "scores", "top_k", "labels", "facts")}
         return cls(**options)._of_state(header, tensors)
 
-    def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _state(self, snapshots: Sequence[Snapshot]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What describes the sums, and the sums by name, on the CPU."""
         header = {
             "layers": files.layers_to_json(self.layers),
             "domains": list(self.domains),
-            "steps": [snapshot.step for snapshot in self.snapshots],
+            "steps": [snapshot.step for snapshot in snapshots],
             "scores": self.scores,
             "top_k": self.top_k,
             "labels": self.labels,
             "facts": self.facts,
         }
-        return header, state.named(self.layers, len(self.domains), self.sums, [each.sums for each in self.snapshots])
+        return header, state.named(self.layers, len(self.domains), self.sums, [each.sums for each in snapshots])
 
     def _of_state(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "RoutingStatistics":
         """New statistics with these options and those sums."""
-        other = RoutingStatistics(self.domains, self.scores, self.top_k, self.labels, self.facts)
+        other = self.emptied()
         layers = [LayerFacts(**layer) for layer in header["layers"]]
         other._layers = {layer.number: layer for layer in layers}
         other.sums, courses = state.unnamed(layers, len(header["steps"]), tensors)

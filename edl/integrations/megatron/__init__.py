@@ -13,5 +13,14 @@ from edl.integrations.megatron.data import with_domain_ids
 from edl.integrations.megatron.documents import label_documents
 from edl.integrations.megatron.router import EDTopKRouter
 from edl.integrations.megatron.spec import patch_spec
+from edl.integrations.megatron.statistics import reduce_statistics
 
-__all__ = ["EDTopKRouter", "add_arguments", "label_documents", "options", "patch_spec", "with_domain_ids"]
+__all__ = [
+    "EDTopKRouter",
+    "add_arguments",
+    "label_documents",
+    "options",
+    "patch_spec",
+    "reduce_statistics",
+    "with_domain_ids",
+]

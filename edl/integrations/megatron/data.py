@@ -39,7 +39,7 @@ def with_domain_ids(
     Raises:
         ValueError: both `domains` and `sequence_length`.
 
-    Raises (the forward step, where the model has objectives that need `domain_ids`, and trains):
+    Raises (the forward step, where the model has objectives that need `domain_ids`, and trains, or statistics that do):
         ValueError: the batch has no `dataset_id` or no `domain_ids`, or another shape; a pipeline stage with MoE layers
             gets no data (build the data set on every stage).
         IndexError: a data set without entry in `domains`.
@@ -53,7 +53,7 @@ def with_domain_ids(
 
     @functools.wraps(forward_step)
     def labelled(data_iterator: Iterator | None, model: nn.Module, *args, **kwargs):
-        if not (model.training and _needs_domain_ids(model)):
+        if not _needs_domain_ids(model):
             return forward_step(data_iterator, model, *args, **kwargs)
         batch = None if data_iterator is None else next(data_iterator)
         own = _domain_ids(batch, domains, sequence_length)
@@ -67,7 +67,9 @@ def with_domain_ids(
 
 
 def _needs_domain_ids(model: nn.Module) -> bool:
-    return any(isinstance(module, EDTopKRouter) and "domain_ids" in module.label_sets for module in model.modules())
+    routers = [module for module in model.modules() if isinstance(module, EDTopKRouter)]
+    label_sets = [each.label_sets if model.training else each.evaluation_label_sets for each in routers]
+    return any("domain_ids" in names for names in label_sets)
 
 
 def _domain_ids(batch: dict | None, domains: Sequence[int] | None, sequence_length: int | None) -> Tensor | None:

@@ -42,9 +42,8 @@ class RouterLog:
         self._num_losses = 0
         self._last: dict[str, Tensor] = {}  # means of the latest step that had any
         config = router.config
-        is_prediction = getattr(router, "is_mtp_layer", False)  # such layers are told apart from 0.18 on
-        self.place = -1 if router.layer_number is None else router.layer_number - 1
-        self.place += config.num_layers if is_prediction else 0
+        self.place = place_of(router)
+        is_prediction = getattr(router, "is_mtp_layer", False)
         is_repeated = is_prediction and getattr(config, "mtp_use_repeated_layer", False)
         self._repeats = (config.mtp_num_layers or 1) if is_repeated else 1
 
@@ -69,6 +68,15 @@ class RouterLog:
         return numbers
 
 
+def place_of(router: TopKRouter) -> int:
+    """The layer of a router among those of the model, from 0, multi-token prediction last; below 0 where it is not
+    known."""
+    if router.layer_number is None:
+        return -1
+    is_prediction = getattr(router, "is_mtp_layer", False)  # such layers are told apart from 0.18 on
+    return router.layer_number - 1 + (router.config.num_layers if is_prediction else 0)
+
+
 _logs: "weakref.WeakSet[RouterLog]" = weakref.WeakSet()
 
 
@@ -85,6 +93,7 @@ def _by_entry(objectives: Objectives) -> dict[str, tuple[Tensor, Tensor]]:
 def _entries_of(objectives: Objectives) -> list[str]:
     """The names of the log's entries, told by the losses of two tokens: a stage without MoE layer has no others."""
     probe = objectives.bind()
+    probe.statistics = probe.evaluation_statistics = None
     # An option may have to divide the number of experts, which is not known here, and leave no expert alone.
     options = [x for objective in objectives.objectives.values() for x in vars(objective).values() if type(x) is int]
     num_experts = math.lcm(8, *[2 * x for x in options if x > 0])
@@ -102,6 +111,8 @@ def _entries_of(objectives: Objectives) -> list[str]:
 
 def report(objectives: Objectives) -> None:
     """Adds the objectives to what the log of this process shows; called again, it changes nothing."""
+    if not objectives.objectives:
+        return
     _names.update(dict.fromkeys(_entries_of(objectives)))
     if get_moe_metrics_tracker is not None:
         tracker = get_moe_metrics_tracker()

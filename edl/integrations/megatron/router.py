@@ -23,7 +23,7 @@ from torch import Tensor
 
 import edl
 from edl.integrations.megatron.batch import RouterBatch, check_dimensions
-from edl.integrations.megatron.metrics import RouterLog
+from edl.integrations.megatron.metrics import RouterLog, place_of
 from edl.moe.router_weights import gram_of
 from edl.objectives import ExpertDivergence, Objectives
 from edl.reduction.ranks import reads_values
@@ -35,7 +35,7 @@ OBSERVED = CHOICES | {"logits", "scores", "router_gram"}  # what a router tells
 
 
 class EDTopKRouter(TopKRouter):
-    """`TopKRouter` with the objectives of its layer, added while training.
+    """`TopKRouter` with the objectives of its layer, added while training, and what their statistics count.
 
     Objectives that need labels take them from `edl.domain_scope`. Built by Megatron from a spec that `patch_spec` has
     patched. The parameters and their names are those of `TopKRouter`.
@@ -83,7 +83,7 @@ class EDTopKRouter(TopKRouter):
         )
         # No child module: checkpoints keep the keys of TopKRouter, and load with and without objectives.
         object.__setattr__(self, "objectives", bound)
-        self._needs = frozenset[str]().union(*(objective.needs for objective in bound.objectives.values()))
+        self._needs = bound.needs
         self._need_labels = [name for name, objective in bound.objectives.items() if objective.labels is not None]
         if self._needs & CHOICES and config.moe_expert_capacity_factor is not None:
             raise ValueError(
@@ -111,9 +111,14 @@ class EDTopKRouter(TopKRouter):
 
     @property
     def label_sets(self) -> set[str]:
-        """The names of the sets of labels that its objectives need."""
-        named = (objective.labels for objective in self.objectives.objectives.values())
-        return {name for name in named if name is not None}
+        """The names of the sets of labels that its objectives and statistics need."""
+        return set(self.objectives.label_sets)
+
+    @property
+    def evaluation_label_sets(self) -> set[str]:
+        """The names of those that it needs in evaluation, for statistics."""
+        statistics = self.objectives.evaluation_statistics
+        return set() if statistics is None else set(statistics.label_sets)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Megatron's routing of logits [S_len, B, E], with the loss attached to the weights.
@@ -125,16 +130,18 @@ class EDTopKRouter(TopKRouter):
         Raises:
             ValueError: logits of other dimensions, or [T, E] where B is needed and cannot be told or does not divide T.
         """
-        scope = edl.current_labels() if self.training else None  # asked also where only a replay needs them
-        if not (self.training and torch.is_grad_enabled()):
-            return super().routing(logits, padding_mask=padding_mask)
+        counts = self.objectives.evaluation_statistics is not None
+        # Asked also where only a replay needs them.
+        scope = edl.current_labels() if self.training or counts else None
+        if not (self.training and torch.is_grad_enabled() and self.objectives.objectives):
+            return self._count(super().routing(logits, padding_mask=padding_mask), logits, padding_mask, scope)
         if scope is None and self._need_labels:
             warnings.warn(
                 f"edl::EDTopKRouter: trains outside any edl.domain_scope, without {', '.join(self._need_labels)}",
                 stacklevel=2,
             )
             if len(self._need_labels) == len(self.objectives.objectives):
-                return super().routing(logits, padding_mask=padding_mask)
+                return self._count(super().routing(logits, padding_mask=padding_mask), logits, padding_mask, scope)
         self._follow_steps()
         begin = lambda routed: self.objectives.begin_batch(
             # Made inside, which keeps the other ranks from waiting where the labels of one are wrong.
@@ -150,6 +157,27 @@ class EDTopKRouter(TopKRouter):
         probs, routing_map = routed
         return self._attach(probs, finish()[0], logits, padding_mask, scope), routing_map
 
+    def _count(
+        self, routed: tuple[Tensor, Tensor], logits: Tensor, padding_mask: Tensor | None, scope: edl.Labels | None
+    ) -> tuple[Tensor, Tensor]:
+        """Megatron's routing of a pass without losses, which statistics count."""
+        objectives = self.objectives
+        statistics = objectives.statistics if self.training else objectives.evaluation_statistics
+        if statistics is None:
+            return routed
+        if scope is None and statistics.label_sets:
+            warnings.warn(
+                f"edl::EDTopKRouter: statistics count no token outside any edl.domain_scope, without "
+                f"{', '.join(sorted(statistics.label_sets))}",
+                stacklevel=3,
+            )
+        objectives.look(
+            lambda: [self._observation(logits, routed)],
+            lambda _: self._batch(logits, padding_mask, scope),
+            self.training,
+        )
+        return routed
+
     def _follow_steps(self) -> None:
         """Sees to it that the steps of the objectives are those of the training."""
         if self._steps_taken is not None:
@@ -162,6 +190,12 @@ class EDTopKRouter(TopKRouter):
         check_dimensions(logits)
         rows = logits.reshape(-1, logits.shape[-1])
         weights, experts = (None, None) if routed is None else _choices(*routed, self.topk)
+        counts = self.objectives.statistics is not None or self.objectives.evaluation_statistics is not None
+        if counts and place_of(self) < 0:
+            raise ValueError(
+                "edl::EDTopKRouter: statistics need the number of the layer, which set_layer_number() gives a router "
+                "(got none)"
+            )
         return Observation(
             logits=rows if self.score_function in NATIVE_SCORES else None,
             scores=compute_routing_scores_for_aux_loss(rows, self.topk, self.score_function)[1]
@@ -170,6 +204,7 @@ class EDTopKRouter(TopKRouter):
             weights=weights,
             experts=experts,
             router_gram=gram_of(self.weight) if "router_gram" in self._needs else None,
+            layer=place_of(self),
         )
 
     def _batch(self, logits: Tensor, padding_mask: Tensor | None, scope: edl.Labels | None) -> RouterBatch:

@@ -16,9 +16,9 @@ weight. Rank r contributes ∇_r L_m, its own part of it (`edl.objectives.Object
 from edl.integrations.torchtitan.configuration import add_expert_divergence, add_objectives
 from edl.integrations.torchtitan.interface import HAS_AUX_LOSS
 from edl.integrations.torchtitan.metrics import layer_losses, objective_metrics
-from edl.integrations.torchtitan.router_objectives import set_step
+from edl.integrations.torchtitan.router_objectives import number_layers, set_step
 
-__all__ = ["add_expert_divergence", "add_objectives", "layer_losses", "objective_metrics", "set_step"]
+__all__ = ["add_expert_divergence", "add_objectives", "layer_losses", "number_layers", "objective_metrics", "set_step"]
 
 if HAS_AUX_LOSS:
     from edl.integrations.torchtitan.aux_loss import ObjectivesAuxLoss

@@ -140,7 +140,7 @@ class ObjectivesAuxLoss(AuxLoss):
             weights, experts = None, None
             if self.objectives.needs & {"weights", "experts"}:
                 weights, experts = _choices(scores_TE, routing_map_TE, carrier)
-            losses = self.objectives(scores_TE, weights, experts, padding_mask_T)
+            losses = self.objectives(scores_TE, weights, experts, padding_mask_T, self.training)
             if losses is None:
                 return carrier
             total, values = losses

@@ -38,6 +38,9 @@ def add_objectives(model_config: Any, objectives: Objectives, *, micro_batches: 
         memory (bool): carry the sums over the micro-batches of a step (`edl.DomainMemory`), which under activation
             checkpointing needs a scope around every pass. Default: False.
 
+    Statistics of the objectives (`Objectives({...}, statistics=...)`) need `number_layers(model)` once it is built, and
+    count each rank's own tokens: `reduce(group=…, sequence_group=…)` adds them over the mesh's dp and cp.
+
     Raises:
         ValueError: objectives that are bound or need logits; no router, a router of another class (up to 0.3.0), or one
             that has objectives already.
@@ -45,6 +48,11 @@ def add_objectives(model_config: Any, objectives: Objectives, *, micro_batches: 
     checks.check_flags("torchtitan", memory=memory)
     micro_batches = checks.as_integer("torchtitan", "micro_batches", micro_batches, lowest=1)
     objectives = for_routers(objectives)
+    if HAS_AUX_LOSS and not objectives.objectives:
+        raise ValueError(
+            "edl::torchtitan: statistics alone need an objective, of weight 0, which torchtitan's auxiliary loss logs "
+            "(got none)"
+        )
     found = list(model_config.traverse(TokenChoiceTopKRouter.Config))
     if not found:
         raise ValueError(f"edl::torchtitan: a model must have routers (got {type(model_config).__qualname__})")

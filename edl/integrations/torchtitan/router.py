@@ -43,11 +43,10 @@ class ObjectivesRouter(TokenChoiceTopKRouter):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `TokenChoiceTopKRouter.forward`; the top-k scores carry the gradient of the total."""
         topk_scores, topk_expert_ids, scores = super().forward(x_BLD, expert_bias_E)
-        if self.training:
-            with no_typecheck():
-                losses = self.objectives(scores, topk_scores, topk_expert_ids)
-                if losses is not None:
-                    topk_scores = inject(topk_scores, losses[0] * (self.coeff / self.micro_batches))
+        with no_typecheck():
+            losses = self.objectives(scores, topk_scores, topk_expert_ids, training=self.training)
+            if losses is not None:
+                topk_scores = inject(topk_scores, losses[0] * (self.coeff / self.micro_batches))
         return topk_scores, topk_expert_ids, scores
 
 

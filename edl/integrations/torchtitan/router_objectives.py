@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtitan.distributed.spmd_types import current_spmd_mesh
 
+from edl.diagnostics.layers import numbers_of
 from edl.labels.scope import Labels, current_labels
 from edl.objectives import ExpertDivergence, Objective, Objectives
+from edl.objectives.batches import batch_of
 from edl.objectives.needs import refuse_unobserved
 from edl.ops import checks
 from edl.reduction.micro_batches import DomainMemory
@@ -52,10 +54,10 @@ class RouterObjectives:
     ) -> None:
         self.objectives = for_routers(objectives)
         self.passes_of_step = passes_of_step
-        self.needs = frozenset().union(*(objective.needs for objective in self.objectives.objectives.values()))
-        named = [objective.labels for objective in self.objectives.objectives.values()]
-        self._label_sets = {name for name in named if name is not None}
-        self._all_need_labels = None not in named
+        self.needs = self.objectives.needs
+        self._label_sets = self.objectives.label_sets
+        self._all_need_labels = None not in [objective.labels for objective in self.objectives.objectives.values()]
+        self.layer: tuple[int, str] | None = None  # its number and name, which statistics need
         self._has_memory = memory
         self._shares_tokens = shares_tokens
         self._is_bound = False
@@ -77,7 +79,12 @@ class RouterObjectives:
         self._is_bound = True
 
     def __call__(
-        self, scores: Tensor, weights: Tensor | None, experts: Tensor | None, padding_mask: Tensor | None = None
+        self,
+        scores: Tensor,
+        weights: Tensor | None,
+        experts: Tensor | None,
+        padding_mask: Tensor | None = None,
+        training: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
         """The losses of the forward pass in which it is called.
 
@@ -86,13 +93,17 @@ class RouterObjectives:
             weights (Tensor[T, K] or Tensor[B, S_len, K], optional): of the chosen experts; needed if an objective is.
             experts (Tensor[T, K] or Tensor[B, S_len, K], optional): the chosen experts.
             padding_mask (Tensor[T], optional): True = padding; a mask of the scope comes first.
+            training (bool): whether the model is in training mode. Default: True.
 
         Returns:
             total and values, as `Objectives` gives them, of this layer; None where the pass keeps no gradient, or has
             no labels and every objective needs them. Where some do without, such a pass has no labelled tokens.
+            Statistics count it all the same.
         """
         labels = current_labels()
-        if not torch.is_grad_enabled() or (labels is None and self._all_need_labels):
+        has_loss = training and torch.is_grad_enabled() and not (labels is None and self._all_need_labels)
+        statistics = self.objectives.statistics if training else self.objectives.evaluation_statistics
+        if not has_loss and statistics is None:
             return None
         if scores.is_cuda and torch.cuda.is_current_stream_capturing():
             raise ValueError(
@@ -101,18 +112,15 @@ class RouterObjectives:
             )
         if not self._is_bound:
             self._bind()
-        self._refuse_cut_sequences(scores)
+        self._refuse_cut_sequences(labels, scores)
         given = self._given(labels, scores, padding_mask)
+        observation = self._observation(scores, weights, experts, statistics is not None)
+        if not has_loss:
+            self._count(observation, given, training)
+            return None
         repeats = is_replay()
         if self.passes == self.passes_of_step and not repeats:
             self.end_step()
-        observation = Observation(
-            # Every score function becomes a distribution over experts, as in torchtitan's own balancing losses.
-            scores=F.normalize(scores, p=1, dim=-1).flatten(0, -2),
-            weights=None if weights is None else weights.flatten(0, -2),
-            experts=None if experts is None else experts.flatten(0, -2),
-            batch_size=scores.shape[0] if scores.dim() == 3 else -1,
-        )
         total, values = self.objectives(observation, **given)
         values = {name: value.to(total.dtype) for name, value in values.items()}
         if not repeats:
@@ -120,6 +128,35 @@ class RouterObjectives:
             for name, value in values.items():
                 self.values[name] = value.where(self.has_effect(name), self.values.get(name, torch.nan))
         return total, values
+
+    def _observation(self, scores: Tensor, weights: Tensor | None, experts: Tensor | None, counts: bool) -> Observation:
+        if counts and self.layer is None:
+            raise ValueError(
+                "edl::torchtitan: statistics need the numbers of the layers, number_layers(model) after it was built "
+                "(got none)"
+            )
+        number, name = self.layer or (-1, "")
+        return Observation(
+            # Every score function becomes a distribution over experts, as in torchtitan's own balancing losses.
+            scores=F.normalize(scores, p=1, dim=-1).flatten(0, -2),
+            weights=None if weights is None else weights.flatten(0, -2),
+            experts=None if experts is None else experts.flatten(0, -2),
+            batch_size=scores.shape[0] if scores.dim() == 3 else -1,
+            layer=number,
+            router=name,
+        )
+
+    def _count(self, observation: Observation, given: dict[str, Tensor | None], training: bool) -> None:
+        """Lets statistics count a pass without losses."""
+        attention_mask, padding_mask, cu_seqlens = (
+            given.pop(name, None) for name in ("attention_mask", "padding_mask", "cu_seqlens")
+        )
+        labels = {name: each for name, each in given.items() if each is not None}
+        self.objectives.look(
+            lambda: [observation],
+            lambda layers: batch_of("torchtitan", layers, attention_mask, padding_mask, cu_seqlens, labels),
+            training,
+        )
 
     def _given(self, labels: Labels | None, scores: Tensor, padding_mask: Tensor | None) -> dict[str, Tensor | None]:
         """What is known of the tokens, by the names that objectives have for it."""
@@ -135,9 +172,20 @@ class RouterObjectives:
             **labels.label_sets,
         }
 
-    def _refuse_cut_sequences(self, scores: Tensor) -> None:
+    def _watches_sequences(self, labels: Labels, num_tokens: int) -> bool:
+        """Whether statistics would count by labels of sequences."""
+        watching = (self.objectives.statistics, self.objectives.evaluation_statistics)
+        names = [name for each in watching if each is not None for name in each.label_sets]
+        return any(name in labels.label_sets and labels.label_sets[name].numel() != num_tokens for name in names)
+
+    def _refuse_cut_sequences(self, labels: Labels | None, scores: Tensor) -> None:
         if scores.dim() == 3 or self.ranks.context is None:
             return
+        if labels is not None and self._watches_sequences(labels, scores.shape[0]):
+            raise ValueError(
+                "edl::torchtitan: context parallelism cuts the token stream anywhere, and statistics need the labels "
+                "per token of the slice (got others)"
+            )
         for name, objective in self.objectives.objectives.items():
             if objective.by_unit:
                 raise ValueError(
@@ -187,6 +235,17 @@ def _observing(name: str, objective: Objective) -> Objective:
 def objectives_of_routers(model: nn.Module) -> dict[str, RouterObjectives]:
     found = {name: getattr(module, "objectives", None) for name, module in model.named_modules()}
     return {name: each for name, each in found.items() if isinstance(each, RouterObjectives)}
+
+
+def number_layers(model: nn.Module) -> None:
+    """Tells each router which layer it is in, from the names of its modules; statistics of objectives need it.
+
+    Args:
+        model (Module): a model that was built, or a part of one, whose layers keep their numbers (`layers.3`).
+    """
+    found = objectives_of_routers(model)
+    for (name, each), number in zip(found.items(), numbers_of(list(found))):
+        each.layer = number, name
 
 
 def set_step(model: nn.Module, step: int) -> None:

@@ -1,5 +1,6 @@
 """Objectives of the routing of a transformers model, which hooks capture."""
 
+import functools
 import inspect
 import math
 import re
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from edl.diagnostics.layers import numbers_of
 from edl.labels.batch import Batch
 from edl.moe.router_weights import gram_of
 from edl.moe.routers import Router
@@ -20,6 +22,7 @@ from edl.objectives.expert_divergence import ExpertDivergence
 from edl.objectives.needs import refuse_unobserved
 from edl.objectives.objectives import Objectives
 from edl.objectives.schedules import Weight
+from edl.objectives.statistics import Statistics
 from edl.ops import checks
 from edl.reduction.micro_batches import DomainMemory
 from edl.reduction.ranks import Group
@@ -171,8 +174,9 @@ class _Capture:
 
     A training forward is one in train mode with gradients enabled, or inside `memory.collect()`. Evaluation, generation
     and the replays of activation checkpointing, which run routers during the backward pass and outside a forward of the
-    model, leave no trace. In a copy of the model the hooks do nothing; in a copy of a router that PEFT puts in its
-    place they record as before. Choices are captured where an objective needs them.
+    model, leave no trace. With `evaluates` it is the other way round: the last forward in evaluation mode counts. In a
+    copy of the model the hooks do nothing; in a copy of a router that PEFT puts in its place they record as before.
+    Choices are captured where an objective needs them, or statistics.
     """
 
     def __init__(
@@ -180,14 +184,18 @@ class _Capture:
         part: nn.Module | None = None,
         routers: Sequence[tuple[str, nn.Module, int]] = (),
         objectives: Objectives | None = None,
+        evaluates: bool = False,
     ) -> None:
         self.part = part
         self.objectives = objectives
+        self.evaluates = evaluates
         self.names = [name for name, _, _ in routers]
+        names = list(dict.fromkeys(self.names))  # PEFT's copies have one
+        self.numbers = dict(zip(names, numbers_of(names)))
         self.warned_of_frozen = False
         self.gives_probabilities: bool | None = None  # until the routers told
-        needs = [] if objectives is None else [objective.needs for objective in objectives.objectives.values()]
-        self.needs_rows = any("router_gram" in each for each in needs)
+        needs = frozenset() if objectives is None else objectives.needs
+        self.needs_rows = "router_gram" in needs and not evaluates
         self.clear()
         self.hooks: list[RemovableHandle] = []
         if part is None or objectives is None:
@@ -198,7 +206,7 @@ class _Capture:
         self.hooks.append(part.register_forward_hook(self.end, always_call=True))
         for name, router, index in routers:
             self.hooks.append(router.register_forward_hook(_Record(self, name, index)))
-        if any(each & {"experts", "weights"} for each in needs):
+        if needs & {"experts", "weights"}:
             for name, experts in _find_experts(part, self.names):
                 self.hooks.append(experts.register_forward_pre_hook(_RecordArguments(self, name), with_kwargs=True))
 
@@ -215,18 +223,19 @@ class _Capture:
         self.grams: dict[int, Tensor] = {}  # likewise
 
     def begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if part is not self.part or not part.training:
+        if part is not self.part or part.training == self.evaluates:
             return
         memory = None if self.objectives is None else self.objectives.memory
         is_collecting = not torch.is_grad_enabled() and memory is not None and memory.in_use
-        if not torch.is_grad_enabled() and not is_collecting:
+        if not torch.is_grad_enabled() and not is_collecting and not self.evaluates:
             return
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # a replay of the whole model
         self.clear()
         if not torch.compiler.is_compiling():
             self.warn_of_frozen()
-        self.is_recording, self.needs_gradient = True, not is_collecting
+        has_loss = self.objectives is not None and bool(self.objectives.objectives) and not self.evaluates
+        self.is_recording, self.needs_gradient = True, has_loss and not is_collecting
         inputs = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         self.batch_shape = next((list(x.shape[:2]) for x in inputs if isinstance(x, Tensor) and x.dim() >= 2), [0])
 
@@ -263,7 +272,8 @@ class _Capture:
         self.is_recording = False
 
     def warn_of_frozen(self) -> None:
-        if self.part is None or self.warned_of_frozen:
+        has_loss = self.objectives is not None and bool(self.objectives.objectives) and not self.evaluates
+        if self.part is None or self.warned_of_frozen or not has_loss:
             return
         self.warned_of_frozen = True
         frozen = _frozen_routers(self.part, self.names)
@@ -283,13 +293,17 @@ class _Capture:
         self.clear()
         missing = [name for name in self.names if name not in {ran for ran, _ in captured}]
         if not captured:
+            of_mode = "observe() takes the router logits of the last forward in evaluation mode"
+            if not self.evaluates:
+                of_mode = "loss() takes the router logits of the last training forward"
             raise ValueError(
-                "edl::attach: loss() takes the router logits of the last training forward, and takes them once; attach "
-                "before the model is compiled or copied (got no router logits since)"
+                f"edl::attach: {of_mode}, and takes them once; attach before the model is compiled or copied (got no "
+                "router logits since)"
             )
         if missing:
+            of_mode = "forward in evaluation mode" if self.evaluates else "training forward"
             raise ValueError(
-                "edl::attach: every router must run in the training forward, as a module "
+                f"edl::attach: every router must run in the {of_mode}, as a module "
                 f"(got no logits of {', '.join(missing)})"
             )
         if lacks_gradient:
@@ -307,12 +321,16 @@ class _Capture:
         if self.gives_probabilities:
             self.refuse_probabilities()
         return [
-            self.observation(routing, chosen.get(place), shape)._replace(router_gram=grams.get(place))
-            for place, (_, routing) in enumerate(captured)
+            self.observation(routing, chosen.get(place), shape)._replace(
+                router_gram=grams.get(place), layer=self.numbers[name], router=name
+            )
+            for place, (name, routing) in enumerate(captured)
         ]
 
     def refuse_probabilities(self) -> None:
         assert self.objectives is not None
+        if self.evaluates:
+            return
         for name, objective in self.objectives.objectives.items():
             if "logits" in objective.needs:
                 raise ValueError(
@@ -351,7 +369,7 @@ class ObjectivesHandle:
         self.values: dict[str, Tensor] = {}
         self._factor = 1  # of a sum over layers, in beta and value
         self._frees_memory = False
-        self._capture = _Capture()
+        self._capture, self._evaluation = _Capture(), _Capture(evaluates=True)
         refuse_unobserved("attach", objectives.objectives, OBSERVED)
         self._attach(model)
 
@@ -360,6 +378,9 @@ class ObjectivesHandle:
         part, routers = _find_routers(model)
         self._capture.remove()
         self._capture = _Capture(part, routers, self.objectives)
+        self._evaluation.remove()
+        if self.objectives.evaluation_statistics is not None:
+            self._evaluation = _Capture(part, routers, self.objectives, evaluates=True)
         self.model = model
 
     def _only(self, name: str) -> str:
@@ -419,23 +440,55 @@ class ObjectivesHandle:
         """
         if domain_ids is not None:
             labels["domain_ids"] = domain_ids
-
-        def batch_of(layers: list[Observation]) -> Batch:
-            rows = next(x for x in layers[0] if isinstance(x, Tensor))
-            size = layers[0].batch_size
-            return Batch(rows.shape[0], rows.device, size, attention_mask, padding_mask, cu_seqlens, labels)
-
+        batch_of = functools.partial(_batch_of, attention_mask, padding_mask, cu_seqlens, labels)
         total, self.values = self.objectives.begin_batch(self._capture.take, batch_of)()
         return total
+
+    def observe(
+        self,
+        domain_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **labels: Tensor,
+    ) -> None:
+        """Lets `evaluation_statistics` of the objectives count the model's last forward in evaluation mode.
+
+        Call it once after each such forward: what was captured is released.
+
+        Args:
+            domain_ids, attention_mask, padding_mask, cu_seqlens, **labels: as `loss` takes them.
+
+        Raises:
+            ValueError: no such forward since the last call, objectives that had no `evaluation_statistics` when they
+                were attached, and what `edl.RoutingStatistics` raises.
+        """
+        if domain_ids is not None:
+            labels["domain_ids"] = domain_ids
+        batch_of = functools.partial(_batch_of, attention_mask, padding_mask, cu_seqlens, labels)
+        self.objectives.look(self._evaluation.take, batch_of, training=False)
 
     def remove(self) -> None:
         """Takes the hooks off the model and releases what they captured; the memory of the short form is free for
         another loss."""
         self._capture.remove()
+        self._evaluation.remove()
         memory = self.objectives.memory
         if self._frees_memory and memory is not None:
             memory.release(self.objectives)
             self.objectives.memory = None
+
+
+def _batch_of(
+    attention_mask: Tensor | None,
+    padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    labels: Mapping[str, Tensor],
+    layers: list[Observation],
+) -> Batch:
+    """What is known of the tokens that layers saw."""
+    rows = next(x for x in layers[0] if isinstance(x, Tensor))
+    return Batch(rows.shape[0], rows.device, layers[0].batch_size, attention_mask, padding_mask, cu_seqlens, labels)
 
 
 def _check_beta(beta: float) -> None:
@@ -453,6 +506,8 @@ def _attach_divergence(
     sequence_group: Group | None = None,
     averaging_ranks: int | None = None,
     memory: DomainMemory | None = None,
+    statistics: Statistics | None = None,
+    evaluation_statistics: Statistics | None = None,
     **options: Any,
 ) -> ObjectivesHandle:
     """The short form of `attach`: a single objective."""
@@ -463,7 +518,8 @@ def _attach_divergence(
     routers = {name for name, _, _ in _find_routers(model)[1]}
     factor = len(routers) if layer_reduction == "sum" else 1
     bound = {"expert_divergence": (objective, beta * factor)}
-    handle = ObjectivesHandle(model, Objectives(bound, group, sequence_group, averaging_ranks, memory))
+    objectives = Objectives(bound, group, sequence_group, averaging_ranks, memory, statistics, evaluation_statistics)
+    handle = ObjectivesHandle(model, objectives)
     handle._factor, handle._frees_memory = factor, True
     return handle
 
@@ -497,7 +553,8 @@ def attach(model: nn.Module, objectives: Any = None, beta: Any = None, num_domai
         })
         loss = model(**batch).loss + handle.loss(domain_ids, batch["attention_mask"])
 
-    For the Expert Divergence loss alone `attach(model, num_domains=3, beta=1e-2)` is enough.
+    For the Expert Divergence loss alone `attach(model, num_domains=3, beta=1e-2)` is enough. To see the routing of a
+    model that is trained without any, `Objectives({}, statistics=RoutingStatistics(3))`.
 
     Forward hooks read what each router computes: the model's configuration, outputs and its own auxiliary loss stay as
     they are. The routers are those whose logits transformers records (`output_router_logits`), and those of

@@ -224,6 +224,8 @@ class EDTrainerMixin(_Trainer):
     micro-batches that had two domains to compare; `expert_divergence/pairs`, the number of pairs of domains; and so on.
     100 steps in which an objective had nothing to act on are a warning.
 
+    A `RoutingStatisticsCallback` among the callbacks shows what the experts do; with it there need be no objectives.
+
     Args:
         args: of the Trainer.
         objectives (Objectives, or a mapping of names to (objective, weight)): not bound to ranks or a memory, which
@@ -265,6 +267,9 @@ class EDTrainerMixin(_Trainer):
         of_short_form = {"num_domains": num_domains, "beta": beta, "divergence_options": divergence_options}
         given = [name for name, option in of_short_form.items() if option is not None]
         is_short = "num_domains" in given and "beta" in given
+        self._statistics = self._bind_statistics()
+        if objectives is None and not given and self._statistics is not None:
+            objectives = {}
         if (is_short and objectives is not None) or (not is_short and (objectives is None or given)):
             raise ValueError(
                 "edl::EDTrainerMixin: either objectives, or num_domains and beta, must be given (got "
@@ -281,17 +286,25 @@ class EDTrainerMixin(_Trainer):
         self._two_passes = two_passes and accumulates
         if accumulates and "memory" not in (divergence_options or {}):
             binding["memory"] = DomainMemory(decay=0.0 if two_passes else 0.9)
+        watching: dict[str, Any] = {}
+        if self._statistics is not None:
+            watching["statistics"] = self._statistics.statistics
+            watching["evaluation_statistics"] = self._statistics.evaluation
         if objectives is None:
-            options = {"num_domains": num_domains, "beta": beta, **binding, **(divergence_options or {})}
+            options = {"num_domains": num_domains, "beta": beta, **binding, **watching, **(divergence_options or {})}
             self._handle: ObjectivesHandle = attach(self.model, **options)
             is_common = self.args.world_size == 1 or options["group"] is binding["group"]
         else:
-            self._handle = attach(self.model, unbound_objectives(objectives).bind(**binding))
+            is_empty = isinstance(objectives, Mapping) and not objectives
+            unbound = Objectives({}, **watching) if is_empty else unbound_objectives(objectives)
+            bound = unbound.bind(**binding)
+            for name, statistics in watching.items():
+                setattr(bound, name, statistics)
+            self._handle = attach(self.model, bound)
             is_common = True
         self.objectives: Objectives = self._handle.objectives
         self._has_common_state = is_common  # whether every process has the same memory
-        named = {objective.labels for objective in self.objectives.objectives.values()}
-        self._label_sets = sorted(name for name in named if name is not None)
+        self._label_sets = sorted(self.objectives.label_sets)
         self._domains_per_batch, self._sequences_per_domain = domains_per_batch, sequences_per_domain
         self._sequences: _Sequences | None = None  # in the order of training, with domains_per_batch
         self._check_domains_per_batch()
@@ -300,6 +313,20 @@ class EDTrainerMixin(_Trainer):
         self._packed: list[_PackedDocuments] = []  # of the micro-batches of a step
         self._has_mixed_documents: Any = False  # a tensor from the first labels per token on
         self._warned_of_mixed_documents = False
+        self._warned_of_unlabelled_evaluation = False
+
+    def _bind_statistics(self) -> Any:
+        """The callback that shows the routing, if there is one."""
+        from edl.integrations.transformers.statistics import RoutingStatisticsCallback
+
+        found = [each for each in self.callback_handler.callbacks if isinstance(each, RoutingStatisticsCallback)]
+        if len(found) > 1:
+            raise ValueError(
+                f"edl::EDTrainerMixin: callbacks must hold at most one RoutingStatisticsCallback (got {len(found)})"
+            )
+        for each in found:
+            each.is_bound = True
+        return found[0] if found else None
 
     @property
     def expert_divergence(self) -> ObjectivesHandle:
@@ -365,6 +392,8 @@ class EDTrainerMixin(_Trainer):
         self.objectives.set_extra_state(0)
         if self.objectives.memory is not None:
             self.objectives.memory.set_extra_state(())
+        if self._statistics is not None:
+            self._statistics.begin_training()
         return super()._inner_training_loop(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -426,11 +455,23 @@ class EDTrainerMixin(_Trainer):
         return {name: value for name, value in inputs.items() if name not in self._label_sets}
 
     def _objectives_loss(self, inputs: dict[str, Any]) -> Tensor:
+        given = self._counted(inputs, self._label_sets)
+        loss = self._handle.loss(**given)
+        per_token = [given[name] for name in self._label_sets if _is_per_token(given[name])]
+        per_token = [labels for labels in per_token if not labels.is_floating_point()]
+        if per_token and not self._warned_of_mixed_documents:
+            for labels in per_token:
+                self._has_mixed_documents |= _has_mixed_documents(labels, given["attention_mask"], given["cu_seqlens"])
+            if per_token[0].device.type == "cpu":  # on other devices once a log waits for them anyway
+                self._warn_of_mixed_documents()
+        return loss
+
+    def _counted(self, inputs: dict[str, Any], label_sets: Sequence[str]) -> dict[str, Any]:
+        """Masks, boundaries and labels of a batch, as objectives take them."""
         attention_mask = inputs.get("attention_mask")
-        if not self._label_sets:
-            return self._handle.loss(attention_mask=attention_mask)
-        labels = {name: self._labels_of(name, inputs) for name in self._label_sets}
-        per_token = [given for given in labels.values() if _is_per_token(given) and not given.is_floating_point()]
+        if not label_sets:
+            return {"attention_mask": attention_mask}
+        labels = {name: self._labels_of(name, inputs) for name in label_sets}
         tokens, cu_seqlens = _tokens_of(inputs), self._document_boundaries(inputs)
         if cu_seqlens is not None:
             of_rows = {
@@ -441,13 +482,7 @@ class EDTrainerMixin(_Trainer):
             if of_rows:
                 rows, cu_seqlens = _documents_in_rows(cu_seqlens, tokens.shape[:2])
                 labels |= {name: given[rows] for name, given in of_rows.items()}
-        loss = self._handle.loss(attention_mask=attention_mask, cu_seqlens=cu_seqlens, **labels)
-        if per_token and not self._warned_of_mixed_documents:
-            for given in per_token:
-                self._has_mixed_documents |= _has_mixed_documents(given, attention_mask, cu_seqlens)
-            if per_token[0].device.type == "cpu":  # on other devices once a log waits for them anyway
-                self._warn_of_mixed_documents()
-        return loss
+        return {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens, **labels}
 
     def _labels_of(self, name: str, inputs: dict[str, Any]) -> Tensor:
         labels = inputs.get(name)
@@ -511,11 +546,15 @@ class EDTrainerMixin(_Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self._has_common_state and self.args.should_save:
             torch.save(self.objectives.state_dict(), os.path.join(output_dir, _STATE_NAME))
+        if self._statistics is not None:
+            self._statistics.save(self.args, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if self._statistics is not None:
+            self._statistics.load(self.args, checkpoint)
         self.objectives.set_extra_state(_steps_of(checkpoint))
         if self._has_common_state:
             # A memory that only one of checkpoint and training has is left out.
@@ -537,7 +576,33 @@ class EDTrainerMixin(_Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().prediction_step(model, self._inputs_of_model(inputs), *args, **kwargs)
+        result = super().prediction_step(model, self._inputs_of_model(inputs), *args, **kwargs)
+        if self._statistics is not None:
+            self._observe(inputs)
+        return result
+
+    def _observe(self, inputs: dict[str, Any]) -> None:
+        """Counts a batch of an evaluation."""
+        needed = sorted(self._statistics.evaluation.label_sets)
+        missing = [name for name in needed if inputs.get(name) is None]
+        if not missing:
+            self._handle.observe(**self._counted(self._prepare_inputs(inputs), needed))
+        elif not self._warned_of_unlabelled_evaluation:
+            self._warned_of_unlabelled_evaluation = True
+            warnings.warn(
+                f"edl::EDTrainerMixin: statistics count evaluation batches that have {missing[0]}, from a column of "
+                f"the dataset and a collator that keeps it, such as DomainCollator (got {sorted(inputs)})",
+                stacklevel=2,
+            )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self._statistics is None:
+            return super().evaluation_loop(*args, **kwargs)
+        self._statistics.evaluation.reset()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = args[4] if len(args) > 4 else kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update(self._statistics.end_evaluation(self.args, prefix))
+        return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         self._warn_of_mixed_documents()
@@ -546,4 +611,6 @@ class EDTrainerMixin(_Trainer):
             device = next(iter(entries.values())).device
             values = torch.stack([value.to(device).double() for value in entries.values()]).tolist()
             logs |= {name: value for name, value in zip(entries, values) if not math.isnan(value)}
+        if "loss" in logs and self._statistics is not None:
+            logs |= self._statistics.take_log()
         super().log(logs, *args, **kwargs)

@@ -45,7 +45,8 @@ def certain_cells(record: Record, place: int, seed: int = 0) -> Any:
         drawn = (every[domain] - (total - every[domain]) / others) ** 2
         variances = drawn.mean(0) + missing[row]
         # Where nothing varies, whatever differs is certain.
-        relative[row] = np.where(variances > NOTHING, over(squares[row], variances), np.inf * (squares[row] > NOTHING))
+        certainly = np.where(squares[row] > NOTHING, np.inf, 0.0)
+        relative[row] = np.where(variances > NOTHING, over(squares[row], variances), certainly)
         np.maximum(highest, (drawn * over(1.0, variances)).max(1), out=highest)
     certain[tested] = relative > np.sort(highest)[-int(LEVEL * (DRAWS + 1))]
     return certain

@@ -22,7 +22,7 @@ class Record:
     Args:
         layers (sequence of LayerFacts): L, in the order of the model.
         domains (sequence of str): names, D.
-        token_ids (array[T]): of integers, window after window.
+        token_ids (array[T]): of integers, window after window; where they are not known, negative and all different.
         offsets (array[N + 1]): of integers, where windows begin in it; T at the end.
         labels (array[N]): the domain of each document, in [0, D).
         experts (sequence of array[T, K], or callable): of each layer, or what gives them by the layer's place; what is

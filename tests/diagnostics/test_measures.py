@@ -344,6 +344,13 @@ def test_a_token_seen_once_does_not_come_first():
     assert first[0][2] == pytest.approx(first[1][2])  # both are read by this expert alone
 
 
+def test_tokens_that_are_not_known_are_no_top_tokens():
+    ids, experts = choices_of_tokens()
+    unknown = -1 - np.arange(5)
+    got = measures.top_tokens(np.concatenate([ids, unknown]), np.concatenate([experts, experts[:5]]), EXPERTS, 4)
+    assert got == measures.top_tokens(ids, experts, EXPERTS, 4)
+
+
 def test_what_says_nothing_has_no_top_tokens():
     assert measures.top_tokens(np.array([1, 2, 2]), np.zeros((3, 1), dtype=np.int64), 1, 5) == [[]]
     assert measures.top_tokens(np.zeros(0, dtype=np.int64), np.zeros((0, 2), dtype=np.int64), 2, 5) == [[], []]

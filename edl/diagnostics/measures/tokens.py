@@ -48,7 +48,7 @@ def top_tokens(token_ids: Any, experts: Any, num_experts: int, number: int) -> l
     (n_ev + 10) / (m_ev + 10), so that a token seen once does not come first.
 
     Args:
-        token_ids (Tensor[T]): integers.
+        token_ids (Tensor[T]): integers; a negative one is not known, and left out.
         experts (Tensor[T, K]): integers; what is outside of [0, E) is none.
         num_experts (int): E, at least 1.
         number (int): of tokens for each expert, at most.
@@ -64,7 +64,7 @@ def top_tokens(token_ids: Any, experts: Any, num_experts: int, number: int) -> l
     token_ids = integers("top_tokens", "token_ids", token_ids, None)
     experts = integers("top_tokens", "experts", experts, len(token_ids), None)
     vocabulary, places = token_ids.unique(return_inverse=True)
-    is_choice = (experts >= 0) & (experts < num_experts)
+    is_choice = (experts >= 0) & (experts < num_experts) & (token_ids >= 0).unsqueeze(1)
     rows, chosen = places.unsqueeze(1).expand_as(experts)[is_choice], experts[is_choice]
     of_tokens = torch.bincount(rows, minlength=len(vocabulary)).double() / max(len(rows), 1)
     at_once = max(1, _CELLS // max(len(vocabulary), 1))

@@ -87,6 +87,8 @@ class LayerFindings:
             NaN without a record.
         top_tokens (sequence of sequences): for each expert, (token id, its choices by this token, lift over the
             layer's mean) of the tokens that it reads most for their number; empty without a record.
+        scores (array[D, E], optional): mean of a token's score of each expert, chosen or not; None where it is not
+            known.
     """
 
     facts: LayerFacts
@@ -98,6 +100,7 @@ class LayerFindings:
     document_entropy: Any
     document_overlap: Any
     top_tokens: Sequence[Sequence[tuple[int, int, float]]]
+    scores: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,0 +1,241 @@
+"""What a run answers, in sentences that say no more than was tested."""
+
+import math
+from typing import Any, NamedTuple
+
+from edl.diagnostics.extras import require
+from edl.diagnostics.findings import Change, Comparison, Findings
+from edl.report import summaries, words
+
+MOST_POSSIBLE = math.log(2)  # of a Jensen-Shannon divergence, nats
+
+
+class Verdict(NamedTuple):
+    """A question with its answer in a word.
+
+    Attributes:
+        question (str): short.
+        answer (str): a word or two.
+        tone (str): "yes", "no" or "open".
+        detail (str): a phrase.
+    """
+
+    question: str
+    answer: str
+    tone: str
+    detail: str
+
+
+class Bar(NamedTuple):
+    """A divergence as a bar.
+
+    Attributes:
+        label (str): what it is.
+        meaning (str): in a line.
+        text (str): its value as people read it.
+        width (float): in percent of the widest; 0 where it is not known.
+        low, high (float): ends of its interval in percent; NaN without one.
+        kind (str): which colour.
+    """
+
+    label: str
+    meaning: str
+    text: str
+    width: float
+    low: float
+    high: float
+    kind: str
+
+
+def verdicts(run: Findings) -> list[Verdict]:
+    """Are the experts specialised, beyond chance, beyond the token?"""
+    if len(run.domains) < 2:
+        return [Verdict("Do domains differ?", "one domain", "open", "there is nothing to compare it with")]
+    value = mean_divergence(run)
+    share = words.percent(max(value, 0) / MOST_POSSIBLE) if words.is_known(value) else words.UNKNOWN
+    size = Verdict("How far apart are domains?", share, "plain", "of the largest divergence possible")
+    beyond_token = run.beyond_token and run.beyond_token.standardised
+    return [
+        size,
+        verdict("More than chance?", run.compared, "documents of one domain route alike, of others otherwise"),
+        verdict("More than the token?", beyond_token, "domains differ at equal tokens"),
+    ]
+
+
+def verdict(question: str, comparison: Comparison | None, meaning: str) -> Verdict:
+    """The answer of one test."""
+    if comparison is None:
+        return Verdict(question, "not tested", "open", "that needs a record, which edl observe writes")
+    p = comparison.whole.p
+    if not words.is_known(p):
+        return Verdict(question, "not tested", "open", "too few documents for a test")
+    if words.rejects(p):
+        return Verdict(question, "yes", "yes", f"{meaning}, p = {p:.3f}")
+    return Verdict(question, "not found", "no", f"not distinguishable from chance, p = {p:.2f}")
+
+
+def mean_divergence(run: Findings) -> float:
+    """Over layers and pairs, corrected where there is a record."""
+    if run.compared is not None and words.is_known(run.compared.whole.value):
+        return run.compared.whole.value
+    return float(summaries.mean_of(summaries.divergence(run)))
+
+
+def sentences(run: Findings) -> list[str]:
+    """Three: whether domains differ, what is left at equal tokens, where it shows most."""
+    if len(run.domains) < 2:
+        only = words.name(run.domains[0]) if run.domains else "no text"
+        return [f"The text has one domain only, {only}: its load and coverage are shown, and nothing can differ."]
+    return [text for text in (difference(run), at_equal_tokens(run), where(run)) if text]
+
+
+def difference(run: Findings) -> str:
+    """How much domains differ in their experts."""
+    domains = words.count(len(run.domains), "domain")
+    if run.compared is None:
+        value = mean_divergence(run)
+        if not words.is_known(value):
+            return f"How much the {domains} differ in their choice of experts is not known."
+        return (
+            f"The choices of the {domains} diverge by {words.number(value)} nats on average; without a record of "
+            "documents this was not tested, and small samples alone make it larger than 0."
+        )
+    whole = run.compared.whole
+    if words.is_known(whole.p) and not words.rejects(whole.p):
+        return f"Differences between the choices of the {domains} are {words.estimated(whole)}."
+    return f"Averaged over layers and pairs, the choices of the {domains} diverge by {words.estimated(whole)}."
+
+
+def at_equal_tokens(run: Findings) -> str:
+    """What is left once domains are compared on the same tokens."""
+    if run.beyond_token is None:
+        return "Whether experts know more than the current token needs a record with token ids."
+    whole = run.beyond_token.standardised.whole
+    covered = words.percent(float(summaries.mean_of(run.beyond_token.covered)))
+    if not words.is_known(whole.value):
+        return "What is left of it at equal tokens is not known."
+    if not words.is_known(whole.p):
+        return f"At equal tokens (which cover {covered} of the text) {words.estimated(whole)} are left."
+    if not words.rejects(whole.p):
+        return (
+            f"At equal tokens (which cover {covered} of the text) the rest is {words.estimated(whole)}: the router may "
+            "see no more than the word before it."
+        )
+    return (
+        f"At equal tokens (which cover {covered} of the text) {words.estimated(whole)} are left: experts respond to the "
+        "domain, not to its vocabulary alone."
+    )
+
+
+def where(run: Findings) -> str:
+    """The layer and the cell in which it shows most."""
+    place = strongest_layer(run)
+    if place is None:
+        return ""
+    text = f"Domains are furthest apart in layer {run.layers[place].facts.number}"
+    cells = [cell for domain in range(len(run.domains)) for cell in summaries.strongest(run, domain, 1)]
+    cells = [cell for cell in cells if words.is_known(cell.ratio)]
+    if not cells:
+        return f"{text}."
+    cell = max(cells, key=lambda each: each.share * math.log2(each.ratio))
+    return (
+        f"{text}; the most distinctive choice is that of {words.name(run.domains[cell.domain])} in layer "
+        f"{run.layers[cell.layer].facts.number}, where expert {cell.expert} takes {words.percent(cell.share)} of it, "
+        f"{words.times(cell.ratio)} the mean over domains."
+    )
+
+
+def strongest_layer(run: Findings) -> int | None:
+    """The place of the layer in which domains are furthest apart; None where nothing is known."""
+    np = require("numpy", "page")
+    values = summaries.mean_of(summaries.divergence(run), 1)
+    return int(np.nanargmax(values)) if np.isfinite(values).any() else None
+
+
+def bars(run: Findings) -> list[Bar]:
+    """The divergence, and what is left of it with the token controlled."""
+    if len(run.domains) < 2:
+        return []
+    rows: list[tuple[str, str, Any, str]] = [
+        ("All of it", "difference of the domains' choices", run.compared.whole if run.compared else None, "raw")
+    ]
+    if run.beyond_token is not None:
+        rows += [
+            ("Vocabulary", "what a router would show that sees the token alone", run.beyond_token.composition, "token"),
+            ("At equal tokens", "what the domain adds", run.beyond_token.standardised.whole, "standardised"),
+        ]
+    rows[0] = (*rows[0][:2], run.divergence if rows[0][2] is None else rows[0][2], "raw")
+    widest = max([upper(value) for _, _, value, _ in rows] + [1e-9])
+    return [bar(label, meaning, value, kind, widest) for label, meaning, value, kind in rows]
+
+
+def upper(value: Any) -> float:
+    """How far a bar reaches."""
+    ends = [value.value, value.high] if hasattr(value, "high") else [float(summaries.mean_of(value))]
+    return max([end for end in ends if words.is_known(end)], default=0.0)
+
+
+def bar(label: str, meaning: str, value: Any, kind: str, widest: float) -> Bar:
+    """A bar of an estimate, or of the mean of an array."""
+    low = high = math.nan
+    if hasattr(value, "high"):
+        middle, text = value.value, f"{words.number(value.value)} nats"
+        if words.is_known(value.p) and not words.rejects(value.p):
+            text = words.estimated(value)
+            high = value.high
+        else:
+            low, high = value.low, value.high
+    else:
+        middle = float(summaries.mean_of(value))
+        text = f"{words.number(middle)} nats"
+    width, low, high = (min(100.0, max(0.0, 100 * each / widest)) if words.is_known(each) else each
+                        for each in (middle, low, high))  # fmt: skip
+    return Bar(label, meaning, text if words.is_known(middle) else words.UNKNOWN,
+               width if words.is_known(width) else 0.0, low, high, kind)  # fmt: skip
+
+
+def of_load(run: Findings) -> str:
+    """Dead and overloaded experts."""
+    np = require("numpy", "page")
+    experts = sum(layer.facts.num_experts for layer in run.layers)
+    dead, layers = sum(len(each) for each in run.dead), sum(bool(each) for each in run.dead)
+    if dead:
+        text = f"{dead:,} of {words.count(experts, 'expert')} {'was' if dead == 1 else 'were'} never chosen, in "
+        text += f"{words.count(layers, 'layer')}"
+    else:
+        text = f"Every one of the {words.count(experts, 'expert')} was chosen"
+    violation = np.asarray(run.load_violation, np.float64)
+    if not np.isfinite(violation).any():
+        return f"{text}; how evenly is not known."
+    place = int(np.nanargmax(violation))
+    busiest = summaries.load(run, run.layers[place])
+    which = f"expert {int(np.nanargmax(busiest))} of " if np.isfinite(busiest).any() else ""
+    return (
+        f"{text}; the busiest is {which}layer {run.layers[place].facts.number}, with "
+        f"{words.times(1 + violation[place])} an even share."
+    )
+
+
+def of_coverage(run: Findings) -> str:
+    """How few experts hold a domain."""
+    np = require("numpy", "page")
+    sizes = np.array([layer.facts.num_experts for layer in run.layers])[:, None]
+    coverage = np.asarray(run.coverage, np.float64)
+    share = np.where(coverage > 0, coverage, np.nan) / sizes
+    if not np.isfinite(share).any():
+        return "How many experts a domain needs is not known."
+    place, domain = np.unravel_index(int(np.nanargmin(share)), share.shape)
+    return (
+        f"On average {words.percent(float(summaries.mean_of(share)))} of a layer's experts hold 90 % of a domain's "
+        f"choices; the fewest hold {words.name(run.domains[domain])} in layer {run.layers[place].facts.number}: "
+        f"{int(coverage[place, domain])} of {sizes[place, 0]}."
+    )
+
+
+def of_change(change: Change) -> list[tuple[str, str]]:
+    """What differs from the earlier run: what it is, how much."""
+    return [
+        ("What an expert tells of the domain, I(E;D)", words.estimated(change.information)),
+        ("Divergence at equal tokens", words.estimated(change.standardised)),
+        ("Documents that both runs have seen", f"{change.paired:,}"),
+    ]

@@ -1,0 +1,86 @@
+"""Numbers and names as people read them."""
+
+import math
+
+from edl.diagnostics.findings import Estimate, Findings
+
+# Tests are at this level.
+CHANCE = 0.05
+UNKNOWN = "not known"
+
+
+def is_known(value: float) -> bool:
+    """Whether a number is one."""
+    return math.isfinite(value)
+
+
+def number(value: float) -> str:
+    """A number with about three digits, never with an exponent."""
+    if not is_known(value):
+        return "–"
+    if abs(value) < 0.0995:
+        return f"{value:.4f}".replace("-0.0000", "0.0000").replace("-", "−")
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}".replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """A share of 1 as a percentage."""
+    if not is_known(share):
+        return "–"
+    return f"{100 * share:.{0 if share >= 0.995 else 1 if share >= 0.0995 else 2}f} %"
+
+
+def times(ratio: float) -> str:
+    """A ratio: 4.2×."""
+    return f"{ratio:.1f}×" if is_known(ratio) else "–"
+
+
+def count(value: int, one: str, more: str = "") -> str:
+    """A number of things: "1 expert", "2 experts"."""
+    return f"{value:,} {one if value == 1 else more or one + 's'}"
+
+
+def name(text: str, most: int = 40) -> str:
+    """A foreign name for a sentence: short, on one line, and whatever its direction, apart from what is around it."""
+    text = " ".join(text.split()) or "(no name)"
+    return f"\u2068{text if len(text) <= most else text[: most - 1] + '…'}\u2069"
+
+
+def token(text: str) -> str:
+    """The text of a token with what is invisible made visible."""
+    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍") or "(empty)"
+
+
+def interval(low: float, high: float) -> str:
+    """The two ends of an interval."""
+    return f"{number(low)} to {number(high)}" if is_known(low) and is_known(high) else "–"
+
+
+def rejects(p: float) -> bool:
+    """Whether a test says that there is a difference."""
+    return p <= CHANCE
+
+
+def estimated(estimate: Estimate, unit: str = " nats") -> str:
+    """An estimate with what is known of it, within a sentence."""
+    if not is_known(estimate.value):
+        return UNKNOWN
+    if is_known(estimate.p) and not rejects(estimate.p):
+        bound = f", below {number(estimate.high)}{unit}" if is_known(estimate.high) else ""
+        return f"not distinguishable from chance{bound}"
+    known = []
+    if is_known(estimate.low) and is_known(estimate.high):
+        known.append(f"95 % interval {interval(estimate.low, estimate.high)}")
+    known.append(f"p = {estimate.p:.3f}" if is_known(estimate.p) else "not tested")
+    return f"{number(estimate.value)}{unit} ({', '.join(known)})"
+
+
+def sizes(run: Findings) -> str:
+    """How many experts the layers have: "64", or "8 to 64"."""
+    numbers = sorted({layer.facts.num_experts for layer in run.layers})
+    return f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,} to {numbers[-1]:,}"
+
+
+def bits(number_of_domains: int) -> float:
+    """The most that an expert can tell of the domain."""
+    return math.log2(max(1, number_of_domains))

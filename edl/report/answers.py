@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from edl.diagnostics.extras import require
-from edl.diagnostics.findings import Change, Comparison, Findings
+from edl.diagnostics.findings import Change, Comparison, Estimate, Findings
 from edl.report import summaries, words
 
 MOST_POSSIBLE = math.log(2)  # of a Jensen-Shannon divergence, nats
@@ -16,7 +16,7 @@ class Verdict(NamedTuple):
     Attributes:
         question (str): short.
         answer (str): a word or two.
-        tone (str): "yes", "no" or "open".
+        tone (str): "raw" or "standardised" where there is a difference of that kind, else "open".
         detail (str): a phrase.
     """
 
@@ -50,28 +50,28 @@ class Bar(NamedTuple):
 def verdicts(run: Findings) -> list[Verdict]:
     """Are the experts specialised, beyond chance, beyond the token?"""
     if len(run.domains) < 2:
-        return [Verdict("Do domains differ?", "one domain", "open", "there is nothing to compare it with")]
+        return [Verdict("Do domains differ?", "One domain", "open", "there is nothing to compare it with")]
     value = mean_divergence(run)
-    share = words.percent(max(value, 0) / MOST_POSSIBLE) if words.is_known(value) else words.UNKNOWN
-    size = Verdict("How far apart are domains?", share, "plain", "of the largest divergence possible")
+    share = words.percent(max(value, 0) / MOST_POSSIBLE) if words.is_known(value) else "Not known"
+    size = Verdict("How far apart are domains?", share, "raw", "of the largest divergence possible")
     beyond_token = run.beyond_token and run.beyond_token.standardised
     return [
         size,
-        verdict("More than chance?", run.compared, "documents of one domain route alike, of others otherwise"),
-        verdict("More than the token?", beyond_token, "domains differ at equal tokens"),
+        verdict("More than chance?", run.compared, "raw", "domains choose differently"),
+        verdict("More than the token?", beyond_token, "standardised", "they do so at equal tokens"),
     ]
 
 
-def verdict(question: str, comparison: Comparison | None, meaning: str) -> Verdict:
+def verdict(question: str, comparison: Comparison | None, tone: str, meaning: str) -> Verdict:
     """The answer of one test."""
     if comparison is None:
-        return Verdict(question, "not tested", "open", "that needs a record, which edl observe writes")
+        return Verdict(question, "Not tested", "open", "that needs a record, which edl observe writes")
     p = comparison.whole.p
     if not words.is_known(p):
-        return Verdict(question, "not tested", "open", "too few documents for a test")
+        return Verdict(question, "Not tested", "open", "too few documents for a test")
     if words.rejects(p):
-        return Verdict(question, "yes", "yes", f"{meaning}, p = {p:.3f}")
-    return Verdict(question, "not found", "no", f"not distinguishable from chance, p = {p:.2f}")
+        return Verdict(question, "Yes", tone, f"{meaning}, {words.of_test(p)}")
+    return Verdict(question, "Not found", "open", f"not distinguishable from chance, {words.of_test(p)}")
 
 
 def mean_divergence(run: Findings) -> float:
@@ -103,7 +103,7 @@ def difference(run: Findings) -> str:
     whole = run.compared.whole
     if words.is_known(whole.p) and not words.rejects(whole.p):
         return f"Differences between the choices of the {domains} are {words.estimated(whole)}."
-    return f"Averaged over layers and pairs, the choices of the {domains} diverge by {words.estimated(whole)}."
+    return f"Averaged over layers and pairs, the choices of the {domains} diverge by {words.estimated(whole, True)}."
 
 
 def at_equal_tokens(run: Findings) -> str:
@@ -115,15 +115,15 @@ def at_equal_tokens(run: Findings) -> str:
     if not words.is_known(whole.value):
         return "What is left of it at equal tokens is not known."
     if not words.is_known(whole.p):
-        return f"At equal tokens (which cover {covered} of the text) {words.estimated(whole)} are left."
+        return f"At equal tokens, which cover {covered} of the text, {words.estimated(whole)} are left."
     if not words.rejects(whole.p):
         return (
-            f"At equal tokens (which cover {covered} of the text) the rest is {words.estimated(whole)}: the router may "
+            f"At equal tokens, which cover {covered} of the text, the rest is {words.estimated(whole)}: the router may "
             "see no more than the word before it."
         )
     return (
-        f"At equal tokens (which cover {covered} of the text) {words.estimated(whole)} are left: experts respond to the "
-        "domain, not to its vocabulary alone."
+        f"At equal tokens, which cover {covered} of the text, {words.estimated(whole, True)} are left: experts respond to "
+        "the domain, not to its vocabulary alone."
     )
 
 
@@ -152,46 +152,53 @@ def strongest_layer(run: Findings) -> int | None:
     return int(np.nanargmax(values)) if np.isfinite(values).any() else None
 
 
-def bars(run: Findings) -> list[Bar]:
-    """The divergence, and what is left of it with the token controlled."""
+def bars(run: Findings, widest: float) -> list[Bar]:
+    """The divergence, and what is left of it with the token controlled.
+
+    Args:
+        run (Findings): which.
+        widest (float): what the widest bar on the page reaches, nats.
+    """
+    return [bar(label, meaning, value, kind, widest) for label, meaning, value, kind in parts_of(run)]
+
+
+def parts_of(run: Findings) -> list[tuple[str, str, Any, str]]:
+    """What bars are of: label, meaning, an Estimate or an array, kind."""
     if len(run.domains) < 2:
         return []
-    rows: list[tuple[str, str, Any, str]] = [
-        ("All of it", "difference of the domains' choices", run.compared.whole if run.compared else None, "raw")
-    ]
+    whole = run.divergence if run.compared is None else run.compared.whole
+    rows = [("All of it", "difference of the domains’ choices", whole, "raw")]
     if run.beyond_token is not None:
-        rows += [
-            ("Vocabulary", "what a router would show that sees the token alone", run.beyond_token.composition, "token"),
-            ("At equal tokens", "what the domain adds", run.beyond_token.standardised.whole, "standardised"),
-        ]
-    rows[0] = (*rows[0][:2], run.divergence if rows[0][2] is None else rows[0][2], "raw")
-    widest = max([upper(value) for _, _, value, _ in rows] + [1e-9])
-    return [bar(label, meaning, value, kind, widest) for label, meaning, value, kind in rows]
+        token, rest = run.beyond_token.composition, run.beyond_token.standardised.whole
+        rows.append(("Vocabulary", "what a router would show that sees the token alone", token, "token"))
+        rows.append(("At equal tokens", "what the domain adds", rest, "standardised"))
+    return rows
 
 
-def upper(value: Any) -> float:
-    """How far a bar reaches."""
-    ends = [value.value, value.high] if hasattr(value, "high") else [float(summaries.mean_of(value))]
-    return max([end for end in ends if words.is_known(end)], default=0.0)
+def reach(run: Findings) -> float:
+    """How far the bars of a run reach, nats."""
+    found = [0.0]
+    for _, _, value, _ in parts_of(run):
+        is_estimate = isinstance(value, Estimate)
+        found += [value.value, value.high] if is_estimate else [float(summaries.mean_of(value))]
+    return max(end for end in found if words.is_known(end))
 
 
 def bar(label: str, meaning: str, value: Any, kind: str, widest: float) -> Bar:
     """A bar of an estimate, or of the mean of an array."""
-    low = high = math.nan
-    if hasattr(value, "high"):
-        middle, text = value.value, f"{words.number(value.value)} nats"
-        if words.is_known(value.p) and not words.rejects(value.p):
-            text = words.estimated(value)
-            high = value.high
-        else:
-            low, high = value.low, value.high
-    else:
+
+    def percent(nats: float) -> float:
+        return min(100.0, max(0.0, 100 * nats / widest)) if words.is_known(nats) else math.nan
+
+    if not isinstance(value, Estimate):
         middle = float(summaries.mean_of(value))
-        text = f"{words.number(middle)} nats"
-    width, low, high = (min(100.0, max(0.0, 100 * each / widest)) if words.is_known(each) else each
-                        for each in (middle, low, high))  # fmt: skip
-    return Bar(label, meaning, text if words.is_known(middle) else words.UNKNOWN,
-               width if words.is_known(width) else 0.0, low, high, kind)  # fmt: skip
+        text = f"{words.number(middle)} nats" if words.is_known(middle) else words.UNKNOWN
+        width = percent(middle) if words.is_known(middle) else 0.0
+        return Bar(label, meaning, text, width, math.nan, math.nan, kind)
+    is_chance = words.is_known(value.p) and not words.rejects(value.p)
+    low, high = (math.nan, math.nan) if is_chance else (percent(value.low), percent(value.high))
+    width = percent(value.value) if words.is_known(value.value) else 0.0
+    return Bar(label, meaning, words.estimated(value), width, low, high, f"{kind} chance" if is_chance else kind)
 
 
 def of_load(run: Findings) -> str:
@@ -226,8 +233,8 @@ def of_coverage(run: Findings) -> str:
         return "How many experts a domain needs is not known."
     place, domain = np.unravel_index(int(np.nanargmin(share)), share.shape)
     return (
-        f"On average {words.percent(float(summaries.mean_of(share)))} of a layer's experts hold 90 % of a domain's "
-        f"choices; the fewest hold {words.name(run.domains[domain])} in layer {run.layers[place].facts.number}: "
+        f"On average {words.percent(float(summaries.mean_of(share)))} of a layer’s experts hold 90\u00a0% of a domain’s "
+        f"choices; {words.name(run.domains[domain])} needs the fewest, in layer {run.layers[place].facts.number}: "
         f"{int(coverage[place, domain])} of {sizes[place, 0]}."
     )
 

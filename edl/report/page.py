@@ -58,9 +58,10 @@ def page(runs: Sequence[Findings], changes: Sequence[Change] = ()) -> str:
         lstrip_blocks=True,
     )
     style, script = style_of(), script_of()
+    widest = max(answers.reach(run) for run in runs) or 1.0
     html = environment.get_template("page.html").render(
         title=" · ".join(words.name(run.title) for run in runs),
-        runs=[parts_of(run) for run in runs],
+        runs=[parts_of(run, widest) for run in runs],
         changes=[{"change": change, "values": answers.of_change(change)} for change in changes],
         facts=tables.of_runs(runs),
         packed=[packing.pack_run(run) for run in runs],
@@ -74,13 +75,13 @@ def page(runs: Sequence[Findings], changes: Sequence[Change] = ()) -> str:
     return str(html).encode("utf-8", "replace").decode("utf-8")  # a name may hold half a character
 
 
-def parts_of(run: Findings) -> dict[str, Any]:
+def parts_of(run: Findings, widest: float) -> dict[str, Any]:
     """What the template shows of a run."""
     return {
         "findings": run,
         "verdicts": answers.verdicts(run),
         "sentences": answers.sentences(run),
-        "bars": answers.bars(run),
+        "bars": answers.bars(run, widest),
         "strongest_layer": answers.strongest_layer(run),
         "load": answers.of_load(run),
         "coverage": answers.of_coverage(run),

@@ -63,11 +63,11 @@ def layer_numbers(run: Findings) -> list[str]:
 def of_layers(run: Findings) -> Table:
     """Divergences of each layer."""
     columns = [Column("Layer"), Column("I(E;D)", "nats, what the expert tells of the domain"),
-               Column("Raw", "nats, divergence of the domains' choices"), Column("95 % interval"),
+               Column("Raw", "nats, divergence of the domains' choices"), Column("95\u00a0% interval"),
                Column("p", "adjusted for the number of layers")]  # fmt: skip
     if run.beyond_token is not None:
         columns += [Column("Vocabulary", "nats, what a router would show that sees the token alone"),
-                    Column("Equal tokens", "nats, what is left of it at equal tokens"), Column("95 % interval"),
+                    Column("Equal tokens", "nats, what is left of it at equal tokens"), Column("95\u00a0% interval"),
                     Column("p", "adjusted for the number of layers"),
                     Column("Same token", "nats, mean divergence of one and the same token id")]  # fmt: skip
     plain = summaries.mean_of(run.divergence, 1)
@@ -148,7 +148,7 @@ def of_coverage(run: Findings) -> Table:
         least, most = int(np.nanargmin(of_layers)), int(np.nanargmax(of_layers))
         rows.append(cells(name, words.number(summaries.mean_of(of_layers)), str(int(of_layers[least])),
                           numbers[least], str(int(of_layers[most])), numbers[most]))  # fmt: skip
-    return Table("coverage", "How few experts hold 90 % of a domain's choices", columns, rows)
+    return Table("coverage", "Experts that hold 90\u00a0% of a domain’s choices", columns, rows)
 
 
 def of_tokens(run: Findings) -> Table:

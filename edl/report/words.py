@@ -27,7 +27,7 @@ def percent(share: float) -> str:
     """A share of 1 as a percentage."""
     if not is_known(share):
         return "–"
-    return f"{100 * share:.{0 if share >= 0.995 else 1 if share >= 0.0995 else 2}f} %"
+    return f"{100 * share:.{0 if share >= 0.995 else 1 if share >= 0.00995 else 2}f}\u00a0%"
 
 
 def times(ratio: float) -> str:
@@ -48,7 +48,7 @@ def name(text: str, most: int = 40) -> str:
 
 def token(text: str) -> str:
     """The text of a token with what is invisible made visible."""
-    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍") or "(empty)"
+    return text.replace(" ", "␣").replace("\n", "↵").replace("\t", "→").replace("\r", "←") or "(empty)"
 
 
 def interval(low: float, high: float) -> str:
@@ -61,18 +61,24 @@ def rejects(p: float) -> bool:
     return p <= CHANCE
 
 
-def estimated(estimate: Estimate, unit: str = " nats") -> str:
-    """An estimate with what is known of it, within a sentence."""
+def of_test(p: float) -> str:
+    """The result of a test."""
+    return f"p\u00a0=\u00a0{p:.{3 if p < 0.1 else 2}f}"
+
+
+def estimated(estimate: Estimate, is_brief: bool = False) -> str:
+    """An estimate with what is known of it, within a sentence; in brief, its interval alone."""
     if not is_known(estimate.value):
         return UNKNOWN
     if is_known(estimate.p) and not rejects(estimate.p):
-        bound = f", below {number(estimate.high)}{unit}" if is_known(estimate.high) else ""
+        bound = f", below {number(estimate.high)} nats" if is_known(estimate.high) else ""
         return f"not distinguishable from chance{bound}"
-    known = []
-    if is_known(estimate.low) and is_known(estimate.high):
-        known.append(f"95 % interval {interval(estimate.low, estimate.high)}")
-    known.append(f"p = {estimate.p:.3f}" if is_known(estimate.p) else "not tested")
-    return f"{number(estimate.value)}{unit} ({', '.join(known)})"
+    ends = interval(estimate.low, estimate.high)
+    if is_brief:
+        return f"{number(estimate.value)} nats ({ends})"
+    known = [f"95\u00a0% interval {ends}"] if is_known(estimate.low) and is_known(estimate.high) else []
+    known.append(of_test(estimate.p) if is_known(estimate.p) else "not tested")
+    return f"{number(estimate.value)} nats ({', '.join(known)})"
 
 
 def sizes(run: Findings) -> str:

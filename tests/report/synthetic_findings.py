@@ -18,7 +18,7 @@ WORDS = "the of return \n def ( { patient court , theorem sugar said ### 选择 
 
 
 def findings(
-    layers=6, experts=16, domains=5, *, names=None, title="run", record=True, strength=1.0, tokens_listed=8, seed=0
+    layers=6, experts=16, domains=5, *, names=None, title="run", record=True, strength=1.0, tokens_listed=8, vocabulary=len(WORDS), seed=0
 ) -> Findings:
     """A run whose experts specialise more in the middle of the model."""
     random = np.random.default_rng(seed)
@@ -40,7 +40,7 @@ def findings(
         documents=np.full(D, 64 if record else 0),
         tokens=tokens,
         layers=[
-            layer(random, place, usage[place], record, tokens_listed, strength) for place in range(L)
+            layer(random, place, usage[place], record, tokens_listed, vocabulary, strength) for place in range(L)
         ],
         load_violation=load.max(1) * E - 1,
         dead=[[int(each) for each in np.flatnonzero(row == 0)] for row in load],
@@ -51,10 +51,15 @@ def findings(
         divergence=plain,
         compared=comparison(random, plain, 0.95) if record else None,
         beyond_token=beyond_token(random, plain) if record else None,
-        token_texts=dict(enumerate(WORDS)) if record else {},
+        token_texts={token: text_of(token) for token in range(vocabulary)} if record else {},
         course=course(random, information, load.max(1) * E - 1),
         notes=["Made up: nothing was trained."],
     )
+
+
+def text_of(token):
+    """The text of a made-up token."""
+    return WORDS[token] if token < len(WORDS) else f" piece{token:x}"
 
 
 def domain_names():
@@ -119,7 +124,7 @@ def beyond_token(random, plain) -> BeyondToken:
     )
 
 
-def layer(random, place, usage, record, tokens_listed, strength) -> LayerFindings:
+def layer(random, place, usage, record, tokens_listed, vocabulary, strength) -> LayerFindings:
     """One layer of a run."""
     D, E = usage.shape
     together = random.integers(0, 400, (E, E))
@@ -129,7 +134,7 @@ def layer(random, place, usage, record, tokens_listed, strength) -> LayerFinding
     unknown = np.full(D, np.nan)
     tops = [
         [(int(token), int(100 * (tokens_listed - rank)), float(9 / (rank + 1)))
-         for rank, token in enumerate(random.choice(len(WORDS), tokens_listed, replace=False))]
+         for rank, token in enumerate(random.integers(0, vocabulary, tokens_listed))]
         for _ in range(E)
     ]
     return LayerFindings(
@@ -201,6 +206,11 @@ def unknown(run):
     return blank(run)
 
 
+def large() -> Findings:
+    """As large as a page must open in two seconds: top tokens of a vocabulary, too."""
+    return findings(64, 256, 49, title="large", vocabulary=50_000)
+
+
 def main(folder):
     """Writes pages to look at."""
     from edl.report.page import write_page
@@ -211,7 +221,7 @@ def main(folder):
     before = findings(12, 64, 10, title="baseline", strength=0.25, seed=1)
     write_page([usual], folder / "usual.html")
     write_page([before, usual], folder / "two.html", [change(before, usual)])
-    write_page([findings(64, 256, 49, title="large")], folder / "large.html")
+    write_page([large()], folder / "large.html")
     write_page([findings(2, 8, 3, title="small", record=False)], folder / "small.html")
 
 

@@ -33,7 +33,9 @@ class Chart {
     this.listen();
   }
 
+  // What the first chart says before it is touched.
   hint() {
+    if (charts.length) return "";
     return isCoarse.matches ? "Tap for values." : "Hover for values, or use the arrow keys.";
   }
 

@@ -148,7 +148,7 @@ function number(value) {
 
 function percent(share) {
   if (!Number.isFinite(share)) return "–";
-  return `${(100 * share).toFixed(share >= 0.995 ? 0 : share >= 0.0995 ? 1 : 2)} %`;
+  return `${(100 * share).toFixed(share >= 0.995 ? 0 : share >= 0.00995 ? 1 : 2)}\u00a0%`;
 }
 
 function times(ratio) {

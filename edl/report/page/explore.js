@@ -30,7 +30,7 @@ function mostDistinct(run) {
       if (value > gain) { gain = value; cell = [domain, expert]; }
     }
   }
-  return { layer: best, domain: cell[0], expert: cell[1] };
+  return { layer: best, domain: cell[0], expert: cell[1], gain };
 }
 
 const WIDEST_RATIO = 3; // log2: from an eighth of the mean to eight times it

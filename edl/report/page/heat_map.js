@@ -19,6 +19,7 @@ class HeatMap extends Chart {
     for (const [at, text] of key.ends) {
       const mark = element("span", {}, text);
       mark.style.left = `${100 * at}%`;
+      mark.style.transform = `translateX(${-100 * at}%)`;
       marks.append(mark);
     }
     this.legend.replaceChildren(element("div", { class: "ramp-box" }, this.ramp, marks));
@@ -45,8 +46,8 @@ class HeatMap extends Chart {
     for (let row = 0; row < Math.min(rows, 400); row++) widest = Math.max(widest, context.measureText(rowName(row)).width);
     this.left = Math.ceil(Math.min(widest + 10, width * 0.34, 200));
     this.top = columnName ? 20 : 2;
-    const least = width < 600 || isCoarse.matches ? 7 : 3;
-    this.cell = Math.min(56, Math.max(least, (width - this.left) / columns));
+    const least = innerWidth < 600 || isCoarse.matches ? 7 : 3;
+    this.cell = Math.min(80, Math.max(least, (width - this.left) / columns));
     this.row = Math.min(mostRow, Math.max(mostRow === 26 ? 16 : 11, 460 / rows));
     this.isNumbered = Boolean(this.settings.cellText) && this.cell >= 34 && this.row >= 18;
     const full = this.left + this.cell * columns, height = this.top + this.row * rows + 4;
@@ -122,7 +123,7 @@ class HeatMap extends Chart {
   drawCue(context, isMore) {
     if (!isMore) return;
     const fade = context.createLinearGradient(this.width - 36, 0, this.width, 0);
-    fade.addColorStop(0, "transparent");
+    fade.addColorStop(0, `${ink("paper")}00`);
     fade.addColorStop(1, ink("paper"));
     context.fillStyle = fade;
     context.fillRect(this.width - 36, this.top, 36, this.height);

@@ -65,7 +65,7 @@ class Lines extends Chart {
       context.fillText(String(value).replace("-", "−"), left - 8, y);
     }
     context.textAlign = "center";
-    const shown = x.length < 9 ? [...x] : ticks(x[0], x[x.length - 1], Math.max(3, Math.floor((right - left) / 70)));
+    const shown = x.length < 9 ? [...x] : ticks(x[0], x[x.length - 1], Math.max(4, Math.floor((right - left) / 60)));
     for (const value of new Set(shown)) {
       const span = x[x.length - 1] - x[0];
       const at = span > 0 ? left + 6 + ((value - x[0]) / span) * (right - left - 12) : (left + right) / 2;

@@ -61,21 +61,32 @@ function addOverviews(runs) {
         ? `${value.toFixed(2)}× an even share, ${percent(value / layer.experts)} of all choices` : "not known"),
     });
   }
+  const most = highest(runs.map(run => run.specialisation)) || 1;
   for (const figure of chartsOf("narrow")) {
-    const run = runs[figure.dataset.run], most = Math.max(1e-9, Math.log2(run.D));
+    const run = runs[figure.dataset.run];
     sortedMap(figure, run, run.specialisation, {
       map: "sequential",
-      key: { ends: [[0, "0"], [0.5, `${(most / 2).toFixed(1)}`], [1, `${run.D > 1 ? most.toFixed(1) : "0"} bits`]],
+      key: { ends: [[0, "0"], [0.5, (most / 2).toFixed(2)], [1, `${most.toFixed(2)} bits`]],
         dead: run.layers.some(layer => layer.dead.size) ? "dead" : "" },
       shade: value => value / most,
       say: value => (Number.isFinite(value)
         ? `${value.toFixed(2)} bits, as if ${(run.D / 2 ** value).toFixed(1)} of ${run.D} domains chose it alike` : "not known"),
     });
   }
-  for (const figure of chartsOf("coverage")) addCoverage(figure, runs[figure.dataset.run]);
+  const shares = runs.map(run => run.coverage.map((count, at) => count / run.layers[Math.floor(at / run.D)].experts));
+  for (const figure of chartsOf("coverage")) addCoverage(figure, runs[figure.dataset.run], shares);
 }
 
-function addCoverage(figure, run) {
+// The largest of the known numbers in several arrays.
+function highest(arrays) {
+  let most = -Infinity;
+  for (const array of arrays) for (const value of array) if (value > most && value < Infinity) most = value;
+  return most;
+}
+
+function addCoverage(figure, run, shares) {
+  const most = highest(shares), least = -highest(shares.map(array => array.map(share => (share > 0 ? -share : NaN))));
+  const span = most > least ? most - least : 1;
   const count = (row, column) => run.coverage[column * run.D + row];
   const share = (row, column) => (count(row, column) > 0 ? count(row, column) / run.layers[column].experts : UNKNOWN);
   new HeatMap(figure, labelOf(figure), {
@@ -84,8 +95,8 @@ function addCoverage(figure, run) {
     rowName: row => name(run.domains[row]),
     columnName: column => String(run.layers[column].number),
     map: "sequential",
-    key: { ends: [[0, "0"], [0.5, "50 %"], [1, "100 %"]] },
-    shade: share,
+    key: { ends: most > 0 ? [[0, percent(least)], [1, percent(most)]] : [] },
+    shade: (row, column) => (share(row, column) - least) / span,
     cellText: (row, column) => String(count(row, column)),
     say: (row, column) => {
       const place = `Layer ${run.layers[column].number}, ${name(run.domains[row])}`;
@@ -214,8 +225,8 @@ async function start() {
   addTrees(runs);
   addPanels(runs);
   addTables(runs);
-  const { layer, domain, expert } = mostDistinct(runs[0]);
-  choose({ layer: layer.number, domain: runs[0].domains[domain], expert });
+  const [first] = runs.map(run => ({ run, ...mostDistinct(run) })).sort((a, b) => b.gain - a.gain);
+  choose({ layer: first.layer.number, domain: first.run.domains[first.domain], expert: first.expert });
   watch();
 }
 

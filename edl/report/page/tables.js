@@ -124,6 +124,8 @@ class Pairs {
     this.more.addEventListener("click", () => { this.most = this.most * 4; this.show(); });
     table.closest(".scroll").after(this.more);
     this.columns = this.makeColumns();
+    this.caption = table.closest("details").querySelector("summary");
+    this.meanings = new Map(Array.from(table.tHead.rows[0].cells, cell => [cell.textContent.trim(), cell.title]));
     this.show();
   }
 
@@ -172,6 +174,8 @@ class Pairs {
     const by = this.sortedBy - 1, sign = this.isRising ? 1 : -1;
     const value = each => (Number.isFinite(each.values[by]) ? each.values[by] : -Infinity * sign);
     found.sort((a, b) => (value(a) - value(b) || 0) * sign);
+    const layer = run.layers[this.layer.value]?.number;
+    this.caption.textContent = `Pairs of domains, ${layer === undefined ? "mean over layers" : `layer ${layer}`}`;
     this.table.tHead.replaceChildren(this.headRow());
     this.table.tBodies[0].replaceChildren(...found.slice(0, this.most).map(each => this.row(each)));
     this.more.hidden = found.length <= this.most;
@@ -181,6 +185,7 @@ class Pairs {
   headRow() {
     return element("tr", {}, ...this.heads().map((title, place) => {
       const head = element("th", { scope: "col", class: place ? "number" : "" });
+      head.title = this.meanings.get(title) ?? "adjusted for layers and pairs";
       if (!place) head.append(title);
       else {
         const button = element("button", { type: "button", class: "sort" }, title);

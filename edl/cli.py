@@ -9,6 +9,7 @@ from edl import _build, _extension, machine
 from edl.command_line import add_command, tell
 from edl.corpus.commands import add_commands as add_label_commands
 from edl.observe.commands import add_observe
+from edl.observe.trace_commands import add_trace
 from edl.report.commands import add_report
 
 _INFO = "Says what is installed and what runs: versions, how edl was built, the instruction set in use, CUDA."
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     label = commands.add_parser("label", help="domain labels for the documents of a corpus")
     add_label_commands(label)
     add_observe(commands)
+    add_trace(commands)
     add_report(commands)
     options = parser.parse_args(arguments)
     options.run(options)

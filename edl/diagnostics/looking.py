@@ -147,11 +147,12 @@ def _layer_findings(place: int, look: _Look, record: Record | None, seed: int) -
     np = require("numpy", "report")
     number = len(look.counts)
     unknown = np.full(number, np.nan)
-    entropy, margin, coactivation = unknown, unknown, None
+    entropy, margin, coactivation, scores = unknown, unknown, None, None
     if look.sums is not None:
         tokens = look.sums.tokens.cpu().double()
         entropy, margin = ((x.cpu() / tokens).numpy() for x in (look.sums.entropy, look.sums.margin))
         coactivation = look.sums.coactivation.cpu().double().numpy()
+        scores = (look.sums.mass.cpu() / tokens.unsqueeze(1)).numpy()
     elif record is not None:
         coactivation = _coactivation(record.experts(place), look.facts.num_experts)
     of_documents, overlap, certain, top = unknown, np.full(2, np.nan), None, []
@@ -162,7 +163,7 @@ def _layer_findings(place: int, look: _Look, record: Record | None, seed: int) -
         certain = significance.certain_cells(record, place, seed)
         top = measures.top_tokens(record.token_ids, record.experts(place), look.facts.num_experts, _TOP_TOKENS)
     shares = look.shares.numpy()
-    return LayerFindings(look.facts, shares, certain, coactivation, entropy, margin, of_documents, overlap, top)
+    return LayerFindings(look.facts, shares, certain, coactivation, entropy, margin, of_documents, overlap, top, scores)
 
 
 def _coactivation(experts: Any, num_experts: int) -> Any:

@@ -3,13 +3,16 @@
 import argparse
 import itertools
 import pathlib
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
 from edl.command_line import add_command, tell, whole_number
 from edl.diagnostics import exports, significance
+from edl.diagnostics.exports.numbers import as_json
 from edl.diagnostics.extras import require
 from edl.diagnostics.findings import Change, Findings
+from edl.report import answers
 from edl.report.page import write_page
 from edl.report.runs import Run, read_runs
 
@@ -20,6 +23,9 @@ _REPORT = """\
 Makes a page, one HTML file without outside parts, of what `edl observe` or a training with edl.RoutingStatistics has
 written: whether experts specialise, beyond the token and beyond chance, and which do. Several runs stand beside each
 other, and each is compared with the one before."""
+
+# What keeps foreign names apart from the text around them, on a page.
+_ISOLATES = re.compile("[\u2066-\u2069]")
 
 _EXAMPLES = """\
 examples:
@@ -62,7 +68,11 @@ def _report(options: argparse.Namespace) -> None:
     output = options.output or (first if first.is_dir() else first.parent) / "report.html"
     write_page(found, output, changes)
     _write_others(options, found)
-    tell(options, _result(found, changes, output), lambda: [*map(_line, found), f"page in {output}"])
+    tell(
+        options,
+        _result(found, changes, output),
+        lambda: [*(line for findings in found for line in _lines(findings)), f"page in {output}"],
+    )
 
 
 def _change(earlier: Run, later: Run) -> Change:
@@ -113,12 +123,24 @@ class _Progress:
 def _result(found: list[Findings], changes: list[Change], output: pathlib.Path) -> dict[str, Any]:
     return {
         "output": str(output),
-        "runs": [exports.headline(findings) for findings in found],
-        "changes": [exports.change_to_json(change) for change in changes],
+        "runs": [_headline(findings) for findings in found],
+        "changes": [as_json(change) for change in changes],
     }
 
 
-def _line(findings: Findings) -> str:
-    from edl.report.answers import answer
+def _headline(findings: Findings) -> dict[str, Any]:
+    """What the top of the page says."""
+    compared, beyond = findings.compared, findings.beyond_token
+    return {
+        "title": findings.title,
+        "divergence": as_json(compared.whole if compared else None),
+        "beyond_token": as_json(beyond.standardised.whole if beyond else None),
+        "dead": [len(experts) for experts in findings.dead],
+        "answer": answers.sentences(findings),
+        "notes": list(findings.notes),
+    }
 
-    return f"{findings.title}: {answer(findings)}"
+
+def _lines(findings: Findings) -> list[str]:
+    lines = [f"{findings.title}: {' '.join(answers.sentences(findings))}", *findings.notes]
+    return [_ISOLATES.sub("", line).replace("\u202f", " ").replace("\xa0", " ") for line in lines]

@@ -352,3 +352,43 @@ def test_versions_match_what_is_installed(own, text, tmp_path):
     observe(own[0], text, *own[1:], "--output", tmp_path / "out", "--quiet", *SIZE)
     facts = Record.load(tmp_path / "out" / "record.safetensors").facts
     assert facts["edl"] == edl.__version__ and facts["model"] == "weights" and str(tmp_path) not in json.dumps(facts)
+
+
+REPLACED = '''
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import edl
+
+def load(path):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    for decoder in model.model.layers:
+        decoder.mlp = edl.MoELayer.from_transformers(decoder.mlp, return_routing=False)
+    return model, AutoTokenizer.from_pretrained(path)
+'''
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_model_and_the_same_one_made_of_layers_of_edl_give_the_same_numbers(family, text, tmp_path):
+    save_trained(family, tmp_path / "model")
+    (tmp_path / "replaced.py").write_text(REPLACED)
+    sys.modules.pop("replaced", None)
+    options = [text, "--quiet", *SIZE]
+    observe(tmp_path / "model", *options, "--output", tmp_path / "theirs")
+    observe(tmp_path / "model", *options, "--output", tmp_path / "ours", "--loader", f"{tmp_path / 'replaced.py'}:load")
+    theirs, ours = (Record.load(tmp_path / name / "record.safetensors") for name in ("theirs", "ours"))
+    sums = [RoutingStatistics.load(tmp_path / name / "statistics.safetensors").sums for name in ("theirs", "ours")]
+    assert [layer._replace(name="") for layer in theirs.layers] == [layer._replace(name="") for layer in ours.layers]
+    assert (theirs.token_ids == ours.token_ids).all()
+    for place, layer in enumerate(theirs.layers):
+        same = np.sort(theirs.experts(place), axis=1) == np.sort(ours.experts(place), axis=1)
+        assert same.mean() > 0.99  # products are rounded otherwise
+        first, second = (each[layer.number] for each in sums)
+        assert (first.choices - second.choices).abs().sum() <= 0.02 * first.choices.sum()
+        torch.testing.assert_close(first.mass, second.mass, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(first.entropy, second.entropy, rtol=1e-3, atol=1e-3)
+
+
+def test_options_of_transformers_reach_it(text, tmp_path):
+    save_trained("mixtral", tmp_path / "model")
+    options = ["--dtype", "bfloat16", "--device-map", "cpu", "--output", tmp_path / "out", "--quiet"]
+    observe(tmp_path / "model", text, *options, *SIZE)
+    assert Record.load(tmp_path / "out" / "record.safetensors").facts["dtype"] == "bfloat16"

@@ -1,22 +1,12 @@
 """Differences of domains in the choices of experts, beyond chance."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from edl.diagnostics.extras import require
 from edl.diagnostics.findings import Comparison
-from edl.diagnostics.multipliers import (
-    FEWEST,
-    Pair,
-    Summary,
-    Units,
-    pair_of,
-    signs_of,
-    summarised,
-    units_of,
-    without_moves,
-)
+from edl.diagnostics.multipliers import Pairs, Summary, Units, pairs_of, signs_of, summarised, units_of
 from edl.diagnostics.record import Record
 
 
@@ -88,25 +78,22 @@ def compare(record: Record, seed: int = 0, progress: Callable[[int, int], None] 
 
 def compared(record: Record, seed: int, progress: Callable[[int, int], None] | None = None) -> Summary:
     """As `compare`, with how the value moves."""
+    np = require("numpy", "significance")
     units = units_of(record)
     signs = signs_of(units, seed)
 
-    def layers() -> Iterator[Sequence[Pair | None]]:
+    def layers() -> Iterator[Pairs]:
         for place in range(len(record.layers)):
             routings = routings_of(record, place, units)
-            yield _pairs(routings, moves_of(routings, units, signs))
+            moves = moves_of(routings, units, signs)
+            first, second = np.triu_indices(len(moves), 1)
+            yield pairs_of(
+                routings.shares[first],
+                routings.shares[second],
+                ((moves[one], moves[other]) for one, other in zip(first, second)),
+                np.minimum(routings.units[first], routings.units[second]),
+            )
             if progress is not None:
                 progress(place + 1, len(record.layers))
 
     return summarised(layers())
-
-
-def _pairs(routings: Routings, moves: Sequence[Any]) -> list[Pair | None]:
-    np = require("numpy", "significance")
-    pairs: list[Pair | None] = []
-    for first, second in zip(*np.triu_indices(len(moves), 1)):
-        fewest = min(routings.units[first], routings.units[second])
-        shares = routings.shares
-        pair = pair_of(shares[first], shares[second], moves[first], moves[second], fewest >= FEWEST) if fewest else None
-        pairs.append(pair if pair is None or fewest > 1 else without_moves(pair))
-    return pairs

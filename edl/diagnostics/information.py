@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from edl.diagnostics.choices import Routings, routings_of
 from edl.diagnostics.extras import require
-from edl.diagnostics.multipliers import Units, over, units_of
+from edl.diagnostics.multipliers import DRAWS, Units, over, units_of
 from edl.diagnostics.record import Record
 
 
@@ -67,6 +67,8 @@ def moved(routings: Routings, domains: Any, moves: Any) -> Any:
         moves: of each domain, array[draws, E].
     """
     np = require("numpy", "significance")
+    if not len(domains):
+        return np.full(DRAWS, np.nan)
     shares = routings.shares[domains]
     mean, total = shares.mean(0), sum(moves[domain] for domain in domains) / len(domains)
     change = -np.square(total) @ over(0.5, mean)

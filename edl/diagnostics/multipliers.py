@@ -5,7 +5,7 @@ absence changes. With random signs as multipliers their sum moves as the routing
 over many comparisons read the same draws.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from edl.diagnostics.extras import require
@@ -35,8 +35,17 @@ class Units(NamedTuple):
 
 
 def units_of(record: Record) -> Units:
-    """The independent units of a record's documents."""
+    """The independent units of a record's documents.
+
+    Raises:
+        ValueError: there are no domains or layers.
+    """
     np = require("numpy", "significance")
+    if not record.domains or not record.layers:
+        raise ValueError(
+            f"edl::significance: a record must have domains and layers (got {len(record.domains)} and "
+            f"{len(record.layers)})"
+        )
     names, groups = np.unique(record.groups, return_inverse=True)
     cells, of_documents = np.unique(record.labels * len(names) + groups.ravel(), return_inverse=True)
     return Units(cells // max(len(names), 1), cells % max(len(names), 1), of_documents.ravel())
@@ -56,76 +65,69 @@ def signs_of(units: Units, seed: int) -> Any:
     return signs[:, units.groups].astype(np.float32)
 
 
-class Pair(NamedTuple):
-    """Two routings, as the sample has them and as the draws move them.
+class Pairs(NamedTuple):
+    """Routings two by two, as the sample has them and as the draws move them.
 
     Attributes:
-        plain (float): Jensen-Shannon divergence, nats.
-        statistic (float): sum over experts of squared differences over the mean.
-        drawn (array[draws]): the statistic of moved differences.
-        linear, quadratic (array[draws]): how the divergence moves, the terms of first and second order.
-        is_tested (bool): whether there are documents enough.
+        plain (array[P]): Jensen-Shannon divergences, nats; NaN where one of the two has no routing.
+        statistic (array[P]): sums over experts of squared differences over the mean.
+        drawn (array[P, draws]): the statistic of moved differences.
+        linear, quadratic (array[P, draws]): how divergences move, the terms of first and second order; the mean of the
+            second is the bias, NaN where one of the two has a single unit, whose absence tells nothing.
+        is_tested (array[P]): bool, whether both have units enough.
     """
 
-    plain: float
-    statistic: float
+    plain: Any
+    statistic: Any
     drawn: Any
     linear: Any
     quadratic: Any
-    is_tested: bool
+    is_tested: Any
+
+    @property
+    def corrected(self) -> Any:
+        """Divergences without their bias, array[P]."""
+        return self.plain - self.quadratic.mean(1)
 
 
-def pair_of(first: Any, second: Any, first_moves: Any, second_moves: Any, is_tested: bool) -> Pair:
-    """Compares two routings.
+def pairs_of(first: Any, second: Any, moves: Iterable[tuple[Any, Any]], units: Any, draws: int = DRAWS) -> Pairs:
+    """Compares routings two by two.
 
     Args:
-        first, second (array[E]): of float64, shares that add up to 1.
-        first_moves, second_moves (array[draws, E]): of float32, their influences times signs.
-        is_tested: whether there are documents enough.
+        first, second (array[P, E]): of float64, shares that add up to 1; NaN without.
+        moves: of each pair, the influences times signs of both, array[draws, E] of float32.
+        units (array[P]): how many there are, in the one of the two that has fewer.
+        draws: how many. Default: 999.
     """
-    np = require("numpy", "significance")
+    np, special = require("numpy", "significance"), require("scipy.special", "significance")
     both = first + second
-    alike = over(np.sqrt(2.0), np.sqrt(both))
-    differences = _scaled(first_moves, second_moves, alike, alike)
+    plain = (special.rel_entr(first, both / 2) + special.rel_entr(second, both / 2)).sum(1) / 2
+    statistic = 2 * over((first - second) ** 2, both).sum(1)
+    alike = over(np.sqrt(2.0), np.sqrt(both)).astype(np.float32)
     # The second derivatives of the divergence are a square: q/p·dp² + p/q·dq² - 2·dp·dq, over 4 (p + q).
-    own, other = over(np.sqrt(second), np.sqrt(first * both)) / 2, over(np.sqrt(first), np.sqrt(second * both)) / 2
-    curved = _scaled(first_moves, second_moves, own, other)
-    slopes = [_log(over(2 * each, both)).astype(np.float32) / 2 for each in (first, second)]
-    statistic = 2 * float((over((first - second) ** 2, both)).sum())
-    return Pair(
-        divergence(first, second),
-        statistic if statistic > NOTHING else 0.0,
-        np.einsum("be,be->b", differences, differences),
-        first_moves @ slopes[0] + second_moves @ slopes[1],
-        np.einsum("be,be->b", curved, curved),
-        is_tested,
-    )
-
-
-def without_moves(pair: Pair) -> Pair:
-    """A pair of which one has a single document, whose absence tells nothing: its bias is not known."""
-    return pair._replace(quadratic=pair.quadratic * float("nan"))
-
-
-def divergence(first: Any, second: Any) -> float:
-    """Jensen-Shannon divergence of two routings, nats; at least 0."""
-    special = require("scipy.special", "significance")
-    mean = (first + second) / 2
-    total = special.rel_entr(first, mean).sum() + special.rel_entr(second, mean).sum()
-    return max(float(total) / 2, 0.0)
-
-
-def _scaled(first: Any, second: Any, own: Any, other: Any) -> Any:
-    scaled = first * own.astype(first.dtype)
-    scaled -= second * other.astype(first.dtype)
-    return scaled
+    curves = [
+        (over(np.sqrt(other), np.sqrt(own * both)) / 2).astype(np.float32)
+        for own, other in ((first, second), (second, first))
+    ]
+    slopes = [(_log(over(2 * own, both)) / 2).astype(np.float32) for own in (first, second)]
+    drawn, linear, quadratic = np.zeros((3, len(first), draws), np.float32)
+    for place, (ours, theirs) in enumerate(moves):
+        differences = (ours - theirs) * alike[place]
+        drawn[place] = np.einsum("be,be->b", differences, differences)
+        linear[place] = ours @ slopes[0][place] + theirs @ slopes[1][place]
+        curved = ours * curves[0][place]
+        curved -= theirs * curves[1][place]
+        quadratic[place] = np.einsum("be,be->b", curved, curved)
+    quadratic[units < 2] = np.nan
+    statistic[statistic < NOTHING] = 0.0
+    return Pairs(np.maximum(plain, 0.0), statistic, drawn, linear, quadratic, units >= FEWEST)
 
 
 def over(numerators: Any, denominators: Any) -> Any:
     """A quotient of arrays, 0 where there is nothing to divide by."""
     np = require("numpy", "significance")
-    numerators, denominators = np.broadcast_arrays(numerators, denominators)
-    return np.divide(numerators, denominators, out=np.zeros(denominators.shape), where=denominators > 0)
+    out = np.zeros(np.broadcast(numerators, denominators).shape)
+    return np.divide(numerators, denominators, out=out, where=denominators > 0)
 
 
 def _log(values: Any) -> Any:
@@ -157,11 +159,11 @@ class _Layer(NamedTuple):
     ratios: Any
 
 
-def summarised(layers: Iterable[Sequence[Pair | None]]) -> Summary:
+def summarised(layers: Iterable[Pairs]) -> Summary:
     """The pairs of all layers, taken one layer after the other.
 
     Args:
-        layers: of each its pairs; None where one of the two has no routing.
+        layers: of each its pairs.
     """
     np = require("numpy", "significance")
     highest = np.full(DRAWS, -np.inf)
@@ -190,43 +192,26 @@ def summarised(layers: Iterable[Sequence[Pair | None]]) -> Summary:
     return Summary(comparison, moves)
 
 
-def _layer_of(pairs: Sequence[Pair | None], highest: Any) -> _Layer:
+def _layer_of(pairs: Pairs, highest: Any) -> _Layer:
     """Sums a layer up, and raises the maximum over all layers and pairs in place."""
     np = require("numpy", "significance")
-    plain, corrected, ratios = (np.full(len(pairs), np.nan) for _ in range(3))
-    moves, drawn = [], []
-    has_tested = any(pair is not None and pair.is_tested for pair in pairs)
-    for place, pair in enumerate(pairs):
-        if pair is None:
-            continue
-        bias = float(pair.quadratic.mean())
-        plain[place], corrected[place] = pair.plain, pair.plain - bias
-        if pair.is_tested:
-            ratios[place], shares = _relative(pair.statistic, pair.drawn)
-            drawn.append(shares)
-            np.maximum(highest, shares, out=highest)
-        if pair.is_tested or not (has_tested or np.isnan(bias)):
-            moves.append(pair.linear + pair.quadratic - bias)
-    used = ~np.isnan(ratios) if has_tested else ~np.isnan(corrected)
     none = np.full(DRAWS, np.nan)
-    return _Layer(
-        float(corrected[used].mean()) if used.any() else np.nan,
-        np.mean(moves, axis=0) if used.any() else none,
-        float(ratios[used].mean()) if has_tested else np.nan,
-        np.mean(drawn, axis=0) if has_tested else none,
-        plain,
-        corrected,
-        ratios,
-    )
-
-
-def _relative(statistic: float, drawn: Any) -> tuple[float, Any]:
-    """A statistic and its draws, over the mean of the draws."""
-    np = require("numpy", "significance")
-    mean = float(drawn.mean())
-    if mean <= NOTHING:
-        return (np.inf if statistic > 0 else 0.0), np.zeros(DRAWS)
-    return statistic / mean, drawn / mean
+    corrected, tested = pairs.corrected, np.flatnonzero(pairs.is_tested)
+    ratios, statistic, drawn = np.full(len(corrected), np.nan), np.nan, none
+    if len(tested):
+        means = pairs.drawn[tested].mean(1)
+        shares = over(pairs.drawn[tested], means[:, None])
+        # Where nothing varies, whatever differs is beyond chance.
+        fixed = np.where(pairs.statistic[tested] > 0, np.inf, 0.0)
+        ratios[tested] = np.where(means > NOTHING, over(pairs.statistic[tested], means), fixed)
+        np.maximum(highest, shares.max(0), out=highest)
+        statistic, drawn = float(ratios[tested].mean()), shares.mean(0)
+    used = tested if len(tested) else np.flatnonzero(~np.isnan(corrected))
+    value, moves = np.nan, none
+    if len(used):
+        value = float(corrected[used].mean())
+        moves = (pairs.linear[used] + pairs.quadratic[used]).mean(0) + value - pairs.plain[used].mean()
+    return _Layer(value, moves, statistic, drawn, pairs.plain, corrected, ratios)
 
 
 def _p(statistic: float, drawn: Any) -> float:

@@ -5,19 +5,18 @@ the tokens that both have, with the same weights (direct standardisation), and c
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from edl.diagnostics.extras import require
 from edl.diagnostics.findings import BeyondToken
 from edl.diagnostics.multipliers import (
-    FEWEST,
     NOTHING,
-    Pair,
+    Pairs,
     Summary,
     Units,
     over,
-    pair_of,
+    pairs_of,
     signs_of,
     summarised,
     units_of,
@@ -38,7 +37,7 @@ class _Domain(NamedTuple):
     Attributes:
         units (array): the domain's among all.
         unit_starts (array[units + 1]): where cells of a unit begin.
-        cell_tokens (array[cells]): which token, as `_Vocabulary` numbers them.
+        cell_tokens (array[cells]): which token, as `Vocabulary` numbers them.
         starts (array[cells + 1]): where tokens of a cell begin in `order`.
         order (array): places in the record.
         tokens (array): which occur, sorted.
@@ -52,7 +51,7 @@ class _Domain(NamedTuple):
     tokens: Any
 
 
-class _Vocabulary(NamedTuple):
+class Vocabulary(NamedTuple):
     """The tokens of a record, numbered: those of several domains, then one for the rest of each domain.
 
     Nothing but their own domain is known of the rest, so it may stay together.
@@ -70,7 +69,7 @@ class _Vocabulary(NamedTuple):
     covered: Any
 
 
-def _vocabulary_of(record: Record, units: Units) -> _Vocabulary:
+def vocabulary_of(record: Record, units: Units) -> Vocabulary:
     np = require("numpy", "significance")
     number_of_domains = len(record.domains)
     labels = record.labels[record.documents]
@@ -109,7 +108,7 @@ def _vocabulary_of(record: Record, units: Units) -> _Vocabulary:
         over(numbers[[a, b]][:, enough[a] & enough[b]].sum(dtype=float), numbers[[a, b]].sum(dtype=float))
         for a, b in zip(*np.triu_indices(number_of_domains, 1))
     ]
-    return _Vocabulary(domains, number, [np.flatnonzero(row) for row in is_controlled], np.array(covered, float))
+    return Vocabulary(domains, number, [np.flatnonzero(row) for row in is_controlled], np.array(covered, float))
 
 
 class _Rates(NamedTuple):
@@ -158,12 +157,12 @@ class _Mixture(NamedTuple):
     rates: Any
 
 
-def _table(rows: Any, chosen: Any, number: int, num_experts: int) -> Any:
-    """Counts of choices, array[number, E] of float64."""
+def _table(rows: Any, chosen: Any, number: int, num_experts: int, kind: Any) -> Any:
+    """Counts of choices, array[number, E] of this type."""
     np = require("numpy", "significance")
     cells = rows[:, None] * (num_experts + 1) + chosen
     counts = np.bincount(cells.ravel(), minlength=number * (num_experts + 1))
-    return counts.reshape(number, num_experts + 1)[:, :num_experts].astype(np.float64)
+    return counts.reshape(number, num_experts + 1)[:, :num_experts].astype(kind)
 
 
 class Layer:
@@ -175,7 +174,7 @@ class Layer:
         vocabulary: of the record.
     """
 
-    def __init__(self, record: Record, place: int, vocabulary: _Vocabulary) -> None:
+    def __init__(self, record: Record, place: int, vocabulary: Vocabulary) -> None:
         np = require("numpy", "significance")
         self.vocabulary, self.num_experts = vocabulary, record.layers[place].num_experts
         self.chosen = record.experts(place)
@@ -185,7 +184,7 @@ class Layer:
         self.counts = []
         for number, domain in enumerate(vocabulary.domains):
             of_tokens = np.repeat(np.searchsorted(domain.tokens, domain.cell_tokens), np.diff(domain.starts))
-            table = _table(of_tokens, self.chosen[domain.order], len(domain.tokens), self.num_experts)
+            table = _table(of_tokens, self.chosen[domain.order], len(domain.tokens), self.num_experts, np.float64)
             self.counts.append(table[np.searchsorted(domain.tokens, vocabulary.controlled[number])])
             sizes[number] = table.sum()
             if sizes[number]:
@@ -206,7 +205,7 @@ class Layer:
             starts = domain.starts[bounds[0] : bounds[-1] + 1]
             rows = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
             chosen = self.chosen[domain.order[starts[0] : starts[-1]]]
-            counts = _table(rows, chosen, len(starts) - 1, self.num_experts).astype(np.float32)
+            counts = _table(rows, chosen, len(starts) - 1, self.num_experts, np.float32)
             yield np.arange(begin, end), bounds, counts
             begin = end
 
@@ -258,29 +257,37 @@ class Layer:
         """The routings that tokens alone would give."""
         np = require("numpy", "significance")
         sizes, frequencies, rates = self.mixture
-        shares = np.where(sizes[:, None] > 0, frequencies @ rates, np.nan)
-        number_of_domains = len(sizes)
-        moves = np.zeros((len(signs), number_of_domains * self.num_experts), np.float32)
-        narrow, scale = rates.astype(np.float32), over(1.0, frequencies.sum(0))
-        units = np.zeros(number_of_domains, np.int64)
+        shares = frequencies @ rates
+        moves = np.zeros((len(signs), len(sizes) * self.num_experts), np.float32)
         for number, domain in enumerate(self.vocabulary.domains):
-            for places, bounds, counts in self._blocks(number):
-                tokens = domain.cell_tokens[bounds[0] : bounds[-1]]
-                expected, of_cells = narrow[tokens], counts.sum(1)
-                counts -= of_cells[:, None] * expected
-                weights = (frequencies[:, tokens] * scale[tokens]).astype(np.float32)
-                influences = np.zeros((len(places), number_of_domains, self.num_experts), np.float32)
-                cuts = bounds - bounds[0]
-                for row, (begin, end) in enumerate(itertools.pairwise(cuts)):
-                    size = float(of_cells[begin:end].sum())
-                    units[number] += size > 0
-                    if 0 < size < sizes[number]:
-                        np.matmul(weights[:, begin:end], counts[begin:end], out=influences[row])
-                        influences[row, number] += of_cells[begin:end] @ expected[begin:end] - size * shares[number]
-                        influences[row] /= sizes[number] - size
-                moves += signs[:, domain.units[places]] @ influences.reshape(len(places), -1)
-        shares[units < 2] = np.nan  # the absence of a domain's only document tells nothing
-        return _Composed(shares, moves.reshape(len(signs), number_of_domains, self.num_experts))
+            influences, of_units = self._composing(number)
+            if (of_units > 0).sum() < 2:  # the absence of a domain's only document tells nothing
+                shares[number] = np.nan
+                continue
+            # A unit takes its part of the domain's choices with it, so that documents that are alike change nothing.
+            influences -= of_units[:, None] * (influences.sum(0, keepdims=True) / np.float32(sizes[number]))
+            influences *= over(1.0, sizes[number] - of_units)[:, None].astype(np.float32)
+            moves += signs[:, domain.units] @ influences
+        return _Composed(shares, moves.reshape(len(signs), len(sizes), self.num_experts))
+
+    def _composing(self, number: int) -> tuple[Any, Any]:
+        """What units of a domain add to the sums of `composed`, array[units, D * E], and their choices, array[units]."""
+        np = require("numpy", "significance")
+        sizes, frequencies, rates = self.mixture
+        domain, narrow, scale = self.vocabulary.domains[number], rates.astype(np.float32), over(1.0, frequencies.sum(0))
+        sums = np.zeros((len(domain.units), len(sizes), self.num_experts), np.float32)
+        of_units = np.zeros(len(domain.units), np.float32)
+        for places, bounds, counts in self._blocks(number):
+            tokens = domain.cell_tokens[bounds[0] : bounds[-1]]
+            expected, of_cells = narrow[tokens], counts.sum(1)
+            counts -= of_cells[:, None] * expected
+            weights = (frequencies[:, tokens] * scale[tokens]).astype(np.float32)
+            for unit, (begin, end) in zip(places, itertools.pairwise(bounds - bounds[0])):
+                # Its tokens' rates, in all domains; and the tokens that it has, in its own.
+                np.matmul(weights[:, begin:end], counts[begin:end], out=sums[unit])
+                sums[unit, number] += of_cells[begin:end] @ expected[begin:end]
+                of_units[unit] = of_cells[begin:end].sum()
+        return sums.reshape(len(sums), len(sizes) * self.num_experts), of_units
 
 
 def beyond_token(record: Record, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> BeyondToken:
@@ -300,16 +307,16 @@ def beyond_token(record: Record, seed: int = 0, progress: Callable[[int, int], N
     """
     np = require("numpy", "significance")
     units = units_of(record)
-    signs, vocabulary = signs_of(units, seed), _vocabulary_of(record, units)
+    signs, vocabulary = signs_of(units, seed), vocabulary_of(record, units)
     composition, same_token = [], []
 
-    def layers() -> Iterator[Sequence[Pair | None]]:
+    def layers() -> Iterator[Pairs]:
         for place in range(len(record.layers)):
             layer = Layer(record, place, vocabulary)
             composition.append(_composition(layer.composed(signs[:_DRAWS_FOR_BIAS])))
             rates = layer.rates()
             same_token.append(_same_token(rates, vocabulary))
-            yield _pairs(rates, vocabulary, signs)
+            yield _pairs(layer, rates, signs)
             if progress is not None:
                 progress(place + 1, len(record.layers))
 
@@ -320,41 +327,42 @@ def beyond_token(record: Record, seed: int = 0, progress: Callable[[int, int], N
 def standardised(record: Record, seed: int) -> Summary:
     """The standardised comparison alone, with how its value moves."""
     units = units_of(record)
-    signs, vocabulary = signs_of(units, seed), _vocabulary_of(record, units)
-    places = range(len(record.layers))
-    return summarised(_pairs(Layer(record, place, vocabulary).rates(), vocabulary, signs) for place in places)
+    signs, vocabulary = signs_of(units, seed), vocabulary_of(record, units)
+    layers = (Layer(record, place, vocabulary) for place in range(len(record.layers)))
+    return summarised(_pairs(layer, layer.rates(), signs) for layer in layers)
 
 
-def _pairs(rates: list[_Rates], vocabulary: _Vocabulary, signs: Any) -> list[Pair | None]:
+def _pairs(layer: Layer, rates: list[_Rates], signs: Any) -> Pairs:
     np = require("numpy", "significance")
-    pairs: list[Pair | None] = []
-    routings = [rate.weights @ rate.shares for rate in rates]
-    for first, second in zip(*np.triu_indices(len(rates), 1)):
-        if not rates[first].weights[second].any():
-            pairs.append(None)
-            continue
-        of_pair = []
-        for one, other in ((first, second), (second, first)):
-            influences = np.ascontiguousarray(rates[one].influences[:, other])
-            of_pair.append(signs[:, vocabulary.domains[one].units] @ influences)
-        is_tested = min(rates[first].units[second], rates[second].units[first]) >= FEWEST
-        ours, theirs = routings[first][second], routings[second][first]
-        pairs.append(pair_of(ours, theirs, of_pair[0], of_pair[1], is_tested))
-    return pairs
+    experts, domains = layer.num_experts, layer.vocabulary.domains
+    pairs = list(zip(*np.triu_indices(len(rates), 1)))
+
+    def routing(one: int, other: int) -> Any:
+        weights = rates[one].weights[other]
+        return weights @ rates[one].shares if weights.any() else np.full(experts, np.nan)
+
+    def moves(one: int, other: int) -> Any:
+        return signs[:, domains[one].units] @ np.ascontiguousarray(rates[one].influences[:, other])
+
+    return pairs_of(
+        np.array([routing(first, second) for first, second in pairs]).reshape(-1, experts),
+        np.array([routing(second, first) for first, second in pairs]).reshape(-1, experts),
+        ((moves(first, second), moves(second, first)) for first, second in pairs),
+        np.array([min(rates[first].units[second], rates[second].units[first]) for first, second in pairs], int),
+    )
 
 
 def _composition(composed: _Composed) -> Any:
     """Corrected divergences of the routings that tokens alone would give, array[P]."""
     np = require("numpy", "significance")
-    values = []
-    for first, second in zip(*np.triu_indices(len(composed.shares), 1)):
-        shares, moves = composed
-        pair = pair_of(shares[first], shares[second], moves[:, first], moves[:, second], is_tested=False)
-        values.append(pair.plain - pair.quadratic.mean())
-    return np.array(values, float)
+    shares, moves = composed
+    first, second = np.triu_indices(len(shares), 1)
+    of_pairs = ((moves[:, one], moves[:, other]) for one, other in zip(first, second))
+    # A domain without two units has no shares here.
+    return pairs_of(shares[first], shares[second], of_pairs, np.full(len(first), 2), len(moves)).corrected
 
 
-def _same_token(rates: list[_Rates], vocabulary: _Vocabulary) -> Any:
+def _same_token(rates: list[_Rates], vocabulary: Vocabulary) -> Any:
     """Mean divergence of the routings of one and the same token, corrected, array[P].
 
     A token has few choices for many experts, so that expansions of a divergence do not hold. What holds at any number:

@@ -43,17 +43,27 @@ def set_view(browser, width, height, is_dark=False):
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [theme]})
 
 
+def scroll_through(browser):
+    """Brings everything of the page into sight once: charts are drawn when they are seen."""
+    browser.execute_async_script(
+        """const done = arguments[0];
+        let top = 0;
+        const next = () => {
+          scrollTo({ top, behavior: "instant" });
+          if (top > document.documentElement.scrollHeight) {
+            scrollTo({ top: 0, behavior: "instant" });
+            return requestAnimationFrame(done);
+          }
+          top += innerHeight;
+          requestAnimationFrame(() => requestAnimationFrame(next));
+        };
+        next();"""
+    )
+
+
 def picture(browser):
-    """The whole page as the bytes of a PNG file; everything in it is scrolled into sight first."""
-    height = browser.execute_script("return document.documentElement.scrollHeight")
-    step = browser.execute_script("return innerHeight")
-    for top in range(0, height, step):
-        browser.execute_async_script(
-            "scrollTo({top: arguments[0], behavior: 'instant'});"
-            "requestAnimationFrame(() => requestAnimationFrame(arguments[1]))",
-            top,
-        )
-    browser.execute_script("scrollTo({top: 0, behavior: 'instant'})")
+    """The whole page as the bytes of a PNG file."""
+    scroll_through(browser)
     found = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "format": "png"})
     return base64.b64decode(found["data"])
 

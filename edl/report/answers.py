@@ -1,6 +1,7 @@
 """What a run answers, in sentences that say no more than was tested."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from edl.diagnostics.extras import require
@@ -81,12 +82,17 @@ def mean_divergence(run: Findings) -> float:
     return float(summaries.mean_of(summaries.divergence(run)))
 
 
-def sentences(run: Findings) -> list[str]:
-    """Three: whether domains differ, what is left at equal tokens, where it shows most."""
+def sentences(run: Findings, strongest: Sequence[Sequence[summaries.Cell]]) -> list[str]:
+    """Three: whether domains differ, what is left at equal tokens, where it shows most.
+
+    Args:
+        run (Findings): which.
+        strongest: the experts that set each domain apart.
+    """
     if len(run.domains) < 2:
         only = words.name(run.domains[0]) if run.domains else "no text"
         return [f"The text has one domain only, {only}: its load and coverage are shown, and nothing can differ."]
-    return [text for text in (difference(run), at_equal_tokens(run), where(run)) if text]
+    return [text for text in (difference(run), at_equal_tokens(run), where(run, strongest)) if text]
 
 
 def difference(run: Findings) -> str:
@@ -127,14 +133,13 @@ def at_equal_tokens(run: Findings) -> str:
     )
 
 
-def where(run: Findings) -> str:
+def where(run: Findings, strongest: Sequence[Sequence[summaries.Cell]]) -> str:
     """The layer and the cell in which it shows most."""
     place = strongest_layer(run)
     if place is None:
         return ""
     text = f"Domains are furthest apart in layer {run.layers[place].facts.number}"
-    cells = [cell for domain in range(len(run.domains)) for cell in summaries.strongest(run, domain, 1)]
-    cells = [cell for cell in cells if words.is_known(cell.ratio)]
+    cells = [cell for found in strongest for cell in found[:1]]
     if not cells:
         return f"{text}."
     cell = max(cells, key=lambda each: each.share * math.log2(each.ratio))

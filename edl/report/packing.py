@@ -39,13 +39,13 @@ def pack(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> str:
 
 
 def clean(value: Any) -> Any:
-    """A value as JSON has it: NaN is null."""
+    """A value as JSON has it: NaN is null, half a character a question mark."""
     if isinstance(value, Mapping):
         return {key: clean(each) for key, each in value.items()}
     if hasattr(value, "tolist"):
         return clean(value.tolist())
     if isinstance(value, str):
-        return value
+        return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, Sequence):
         return [clean(each) for each in value]
     return None if isinstance(value, float) and not words.is_known(value) else value

@@ -10,7 +10,7 @@ from typing import Any
 from edl.diagnostics import files
 from edl.diagnostics.extras import require
 from edl.diagnostics.findings import Change, Findings
-from edl.report import answers, colours, packing, tables, words
+from edl.report import answers, colours, packing, summaries, tables, words
 
 _FOLDER = pathlib.Path(__file__).parent / "page"
 # In the order in which they need each other.
@@ -77,10 +77,11 @@ def page(runs: Sequence[Findings], changes: Sequence[Change] = ()) -> str:
 
 def parts_of(run: Findings, widest: float) -> dict[str, Any]:
     """What the template shows of a run."""
+    strongest = summaries.strongest(run, tables.MOST_LISTED)
     return {
         "findings": run,
         "verdicts": answers.verdicts(run),
-        "sentences": answers.sentences(run),
+        "sentences": answers.sentences(run, strongest),
         "bars": answers.bars(run, widest),
         "strongest_layer": answers.strongest_layer(run),
         "load": answers.of_load(run),
@@ -88,9 +89,9 @@ def parts_of(run: Findings, widest: float) -> dict[str, Any]:
         "tables": {
             "layers": tables.of_layers(run),
             "load": tables.of_load(run),
-            "domains": tables.of_domains(run),
+            "domains": tables.of_domains(run, strongest),
             "coverage": tables.of_coverage(run),
-            "tokens": tables.of_tokens(run),
+            "tokens": tables.of_tokens(run, strongest),
             "pairs": tables.of_pairs(run),
             "measures": tables.of_measures(run),
         },

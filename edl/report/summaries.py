@@ -1,6 +1,5 @@
 """What a page says of findings beyond what is in them: orders, extremes and means."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from edl.diagnostics.extras import require
@@ -62,22 +61,26 @@ def load(run: Findings, layer: LayerFindings) -> Any:
     return tokens[counts] @ usage[counts] / tokens[counts].sum() * usage.shape[1]
 
 
-def strongest(run: Findings, domain: int, number: int) -> list[Cell]:
-    """The experts of all layers that set a domain apart most: by its share times the logarithm of the ratio, so that a
-    rare expert does not stand first; where there was a test, of those that it found."""
+def strongest(run: Findings, number: int) -> list[list[Cell]]:
+    """For each domain so many experts of all layers that set it apart most: by its share times the logarithm of the
+    ratio, so that a rare expert does not stand first; where there was a test, of those that it found."""
     np = require("numpy", "page")
-    found = []
+    found: list[list[tuple[float, Cell]]] = [[] for _ in run.domains]
     for place, layer in enumerate(run.layers):
-        ratio = ratios(layer.usage)[domain]
-        share = np.asarray(layer.usage, np.float64)[domain]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            weight = np.where(ratio > 1, share * np.log2(ratio), 0)
+        usage, ratio = np.asarray(layer.usage, np.float64), ratios(layer.usage)
+        weight = np.where(ratio > 1, usage * np.log2(np.where(ratio > 1, ratio, 1)), 0)
         if layer.is_certain is not None:
-            weight = weight * np.asarray(layer.is_certain)[domain]
-        best = np.argsort(-weight, kind="stable")[:number]
-        found += [(weight[each], Cell(place, domain, int(each), share[each], ratio[each])) for each in best]
-    found.sort(key=lambda pair: -pair[0])
-    return [cell for weight, cell in found[:number] if weight > 0]
+            weight = weight * np.asarray(layer.is_certain)
+        best = np.argsort(-weight, 1, kind="stable")[:, :number]
+        for domain, experts in enumerate(best.tolist()):
+            found[domain] += [
+                (weight[domain, each], Cell(place, domain, each, usage[domain, each], ratio[domain, each]))
+                for each in experts
+                if weight[domain, each] > 0
+            ]
+    for cells in found:
+        cells.sort(key=lambda pair: -pair[0])
+    return [[cell for _, cell in cells[:number]] for cells in found]
 
 
 def names_of_pairs(run: Findings) -> list[tuple[int, int]]:
@@ -108,8 +111,3 @@ def tree(run: Findings) -> list[tuple[int, int, float, int]]:
 def divergence(run: Findings) -> Any:
     """Of choices, [L, P]: corrected where there is a record."""
     return run.divergence if run.compared is None else run.compared.corrected
-
-
-def places(flags: Sequence[Any]) -> list[int]:
-    """Where something holds."""
-    return [place for place, flag in enumerate(flags) if flag]

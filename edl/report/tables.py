@@ -115,7 +115,7 @@ def of_load(run: Findings) -> Table:
     return Table("load", "Load by layer", columns, rows)
 
 
-def of_domains(run: Findings) -> Table:
+def of_domains(run: Findings, strongest: Sequence[Sequence[summaries.Cell]]) -> Table:
     """Which experts for each domain."""
     columns = [Column("Domain", "", False), Column("Documents"), Column("Tokens"),
                Column("Its experts", "of all layers: how many times the mean over domains, share of its choices",
@@ -125,7 +125,7 @@ def of_domains(run: Findings) -> Table:
         found = [
             f"layer {run.layers[each.layer].facts.number}, expert {each.expert} ({words.times(each.ratio)}, "
             f"{words.percent(each.share)})"
-            for each in summaries.strongest(run, domain, MOST_EXPERTS)
+            for each in strongest[domain][:MOST_EXPERTS]
         ]
         rows.append(cells(name, f"{int(run.documents[domain]):,}", f"{int(run.tokens[domain]):,}",
                           "; ".join(found) or "none beyond chance"))  # fmt: skip
@@ -151,12 +151,11 @@ def of_coverage(run: Findings) -> Table:
     return Table("coverage", "Experts that hold 90\u00a0% of a domain’s choices", columns, rows)
 
 
-def of_tokens(run: Findings) -> Table:
+def of_tokens(run: Findings, strongest: Sequence[Sequence[summaries.Cell]]) -> Table:
     """What the most specialised experts read."""
     columns = [Column("Expert", "", False), Column("Domain", "that sets it apart", False),
                Column("Tokens that it reads", "the most for their number first", False)]  # fmt: skip
-    found = [cell for domain in range(len(run.domains)) for cell in summaries.strongest(run, domain, MOST_LISTED)]
-    found.sort(key=lambda cell: -cell.share * cell.ratio)
+    found = sorted((cell for cells in strongest for cell in cells), key=lambda cell: -cell.share * cell.ratio)
     rows, seen = [], set()
     for cell in found:
         tops = run.layers[cell.layer].top_tokens

@@ -86,6 +86,7 @@ def entropy(shares):
 
 def divergences(usage, pairs):
     """[L, P] Jensen-Shannon divergences."""
+    usage = usage.astype(np.float32)
     one, other = usage[:, pairs[0]], usage[:, pairs[1]]
     return entropy((one + other) / 2) - (entropy(one) + entropy(other)) / 2
 
@@ -132,11 +133,9 @@ def layer(random, place, usage, record, tokens_listed, vocabulary, strength) -> 
     np.fill_diagonal(together, 4000)
     lift = np.abs(np.log2(np.maximum(usage, 1e-9) / np.maximum(usage.mean(0), 1e-9)))
     unknown = np.full(D, np.nan)
-    tops = [
-        [(int(token), int(100 * (tokens_listed - rank)), float(9 / (rank + 1)))
-         for rank, token in enumerate(random.integers(0, vocabulary, tokens_listed))]
-        for _ in range(E)
-    ]
+    of_rank = [(100 * (tokens_listed - rank), 9 / (rank + 1)) for rank in range(tokens_listed)]
+    tokens = random.integers(0, vocabulary, (E, tokens_listed)).tolist()
+    tops = [[(token, *values) for token, values in zip(row, of_rank)] for row in tokens]
     return LayerFindings(
         facts=LayerFacts(place + 1, f"model.layers.{place + 1}.mlp.gate", E, min(E, 2)),
         usage=usage,

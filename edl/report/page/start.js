@@ -61,7 +61,7 @@ function addOverviews(runs) {
         ? `${value.toFixed(2)}× an even share, ${percent(value / layer.experts)} of all choices` : "not known"),
     });
   }
-  const most = highest(runs.map(run => run.specialisation)) || 1;
+  const most = Math.max(0, highest(runs.map(run => run.specialisation))) || 1;
   for (const figure of chartsOf("narrow")) {
     const run = runs[figure.dataset.run];
     sortedMap(figure, run, run.specialisation, {

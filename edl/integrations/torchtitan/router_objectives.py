@@ -101,7 +101,8 @@ class RouterObjectives:
             Statistics count it all the same.
         """
         labels = current_labels()
-        has_loss = training and torch.is_grad_enabled() and not (labels is None and self._all_need_labels)
+        acts = bool(self.objectives.objectives) and not (labels is None and self._all_need_labels)
+        has_loss = acts and training and torch.is_grad_enabled()
         statistics = self.objectives.statistics if training else self.objectives.evaluation_statistics
         if not has_loss and statistics is None:
             return None

@@ -381,7 +381,15 @@ def test_what_is_no_share_is_refused(measure, shares):
         measure(shares)
 
 
+def test_arrays_that_are_views_or_read_only():
+    load = np.arange(6.0)
+    load.flags.writeable = False
+    assert measures.max_violation(load[::-1]) == measures.max_violation(load.copy())
+    assert measures.coverage(np.broadcast_to(0.25, (3, 4))).tolist() == [4, 4, 4]
+
+
 REFUSED = {
+    "no values": lambda: measures.shares(torch.empty(3, device="meta")),
     "a negative load": lambda: measures.max_violation([1, -1]),
     "no expert": lambda: measures.shares(np.zeros((3, 0))),
     "an infinite load": lambda: measures.dead_experts([math.inf, 1.0]),

@@ -160,6 +160,16 @@ def test_megatron_counts_what_is_repeated_once(tmp_path):
     assert record.facts["repeated_parts_left_out"] == 7  # 2 of rank 0, all 5 of rank 1
 
 
+def test_ranks_and_layers_are_in_the_order_of_their_numbers(tmp_path):
+    parts = {rank: choices(rank, tokens=6) for rank in (2, 10)}
+    for rank, part in parts.items():
+        write_rank(tmp_path, rank, [(0, part)])
+    assert_is(read_trace(tmp_path), np.concatenate([parts[2], parts[10]], axis=1), [6, 6], [1, 3, 5])
+    experts = choices()
+    np.savez(tmp_path / "x.npz", **{"z.0": experts[0], "a.2": experts[2], "m.1": experts[1]})
+    assert_is(read_trace(tmp_path / "x.npz"), experts, [TOKENS])
+
+
 def test_megatron_without_tokens_in_a_step(tmp_path):
     part = choices(0, tokens=6)
     write_rank(tmp_path, 0, [(0, part[:, :0]), (1, part)])
@@ -430,10 +440,13 @@ def test_a_pipe_among_ranks(tmp_path):
         {"micro_batch_size": 0},
         {"micro_batch_size": 5},
         {"micro_batch_size": None},
+        {"path": "x" * 5000},
+        {"path": "a\0b.npz"},
     ],
 )
 def test_arguments(tmp_path, arguments):
     save_list(tmp_path / "replay.npz", choices())
+    (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ValueError, match=SENTENCE):
         read_trace(**{"path": tmp_path / "replay.npz", **arguments})
 

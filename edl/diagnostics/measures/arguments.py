@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edl.diagnostics.extras import require
 from edl.ops import checks
 
 # By how much the sum of shares may miss 1: float32 does, counts that were not divided miss it by more.
@@ -19,15 +20,24 @@ _CAUTION = 10.0
 def _tensor(op: str, name: str, values: Any) -> Tensor:
     if not isinstance(values, Tensor):
         try:
-            values = torch.as_tensor(values)
+            values = torch.as_tensor(_own(values))
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise ValueError(
                 f"edl::{op}: {name} must be a tensor or an array of numbers (got {type(values).__name__})"
             ) from None
     checks.check_tensor(op, name, values)
     checks.check_memory(op, **{name: values})
+    if values.is_meta:
+        raise ValueError(f"edl::{op}: {name} must have values (got a tensor on the device meta)")
     tensor: Tensor = values.detach()
     return tensor
+
+
+def _own(values: Any) -> Any:
+    """An array of NumPy as torch takes it without a word: writable, and no view backwards."""
+    if type(values).__module__.partition(".")[0] != "numpy":
+        return values
+    return require("numpy", "measures").require(values, requirements=["C", "W"])
 
 
 def numbers(op: str, name: str, values: Any, shape: str) -> Tensor:

@@ -80,10 +80,10 @@ def top_tokens(token_ids: Any, experts: Any, num_experts: int, number: int) -> l
 
 def _strongest(seen: Tensor, of_tokens: Tensor, vocabulary: Tensor, number: int) -> list[tuple[int, int, float]]:
     """The tokens of one expert, from its choices by each token and the part of each token in all choices."""
-    expected = seen.sum() * of_tokens
-    values = strength(seen.double(), expected)
-    candidates = (values > -torch.inf).nonzero().squeeze(1)
-    order = values[candidates].argsort(descending=True, stable=True)  # of two that are alike, the smaller id is first
-    best = candidates[order[:number]]
-    lift = seen[best] / expected[best]
+    read = seen.nonzero().squeeze(1)
+    expected = seen.sum() * of_tokens[read]
+    values, order = strength(seen[read].double(), expected).sort(descending=True, stable=True)
+    order = order[values > -torch.inf][:number]  # of two that are alike, the smaller id is first
+    best = read[order]
+    lift = seen[best] / expected[order]
     return list(zip(vocabulary[best].tolist(), seen[best].tolist(), lift.tolist()))

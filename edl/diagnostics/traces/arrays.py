@@ -29,15 +29,17 @@ def read_arrays(path: pathlib.Path) -> dict[str, Any]:
         ValueError: no such file, a broken one, or one of something else than integers.
     """
     check_file(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"edl::read_trace: arrays must be in one of {', '.join(SUFFIXES)} (got {path})")
     readers = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors}
     with broken_in_a_sentence(path):
         arrays = readers.get(path.suffix, _torch)(path)
     if not arrays:
         raise ValueError(f"edl::read_trace: {path} must hold arrays (got none)")
-    return {name: arrays[name] for name in sorted(arrays, key=_natural)}
+    return {name: arrays[name] for name in sorted(arrays, key=natural)}
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """A key by which layer 2 comes before layer 10."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdecimal() and len(part) < 20 else (-1, part) for part in parts]

@@ -1,10 +1,12 @@
 """Megatron's router traces: JSON lines per rank, a line with the choices of one router for one micro-batch."""
 
 import hashlib
+import os
 import pathlib
 from typing import Any, NamedTuple
 
 from edl.diagnostics.extras import require
+from edl.diagnostics.traces.arrays import natural
 from edl.diagnostics.traces.router_replay import in_sequences
 from edl.diagnostics.traces.trace import Trace, choices_of, json_lines
 
@@ -33,7 +35,7 @@ def read(path: pathlib.Path, micro_batch_size: int) -> Trace:
         ValueError: no such file, a broken or foreign one, ranks or micro-batches of different layers.
     """
     np = require("numpy", "read_trace")
-    paths = sorted(path.glob(_PATTERN)) if path.is_dir() else [path]
+    paths = sorted(path.glob(_PATTERN), key=lambda each: natural(each.name)) if os.path.isdir(path) else [path]
     if not paths:
         raise ValueError(f"edl::read_trace: {path} must be a folder with {_PATTERN} (got none there)")
     parts: list[_Part] = []

@@ -75,7 +75,7 @@ def read_trace(
 
 def _kind_of(path: pathlib.Path) -> str:
     """What a file looks like."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return "megatron"
     check_file(path)
     if path.suffix == ".json":

@@ -29,7 +29,7 @@ def read(path: pathlib.Path, micro_batch_size: int) -> Trace:
     numbers = _numbers(list(arrays))
     layers = {
         number: choices_of(array, path, name or "the array", "tokens", "experts a token")
-        for number, (name, array) in zip(numbers, arrays.items())
+        for number, (name, array) in sorted(zip(numbers, arrays.items()))
     }
     lengths = {len(layer) for layer in layers.values()}
     if len(lengths) > 1:

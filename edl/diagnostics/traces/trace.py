@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -34,7 +35,7 @@ class Trace:
 
 def check_file(path: pathlib.Path) -> None:
     """Raises where there is no regular file: opening a pipe would wait for ever."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"edl::read_trace: {path} must be a file (got none there)")
 
 

@@ -64,16 +64,17 @@ def top_tokens(token_ids: Any, experts: Any, num_experts: int, number: int) -> l
     token_ids = integers("top_tokens", "token_ids", token_ids, None)
     experts = integers("top_tokens", "experts", experts, len(token_ids), None)
     vocabulary, places = token_ids.unique(return_inverse=True)
+    size = len(vocabulary)
     is_choice = (experts >= 0) & (experts < num_experts) & (token_ids >= 0).unsqueeze(1)
-    rows, chosen = places.unsqueeze(1).expand_as(experts)[is_choice], experts[is_choice]
-    of_tokens = torch.bincount(rows, minlength=len(vocabulary)).double() / max(len(rows), 1)
-    at_once = max(1, _CELLS // max(len(vocabulary), 1))
+    of_tokens = torch.bincount(places, weights=is_choice.sum(1), minlength=size).double() / max(int(is_choice.sum()), 1)
+    at_once = max(1, _CELLS // max(size, 1))
     lists = []
     for start in range(0, num_experts, at_once):
-        size = min(at_once, num_experts - start)
-        here = (chosen >= start) & (chosen < start + size)
-        cells = (chosen[here] - start) * len(vocabulary) + rows[here]
-        counts = torch.bincount(cells, minlength=size * len(vocabulary)).view(size, len(vocabulary))
+        stop = min(start + at_once, num_experts)
+        is_here = is_choice & (experts >= start) & (experts < stop)
+        elsewhere = (stop - start) * size  # a cell more, which is cheaper than to leave choices out
+        cells = ((experts - start) * size + places.unsqueeze(1)).where(is_here, elsewhere)
+        counts = torch.bincount(cells.flatten(), minlength=elsewhere + 1)[:elsewhere].view(stop - start, size)
         lists += [_strongest(seen, of_tokens, vocabulary, number) for seen in counts]
     return lists
 
@@ -82,8 +83,10 @@ def _strongest(seen: Tensor, of_tokens: Tensor, vocabulary: Tensor, number: int)
     """The tokens of one expert, from its choices by each token and the part of each token in all choices."""
     read = seen.nonzero().squeeze(1)
     expected = seen.sum() * of_tokens[read]
-    values, order = strength(seen[read].double(), expected).sort(descending=True, stable=True)
-    order = order[values > -torch.inf][:number]  # of two that are alike, the smaller id is first
+    values = strength(seen[read].double(), expected)
+    lowest = values.topk(min(number, len(values))).values[-1:]
+    order = ((values >= lowest) & (values > -torch.inf)).nonzero().squeeze(1)
+    order = order[values[order].argsort(descending=True, stable=True)][:number]  # of two alike, the smaller id first
     best = read[order]
     lift = seen[best] / expected[order]
     return list(zip(vocabulary[best].tolist(), seen[best].tolist(), lift.tolist()))

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from edl.diagnostics.extras import require
 from edl.diagnostics.findings import Interventions
 from edl.diagnostics.layers import LayerFacts
+from edl.integrations.transformers.routers import choices_of_arguments
 from edl.moe.routers import Router
 from edl.observe.models import WatchedModel
 from edl.observe.sample import SampledDocument
-from edl.observe.watch import Watch, choices_of_arguments
+from edl.observe.watch import Watch
 from edl.routing import Choice
 
 # Share of a layer's experts that are silent.

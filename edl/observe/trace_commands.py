@@ -56,12 +56,10 @@ def _trace(options: argparse.Namespace) -> None:
         "layers": len(record.layers),
         "domains": list(record.domains),
     }
+    sizes = f"{len(record):,} documents, {record.num_tokens:,} tokens, {len(record.layers)} layers"
+    domains = f"{len(record.domains)} domain{'s' if len(record.domains) > 1 else ''}"
     tell(
         options,
         result,
-        lambda: [
-            f"{len(record):,} documents, {record.num_tokens:,} tokens, {len(record.layers)} layers, "
-            f"{len(record.domains)} domains",
-            f"routing in {options.output}: edl report {options.output}",
-        ],
+        lambda: [f"{sizes}, {domains}", f"routing in {options.output}: edl report {options.output}"],
     )

@@ -1,15 +1,14 @@
 """What the routers of a model do in a forward pass, by hooks, without gradients."""
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edl.diagnostics.layers import LayerFacts
-from edl.integrations.transformers.capture import _CHOICES, _are_distributions, _find_experts, _find_routers
+from edl.diagnostics.layers import LayerFacts, numbers_of
+from edl.integrations.transformers.routers import are_distributions, choices_of_arguments, find_experts, find_routers
 from edl.moe.routers import Router
 from edl.routing import Choice, Observation
 
@@ -86,7 +85,7 @@ class Watch:
                 "router by: load the model with --dtype bfloat16)"
             )
         names = [name for name, _, _ in self.routers]
-        numbers = _numbers_of(names)
+        numbers = numbers_of(names)
         return [_layer(number, name, *self._seen[name], self._top_k) for number, name in zip(numbers, names)]
 
 
@@ -102,33 +101,13 @@ def _layer(
         weights, experts = routing.topk(top_k, dim=-1)
     facts = LayerFacts(number, name, routing.shape[-1], experts.shape[-1])
     seen = Observation(experts=experts, weights=weights, layer=number, router=name)
-    return facts, seen._replace(scores=routing) if _are_distributions(routing) else seen._replace(logits=routing)
-
-
-Put = Callable[[Tensor, Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-def choices_of_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Tensor, Tensor], Put] | None:
-    """Chosen experts and weights among the arguments of experts of transformers, and what puts others in their place;
-    None where they are not there."""
-    names = next((pair for pair in _CHOICES if any(name in kwargs for name in pair)), None)
-    chosen = [*args[1:3], *(kwargs[name] for name in names or () if name in kwargs)]
-    if len(chosen) != 2 or not all(isinstance(x, Tensor) for x in chosen):
-        return None
-    positional = len(args[1:3])
-
-    def put(experts: Tensor, weights: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        others = [experts, weights]
-        named = dict(zip((names or ())[positional:], others[positional:]))
-        return (*args[:1], *others[:positional], *args[3:]), {**kwargs, **named}
-
-    return (chosen[0], chosen[1]), put
+    return facts, seen._replace(scores=routing) if are_distributions(routing) else seen._replace(logits=routing)
 
 
 def _routers_of(model: nn.Module) -> list[tuple[str, nn.Module, int]]:
     """Name, router, index of the logits in its output."""
     try:
-        return _find_routers(model)[1]
+        return find_routers(model)[1]
     except ImportError:  # no transformers
         pass
     except ValueError:
@@ -144,7 +123,7 @@ def _routers_of(model: nn.Module) -> list[tuple[str, nn.Module, int]]:
 
 def _experts_of(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
     try:
-        return _find_experts(_find_routers(model)[0], names)
+        return find_experts(find_routers(model)[0], names)
     except (ImportError, ValueError):  # routers of our own tell what they chose
         return []
 
@@ -157,12 +136,6 @@ def _top_k_of(model: nn.Module) -> int:
         if isinstance(top_k, int):
             return top_k
     return 0
-
-
-def _numbers_of(names: Sequence[str]) -> list[int]:
-    """The numbers of layers, which names of modules have; where they have not, or twice, places in the model."""
-    numbers = [int(found[1]) if (found := re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)) else -1 for name in names]
-    return numbers if len(set(numbers)) == len(numbers) and -1 not in numbers else list(range(len(names)))
 
 
 @torch.no_grad()

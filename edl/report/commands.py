@@ -12,7 +12,7 @@ from edl.diagnostics import exports, significance
 from edl.diagnostics.exports.numbers import as_json
 from edl.diagnostics.extras import require
 from edl.diagnostics.findings import Change, Findings
-from edl.report import answers
+from edl.report import answers, summaries
 from edl.report.page import write_page
 from edl.report.runs import Run, read_runs
 
@@ -60,9 +60,7 @@ def _report(options: argparse.Namespace) -> None:
         raise ValueError(f"edl::report: --{alone[0]} must be of a single run (got {len(runs)})")
     progress = _Progress(options.quiet)
     found = [run.findings(options.examples, progress.told) for run in runs]
-    changes = [
-        _change(earlier, later) for earlier, later in itertools.pairwise(runs) if earlier.record and later.record
-    ]
+    changes, reasons = _changes(runs)
     progress.close()
     first = pathlib.Path(options.runs[0])
     output = options.output or (first if first.is_dir() else first.parent) / "report.html"
@@ -71,13 +69,20 @@ def _report(options: argparse.Namespace) -> None:
     tell(
         options,
         _result(found, changes, output),
-        lambda: [*(line for findings in found for line in _lines(findings)), f"page in {output}"],
+        lambda: [*(line for findings in found for line in _lines(findings)), *reasons, f"page in {output}"],
     )
 
 
-def _change(earlier: Run, later: Run) -> Change:
-    assert earlier.record is not None and later.record is not None
-    return significance.compare_runs(earlier.record, later.record, earlier.title, later.title)
+def _changes(runs: list[Run]) -> tuple[list[Change], list[str]]:
+    """What is different in each run from the one before, and why that is not known of others."""
+    changes, reasons = [], []
+    for earlier, later in itertools.pairwise(runs):
+        if earlier.record and later.record:
+            try:
+                changes.append(significance.compare_runs(earlier.record, later.record, earlier.title, later.title))
+            except ValueError as error:  # they are of other text, or of other models
+                reasons.append(f"{earlier.title} and {later.title} are not compared: {error}")
+    return changes, reasons
 
 
 def _write_others(options: argparse.Namespace, found: list[Findings]) -> None:
@@ -128,6 +133,10 @@ def _result(found: list[Findings], changes: list[Change], output: pathlib.Path) 
     }
 
 
+def _answer(findings: Findings) -> list[str]:
+    return answers.sentences(findings, summaries.strongest(findings, 1))
+
+
 def _headline(findings: Findings) -> dict[str, Any]:
     """What the top of the page says."""
     compared, beyond = findings.compared, findings.beyond_token
@@ -136,11 +145,11 @@ def _headline(findings: Findings) -> dict[str, Any]:
         "divergence": as_json(compared.whole if compared else None),
         "beyond_token": as_json(beyond.standardised.whole if beyond else None),
         "dead": [len(experts) for experts in findings.dead],
-        "answer": answers.sentences(findings),
+        "answer": _answer(findings),
         "notes": list(findings.notes),
     }
 
 
 def _lines(findings: Findings) -> list[str]:
-    lines = [f"{findings.title}: {' '.join(answers.sentences(findings))}", *findings.notes]
+    lines = [f"{findings.title}: {' '.join(_answer(findings))}", *findings.notes]
     return [_ISOLATES.sub("", line).replace("\u202f", " ").replace("\xa0", " ") for line in lines]

@@ -31,7 +31,8 @@ def record_of(seed=0, layers=LAYERS, number=N, domains=("a", "b", "c")):
         experts.append(np.array(rows))
     ids = draw.integers(0, 9, number * W)
     texts = {place: f"t{place}" for place in range(9)}
-    return Record(layers, domains, ids, np.arange(number + 1) * W, labels, experts, token_texts=texts, facts={"seed": 0})
+    offsets = np.arange(number + 1) * W
+    return Record(layers, domains, ids, offsets, labels, experts, token_texts=texts, facts={"seed": 0})
 
 
 def statistics_of(record, seed=0):
@@ -61,9 +62,7 @@ def shares_of(record, place):
 
 def divergence(p, q):
     m = (p + q) / 2
-    return sum(
-        x * np.log(x / y) / 2 for one in (p, q) for x, y in zip(one, m) if x > 0
-    )
+    return sum(x * np.log(x / y) / 2 for one in (p, q) for x, y in zip(one, m) if x > 0)
 
 
 @pytest.mark.parametrize("has_statistics", [True, False], ids=["both", "record"])
@@ -106,7 +105,8 @@ def test_numbers_of_a_run(has_statistics):
                 assert layer.token_entropy[domain] == pytest.approx(-(own * np.log(own)).sum(1).mean(), rel=1e-5)
         else:
             assert layer.scores is None and np.isnan(layer.margin).all()
-    assert set(found.token_texts) == {token for layer in found.layers for top in layer.top_tokens for token, _, _ in top}
+    shown = {token for layer in found.layers for tokens in layer.top_tokens for token, _, _ in tokens}
+    assert set(found.token_texts) == shown
     assert [example.domain for example in found.examples] == [0, 1, 2]
     assert list(found.examples[1].tokens) == [f"t{token}" for token in record.token_ids[W : 2 * W]]
     np.testing.assert_array_equal(found.examples[1].experts[1], record.experts(1)[W : 2 * W, 0])
@@ -129,9 +129,7 @@ def test_statistics_alone_have_no_tests_and_say_so():
     assert np.isnan(found.course.max_violation[1, 1])  # that layer saw nothing more
     assert found.course.max_violation[1, 0] == pytest.approx(E - 1)
     assert found.course.token_entropy[1, 0] == pytest.approx(np.log(E))
-    assert found.information[0] == pytest.approx(
-        statistics.measures(per_layer=True)["moe/layer_1/domain_information"]
-    )
+    assert found.information[0] == pytest.approx(statistics.measures(per_layer=True)["moe/layer_1/domain_information"])
 
 
 @pytest.mark.parametrize("number", [2, 20, 80])

@@ -1,4 +1,4 @@
-"""`edl observe`: what it writes is what the model chose, for every family; kills change nothing; mistakes are sentences."""
+"""`edl observe`: what it writes is what the model chose, in every family; mistakes are sentences."""
 
 import json
 import random
@@ -354,7 +354,7 @@ def test_versions_match_what_is_installed(own, text, tmp_path):
     assert facts["edl"] == edl.__version__ and facts["model"] == "weights" and str(tmp_path) not in json.dumps(facts)
 
 
-REPLACED = '''
+REPLACED = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import edl
 
@@ -363,7 +363,7 @@ def load(path):
     for decoder in model.model.layers:
         decoder.mlp = edl.MoELayer.from_transformers(decoder.mlp, return_routing=False)
     return model, AutoTokenizer.from_pretrained(path)
-'''
+"""
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

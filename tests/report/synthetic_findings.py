@@ -1,6 +1,6 @@
 """Made-up findings of runs that nobody trained: what a page shows, of any size.
 
-    python tests/report/synthetic_findings.py FOLDER        # pages to look at
+python tests/report/synthetic_findings.py FOLDER        # pages to look at
 """
 
 import dataclasses
@@ -18,7 +18,17 @@ WORDS = "the of return \n def ( { patient court , theorem sugar said ### 选择 
 
 
 def findings(
-    layers=6, experts=16, domains=5, *, names=None, title="run", record=True, strength=1.0, tokens_listed=8, vocabulary=len(WORDS), seed=0
+    layers=6,
+    experts=16,
+    domains=5,
+    *,
+    names=None,
+    title="run",
+    record=True,
+    strength=1.0,
+    tokens_listed=8,
+    vocabulary=len(WORDS),
+    seed=0,
 ) -> Findings:
     """A run whose experts specialise more in the middle of the model."""
     random = np.random.default_rng(seed)
@@ -39,9 +49,7 @@ def findings(
         domains=names,
         documents=np.full(D, 64 if record else 0),
         tokens=tokens,
-        layers=[
-            layer(random, place, usage[place], record, tokens_listed, vocabulary, strength) for place in range(L)
-        ],
+        layers=[layer(random, place, usage[place], record, tokens_listed, vocabulary, strength) for place in range(L)],
         load_violation=load.max(1) * E - 1,
         dead=[[int(each) for each in np.flatnonzero(row == 0)] for row in load],
         coverage=(np.sort(usage)[..., ::-1].cumsum(-1) < 0.9).sum(-1) + 1,

@@ -266,7 +266,9 @@ def test_hovering_says_the_value_of_the_cell_below(show, order, colour):
     settle(browser)
     left, top, width, height = box_of(browser, "usage")
     seen = {}
-    for x, y, text, light in readings(browser, "usage", np.arange(left + 2, left + width, 17), np.arange(top, top + height, 9)):
+    for x, y, text, light in readings(
+        browser, "usage", np.arange(left + 2, left + width, 17), np.arange(top, top + height, 9)
+    ):
         pattern = r"Layer (\d), expert (\d), \u2068(\w+)\u2069: ([\d.]+)\u00a0% of its choices, ([\d.]+)×"
         if found := re.match(pattern, text):
             layer = int(found[1]) - 1
@@ -306,9 +308,10 @@ def test_keys_move_a_cursor_and_choose(show):
     set_control(browser, order="number")
     focus(browser, "usage")
     assert browser.execute_script("return document.activeElement.getAttribute('role')") == "application"
-    assert browser.execute_script(
-        "return document.querySelector('[data-chart=usage] .readout').getAttribute('aria-live')"
-    ) == "polite"
+    assert (
+        browser.execute_script("return document.querySelector('[data-chart=usage] .readout').getAttribute('aria-live')")
+        == "polite"
+    )
 
     def cell():
         found = re.match(r"Layer (\d+), expert (\d+), \u2068(\w+)\u2069", readout(browser, "usage"))
@@ -453,7 +456,9 @@ def test_sentences_and_tables_need_no_scripts():
     run = made.findings(2, 8, 3)
     text = text_of(page.page([run]))
     whole = run.compared.whole
-    assert f"diverge by {words.number(whole.value)} nats ({words.number(whole.low)} to {words.number(whole.high)})" in text
+    assert (
+        f"diverge by {words.number(whole.value)} nats ({words.number(whole.low)} to {words.number(whole.high)})" in text
+    )
     assert "p\u00a0=\u00a00.001" in text.replace("&nbsp;", "\u00a0") or "p = 0.001" in text
     for name in run.domains:
         assert name in text

@@ -1,22 +1,27 @@
 """Objectives of the routing of a transformers model, which hooks capture."""
 
 import functools
-import inspect
 import math
-import re
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from edl.diagnostics.layers import numbers_of
+from edl.integrations.transformers.routers import (
+    are_distributions,
+    choices_of_arguments,
+    find_experts,
+    find_routers,
+    frozen_routers,
+    rows_of,
+)
 from edl.labels.batch import Batch
 from edl.moe.router_weights import gram_of
-from edl.moe.routers import Router
 from edl.objectives.base import Objective
 from edl.objectives.expert_divergence import ExpertDivergence
 from edl.objectives.needs import refuse_unobserved
@@ -28,111 +33,7 @@ from edl.reduction.micro_batches import DomainMemory
 from edl.reduction.ranks import Group
 from edl.routing import Choice, Observation
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-    from transformers.utils.output_capturing import OutputRecorder
-
-
-def _recorders(part: "PreTrainedModel") -> list["OutputRecorder"]:
-    """What transformers itself records as router logits in this part of a model: the routers' classes, and where in
-    their output the logits stand."""
-    from transformers.utils.output_capturing import OutputRecorder
-
-    recorders = (part._can_record_outputs or {}).get("router_logits", [])
-    return [
-        # transformers' convention for a bare class: the second output.
-        recorder if isinstance(recorder, OutputRecorder) else OutputRecorder(recorder, index=1)
-        for recorder in (recorders if isinstance(recorders, list) else [recorders])
-    ]
-
-
-# What PEFT puts around a module: the module as it was and a copy per adapter, of which one runs; or the module alone.
-_WRAPPERS = re.compile(r"\.(original_module|modules_to_save\.[^.]+|base_layer)(?=\.|$)")
-
-
-def _find_routers(model: nn.Module) -> tuple[nn.Module, list[tuple[str, nn.Module, int]]]:
-    """The smallest model of transformers around all routers; and name, router, index of the logits in its output.
-    Several of one name: PEFT has copied a router."""
-    from transformers import PreTrainedModel
-
-    found: dict[nn.Module, tuple[nn.Module, str, int]] = {}
-    for part in (module for module in model.modules() if isinstance(module, PreTrainedModel)):  # outer ones first
-        recorders = _recorders(part)
-        for path, module in part.named_modules():
-            name = _WRAPPERS.sub("", path)
-            if isinstance(module, Router):
-                found[module] = (part, name, 0)
-            for recorder in recorders:
-                in_layer = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
-                is_target = isinstance(recorder.target_class, type) and isinstance(module, recorder.target_class)
-                if is_target and in_layer:
-                    found[module] = (part, name, recorder.index)
-    parts = {part for part, _, _ in found.values()}
-    if not parts:
-        raise ValueError(
-            "edl::attach: model must hold routers whose logits transformers records, or edl.MoELayer, inside a model "
-            f"of transformers (got {type(model).__name__}, which has none)"
-        )
-    if len(parts) > 1:
-        names = ", ".join(sorted(type(part).__name__ for part in parts))
-        raise ValueError(
-            "edl::attach: model must be a model of transformers with Mixture-of-Experts routers in exactly one of its "
-            f"parts (got {len(parts)} parts with routers: {names})"
-        )
-    return parts.pop(), [(name, router, index) for router, (_, name, index) in found.items()]
-
-
 OBSERVED = frozenset({"logits", "scores", "experts", "weights", "router_gram"})  # what is captured
-
-# The second and third argument of the experts of transformers: what their router chose.
-_CHOICES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
-
-
-def _find_experts(part: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """The experts of transformers, which are told of choices, by the name of the router beside them."""
-    by_block = {name.rpartition(".")[0]: name for name in names}
-    found: list[tuple[str, nn.Module]] = []
-    for path, module in part.named_modules():
-        name = _WRAPPERS.sub("", path)
-        block, _, leaf = name.rpartition(".")
-        if leaf == "experts" and block in by_block:
-            arguments = tuple(inspect.signature(type(module).forward).parameters)
-            if arguments[2:4] in _CHOICES:  # after the module itself and the tokens
-                found.append((by_block[block], module))
-    return found
-
-
-def _frozen_routers(part: nn.Module, names: Sequence[str]) -> list[str]:
-    """The routers without a trainable parameter, in themselves or in what PEFT put around them."""
-    parameters = [(_WRAPPERS.sub("", path), parameter.requires_grad) for path, parameter in part.named_parameters()]
-    trainable = {
-        name: [requires_grad for path, requires_grad in parameters if path.startswith(f"{name}.")] for name in names
-    }
-    return [name for name, flags in trainable.items() if flags and not any(flags)]
-
-
-def _rows_of(name: str, router: nn.Module) -> Tensor:
-    """The weight [E, H] of a router."""
-    weight = getattr(router, "weight", None)
-    if not isinstance(weight, Tensor):
-        raise ValueError(
-            f"edl::attach: objectives on the router's rows need a router with a weight [E, H] (got {name}, a "
-            f"{type(router).__name__} without)"
-        )
-    return weight
-
-
-def _are_distributions(routing: Tensor) -> bool | None:
-    """Whether a router gives probabilities; None where its output does not tell. Waits for the device."""
-    if torch.compiler.is_compiling() or type(routing) is not Tensor or routing.is_meta or routing.shape[-1] == 1:
-        return None
-    if routing.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    rows = routing.detach().flatten(0, -2).double()
-    is_finite = rows.isfinite().all(1)
-    is_distribution = (rows >= 0).all(1) & ((rows.sum(1) - 1).abs() < 1e-2)
-    enough, all_are = torch.stack([is_finite.sum() > 1, (is_distribution | ~is_finite).all()]).tolist()
-    return all_are if enough else None
 
 
 class _Record:
@@ -164,9 +65,9 @@ class _RecordArguments(_Record):
     def __call__(self, experts: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         capture = self.capture()
         if capture is not None:
-            chosen = [*args[1:3], *(kwargs[name] for pair in _CHOICES for name in pair if name in kwargs)]
-            if len(chosen) == 2:
-                capture.record_choices(self.name, chosen[0], chosen[1])
+            found = choices_of_arguments(args, kwargs)
+            if found is not None:
+                capture.record_choices(self.name, *found[0])
 
 
 class _Capture:
@@ -201,13 +102,13 @@ class _Capture:
         if part is None or objectives is None:
             return
         for name, router, _ in routers if self.needs_rows else ():
-            _rows_of(name, router)  # refuses one without
+            rows_of(name, router)  # refuses one without
         self.hooks.append(part.register_forward_pre_hook(self.begin, with_kwargs=True))
         self.hooks.append(part.register_forward_hook(self.end, always_call=True))
         for name, router, index in routers:
             self.hooks.append(router.register_forward_hook(_Record(self, name, index)))
         if needs & {"experts", "weights"}:
-            for name, experts in _find_experts(part, self.names):
+            for name, experts in find_experts(part, self.names):
                 self.hooks.append(experts.register_forward_pre_hook(_RecordArguments(self, name), with_kwargs=True))
 
     def __reduce__(self) -> tuple[type["_Capture"], tuple[()]]:
@@ -250,9 +151,9 @@ class _Capture:
         places = [place for place, (ran, _) in enumerate(self.captured) if ran == name] if self.is_recording else []
         return places[-1] if places else None
 
-    def record_choices(self, name: str, experts: Any, weights: Any) -> None:
+    def record_choices(self, name: str, experts: Tensor, weights: Tensor) -> None:
         place = self.last_run(name)
-        if place is not None and isinstance(experts, Tensor) and isinstance(weights, Tensor):
+        if place is not None:
             self.chosen[place] = (experts.flatten(0, -2), weights.flatten(0, -2))
 
     def record_rows(self, name: str, router: nn.Module) -> None:
@@ -263,7 +164,7 @@ class _Capture:
         is_training = self.part is not None and self.part.training and torch.is_grad_enabled()
         if not self.needs_rows or not (self.is_recording or is_training):
             return
-        gram = gram_of(_rows_of(name, router))
+        gram = gram_of(rows_of(name, router))
         place = self.last_run(name)
         if place is not None:
             self.grams[place] = gram
@@ -276,7 +177,7 @@ class _Capture:
         if self.part is None or self.warned_of_frozen or not has_loss:
             return
         self.warned_of_frozen = True
-        frozen = _frozen_routers(self.part, self.names)
+        frozen = frozen_routers(self.part, self.names)
         if frozen:
             warnings.warn(
                 "edl::attach: a router without trainable parameters, as under LoRA of PEFT, feels the loss only "
@@ -317,7 +218,7 @@ class _Capture:
                 "require no gradient)"
             )
         if self.gives_probabilities is None:
-            self.gives_probabilities = _are_distributions(captured[0][1])
+            self.gives_probabilities = are_distributions(captured[0][1])
         if self.gives_probabilities:
             self.refuse_probabilities()
         return [
@@ -375,7 +276,7 @@ class ObjectivesHandle:
 
     def _attach(self, model: nn.Module) -> None:
         """Attaches to this model, and no longer to another."""
-        part, routers = _find_routers(model)
+        part, routers = find_routers(model)
         self._capture.remove()
         self._capture = _Capture(part, routers, self.objectives)
         self._evaluation.remove()
@@ -515,7 +416,7 @@ def _attach_divergence(
     if layer_reduction not in ["mean", "sum"]:  # a list also takes what has no hash
         raise ValueError(f"edl::attach: layer_reduction must be 'mean' or 'sum' (got {layer_reduction!r})")
     objective = ExpertDivergence(num_domains, **options)
-    routers = {name for name, _, _ in _find_routers(model)[1]}
+    routers = {name for name, _, _ in find_routers(model)[1]}
     factor = len(routers) if layer_reduction == "sum" else 1
     bound = {"expert_divergence": (objective, beta * factor)}
     objectives = Objectives(bound, group, sequence_group, averaging_ranks, memory, statistics, evaluation_statistics)

@@ -326,6 +326,25 @@ def test_statistics_without_objectives_add_nothing():
     assert_layers(statistics, layers, LABELS.repeat_interleave(LENGTH))
 
 
+def test_compiled_objectives_count_too():
+    statistics, layers = edl.RoutingStatistics(D), make_layers()
+    watched = objectives(statistics=statistics)
+
+    @torch.compile(backend="eager")
+    def loss_of(logits, experts):
+        return watched(Observation(logits, experts=experts), domain_ids=LABELS)[0]
+
+    for _ in range(2):
+        loss_of(layers[0].logits.clone().requires_grad_(), layers[0].experts).backward()
+    assert statistics.sums[0].tokens.tolist() == [4 * LENGTH, 2 * LENGTH, 2 * LENGTH]
+
+
+def test_a_layer_that_runs_twice_in_a_pass_counts_twice():
+    statistics, (layer, *_) = edl.RoutingStatistics(D), make_layers()
+    statistics.update([layer._replace(layer=2), layer._replace(layer=2)], LABELS)
+    assert statistics.sums[2].tokens.tolist() == [4 * LENGTH, 2 * LENGTH, 2 * LENGTH]
+
+
 def test_copies_share_their_statistics():
     statistics = edl.RoutingStatistics(1)
     watched = objectives(statistics=statistics)
@@ -577,6 +596,14 @@ def test_broken_and_foreign_files_are_a_sentence(how, tmp_path):
 # ---- what is refused ----
 
 LOGITS = torch.zeros(4, 3)
+
+
+def freed():
+    logits = torch.zeros(4, 3)
+    logits.untyped_storage().resize_(0)
+    return logits
+
+
 LAYER = Observation(LOGITS, experts=torch.zeros(4, 1, dtype=torch.long))
 WRONG_STATE = {**make_statistics().state_dict(), "layer.0.mass": torch.zeros(2)}
 REFUSED = {
@@ -607,6 +634,16 @@ REFUSED = {
     ),
     "layer 1 must tell its number of experts": lambda: edl.RoutingStatistics(1).update(
         [LAYER, Observation(router_gram=LOGITS)]
+    ),
+    "layer 0 must tell its number of experts, by logits, scores or tokens_per_expert (got experts alone)": (
+        lambda: edl.RoutingStatistics(1).update(LAYER._replace(logits=None, tokens_per_expert=torch.tensor(3)))
+    ),
+    "logits must have memory": lambda: edl.RoutingStatistics(1).update(LAYER._replace(logits=freed())),
+    "observations must be dense (got layout": lambda: edl.RoutingStatistics(1).update(
+        LAYER._replace(logits=LOGITS.to_sparse())
+    ),
+    "layer 3 must have 3 experts, 1 for each token, as before (got 3 and 2)": lambda: edl.RoutingStatistics(1).update(
+        [LAYER._replace(layer=3), LAYER._replace(layer=3, experts=LAYER.experts.expand(4, 2))]
     ),
     "experts must be int32 or int64": lambda: edl.RoutingStatistics(1).update(
         LAYER._replace(experts=torch.zeros(4, 1))

@@ -142,10 +142,11 @@ class RoutingStatistics:
                     f"edl::{OP}: {self.labels} must be in [-1, {len(self.domains)}), masks must hold 0 and 1, and "
                     "cu_seqlens must grow from 0 to at most the number of tokens (got others)"
                 )
-            found = []
+            found: list[tuple[LayerFacts, LayerSums]] = []
+            known = dict(self._layers)
             for place, layer in enumerate(layers):
                 facts = facts_of(layer, place, len(ids), self.top_k)
-                self._compare(facts)
+                _compare(known.setdefault(facts.number, facts), facts)
                 device = next(x.device for x in (layer.scores, layer.logits, layer.experts) if x is not None)
                 found.append((facts, sums_of(layer, ids.to(device), facts, len(self.domains), self.scores)))
             for facts, sums in found:  # all of a call or nothing
@@ -162,14 +163,6 @@ class RoutingStatistics:
                 f"once (got soft labels {list(given.shape)})"
             )
         return batch.segments(self.labels, len(self.domains), "token")
-
-    def _compare(self, facts: LayerFacts) -> None:
-        known = self._layers.get(facts.number, facts)
-        if (known.num_experts, known.top_k) != (facts.num_experts, facts.top_k):
-            raise ValueError(
-                f"edl::{OP}: layer {facts.number} must have {known.num_experts} experts, {known.top_k} for each token, "
-                f"as before (got {facts.num_experts} and {facts.top_k})"
-            )
 
     def _count(self, facts: LayerFacts, sums: LayerSums) -> None:
         device = sums.choices.device
@@ -352,6 +345,15 @@ class RoutingStatistics:
 
 if not TYPE_CHECKING:  # torch's decorator is untyped and would hide the types
     RoutingStatistics.add = torch.compiler.disable(RoutingStatistics.add)
+
+
+def _compare(known: LayerFacts, facts: LayerFacts) -> None:
+    """Raises where a layer is another one than before."""
+    if (known.num_experts, known.top_k) != (facts.num_experts, facts.top_k):
+        raise ValueError(
+            f"edl::{OP}: layer {facts.number} must have {known.num_experts} experts, {known.top_k} for each token, as "
+            f"before (got {facts.num_experts} and {facts.top_k})"
+        )
 
 
 def _names_of(domains: Any) -> tuple[str, ...]:

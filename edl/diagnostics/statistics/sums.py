@@ -82,18 +82,29 @@ def facts_of(observation: Observation, place: int, num_tokens: int, top_k: int |
     number = place if observation.layer < 0 else observation.layer
     routing = observation.logits if observation.scores is None else observation.scores
     experts, counts = observation.experts, observation.tokens_per_expert
-    checks.check_given(OP, logits=observation.logits, scores=observation.scores, experts=experts)
+    given = {
+        "logits": observation.logits,
+        "scores": observation.scores,
+        "experts": experts,
+        "tokens_per_expert": counts,
+    }
+    checks.check_given(OP, **given)
+    checks.check_memory(OP, **given)
     for name, tensor in {"logits or scores": routing, "experts": experts}.items():
         if tensor is not None and (tensor.dim() != 2 or tensor.shape[0] != num_tokens or tensor.shape[1] < 1):
             raise ValueError(
                 f"edl::{OP}: {name} of layer {number} must have a row for each of the {num_tokens} tokens (got "
                 f"{list(tensor.shape)})"
             )
+    if routing is not None and experts is not None and routing.device != experts.device:
+        raise ValueError(
+            f"edl::{OP}: what layer {number} tells must lie on one device (got {routing.device} and {experts.device})"
+        )
     if routing is not None and not routing.is_floating_point():
         raise ValueError(f"edl::{OP}: logits or scores must be floating (got {routing.dtype})")
     if experts is not None and experts.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"edl::{OP}: experts must be int32 or int64 (got {experts.dtype})")
-    if routing is None and counts is None:
+    if routing is None and (counts is None or counts.dim() != 1):
         raise ValueError(
             f"edl::{OP}: layer {number} must tell its number of experts, by logits, scores or tokens_per_expert (got "
             f"{'experts alone' if experts is not None else 'none of its tokens'})"

@@ -101,7 +101,8 @@ class RoutingStatisticsCallback(TrainerCallback):
         whole = self.evaluation.reduce(_all_processes(args))
         if args.should_save and whole.layers:
             os.makedirs(args.output_dir, exist_ok=True)
-            whole.save(os.path.join(args.output_dir, f"{NAME}_{prefix}.safetensors"))
+            name = f"{NAME}_{prefix}".replace("/", "_")  # a data set may be called so
+            whole.save(os.path.join(args.output_dir, f"{name}.safetensors"))
         return {f"{prefix}_{name}": value for name, value in whole.measures(**self._shown).items()}
 
     def save(self, args: Any, folder: str) -> None:

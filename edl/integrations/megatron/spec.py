@@ -95,7 +95,8 @@ def patch_spec(
         coeff (float): weight of the loss of each layer, as of Megatron's other auxiliary losses; at least 0. With 0 the
             spec is returned unchanged and num_domains may be None.
         objectives (Objectives): bound to no ranks; each router binds a copy. A weight is that of the mean over the MoE
-            layers of the decoder.
+            layers of the decoder. All count into the statistics of the objectives (`reduce_statistics`), if there are
+            any, each with the number of its layer; `Objectives({}, statistics=...)` does nothing else.
         eps (float): see `edl.ExpertDivergenceLoss`; of the short form. Default: 1e-6.
         bias_correction (bool): see `edl.ExpertDivergenceLoss`; of the short form. Default: False.
         accumulate (bool): compute the objectives over the micro-batches of a step so far (`edl.DomainMemory`), not

@@ -1,13 +1,4 @@
-"""Statistics of Megatron's routers, over all ranks.
-
-statistics = edl.RoutingStatistics(["code", "news"])
-spec = patch_spec(spec, Objectives({...}, statistics=statistics))       # or Objectives({}, ...): only look
-...
-statistics.snapshot(iteration)                                          # on every rank
-whole = reduce_statistics(statistics, model.config)                     # on every rank
-if torch.distributed.get_rank() == 0:
-    whole.save("routing.safetensors")
-"""
+"""Statistics of Megatron's routers, over all ranks."""
 
 from typing import Any
 
@@ -19,6 +10,14 @@ from edl.diagnostics.statistics import RoutingStatistics
 def reduce_statistics(statistics: RoutingStatistics, config: Any, only_latest: bool = False) -> RoutingStatistics:
     """The sums of all ranks: data and context parallel ones hold different tokens, tensor parallel ones with sequence
     parallelism, and count once without; pipeline stages hold different layers.
+
+        statistics = edl.RoutingStatistics(["code", "news"])
+        spec = patch_spec(spec, Objectives({...}, statistics=statistics))  # without objectives it only looks
+        ...
+        statistics.snapshot(iteration)  # on every rank, as all of this
+        whole = reduce_statistics(statistics, model.config)
+        if torch.distributed.get_rank() == 0:
+            whole.save("routing.safetensors")
 
     Args:
         statistics (RoutingStatistics): of this rank. All ranks call, between the same steps.

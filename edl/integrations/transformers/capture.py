@@ -114,6 +114,11 @@ class _Capture:
     def __reduce__(self) -> tuple[type["_Capture"], tuple[()]]:
         return (_Capture, ())  # copied or pickled along with the hooks of a model
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether somebody teaches the routers, and does not only look."""
+        return self.objectives is not None and bool(self.objectives.objectives) and not self.evaluates
+
     def clear(self) -> None:
         self.is_recording = False
         self.needs_gradient = True
@@ -135,8 +140,7 @@ class _Capture:
         self.clear()
         if not torch.compiler.is_compiling():
             self.warn_of_frozen()
-        has_loss = self.objectives is not None and bool(self.objectives.objectives) and not self.evaluates
-        self.is_recording, self.needs_gradient = True, has_loss and not is_collecting
+        self.is_recording, self.needs_gradient = True, self.has_loss and not is_collecting
         inputs = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         self.batch_shape = next((list(x.shape[:2]) for x in inputs if isinstance(x, Tensor) and x.dim() >= 2), [0])
 
@@ -173,8 +177,7 @@ class _Capture:
         self.is_recording = False
 
     def warn_of_frozen(self) -> None:
-        has_loss = self.objectives is not None and bool(self.objectives.objectives) and not self.evaluates
-        if self.part is None or self.warned_of_frozen or not has_loss:
+        if self.part is None or self.warned_of_frozen or not self.has_loss:
             return
         self.warned_of_frozen = True
         frozen = frozen_routers(self.part, self.names)

@@ -102,7 +102,10 @@ def test_coverage(mass):
 
 
 def test_coverage_is_not_one_more_by_rounding():
-    assert measures.coverage(torch.full((10,), 0.1, dtype=torch.float64)) == 9  # 9 × 0.1 < 0.9
+    for num_experts in (9, 10, 11, 64):
+        alike = torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)
+        masses = [number / num_experts for number in range(1, num_experts + 1)]
+        assert [measures.coverage(alike, mass).item() for mass in masses] == list(range(1, num_experts + 1))
     assert measures.coverage(torch.full((10,), 0.1)) == 9
     assert measures.coverage(torch.tensor([0.0, 1.0, 0.0]), mass=1.0) == 1
 

@@ -285,6 +285,7 @@ HOSTILE = {
     "a huge archived array": ("x.npz", archive(npy("<i2", (2**40, 2)))),
     "a size that overflows": ("x.npy", npy("<i2", (2**62, 8))),
     "a negative size": ("x.npy", npy("<i2", (-2, -3), bytes(12))),
+    "a size that is left open": ("x.npy", npy("<i2", (-1, 2), bytes(12))),
     "a size that is no number": ("x.npy", npy("<i2", ("a", 2))),
     "a shape too small": ("x.npy", npy("<i2", (1, 2), bytes(400))),
     "a cut array": ("x.npy", npy("<i2", (3, 2), bytes(11))),

@@ -83,7 +83,7 @@ def _rank(path: pathlib.Path, micro_batch_size: int) -> tuple[list[_Part], int]:
             raise ValueError(
                 f"edl::read_trace: {name} of {path} must have a step, a layer and top_indices (got {sorted(row)[:8]})"
             )
-        if row.get("block", "decoder") == "decoder" and row.get("mtp_idx") is None:
+        if row.get("block", "decoder") == "decoder":
             steps.setdefault(step, {}).setdefault(layer, []).append(_choices(row["top_indices"], path, name))
     parts, repeated = [], 0
     for step, layers in steps.items():

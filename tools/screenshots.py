@@ -1,6 +1,6 @@
 """Pictures of a page in a browser: as a desk, a phone and the dark have it.
 
-    python tools/screenshots.py PAGE.html FOLDER
+python tools/screenshots.py PAGE.html FOLDER
 """
 
 import argparse
@@ -8,7 +8,12 @@ import base64
 import pathlib
 import shutil
 
-VIEWS = {"desktop": (1280, 900, False), "dark": (1280, 900, True), "phone": (360, 780, False), "phone-dark": (360, 780, True)}
+VIEWS = {
+    "desktop": (1280, 900, False),
+    "dark": (1280, 900, True),
+    "phone": (360, 780, False),
+    "phone-dark": (360, 780, True),
+}
 
 
 def start_browser():

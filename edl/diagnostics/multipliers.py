@@ -47,7 +47,7 @@ def units_of(record: Record) -> Units:
             f"{len(record.layers)})"
         )
     names, groups = np.unique(record.groups, return_inverse=True)
-    cells, of_documents = np.unique(record.labels * len(names) + groups.ravel(), return_inverse=True)
+    cells, of_documents = np.unique(record.labels.astype(np.int64) * len(names) + groups.ravel(), return_inverse=True)
     return Units(cells // max(len(names), 1), cells % max(len(names), 1), of_documents.ravel())
 
 

@@ -55,7 +55,7 @@ def verdicts(run: Findings) -> list[Verdict]:
     value = mean_divergence(run)
     share = words.percent(max(value, 0) / MOST_POSSIBLE) if words.is_known(value) else "Not known"
     size = Verdict("How far apart are domains?", share, "raw", "of the largest divergence possible")
-    beyond_token = run.beyond_token and run.beyond_token.standardised
+    beyond_token = None if run.beyond_token is None else run.beyond_token.standardised
     return [
         size,
         verdict("More than chance?", run.compared, "raw", "domains choose differently"),
@@ -118,18 +118,15 @@ def at_equal_tokens(run: Findings) -> str:
         return "Whether experts know more than the current token needs a record with token ids."
     whole = run.beyond_token.standardised.whole
     covered = words.percent(float(summaries.mean_of(run.beyond_token.covered)))
+    tokens = f"At equal tokens, which cover {covered} of the text,"
     if not words.is_known(whole.value):
         return "What is left of it at equal tokens is not known."
     if not words.is_known(whole.p):
-        return f"At equal tokens, which cover {covered} of the text, {words.estimated(whole)} are left."
+        return f"{tokens} {words.estimated(whole)} are left."
     if not words.rejects(whole.p):
-        return (
-            f"At equal tokens, which cover {covered} of the text, the rest is {words.estimated(whole)}: the router may "
-            "see no more than the word before it."
-        )
+        return f"{tokens} the rest is {words.estimated(whole)}: the router may see no more than the token before it."
     return (
-        f"At equal tokens, which cover {covered} of the text, {words.estimated(whole, True)} are left: experts respond to "
-        "the domain, not to its vocabulary alone."
+        f"{tokens} {words.estimated(whole, True)} are left: experts respond to the domain, not to its vocabulary alone."
     )
 
 
@@ -237,9 +234,10 @@ def of_coverage(run: Findings) -> str:
     if not np.isfinite(share).any():
         return "How many experts a domain needs is not known."
     place, domain = np.unravel_index(int(np.nanargmin(share)), share.shape)
+    average = words.percent(float(summaries.mean_of(share)))
     return (
-        f"On average {words.percent(float(summaries.mean_of(share)))} of a layer’s experts hold 90\u00a0% of a domain’s "
-        f"choices; {words.name(run.domains[domain])} needs the fewest, in layer {run.layers[place].facts.number}: "
+        f"On average {average} of a layer’s experts hold 90\u00a0% of a domain’s choices; "
+        f"{words.name(run.domains[domain])} needs the fewest, in layer {run.layers[place].facts.number}: "
         f"{int(coverage[place, domain])} of {sizes[place, 0]}."
     )
 

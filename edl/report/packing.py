@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edl.diagnostics.extras import require
-from edl.diagnostics.findings import Change, Findings
+from edl.diagnostics.findings import Change, Comparison, Findings
 from edl.report import summaries, words
 
 # Pages of more numbers than these hold them with 11 significant bits, which is three digits.
@@ -85,9 +85,7 @@ def pack_run(run: Findings) -> str:
         ],
         "tree": summaries.tree(run),
         "tokenTexts": {number: words.token(text) for number, text in run.token_texts.items()},
-        "examples": [
-            {"domain": each.domain, "tokens": each.tokens, "experts": each.experts} for each in run.examples
-        ],
+        "examples": [{"domain": each.domain, "tokens": each.tokens, "experts": each.experts} for each in run.examples],
         "course": None
         if run.course is None
         else {
@@ -129,7 +127,7 @@ def partners_of(coactivation: Any, experts: int) -> tuple[Any, Any]:
 def compared_arrays(run: Findings, real: Any) -> dict[str, Any]:
     """What the tests of a run say."""
     np = require("numpy", "page")
-    found = {}
+    found: dict[str, Any] = {}
     for name, comparison in comparisons(run).items():
         found |= {
             f"{name}Corrected": np.asarray(comparison.corrected, real),
@@ -144,10 +142,10 @@ def compared_arrays(run: Findings, real: Any) -> dict[str, Any]:
     return found
 
 
-def comparisons(run: Findings) -> dict[str, Any]:
+def comparisons(run: Findings) -> dict[str, Comparison]:
     """The comparisons that a run has, by name."""
-    found = {"raw": run.compared, "standardised": run.beyond_token and run.beyond_token.standardised}
-    return {name: comparison for name, comparison in found.items() if comparison is not None}
+    found = {} if run.compared is None else {"raw": run.compared}
+    return found if run.beyond_token is None else {**found, "standardised": run.beyond_token.standardised}
 
 
 def token_arrays(run: Findings, real: Any) -> dict[str, Any]:
@@ -155,9 +153,7 @@ def token_arrays(run: Findings, real: Any) -> dict[str, Any]:
     np = require("numpy", "page")
     rows = [row[:MOST_TOKENS] for layer in run.layers if len(layer.top_tokens) for row in layer.top_tokens]
     numbers = [
-        len(row[:MOST_TOKENS])
-        for layer in run.layers
-        for row in (layer.top_tokens or [()] * layer.facts.num_experts)
+        len(row[:MOST_TOKENS]) for layer in run.layers for row in (layer.top_tokens or [()] * layer.facts.num_experts)
     ]
     tokens = [token for row in rows for token in row]
     columns = list(zip(*tokens)) or [(), (), ()]

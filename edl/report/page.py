@@ -36,8 +36,8 @@ def write_page(runs: Sequence[Findings], path: str | os.PathLike[str], changes: 
 def page(runs: Sequence[Findings], changes: Sequence[Change] = ()) -> str:
     """The page as HTML.
 
-    Its Content-Security-Policy lets it run its own script, known by its hash, and load nothing. Names and texts in it are
-    foreign: what HTML holds is escaped, what scripts read is packed.
+    Its Content-Security-Policy lets it run its own script, known by its hash, and load nothing. Names and texts in it
+    are foreign: what HTML holds is escaped, what scripts read is packed.
 
     Args:
         runs (sequence of Findings): one, or several to see beside each other.

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from edl.diagnostics.extras import require
 from edl.diagnostics.findings import Comparison, Findings
-from edl.report import summaries, words
+from edl.report import packing, summaries, words
 
 # Rows of pairs that the page holds as text; scripts show all of them.
 MOST_PAIRS = 30
@@ -62,25 +62,30 @@ def layer_numbers(run: Findings) -> list[str]:
 
 def of_layers(run: Findings) -> Table:
     """Divergences of each layer."""
-    columns = [Column("Layer"), Column("I(E;D)", "nats, what the expert tells of the domain"),
-               Column("Raw", "nats, divergence of the domains' choices"), Column("95\u00a0% interval"),
-               Column("p", "adjusted for the number of layers")]  # fmt: skip
+    columns = [
+        Column("Layer"),
+        Column("I(E;D)", "nats, what the expert tells of the domain"),
+        Column("Raw", "nats, divergence of the domains' choices"),
+        Column("95\u00a0% interval"),
+        Column("p", "adjusted for the number of layers"),
+    ]
     if run.beyond_token is not None:
-        columns += [Column("Vocabulary", "nats, what a router would show that sees the token alone"),
-                    Column("Equal tokens", "nats, what is left of it at equal tokens"), Column("95\u00a0% interval"),
-                    Column("p", "adjusted for the number of layers"),
-                    Column("Same token", "nats, mean divergence of one and the same token id")]  # fmt: skip
+        columns += [
+            Column("Vocabulary", "nats, what a router would show that sees the token alone"),
+            Column("Equal tokens", "nats, what is left of it at equal tokens"),
+            Column("95\u00a0% interval"),
+            Column("p", "adjusted for the number of layers"),
+            Column("Same token", "nats, mean divergence of one and the same token id"),
+        ]
     plain = summaries.mean_of(run.divergence, 1)
-    composition = summaries.mean_of(run.beyond_token.composition, 1) if run.beyond_token else None
-    same_token = summaries.mean_of(run.beyond_token.same_token, 1) if run.beyond_token else None
     rows = []
     for place, number in enumerate(layer_numbers(run)):
         row = cells(number, words.number(run.information[place]))
         row += tested(run.compared, place) if run.compared else cells(words.number(plain[place]), "–", "not tested")
         if run.beyond_token is not None:
-            row += cells(words.number(composition[place]))
+            row += cells(words.number(summaries.mean_of(run.beyond_token.composition[place])))
             row += tested(run.beyond_token.standardised, place)
-            row += cells(words.number(same_token[place]))
+            row += cells(words.number(summaries.mean_of(run.beyond_token.same_token[place])))
         rows.append(row)
     return Table("layers", "Divergence of domains by layer, mean over pairs", columns, rows)
 
@@ -99,9 +104,15 @@ def tested(comparison: Comparison, place: int) -> list[Cell]:
 
 def of_load(run: Findings) -> Table:
     """Load of each layer."""
-    columns = [Column("Layer"), Column("Experts"), Column("K", "experts per token"),
-               Column("MaxVio", "(busiest expert − mean) / mean"), Column("Busiest", "its number"),
-               Column("Dead"), Column("Which", "numbers of experts that nobody chose", False)]  # fmt: skip
+    columns = [
+        Column("Layer"),
+        Column("Experts"),
+        Column("K", "experts per token"),
+        Column("MaxVio", "(busiest expert − mean) / mean"),
+        Column("Busiest", "its number"),
+        Column("Dead"),
+        Column("Which", "numbers of experts that nobody chose", False),
+    ]
     np = require("numpy", "page")
     rows = []
     for place, layer in enumerate(run.layers):
@@ -110,16 +121,22 @@ def of_load(run: Findings) -> Table:
         which = ", ".join(map(str, dead[:MOST_LISTED])) + (" …" if len(dead) > MOST_LISTED else "")
         top_k = str(layer.facts.top_k) if layer.facts.top_k else "–"
         violation = words.number(run.load_violation[place])
-        rows.append(cells(str(layer.facts.number), str(layer.facts.num_experts), top_k, violation, busiest,
-                          str(len(dead)), which))  # fmt: skip
+        rows.append(
+            cells(
+                str(layer.facts.number), str(layer.facts.num_experts), top_k, violation, busiest, str(len(dead)), which
+            )
+        )
     return Table("load", "Load by layer", columns, rows)
 
 
 def of_domains(run: Findings, strongest: Sequence[Sequence[summaries.Cell]]) -> Table:
     """Which experts for each domain."""
-    columns = [Column("Domain", "", False), Column("Documents"), Column("Tokens"),
-               Column("Its experts", "of all layers: how many times the mean over domains, share of its choices",
-                      False)]  # fmt: skip
+    columns = [
+        Column("Domain", "", False),
+        Column("Documents"),
+        Column("Tokens"),
+        Column("Its experts", "of all layers: how many times the mean over domains, share of its choices", False),
+    ]
     rows = []
     for domain, name in enumerate(run.domains):
         found = [
@@ -127,16 +144,28 @@ def of_domains(run: Findings, strongest: Sequence[Sequence[summaries.Cell]]) -> 
             f"{words.percent(each.share)})"
             for each in strongest[domain][:MOST_EXPERTS]
         ]
-        rows.append(cells(name, f"{int(run.documents[domain]):,}", f"{int(run.tokens[domain]):,}",
-                          "; ".join(found) or "none beyond chance"))  # fmt: skip
+        rows.append(
+            cells(
+                name,
+                f"{int(run.documents[domain]):,}",
+                f"{int(run.tokens[domain]):,}",
+                "; ".join(found) or "none beyond chance",
+            )
+        )
     return Table("domains", "The experts that set a domain apart", columns, rows)
 
 
 def of_coverage(run: Findings) -> Table:
     """How few experts hold 90 % of each domain's choices."""
     np = require("numpy", "page")
-    columns = [Column("Domain", "", False), Column("Mean", "experts that hold 90 % of its choices"),
-               Column("Fewest"), Column("in layer"), Column("Most"), Column("in layer")]  # fmt: skip
+    columns = [
+        Column("Domain", "", False),
+        Column("Mean", "experts that hold 90 % of its choices"),
+        Column("Fewest"),
+        Column("in layer"),
+        Column("Most"),
+        Column("in layer"),
+    ]
     coverage, numbers = np.asarray(run.coverage, np.float64), layer_numbers(run)
     coverage = np.where(coverage > 0, coverage, np.nan)
     rows = []
@@ -146,17 +175,29 @@ def of_coverage(run: Findings) -> Table:
             rows.append(cells(name, *["–"] * 5))
             continue
         least, most = int(np.nanargmin(of_layers)), int(np.nanargmax(of_layers))
-        rows.append(cells(name, words.number(summaries.mean_of(of_layers)), str(int(of_layers[least])),
-                          numbers[least], str(int(of_layers[most])), numbers[most]))  # fmt: skip
+        rows.append(
+            cells(
+                name,
+                words.number(summaries.mean_of(of_layers)),
+                str(int(of_layers[least])),
+                numbers[least],
+                str(int(of_layers[most])),
+                numbers[most],
+            )
+        )
     return Table("coverage", "Experts that hold 90\u00a0% of a domain’s choices", columns, rows)
 
 
 def of_tokens(run: Findings, strongest: Sequence[Sequence[summaries.Cell]]) -> Table:
     """What the most specialised experts read."""
-    columns = [Column("Expert", "", False), Column("Domain", "that sets it apart", False),
-               Column("Tokens that it reads", "the most for their number first", False)]  # fmt: skip
+    columns = [
+        Column("Expert", "", False),
+        Column("Domain", "that sets it apart", False),
+        Column("Tokens that it reads", "the most for their number first", False),
+    ]
     found = sorted((cell for cells in strongest for cell in cells), key=lambda cell: -cell.share * cell.ratio)
-    rows, seen = [], set()
+    rows: list[list[Cell]] = []
+    seen = set()
     for cell in found:
         tops = run.layers[cell.layer].top_tokens
         if (cell.layer, cell.expert) in seen or not len(tops) or len(rows) == MOST_LISTED:
@@ -170,21 +211,26 @@ def of_tokens(run: Findings, strongest: Sequence[Sequence[summaries.Cell]]) -> T
 
 def of_pairs(run: Findings) -> Table:
     """Pairs of domains, mean over layers, the furthest apart."""
-    control, compared = run.beyond_token, run.compared
+    control = run.beyond_token
     columns = [Column("Pair", "", False), Column("Raw", "nats, divergence of the choices")]
     values: list[Any] = [summaries.mean_of(summaries.divergence(run), 0)]
     if control is not None:
-        columns += [Column("Vocabulary", "nats, what a router would show that sees the token alone"),
-                    Column("Equal tokens", "nats, what is left of it at equal tokens"),
-                    Column("Same token", "nats, mean divergence of one and the same token id"),
-                    Column("Covered", "share of the tokens for which the control speaks")]  # fmt: skip
-        values += [summaries.mean_of(each, 0) for each in (control.composition, control.standardised.corrected,
-                                                           control.same_token)]  # fmt: skip
+        columns += [
+            Column("Vocabulary", "nats, what a router would show that sees the token alone"),
+            Column("Equal tokens", "nats, what is left of it at equal tokens"),
+            Column("Same token", "nats, mean divergence of one and the same token id"),
+            Column("Covered", "share of the tokens for which the control speaks"),
+        ]
+        values += [
+            summaries.mean_of(each, 0)
+            for each in (control.composition, control.standardised.corrected, control.same_token)
+        ]
     columns.append(Column("Overlap", "share of choices that both have in common"))
-    tests = {"Raw": compared, "Equal tokens": control.standardised if control else None}
-    tests = {title: comparison for title, comparison in tests.items() if comparison is not None}
-    columns += [Column(f"{title}: layers", "in which it is more than chance, adjusted for layers and pairs")
-                for title in tests]  # fmt: skip
+    titles = {"raw": "Raw", "standardised": "Equal tokens"}
+    tests = {titles[kind]: comparison for kind, comparison in packing.comparisons(run).items()}
+    columns += [
+        Column(f"{title}: layers", "in which it is more than chance, adjusted for layers and pairs") for title in tests
+    ]
     overlap = summaries.mean_of(run.overlap, 0)
     pairs = summaries.names_of_pairs(run)
     order = sorted(range(len(pairs)), key=lambda pair: -values[0][pair] if words.is_known(values[0][pair]) else 1)
@@ -210,17 +256,23 @@ def layers_found(comparison: Comparison, pair: int) -> Cell:
 
 def of_measures(run: Findings) -> Table:
     """What else is measured by layer."""
-    columns = [Column("Layer"), Column("Token entropy", "nats, of a token's scores"),
-               Column("Margin", "distance of the K-th score to the next"),
-               Column("H(E)", "nats, entropy of the mean routing"), Column("I(E;D)", "nats, between domains"),
-               Column("Documents", "nats, between documents of a domain"), Column("Within", "nats, within a document"),
-               Column("Overlap, one domain", "share of choices that two documents of one domain have in common"),
-               Column("Overlap, two domains", "the same for documents of two domains")]  # fmt: skip
+    columns = [
+        Column("Layer"),
+        Column("Token entropy", "nats, of a token's scores"),
+        Column("Margin", "distance of the K-th score to the next"),
+        Column("H(E)", "nats, entropy of the mean routing"),
+        Column("I(E;D)", "nats, between domains"),
+        Column("Documents", "nats, between documents of a domain"),
+        Column("Within", "nats, within a document"),
+        Column("Overlap, one domain", "share of choices that two documents of one domain have in common"),
+        Column("Overlap, two domains", "the same for documents of two domains"),
+    ]
     rows = []
     for place, layer in enumerate(run.layers):
         numbers = [summaries.mean_of(layer.token_entropy), summaries.mean_of(layer.margin), *run.decomposition[place]]
-        rows.append(cells(str(layer.facts.number), *map(words.number, numbers),
-                          *map(words.percent, layer.document_overlap)))  # fmt: skip
+        rows.append(
+            cells(str(layer.facts.number), *map(words.number, numbers), *map(words.percent, layer.document_overlap))
+        )
     return Table("measures", "Measures by layer", columns, rows)
 
 

@@ -340,6 +340,22 @@ def test_a_layer_that_chose_nothing_is_not_known():
         assert found.whole.value == found.layer_value[0] and np.isfinite(found.whole.p)
 
 
+def test_documents_without_tokens_change_nothing():
+    record = random_record()
+    longer = Record(
+        record.layers,
+        record.domains,
+        record.token_ids,
+        np.append(record.offsets, [record.num_tokens] * 3),
+        np.append(record.labels, [0, 1, 1]),
+        [record.experts(0)],
+    )
+    (raw, beyond), (raw_before, beyond_before) = everything(longer), everything(record)
+    for found, before in ((raw, raw_before), (beyond.standardised, beyond_before.standardised)):
+        np.testing.assert_allclose(found.plain, before.plain)
+        np.testing.assert_allclose(found.corrected, before.corrected, atol=1e-3)  # other signs
+
+
 def test_an_unused_expert_changes_nothing():
     record = random_record()
     more = Record(

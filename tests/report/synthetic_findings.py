@@ -27,7 +27,7 @@ def findings(
     record=True,
     strength=1.0,
     tokens_listed=8,
-    vocabulary=len(WORDS),
+    vocabulary=20,
     seed=0,
 ) -> Findings:
     """A run whose experts specialise more in the middle of the model."""

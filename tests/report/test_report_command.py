@@ -36,8 +36,8 @@ def save_run(folder, seed, shift, layers=2):
 
 @pytest.fixture
 def runs(tmp_path):
-    save_run(tmp_path / "before", 0, 0.0)
-    save_run(tmp_path / "after", 0, 0.8)
+    save_run(tmp_path / "before", 1, 0.0)
+    save_run(tmp_path / "after", 1, 0.8)
     return tmp_path
 
 

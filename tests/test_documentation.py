@@ -200,6 +200,7 @@ class Model(nn.Module):
         return self.router(self.embedding(tokens))
 """,
     },
+    "docs/seeing.md": {"statistics = edl": "import edl\n" + HUGGING_FACE},
     "docs/torchtitan.md": {
         "import edl": """
 import types
@@ -272,6 +273,12 @@ assert len(chosen) == 4 and all((quarters == languages[:, None]).all() for quart
         "class Router(": """
 assert output.sum().backward() is None and model.router.weight.grad.abs().sum() > 0
 """,
+    },
+    "docs/seeing.md": {
+        "statistics = edl": """
+assert statistics.sums[0].tokens.tolist() == [32, 16, 16] and len(statistics.layers) == 2
+assert edl.RoutingStatistics.load("statistics.safetensors").snapshots[0].step == 2
+"""
     },
     "docs/torchtitan.md": {
         "import edl": """

@@ -97,11 +97,10 @@ def sentences(run: Findings, strongest: Sequence[Sequence[summaries.Cell]]) -> l
 
 def difference(run: Findings) -> str:
     """How much domains differ in their experts."""
-    domains = words.count(len(run.domains), "domain")
+    domains, value = words.count(len(run.domains), "domain"), mean_divergence(run)
+    if not words.is_known(value):
+        return f"How much the {domains} differ in their choice of experts is not known."
     if run.compared is None:
-        value = mean_divergence(run)
-        if not words.is_known(value):
-            return f"How much the {domains} differ in their choice of experts is not known."
         return (
             f"The choices of the {domains} diverge by {words.number(value)} nats on average; without a record of "
             "documents this was not tested, and small samples alone make it larger than 0."
@@ -109,7 +108,8 @@ def difference(run: Findings) -> str:
     whole = run.compared.whole
     if words.is_known(whole.p) and not words.rejects(whole.p):
         return f"Differences between the choices of the {domains} are {words.estimated(whole)}."
-    return f"Averaged over layers and pairs, the choices of the {domains} diverge by {words.estimated(whole, True)}."
+    nats = words.estimated(whole, with_test=False)
+    return f"Averaged over layers and pairs, the choices of the {domains} diverge by {nats}."
 
 
 def at_equal_tokens(run: Findings) -> str:
@@ -124,10 +124,9 @@ def at_equal_tokens(run: Findings) -> str:
     if not words.is_known(whole.p):
         return f"{tokens} {words.estimated(whole)} are left."
     if not words.rejects(whole.p):
-        return f"{tokens} the rest is {words.estimated(whole)}: the router may see no more than the token before it."
-    return (
-        f"{tokens} {words.estimated(whole, True)} are left: experts respond to the domain, not to its vocabulary alone."
-    )
+        return f"{tokens} the rest is {words.estimated(whole)}: the router may see no more than the current token."
+    nats = words.estimated(whole, with_test=False)
+    return f"{tokens} {nats} are left: experts respond to the domain, not to its vocabulary alone."
 
 
 def where(run: Findings, strongest: Sequence[Sequence[summaries.Cell]]) -> str:
@@ -245,7 +244,7 @@ def of_coverage(run: Findings) -> str:
 def of_change(change: Change) -> list[tuple[str, str]]:
     """What differs from the earlier run: what it is, how much."""
     return [
-        ("What an expert tells of the domain, I(E;D)", words.estimated(change.information)),
-        ("Divergence at equal tokens", words.estimated(change.standardised)),
+        ("What an expert tells of the domain, I(E;D)", words.estimated(change.information, with_test=False)),
+        ("Divergence at equal tokens", words.estimated(change.standardised, with_test=False)),
         ("Documents that both runs have seen", f"{change.paired:,}"),
     ]

@@ -14,6 +14,13 @@ from edl.report import summaries, words
 MOST_EXACT = 2**17
 MOST_PARTNERS = 8
 MOST_TOKENS = 8
+# What the page's scripts only hand on.
+_LAYER_ARRAYS = {
+    "tokenEntropy": "token_entropy",
+    "margin": "margin",
+    "documentEntropy": "document_entropy",
+    "documentOverlap": "document_overlap",
+}
 
 
 def pack(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> str:
@@ -66,10 +73,13 @@ def pack_run(run: Findings) -> str:
         "specialisation": joined([summaries.specialisation(layer.usage) for layer in layers], real),
         "coverage": np.asarray(run.coverage, np.float32),
         "information": np.asarray(run.information, np.float32),
+        "decomposition": np.asarray(run.decomposition, np.float32),
         "loadViolation": np.asarray(run.load_violation, np.float32),
         "overlap": np.asarray(run.overlap, real),
         "divergence": np.asarray(run.divergence, real),
     }
+    for name, of_layer in _LAYER_ARRAYS.items():
+        arrays[name] = joined([getattr(layer, of_layer) for layer in layers], np.float32)
     if all(layer.is_certain is not None for layer in layers):
         certain = joined([layer.is_certain for layer in layers], np.bool_)
         arrays["certain"] = np.packbits(certain, bitorder="little")

@@ -62,7 +62,10 @@ def page(runs: Sequence[Findings], changes: Sequence[Change] = ()) -> str:
     html = environment.get_template("page.html").render(
         title=" · ".join(words.name(run.title) for run in runs),
         runs=[parts_of(run, widest) for run in runs],
-        changes=[{"change": change, "values": answers.of_change(change)} for change in changes],
+        changes=[
+            {"change": change, "values": answers.of_change(change), "table": tables.of_change(change)}
+            for change in changes
+        ],
         facts=tables.of_runs(runs),
         packed=[packing.pack_run(run) for run in runs],
         packed_changes=packing.pack_changes(changes),

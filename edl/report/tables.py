@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from edl.diagnostics.extras import require
-from edl.diagnostics.findings import Comparison, Findings
+from edl.diagnostics.findings import Change, Comparison, Findings
 from edl.report import packing, summaries, words
 
 # Rows of pairs that the page holds as text; scripts show all of them.
@@ -58,6 +58,11 @@ def cells(*texts: str) -> list[Cell]:
 def layer_numbers(run: Findings) -> list[str]:
     """What layers are called."""
     return [str(layer.facts.number) for layer in run.layers]
+
+
+def names_of(run: Findings) -> list[str]:
+    """What domains are called."""
+    return [name or "(no name)" for name in run.domains]
 
 
 def of_layers(run: Findings) -> Table:
@@ -138,7 +143,7 @@ def of_domains(run: Findings, strongest: Sequence[Sequence[summaries.Cell]]) -> 
         Column("Its experts", "of all layers: how many times the mean over domains, share of its choices", False),
     ]
     rows = []
-    for domain, name in enumerate(run.domains):
+    for domain, name in enumerate(names_of(run)):
         found = [
             f"layer {run.layers[each.layer].facts.number}, expert {each.expert} ({words.times(each.ratio)}, "
             f"{words.percent(each.share)})"
@@ -169,7 +174,7 @@ def of_coverage(run: Findings) -> Table:
     coverage, numbers = np.asarray(run.coverage, np.float64), layer_numbers(run)
     coverage = np.where(coverage > 0, coverage, np.nan)
     rows = []
-    for domain, name in enumerate(run.domains):
+    for domain, name in enumerate(names_of(run)):
         of_layers = coverage[:, domain]
         if not np.isfinite(of_layers).any():
             rows.append(cells(name, *["–"] * 5))
@@ -274,6 +279,18 @@ def of_measures(run: Findings) -> Table:
             cells(str(layer.facts.number), *map(words.number, numbers), *map(words.percent, layer.document_overlap))
         )
     return Table("measures", "Measures by layer", columns, rows)
+
+
+def of_change(change: Change) -> Table:
+    """What differs between two runs in each layer."""
+    columns = [
+        Column("Layer"),
+        Column("I(E;D)", "nats, the later run less the earlier one"),
+        Column("Saturation", "share of a token’s choices in the earlier run that the later one makes, too"),
+    ]
+    values = zip(change.layers, change.layer_information, change.layer_saturation)
+    rows = [cells(str(layer), words.number(nats), words.percent(share)) for layer, nats, share in values]
+    return Table("change", "Change by layer", columns, rows)
 
 
 def of_runs(runs: Sequence[Findings]) -> list[tuple[str, list[str]]]:

@@ -66,19 +66,19 @@ def of_test(p: float) -> str:
     return f"p\u00a0=\u00a0{p:.{3 if p < 0.1 else 2}f}"
 
 
-def estimated(estimate: Estimate, is_brief: bool = False) -> str:
-    """An estimate with what is known of it, within a sentence; in brief, its interval alone."""
+def estimated(estimate: Estimate, with_test: bool = True) -> str:
+    """An estimate with its interval, and with its test unless that stands elsewhere, within a sentence."""
     if not is_known(estimate.value):
         return UNKNOWN
     if is_known(estimate.p) and not rejects(estimate.p):
         bound = f", below {number(estimate.high)} nats" if is_known(estimate.high) else ""
         return f"not distinguishable from chance{bound}"
-    ends = interval(estimate.low, estimate.high)
-    if is_brief:
-        return f"{number(estimate.value)} nats ({ends})"
-    known = [f"95\u00a0% interval {ends}"] if is_known(estimate.low) and is_known(estimate.high) else []
-    known.append(of_test(estimate.p) if is_known(estimate.p) else "not tested")
-    return f"{number(estimate.value)} nats ({', '.join(known)})"
+    known = []
+    if is_known(estimate.low) and is_known(estimate.high):
+        known.append(f"95\u00a0% interval {interval(estimate.low, estimate.high)}")
+    if with_test or not is_known(estimate.p):
+        known.append(of_test(estimate.p) if is_known(estimate.p) else "not tested")
+    return f"{number(estimate.value)} nats" + (f" ({', '.join(known)})" if known else "")
 
 
 def sizes(run: Findings) -> str:

@@ -20,7 +20,7 @@ def size_of(path):
 @pytest.mark.parametrize(
     "runs, expected",
     [
-        (lambda: [made.findings(2, 8, 3, title="a b/c")],
+        (lambda: [made.findings(2, 4, 2, title="a b/c")],
          {"a-b-c-usage-layer-1", "a-b-c-usage-layer-2", "a-b-c-specialisation", "divergence", "course"}),
         (lambda: [dataclasses.replace(made.findings(1, 1, 1, record=False, title="../"), course=None)],
          {"run-usage-layer-1", "run-specialisation", "divergence"}),

@@ -382,6 +382,8 @@ def test_downloads_hold_the_arrays(show, monkeypatch, most_exact, tolerance):
         "overlap": run.overlap,
         "coverage": run.coverage,
         "information": run.information,
+        "decomposition": run.decomposition,
+        "documentEntropy": np.ravel([layer.document_entropy for layer in run.layers]),
     }
     for key, array in wanted.items():
         got = np.array(whole[key], np.float64)
@@ -458,9 +460,8 @@ def test_sentences_and_tables_need_no_scripts():
     run = made.findings(2, 8, 3)
     text = text_of(page.page([run]))
     whole = run.compared.whole
-    assert (
-        f"diverge by {words.number(whole.value)} nats ({words.number(whole.low)} to {words.number(whole.high)})" in text
-    )
+    ends = f"95 % interval {words.number(whole.low)} to {words.number(whole.high)}"
+    assert f"diverge by {words.number(whole.value)} nats ({ends})" in text
     assert "p\u00a0=\u00a00.001" in text.replace("&nbsp;", "\u00a0") or "p = 0.001" in text
     for name in run.domains:
         assert name in text

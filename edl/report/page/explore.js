@@ -111,12 +111,12 @@ function showPanels(run, box) {
   const all = Array.from({ length: layer.experts }, (_, each) => each).filter(each => run.share(layer, domain, each) > 0);
   all.sort((a, b) => run.share(layer, domain, b) - run.share(layer, domain, a));
   panel("domain").replaceChildren(...ranking(`Experts for ${name(run.domains[domain])}`,
-    `Layer ${layer.number}: share of the domain’s choices, times the mean domain`,
+    `Its choices in layer ${layer.number}, times the mean domain`,
     all.slice(0, 8).map(each => row(`Expert ${each}`, domain, each, () => choose({ expert: each })))));
   const domains = run.domains.map((_, each) => each).filter(each => Number.isFinite(run.share(layer, each, expert)));
   domains.sort((a, b) => run.share(layer, b, expert) - run.share(layer, a, expert));
   panel("expert").replaceChildren(...ranking(`Domains for expert ${expert}`,
-    `Layer ${layer.number}: what it takes of a domain’s choices, times the mean domain`,
+    "Of each domain’s choices, times the mean domain",
     domains.slice(0, 8).map(each => row(name(run.domains[each]), each, expert, () => choose({ domain: run.domains[each] })))));
   panel("partners").replaceChildren(...ranking(`Chosen together with expert ${expert}`, "Share of its choices, the 8 strongest",
     run.togetherWith(layer, expert).map(each => ({ label: `Expert ${each.expert}`, size: each.share, text: percent(each.share),

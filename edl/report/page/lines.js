@@ -42,6 +42,10 @@ class Lines extends Chart {
 
   draw(context) {
     this.drawAxes(context);
+    if (!this.settings.series.some(({ values }) => values.some(Number.isFinite))) {
+      context.textAlign = "center";
+      context.fillText("not known", (this.box.left + this.box.right) / 2, (this.box.top + this.box.bottom) / 2);
+    }
     if (this.cursor) {
       context.strokeStyle = ink("soft");
       context.lineWidth = 1;

@@ -185,7 +185,8 @@ class Pairs {
   headRow() {
     return element("tr", {}, ...this.heads().map((title, place) => {
       const head = element("th", { scope: "col", class: place ? "number" : "" });
-      head.title = this.meanings.get(title) ?? "adjusted for layers and pairs";
+      const meaning = this.meanings.get(title) ?? "adjusted for layers and pairs";
+      if (meaning) head.title = meaning;
       if (!place) head.append(title);
       else {
         const button = element("button", { type: "button", class: "sort" }, title);

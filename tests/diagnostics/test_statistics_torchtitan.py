@@ -4,10 +4,11 @@ import importlib.metadata
 
 import pytest
 import torch
+import torchtitan_interface as interface
+import torchtitan_objectives as samples
 import torchtitan_released as released
 from ranks import on_ranks
 from tolerances import assert_close, tolerance
-from torchtitan_objectives import Certainty
 
 import edl
 from edl.objectives import Objectives
@@ -21,7 +22,7 @@ def is_installed(name, version):
         return False
 
 
-pytestmark = pytest.mark.skipif(not is_installed("torchtitan", "0.3."), reason="torchtitan 0.3 is not installed")
+needs_torchtitan = pytest.mark.skipif(not is_installed("torchtitan", "0.3."), reason="torchtitan 0.3 is not installed")
 
 PRECISION = tolerance(torch.float32, released.BATCH * released.LENGTH, roundings=4)
 PER_TOKEN = torch.randint(
@@ -60,7 +61,7 @@ def on_one_process():
     found = {}
     for name in ("plain", "with objectives", "checkpointed"):
         statistics, held_out = edl.RoutingStatistics(released.NUM_DOMAINS), edl.RoutingStatistics(released.NUM_DOMAINS)
-        objectives = {"certainty": (Certainty(), 0.5)} if name == "with objectives" else {}
+        objectives = {"certainty": (samples.Certainty(), 0.5)} if name == "with objectives" else {}
         model = watching(objectives, statistics=statistics, evaluation_statistics=held_out)
         if name == "checkpointed":
             FullAC.Config().build().apply(model)
@@ -110,6 +111,7 @@ def single():
     return on_ranks(1, on_one_process)[0]
 
 
+@needs_torchtitan
 def test_training_and_evaluation_count_each_token_once(single):
     found, sentence, wanted, of_tokens = single
     for trained, evaluated, names in found.values():
@@ -119,8 +121,47 @@ def test_training_and_evaluation_count_each_token_once(single):
     assert sentence.startswith("edl::torchtitan: statistics need the numbers of the layers, number_layers(model)")
 
 
+@needs_torchtitan
 def test_two_ranks_have_the_sums_of_one(single):
     wanted = single[3]
     for found in on_ranks(2, on_rank):
         for state in found:
             assert_same(state, wanted)
+
+
+# ---- the auxiliary loss of its development version ----
+
+
+def watched_auxiliary_loss(**options):
+    bound = samples.objectives()
+    objectives = {name: (objective, 0.5) for name, objective in bound.objectives.items()}
+    return interface.model_with_objectives(Objectives(objectives, **options))
+
+
+def test_auxiliary_losses_count_what_their_routers_chose():
+    statistics, wanted = edl.RoutingStatistics(released.NUM_DOMAINS), edl.RoutingStatistics(released.NUM_DOMAINS)
+    model, seen = watched_auxiliary_loss(statistics=statistics), []
+    interface.integration().number_layers(model)
+    for layer in model.layers:
+        layer.gate.register_forward_hook(lambda gate, args, logits: seen.append(logits.detach()))
+    padding = torch.arange(interface.BATCH * interface.LENGTH) % 5 == 0
+    interface.train(model, interface.DOMAINS, interface.inputs(), 24, padding)
+    observed = []
+    for logits in seen:
+        gates = logits.sigmoid()
+        experts = gates.topk(interface.TOP_K, dim=1).indices
+        observed.append(Observation(scores=gates / gates.sum(1, keepdim=True), experts=experts))
+    wanted.update(observed, interface.DOMAINS, padding_mask=padding)
+    assert_same(statistics.state_dict(), wanted.state_dict())
+    assert [facts.name for facts in statistics.layers] == ["layers.0.aux_loss", "layers.1.aux_loss"]
+
+
+def test_what_auxiliary_losses_cannot_count():
+    statistics = edl.RoutingStatistics(released.NUM_DOMAINS)
+    with pytest.raises(ValueError, match="^edl::torchtitan: statistics must be those of training, in which alone"):
+        watched_auxiliary_loss(evaluation_statistics=statistics)
+    with pytest.raises(ValueError, match="^edl::torchtitan: statistics alone need an objective, of weight 0"):
+        interface.model_with_objectives(Objectives({}, statistics=statistics))
+    model = watched_auxiliary_loss(statistics=statistics)
+    with pytest.raises(ValueError, match="^edl::torchtitan: statistics need the numbers of the layers"):
+        interface.train(model, interface.DOMAINS, interface.inputs(), 24)

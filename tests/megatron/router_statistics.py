@@ -1,6 +1,8 @@
 """What the tests of statistics run on ranks of their own: Megatron's routers under a split of the model."""
 
 import contextlib
+import dataclasses
+import types
 import warnings
 
 import megatron_on_cpu
@@ -58,7 +60,7 @@ def counted(ranks: int, kind: str):
     }[ranks]
     found = {}
     for split in splits_of_ranks:
-        split = splits.dataclasses.replace(split, kind=kind)
+        split = dataclasses.replace(split, kind=kind)
         statistics = edl.RoutingStatistics(DOMAINS)
         model = _model(split, statistics)
         _train(model, split)
@@ -132,8 +134,6 @@ def evaluated():
 
 def tensor_ranks_without_sequence_parallelism():
     """How many tokens count where two tensor-parallel ranks hold the same five, and where each has its own."""
-    import types
-
     from megatron.core import parallel_state
 
     from edl.integrations.megatron import reduce_statistics

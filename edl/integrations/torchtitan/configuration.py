@@ -53,6 +53,11 @@ def add_objectives(model_config: Any, objectives: Objectives, *, micro_batches: 
             "edl::torchtitan: statistics alone need an objective, of weight 0, which torchtitan's auxiliary loss logs "
             "(got none)"
         )
+    if HAS_AUX_LOSS and objectives.evaluation_statistics is not None:
+        raise ValueError(
+            "edl::torchtitan: statistics must be those of training, in which alone torchtitan calls auxiliary losses "
+            "(got evaluation_statistics)"
+        )
     found = list(model_config.traverse(TokenChoiceTopKRouter.Config))
     if not found:
         raise ValueError(f"edl::torchtitan: a model must have routers (got {type(model_config).__qualname__})")

@@ -5,7 +5,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from edl.diagnostics import files
 from edl.diagnostics.extras import require
@@ -17,23 +17,42 @@ _FOLDER = pathlib.Path(__file__).parent / "page"
 _SCRIPTS = ("data", "colours", "chart", "heat_map", "lines", "tree", "tables", "explore", "start")
 
 
-def write_page(runs: Sequence[Findings], path: str | os.PathLike[str], changes: Sequence[Change] = ()) -> None:
+class Section(NamedTuple):
+    """A section of the caller's own.
+
+    Attributes:
+        title (str): a line, also in the navigation.
+        html (str): what stands in it: `markupsafe.Markup` as it is, and it may show images of data: addresses, though
+            neither scripts nor styles run; any other text is escaped.
+    """
+
+    title: str
+    html: str
+
+
+def write_page(
+    runs: Sequence[Findings],
+    path: str | os.PathLike[str],
+    changes: Sequence[Change] = (),
+    sections: Sequence[Section] = (),
+) -> None:
     """Writes the page; the file is whole or as before.
 
     Args:
         runs (sequence of Findings): one, or several to see beside each other.
         path: of the file.
         changes (sequence of Change): between runs. Default: none.
+        sections (sequence of Section): further ones, shown after the answer. Default: none.
 
     Raises:
         ImportError: no jinja2, numpy or scipy.
         OSError: it cannot be written.
         ValueError: no run.
     """
-    files.write_whole(path, page(runs, changes).encode())
+    files.write_whole(path, page(runs, changes, sections).encode())
 
 
-def page(runs: Sequence[Findings], changes: Sequence[Change] = ()) -> str:
+def page(runs: Sequence[Findings], changes: Sequence[Change] = (), sections: Sequence[Section] = ()) -> str:
     """The page as HTML.
 
     Its Content-Security-Policy lets it run its own script, known by its hash, and load nothing. Names and texts in it
@@ -42,6 +61,7 @@ def page(runs: Sequence[Findings], changes: Sequence[Change] = ()) -> str:
     Args:
         runs (sequence of Findings): one, or several to see beside each other.
         changes (sequence of Change): between runs. Default: none.
+        sections (sequence of Section): further ones, shown after the answer. Default: none.
 
     Raises:
         ImportError: no jinja2, numpy or scipy.
@@ -66,6 +86,7 @@ def page(runs: Sequence[Findings], changes: Sequence[Change] = ()) -> str:
             {"change": change, "values": answers.of_change(change), "table": tables.of_change(change)}
             for change in changes
         ],
+        sections=sections,
         facts=tables.of_runs(runs),
         packed=[packing.pack_run(run) for run in runs],
         packed_changes=packing.pack_changes(changes),

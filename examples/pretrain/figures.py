@@ -66,48 +66,46 @@ def expert_order(usage):
     return np.lexsort((-(usage.max(axis=0) - usage.mean(axis=0)), owner))
 
 
-def heat_maps(results, names, *, panel_width=2.35, numbers=True):
-    """Draws domain x expert use, one row of panels per layer, one column per arm.
+def heat_maps(runs):
+    """Draws domain x expert use, one row of panels per layer, one column per run.
 
     Arguments:
-        results: list of Result.
-        names: list of D names of domains.
-        panel_width: inches.
-        numbers: whether to write the share in each cell, as a percentage.
+        runs: list of edl.diagnostics.findings.Findings, of the same layers and domains.
 
     Returns:
         matplotlib Figure.
     """
-    layers, domains, experts = results[0].measures.usage.shape
-    highest = max(result.measures.usage.max().item() for result in results)
-    height = max(0.9, 0.3 * domains) + 0.35
+    names, layers = runs[0].domains, len(runs[0].layers)
+    experts = runs[0].layers[0].facts.num_experts
+    highest = max(layer.usage.max() for run in runs for layer in run.layers)
+    height = max(0.9, 0.3 * len(names)) + 0.35
     with plt.rc_context(style()):
         figure, axes = plt.subplots(
             layers,
-            len(results),
+            len(runs),
             squeeze=False,
             layout="constrained",
-            figsize=(panel_width * len(results) + 1.9, height * layers + 0.75),
+            figsize=(2.7 * len(runs) + 1.9, height * layers + 0.75),
         )
-        for column, result in enumerate(results):
-            for layer in range(layers):
+        for column, run in enumerate(runs):
+            for layer, found in enumerate(run.layers):
                 axis = axes[layer][column]
-                shares = result.measures.usage[layer].numpy()
-                order = expert_order(shares)
-                image = axis.imshow(shares[:, order], cmap=SHADES, vmin=0, vmax=highest, aspect="auto")
-                _label_panel(axis, shares[:, order], order, numbers and experts <= MOST_NUMBERED_EXPERTS, highest)
-                axis.set_yticks(range(domains), names if column == 0 else [""] * domains)
+                order = expert_order(found.usage)
+                shares = found.usage[:, order]
+                image = axis.imshow(shares, cmap=SHADES, vmin=0, vmax=highest, aspect="auto")
+                _label_panel(axis, shares, order, highest)
+                axis.set_yticks(range(len(names)), names if column == 0 else [""] * len(names))
                 if layer == 0:
-                    axis.set_title(result.arm.title.replace(", ", ",\n"))
+                    axis.set_title(run.title.replace(", ", ",\n"))
                 if column == 0:
-                    axis.set_ylabel(f"layer {layer + 1}", fontweight="bold")
+                    axis.set_ylabel(f"layer {found.facts.number}", fontweight="bold")
         bar = figure.colorbar(image, ax=axes, fraction=0.02, pad=0.01, ticks=[0, 1 / experts, highest])
         bar.ax.set_yticklabels(["0 %", f"{100 / experts:.1f} %\n(even use)", f"{100 * highest:.0f} %"])
         bar.outline.set_visible(False)
     return figure
 
 
-def _label_panel(axis, shares, order, numbers, highest):
+def _label_panel(axis, shares, order, highest):
     """Puts expert numbers below a panel and percentages into its cells."""
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
@@ -118,40 +116,44 @@ def _label_panel(axis, shares, order, numbers, highest):
     axis.set_yticks(np.arange(len(shares) - 1) + 0.5, minor=True)
     axis.grid(which="minor", color="white", linewidth=1.2)
     axis.tick_params(which="minor", length=0)
-    if not numbers:
+    if len(order) > MOST_NUMBERED_EXPERTS:
         return
     for (row, column), value in np.ndenumerate(shares):
         colour = "white" if value > 0.5 * highest else INK
         axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7.5, color=colour)
 
 
-def curves(results):
-    """Draws the losses and the divergence of the true domains over the steps of all arms.
+CURVES = {
+    "language_model": ("Language model", "bits per byte"),
+    "balance": ("Load balancing loss", "1 is even"),
+    "divergence": ("Expert divergence loss, each arm's own labels", "lower is further apart"),
+    "domains": ("Divergence of the true domains in a step", "nats"),
+}
+PAPERS = {"light": ("#1f2933", "#e4e7eb"), "dark": ("#e8ecf0", "#2c333b")}  # ink and rules on them
+
+
+def curve(results, key, paper):
+    """Draws one of `CURVES` over the steps of all arms, narrow enough for a phone.
+
+    Arguments:
+        results: list of train.Result.
+        key: of the curve.
+        paper: "light" or "dark", what it is seen on.
 
     Returns:
-        matplotlib Figure.
+        matplotlib Figure without a background.
     """
-    panels = (
-        ("language_model", "language model", "bits per byte"),
-        ("balance", "load balancing loss", "1 is even"),
-        ("divergence", "expert divergence loss, each arm's own labels", "lower is further apart"),
-        ("domains", "divergence of the true domains", "Jensen-Shannon, nats"),
-    )
-    with plt.rc_context(style()):
-        figure, axes = plt.subplots(2, 2, figsize=(11, 6.4), layout="constrained")
-        for axis, (key, title, unit) in zip(axes.flat, panels):
-            for result in results:
-                steps, values = smooth(result.curves[key])
-                axis.plot(steps, values, label=result.arm.title, linewidth=1.8, **STYLES[result.arm.key])
-            axis.set_title(title, loc="left")
-            axis.set_ylabel(unit)
-            axis.grid(color="#e4e7eb", linewidth=0.8)
-            axis.set_axisbelow(True)
-        figure.get_layout_engine().set(h_pad=0.1)
-        for axis in axes[1]:
-            axis.set_xlabel("step")
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(results), frameon=False, handlelength=3)
+    ink, rule = PAPERS[paper]
+    inks = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
+    with plt.rc_context({**style(), **inks, "axes.edgecolor": rule}):
+        figure, axis = plt.subplots(figsize=(4.4, 2.6), layout="constrained")
+        for result in results:
+            steps, values = smooth(result.curves[key])
+            axis.plot(steps, values, linewidth=1.6, **STYLES[result.arm.key])
+        axis.set_ylabel(CURVES[key][1])
+        axis.set_xlabel("step")
+        axis.grid(color=rule, linewidth=0.8)
+        axis.set_axisbelow(True)
     return figure
 
 
@@ -165,10 +167,10 @@ def as_png(figure):
 
 
 def as_svg(figure):
-    """Returns a figure as the text of an SVG file, and closes it."""
+    """Returns a figure as the text of an SVG file without a background, and closes it."""
     file = io.StringIO()
     with plt.rc_context(style()):
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     plt.close(figure)
     return file.getvalue()
 

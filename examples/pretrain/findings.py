@@ -1,8 +1,8 @@
-"""Sentences about a run, made from its numbers: what was seen, not what was hoped."""
+"""Sentences about the arms, made from their numbers: what was seen, not what was hoped."""
 
 import math
 
-from table import SMALLEST_RISE, mean, off_diagonal, pairs
+from table import mean_rise
 
 # Three seeds of every arm, at the default sizes and on Debian's packages, lay within 0.03 bits per byte of each other.
 NOISE_BITS = 0.05
@@ -10,42 +10,34 @@ NOISE_BITS = 0.05
 ALIKE = 0.15
 # Divergences below this, in nats, are no specialisation to speak of, however large they are beside each other.
 SMALLEST_DIVERGENCE = 0.005
+# Below this rise, in bits per byte, a ratio of rises would be a ratio of noise.
+SMALLEST_RISE = 0.005
 
 
-def write(results, names):
+def write(results, runs):
     """Writes the findings.
 
     Arguments:
-        results: list of Result, one per arm of train.ARMS.
-        names: list of D names of domains.
+        results: list of train.Result, one per arm of train.ARMS.
+        runs: list of edl.diagnostics.findings.Findings, one per arm; empty where nothing could be observed.
 
     Returns:
         List of paragraphs.
     """
-    broken = [result.arm.title for result in results if not math.isfinite(_bits(result))]
+    broken = [result.arm.title for result in results if not math.isfinite(result.mean_bits)]
     if broken:
         return [f"The training of {join(broken)} broke down: the loss is not a number. A lower learning rate may help."]
     by_key = {result.arm.key: result for result in results}
-    writers = (_language_model, _divergence, _hard_pair, _same_byte, _knock_out, _balance, _cost)
-    return [paragraph for writer in writers if (paragraph := writer(by_key, names))]
+    seen = {result.arm.key: run for result, run in zip(results, runs)}
+    return [text for text in (_language_model(by_key), _control(seen), _knock_out(seen), _cost(by_key)) if text]
 
 
-def _bits(result):
-    """Returns the held-out bits per byte, mean over domains."""
-    return result.measures.bits_per_byte.mean().item()
-
-
-def _mean_divergence(result):
-    """Returns the divergence between domains, mean over pairs and layers."""
-    return mean([value for layer in result.measures.divergence for value in off_diagonal(layer)])
-
-
-def _language_model(by_key, names):
+def _language_model(by_key):
     """Compares the arms' language models with the baseline's."""
-    baseline = _bits(by_key["baseline"])
+    baseline = by_key["baseline"].mean_bits
     worse, better, same = [], [], []
     for key, result in by_key.items():
-        difference = _bits(result) - baseline
+        difference = result.mean_bits - baseline
         if key != "baseline":
             words = f"{result.arm.title} ({_signed(difference)})"
             (same if abs(difference) < NOISE_BITS else worse if difference > 0 else better).append(words)
@@ -63,13 +55,15 @@ def _language_model(by_key, names):
     return " ".join(sentences)
 
 
-def _divergence(by_key, names):
-    """Says how far the domains' routing came apart, and how much of that random labels did as well."""
-    level = {key: _mean_divergence(result) for key, result in by_key.items()}
+def _control(seen):
+    """Says how far the domains' choices came apart, and how much of that random labels did as well."""
+    level = {key: run.compared.whole.value for key, run in seen.items() if run.compared}
+    if not level or not all(map(math.isfinite, level.values())):
+        return ""
     base = level["baseline"]
     text = [
         (
-            f"The mean divergence between the domains' routing was {base:.3f} nats in the baseline, "
+            f"The divergence between the domains' choices was {base:.3f} nats in the baseline, "
             f"{level['divergence']:.3f} with expert divergence and {level['corrected']:.3f} with the bias correction."
         )
     ]
@@ -98,107 +92,37 @@ def _divergence(by_key, names):
     return " ".join(text)
 
 
-def _hard_pair(by_key, names):
-    """Speaks of the pair of domains that the baseline routes most alike; other pairs may be told apart by one byte."""
-    if len(names) < 3:
+def _knock_out(seen):
+    """Says whom it hurts when a domain's favourite experts are silent, and random ones."""
+    if not seen:
         return ""
-    j, k = _closest_pair(by_key["baseline"])
-    values = {key: result.measures.divergence.mean(dim=0)[j, k].item() for key, result in by_key.items()}
-    return (
-        f"The hard pair is {names[j]} and {names[k]}, which the baseline routes most alike: {values['baseline']:.3f} "
-        f"there, {values['divergence']:.3f} with expert divergence against {values['random']:.3f} with random labels, "
-        f"{values['corrected']:.3f} against {values['corrected_random']:.3f} with the correction."
-    )
-
-
-def _closest_pair(result):
-    """Returns the two domains with the smallest divergence, mean over layers."""
-    over_layers = result.measures.divergence.mean(dim=0)
-    return min(pairs(len(over_layers)), key=lambda pair: over_layers[pair].item())
-
-
-def _same_byte(by_key, names):
-    """Says how much of the divergence remains when the byte is the same."""
-    level = {
-        key: mean([value for layer in result.measures.same_byte for value in off_diagonal(layer)])
-        for key, result in by_key.items()
+    rises = {
+        key: [mean_rise(getattr(run.interventions, name)) for name in ("own", "others", "random")]
+        for key, run in seen.items()
     }
-    if any(math.isnan(value) for value in level.values()):
-        return "The domains share too few bytes to compare the routing of the same byte."
-    text = (
-        f"Between tokens that are the same byte the mean divergence was {level['baseline']:.3f} in the baseline, "
-        f"{level['divergence']:.3f} with expert divergence and {level['random']:.3f} with random labels; with the "
-        f"correction {level['corrected']:.3f} and {level['corrected_random']:.3f}."
+    text = "A quarter of each layer's experts silent, those that a domain favours, cost its own text "
+    text += f"{_lost(rises['baseline'])} in the baseline and {_lost(rises['divergence'])} with expert divergence."
+    ratio = {key: own / others for key, (own, others, _) in rises.items() if others >= SMALLEST_RISE}
+    if not {"baseline", "divergence", "random"} <= ratio.keys():
+        return f"{text} The others lost too little for ratios to be compared."
+    text += (
+        f" The ratio of own to others was {ratio['baseline']:.1f}, {ratio['divergence']:.1f} and, with random labels, "
+        f"{ratio['random']:.1f}:"
     )
-    part = level["divergence"] / _mean_divergence(by_key["divergence"])
-    return text + (
-        f" With expert divergence that is {100 * part:.0f} % of the divergence over all bytes, and can only come from "
-        "the text around the byte."
-    )
+    if ratio["divergence"] > (1 + ALIKE) * ratio["random"]:
+        return f"{text} by this measure true labels made the experts more specialised than random ones did."
+    if ratio["divergence"] < (1 - ALIKE) * ratio["random"]:
+        return f"{text} by this measure random labels made the experts more specialised than true ones did."
+    return f"{text} by this measure true and random labels did about the same."
 
 
-def _knock_out(by_key, names):
-    """Says whom it hurts when a domain's favourite experts are gone."""
-    ratio = {
-        key: result.measures.knock_out_ratio
-        for key, result in by_key.items()
-        if result.measures.rise_others.mean() >= SMALLEST_RISE
-    }
-    if "baseline" not in ratio or "divergence" not in ratio:
-        return "Switching off a domain's favourite experts hardly touched the others, so there is no ratio to compare."
-    text = [
-        "Switching off the quarter of the experts that a domain favours cost its own text "
-        f"{ratio['baseline']:.1f} times as much as the others' in the baseline, {ratio['divergence']:.1f} times with "
-        "expert divergence" + (f" and {ratio['random']:.1f} times with random labels." if "random" in ratio else ".")
-    ]
-    corrected = [
-        f"{ratio[key]:.1f} with {kind} labels"
-        for key, kind in (("corrected", "true"), ("corrected_random", "random"))
-        if key in ratio
-    ]
-    if corrected:
-        text.append(f"With the correction: {join(corrected)}.")
-    if "random" in ratio:
-        if ratio["divergence"] > (1 + ALIKE) * ratio["random"]:
-            text.append("By this measure true labels made the experts more specialised than random ones did.")
-        elif ratio["divergence"] < (1 - ALIKE) * ratio["random"]:
-            text.append("By this measure random labels made the experts more specialised than true ones did.")
-        else:
-            text.append("By this measure true and random labels did about the same.")
-    return " ".join([*text, _knock_out_of_hard_pair(by_key, names)]).strip()
+def _lost(rises):
+    """Puts the rises on own text, on others', and with random experts into words."""
+    own, others, control = rises
+    return f"{own:+.2f} bits per byte, the others' {others:+.2f} (random experts: {control:+.2f})"
 
 
-def _knock_out_of_hard_pair(by_key, names):
-    """Gives the ratio for the hard pair alone: a domain that is easy to tell apart can make most of the whole ratio."""
-    if len(names) < 3:
-        return ""
-    pair = list(_closest_pair(by_key["baseline"]))
-    ratio = {
-        key: (result.measures.rise_own[pair].sum() / result.measures.rise_others[pair].sum()).item()
-        for key, result in by_key.items()
-        if result.measures.rise_others[pair].min() >= SMALLEST_RISE
-    }
-    if len(ratio) < len(by_key):
-        return ""
-    return (
-        f"For {join([names[place] for place in pair])} alone it was {ratio['baseline']:.1f} in the baseline, "
-        f"{ratio['divergence']:.1f} with expert divergence, {ratio['random']:.1f} with random labels, and "
-        f"{ratio['corrected']:.1f} and {ratio['corrected_random']:.1f} with the correction."
-    )
-
-
-def _balance(by_key, names):
-    """Names the busiest experts."""
-    load = {key: result.measures.load.max().item() for key, result in by_key.items()}
-    heaviest = max(load, key=load.get)
-    return (
-        f"The busiest expert carried {load['baseline']:.2f} times the mean load in the baseline's worst layer and "
-        f"{load['divergence']:.2f} times with expert divergence; the highest of all arms was {load[heaviest]:.2f} "
-        f"({by_key[heaviest].arm.title})."
-    )
-
-
-def _cost(by_key, names):
+def _cost(by_key):
     """Says what the loss took of a step."""
     added = {key: result for key, result in by_key.items() if not math.isnan(result.loss_seconds)}
     most = max(added.values(), key=lambda result: result.loss_seconds / result.step_seconds)

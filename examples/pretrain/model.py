@@ -1,14 +1,19 @@
 """A small byte-level language model whose feed-forward layers are Mixture-of-Experts layers of edl."""
 
+import json
+import pathlib
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import edl
+from edl.diagnostics.files import write_whole
 
 INITIAL_STD = 0.1
+WEIGHTS, SETTINGS = "model.safetensors", "settings.json"
 
 
 class ModelSettings(NamedTuple):
@@ -22,6 +27,11 @@ class ModelSettings(NamedTuple):
     intermediate_size: int = 96
     experts: int = 8
     top_k: int = 2
+
+    @property
+    def max_position_embeddings(self):
+        """The name under which `edl observe` looks for how much a model reads."""
+        return self.sequence_length
 
 
 class RecentBytes(nn.Module):
@@ -52,7 +62,8 @@ class Attention(nn.Module):
         self.heads = settings.heads
         self.query_key_value = nn.Linear(settings.hidden_size, 3 * settings.hidden_size, bias=False)
         self.output = nn.Linear(settings.hidden_size, settings.hidden_size, bias=False)
-        self.register_buffer("turns", _turns(settings.sequence_length, settings.hidden_size // settings.heads))
+        turns = _turns(settings.sequence_length, settings.hidden_size // settings.heads)
+        self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, hidden):
         """hidden: [B, S, H] -> [B, S, H]."""
@@ -97,7 +108,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, settings):
         super().__init__()
-        self.settings = settings
+        self.config = settings
         self.bytes = nn.Embedding(settings.vocabulary, settings.hidden_size)
         self.recent_bytes = RecentBytes(settings.hidden_size)
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
@@ -133,3 +144,25 @@ def _initialise(module):
     elif isinstance(module, edl.MoELayer):
         for weight in (module.router.weight, module.gate_up_proj, module.down_proj):
             nn.init.normal_(weight, std=INITIAL_STD)
+
+
+def save(model, folder):
+    """Writes weights and settings into a folder, which it makes; each file is whole or as before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / SETTINGS, f"{json.dumps(model.config._asdict(), indent=1)}\n".encode())
+    write_whole(folder / WEIGHTS, safetensors.torch.save(model.state_dict()))
+
+
+def load(path):
+    """Reads what `save` has written, as `edl observe MODEL --loader examples/pretrain/model.py:load` asks for it.
+
+    Arguments:
+        path: of the folder.
+
+    Returns:
+        (LanguageModel, None): its tokens are bytes.
+    """
+    folder = pathlib.Path(path)
+    model = LanguageModel(ModelSettings(**json.loads((folder / SETTINGS).read_text())))
+    model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+    return model, None

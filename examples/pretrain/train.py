@@ -2,7 +2,8 @@
 
     python examples/pretrain/train.py --output demo
 
-All arms start from the same weights and see the same text in the same order; they differ in the loss alone.
+All arms start from the same weights and see the same text in the same order; they differ in the loss alone. The trained
+models are saved and observed as `edl observe` does, and `edl report`'s page shows them beside each other.
 `--data` takes a folder whose sub-folders are domains of your own text; without it the text comes from Debian's
 documentation packages, or from the Python environment where Debian's tools are not installed.
 """
@@ -18,36 +19,52 @@ import time
 from typing import NamedTuple
 
 import data
-import measures
+import held_out
 import model as models
+import observing
 import openmp  # noqa: F401  (before torch)
+import progress
 import report
 import text
 import torch
 import torch.nn.functional as F
-import tqdm
 
 import edl
 
-HELD_OUT_TOKENS = 72 * 1024  # in all domains together; what evaluation costs follows from it
 WARM_UP_SHARE = 0.08
 FINAL_LEARNING_RATE = 0.1  # share of the highest one
 
 
 class Arm(NamedTuple):
-    """One way to train: with or without expert divergence, on true or random labels, with or without the correction."""
+    """One way to train: with or without expert divergence, on true or random labels, with or without the correction.
+
+    Attributes:
+        key: its name in files.
+        title: its name for people.
+        meaning: what it is, in words.
+        compared_with: keys of the arms from which its changes are shown: the one without the loss, and the control.
+        divergence: whether it trains on expert divergence.
+        random_labels: whether labels are shuffled.
+        bias_correction: whether the loss is corrected.
+    """
 
     key: str
     title: str
     meaning: str
+    compared_with: tuple = ("baseline",)
     divergence: bool = True
     random_labels: bool = False
     bias_correction: bool = False
 
 
 ARMS = (
-    Arm("baseline", "baseline", "no expert divergence, load balancing only.", divergence=False),
-    Arm("divergence", "expert divergence", "the loss of the paper, which pushes the routing of the domains apart."),
+    Arm("baseline", "baseline", "no expert divergence, load balancing only.", (), divergence=False),
+    Arm(
+        "divergence",
+        "expert divergence",
+        "the loss of the paper, which pushes the routing of the domains apart.",
+        ("baseline", "random"),
+    ),
     Arm(
         "random",
         "random labels",
@@ -59,6 +76,7 @@ ARMS = (
         "corrected",
         "bias-corrected",
         "expert divergence on true labels, without the part that mere variety between sequences would earn.",
+        ("baseline", "corrected_random"),
         bias_correction=True,
     ),
     Arm(
@@ -76,19 +94,26 @@ class Result(NamedTuple):
 
     Attributes:
         arm: Arm.
+        model: LanguageModel, trained.
         curves: name -> list of one value per step: `language_model` (bits per byte), `balance` (load balancing loss),
             `divergence` (expert divergence loss on the arm's own labels; watched, not trained on, in the baseline) and
             `domains` (mean Jensen-Shannon divergence between the true domains of the batch).
-        measures: measures.Measures.
+        bits_per_byte: name of a domain -> (bits per byte of its held-out text, standard error over documents).
         step_seconds: median time of a training step.
         loss_seconds: median time of the divergence loss in it, forward and backward; NaN where the arm has none.
     """
 
     arm: Arm
+    model: models.LanguageModel
     curves: dict
-    measures: measures.Measures
+    bits_per_byte: dict
     step_seconds: float
     loss_seconds: float
+
+    @property
+    def mean_bits(self):
+        """Bits per byte, mean over domains."""
+        return statistics.fmean(bits for bits, _ in self.bits_per_byte.values())
 
 
 def main(arguments=None):
@@ -101,18 +126,27 @@ def main(arguments=None):
     try:
         report.check(output)
         domains = data.load(settings.data, settings.cache, settings.sequence_length)
+        pieces = pieces_of(domains, settings.sequence_length)
+        held_out.write(pieces, output / held_out.FOLDER)
+        chosen = observing.sample(output / held_out.FOLDER, settings.sequence_length)
     except data.DataError as error:
         return fail(str(error))
     except OSError as error:
-        return fail(f"Cannot write to or read from {error.filename}: {error.strerror}.")
+        return fail(f"Cannot write to or read from {error.filename or output}: {error.strerror}.")
     start = time.perf_counter()
-    results, sizes = compare(domains, settings)
-    run = report.Run(domains, settings, results, sizes, time.perf_counter() - start, domains.left_out)
-    print(report.as_text(run), flush=True)
+    results, sizes = compare(domains, pieces, settings)
+    run = report.Run(domains, settings, results, sizes, time.perf_counter() - start)
     try:
+        for result in results:
+            models.save(result.model, output / "models" / result.arm.key)
+        seen = observing.observe_all(results, chosen, output, settings.knock_out_tokens)
+        run = run._replace(findings=seen[0], changes=seen[1], seconds=time.perf_counter() - start)
         report.write(run, output)
     except OSError as error:
-        return fail(f"The table above is all there is: cannot write {error.filename}: {error.strerror}.")
+        print(report.as_text(run), flush=True)
+        place = error.filename or output
+        return fail(f"The table above is all there is: cannot write {place}: {error.strerror}.")
+    print(report.as_text(run), flush=True)
     print(f"Report: {text.printable(str(output / report.REPORT))}")
     return 0
 
@@ -129,7 +163,7 @@ def parse(arguments):
     parser.add_argument(
         "--data", default="", help="folder with a sub-folder of text per domain; or `debian`; or `python`"
     )
-    parser.add_argument("--output", default="demo", help="folder for report.html, heatmaps.png and results.json")
+    parser.add_argument("--output", default="demo", help="folder for report.html, the models and all numbers")
     parser.add_argument("--cache", default="demo-text", help="folder for downloaded packages")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the data order and the random labels")
     parser.add_argument("--threads", type=_positive, default=min(2, os.cpu_count() or 1))
@@ -144,7 +178,12 @@ def parse(arguments):
     parser.add_argument("--learning-rate", type=_weight, default=1e-2)
     parser.add_argument("--balance-weight", type=_weight, default=1e-2, help="alpha")
     parser.add_argument("--divergence-weight", type=_weight, default=1e-2, help="beta")
+    parser.add_argument(
+        "--knock-out-tokens", type=_positive, default=4096, help="of a domain, read without its experts"
+    )
     settings = parser.parse_args(arguments)
+    if settings.sequence_length < 2:
+        parser.error("--sequence-length must be at least 2, or there is no byte to predict")
     if settings.top_k >= settings.experts:
         parser.error("--top-k must be smaller than --experts, or there is nothing to choose")
     if settings.hidden_size % 8:
@@ -166,19 +205,24 @@ def _weight(word):
     return number
 
 
-def compare(domains, settings):
-    """Trains and measures every arm from the same start.
+def pieces_of(domains, sequence_length):
+    """Returns name of a domain -> pieces of each of its held-out documents: as many as `edl observe` wants."""
+    wanted = held_out.size_of(sequence_length).documents(len(domains))
+    return {domain.name: held_out.pieces_of(domain.held_out, sequence_length, wanted) for domain in domains}
+
+
+def compare(domains, pieces, settings):
+    """Trains every arm from the same start, and measures its bits per byte and what the loss costs.
 
     Arguments:
         domains: list of D data.Domain.
+        pieces: what `pieces_of` has made of them.
         settings: parsed command line.
 
     Returns:
         (list of Result, dict of sizes for the report).
     """
     batches = data.Batches(domains, settings.steps, settings.batch_size, settings.sequence_length, settings.seed)
-    number = max(8, HELD_OUT_TOKENS // (settings.sequence_length * len(domains)))
-    held_out, labels = data.held_out_sequences(domains, number, settings.sequence_length)
     torch.manual_seed(settings.seed)
     start = models.LanguageModel(
         models.ModelSettings(
@@ -195,14 +239,14 @@ def compare(domains, settings):
         model = copy.deepcopy(start)
         loss = edl.ExpertDivergenceLoss(len(domains), bias_correction=arm.bias_correction)
         curves, step_seconds = train(model, loss, arm, batches, settings, f"{place}/{len(ARMS)} {arm.title}")
-        found = measures.measure(model, held_out, labels, len(domains))
+        bits = {name: held_out.bits_per_byte(model, documents) for name, documents in pieces.items()}
         loss_seconds = time_loss(model, loss, batches) if arm.divergence else math.nan
-        results.append(Result(arm, curves, found, step_seconds, loss_seconds))
+        results.append(Result(arm, model, curves, bits, step_seconds, loss_seconds))
     sizes = {
         "parameters": sum(parameter.numel() for parameter in start.parameters()),
         "sequences per step": batches.labels.shape[1],
         "training bytes per arm": batches.labels.numel() * settings.sequence_length,
-        "held-out sequences per domain": len(held_out) // len(domains),
+        "held-out pieces": sum(len(each) for documents in pieces.values() for each in documents),
     }
     return results, sizes
 
@@ -224,10 +268,8 @@ def train(model, divergence_loss, arm, batches, settings, title):
     optimizer, schedule = optimizer_for(model, settings)
     curves = {"language_model": [], "balance": [], "divergence": [], "domains": []}
     seconds = []
-    # Where nobody watches, one line now and then instead of ten a second.
-    patience = 0.1 if sys.stderr.isatty() else 20
-    with tqdm.trange(len(batches), desc=title, unit="step", mininterval=patience, dynamic_ncols=True) as progress:
-        for step in progress:
+    with progress.bar(range(len(batches)), desc=title, unit="step") as steps:
+        for step in steps:
             labels = (batches.random_labels if arm.random_labels else batches.labels)[step]
             start = time.perf_counter()
             sequences = batches.sequences(step)
@@ -250,7 +292,7 @@ def train(model, divergence_loss, arm, batches, settings, title):
             curves["balance"].append(balance.item())
             curves["divergence"].append(divergence.item())
             curves["domains"].append(divergence_of_true_domains(routings, batches.labels[step], len(batches.domains)))
-            progress.set_postfix(latest(curves), refresh=False)
+            steps.set_postfix(latest(curves), refresh=False)
     return curves, statistics.median(seconds)
 
 
@@ -281,18 +323,44 @@ def learning_rate_at(step, steps):
 @torch.no_grad()
 def divergence_of_true_domains(routings, labels, num_domains):
     """Returns the mean divergence between the domains that a batch holds, over pairs and layers."""
-    probabilities = torch.stack([routing.logits.softmax(dim=-1) for routing in routings])
-    divergence = measures.domain_divergence(probabilities, labels, num_domains)
     present = labels.unique()
     first, second = torch.triu_indices(len(present), len(present), offset=1)
-    return divergence[:, present[first], present[second]].mean().item()
+    found = []
+    for routing in routings:
+        probabilities = routing.logits.softmax(dim=-1)
+        of_tokens = labels.repeat_interleave(len(probabilities) // len(labels))
+        sums, counts = edl.ops.aggregate_routing(probabilities, of_tokens, num_domains, "none")
+        divergence = edl.ops.pairwise_divergence(sums.double(), counts.double())
+        found.append(divergence[present[first], present[second]].mean())
+    return torch.stack(found).mean().item()
 
 
-def time_loss(model, divergence_loss, batches):
-    """Returns the seconds that the divergence loss takes on the model's own router logits."""
+def time_loss(model, divergence_loss, batches, repeats=31):
+    """Times what the divergence loss adds to a step: its forward and backward pass down to the router logits.
+
+    The rest of the step does not change with the loss. The difference of two whole steps would say the same with a
+    hundred times the noise.
+
+    Arguments:
+        model: LanguageModel, whose logits on the first batch are taken.
+        divergence_loss: edl.ExpertDivergenceLoss.
+        batches: data.Batches.
+        repeats: number of measurements.
+
+    Returns:
+        Median seconds.
+    """
     with torch.no_grad():
         _, routings = model(batches.sequences(0)[:, :-1])
-    return measures.seconds_of_loss(divergence_loss, [routing.logits for routing in routings], batches.labels[0])
+    leaves = [routing.logits.detach().clone().requires_grad_() for routing in routings]
+    for leaf in leaves:
+        leaf.grad = torch.zeros_like(leaf)  # the gradient of the language model is there already, and is added to
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        divergence_loss(leaves, batches.labels[0]).backward()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 if __name__ == "__main__":

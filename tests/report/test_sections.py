@@ -1,14 +1,13 @@
 """Sections of the caller's own on a page: shown where they belong, and markup only where the caller made it."""
 
 import pytest
-
-markupsafe = pytest.importorskip("markupsafe")
-pytest.importorskip("scipy")
-pytest.importorskip("jinja2")
-
 from synthetic_findings import findings
 
 from edl.report.page import Section, page
+
+pytest.importorskip("scipy")
+markupsafe = pytest.importorskip("markupsafe")
+pytest.importorskip("jinja2")
 
 
 def test_sections_stand_after_the_answer_and_in_the_navigation():

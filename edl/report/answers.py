@@ -126,7 +126,7 @@ def at_equal_tokens(run: Findings) -> str:
     if not words.rejects(whole.p):
         return f"{tokens} the rest is {words.estimated(whole)}: the router may see no more than the current token."
     nats = words.estimated(whole, with_test=False)
-    return f"{tokens} {nats} are left: experts respond to the domain, not to its vocabulary alone."
+    return f"{tokens} {nats} are left: the text around a token decides with it, its topic or the tokens before."
 
 
 def where(run: Findings, strongest: Sequence[Sequence[summaries.Cell]]) -> str:
@@ -172,7 +172,7 @@ def parts_of(run: Findings) -> list[tuple[str, str, Any, str]]:
     if run.beyond_token is not None:
         token, rest = run.beyond_token.composition, run.beyond_token.standardised.whole
         rows.append(("Vocabulary", "what a router would show that sees the token alone", token, "token"))
-        rows.append(("At equal tokens", "what the domain adds", rest, "standardised"))
+        rows.append(("At equal tokens", "what the text around adds", rest, "standardised"))
     return rows
 
 
@@ -238,6 +238,22 @@ def of_coverage(run: Findings) -> str:
         f"On average {average} of a layer’s experts hold 90\u00a0% of a domain’s choices; "
         f"{words.name(run.domains[domain])} needs the fewest, in layer {run.layers[place].facts.number}: "
         f"{int(coverage[place, domain])} of {sizes[place, 0]}."
+    )
+
+
+def of_silenced(run: Findings) -> str:
+    """What domains lose without their favourite experts, against as many random ones."""
+    np = require("numpy", "page")
+    cost = run.interventions
+    if cost is None:
+        return ""
+    own, random, others = (
+        float(summaries.mean_of(np.asarray(rises)[:, 0])) for rises in (cost.own, cost.random, cost.others)
+    )
+    return (
+        f"Without its favourite experts, a quarter of every layer, a domain's loss rises by {words.number(own)} nats per "
+        f"token on average; without as many random ones by {words.number(random)}. The other domains lose "
+        f"{words.number(others)} without a domain's favourites."
     )
 
 

@@ -193,6 +193,45 @@ def of_coverage(run: Findings) -> Table:
     return Table("coverage", "Experts that hold 90\u00a0% of a domain’s choices", columns, rows)
 
 
+def of_silenced(run: Findings) -> Table:
+    """What each domain loses while experts are silent."""
+    columns = [
+        Column("Domain", "", False),
+        Column("Loss", "nats per token, of the model as it is"),
+        Column("Without its own", "rise of the loss on its text while its favourite experts are silent"),
+        Column("Without random ones", "rise of the loss on its text while as many random experts are silent"),
+        Column("Of the others", "rise of the loss on the others' text while its favourite experts are silent"),
+        Column("Documents"),
+    ]
+    cost = run.interventions
+    if cost is None:
+        return Table("silenced", "", columns, [])
+    rows = [
+        cells(
+            name,
+            words.number(cost.loss[place]),
+            words.risen(cost.own[place]),
+            words.risen(cost.random[place]),
+            words.risen(cost.others[place]),
+            str(int(cost.documents[place])),
+        )
+        for place, name in enumerate(names_of(run))
+    ]
+    return Table("silenced", "Rise of the loss without experts, nats per token", columns, rows)
+
+
+def of_permuted(run: Findings) -> Table:
+    """What is lost while the choices of a layer mean other experts."""
+    columns = [Column("Layer"), Column("Rise of the loss", "nats per token, on all text, with its 95 % interval")]
+    cost = run.interventions
+    rows = (
+        []
+        if cost is None
+        else [cells(number, words.risen(cost.permuted[place])) for place, number in enumerate(layer_numbers(run))]
+    )
+    return Table("permuted", "Rise of the loss with a layer's experts swapped, nats per token", columns, rows)
+
+
 def of_tokens(run: Findings, strongest: Sequence[Sequence[summaries.Cell]]) -> Table:
     """What the most specialised experts read."""
     columns = [

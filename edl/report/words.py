@@ -1,6 +1,7 @@
 """Numbers and names as people read them."""
 
 import math
+from collections.abc import Sequence
 
 from edl.diagnostics.findings import Estimate, Findings
 
@@ -54,6 +55,12 @@ def token(text: str) -> str:
 def interval(low: float, high: float) -> str:
     """The two ends of an interval."""
     return f"{number(low)} to {number(high)}" if is_known(low) and is_known(high) else "–"
+
+
+def risen(rise: Sequence[float]) -> str:
+    """A rise with its interval: mean, low, high."""
+    mean, low, high = rise
+    return f"{number(mean)} ({interval(low, high)})" if is_known(low) else number(mean)
 
 
 def rejects(p: float) -> bool:

@@ -111,7 +111,7 @@ def read(rng: np.random.Generator, reader: Reader) -> tuple[Record, np.ndarray, 
         frequencies = np.exp(reader.distance * domain * rng.standard_normal(VOCABULARY)) / np.arange(1, VOCABULARY + 1)
         tokens = rng.choice(VOCABULARY, (number, reader.tokens), p=frequencies / frequencies.sum())
         effects = reader.effect * rng.standard_normal((number, 1, EXPERTS))
-        noise = -np.log(rng.standard_exponential((*tokens.shape, EXPERTS), np.float32))  # Gumbel's
+        noise = -np.log(rng.standard_exponential((*tokens.shape, EXPERTS), np.float32) + 1e-30)  # Gumbel's
         seen = (logits + domain * shift).astype(np.float32)[tokens] + effects.astype(np.float32) + noise
         experts.append(np.argpartition(-seen, TOP_K, axis=2)[:, :, :TOP_K].reshape(-1, TOP_K))
         ids.append(tokens.ravel())

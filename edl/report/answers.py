@@ -251,8 +251,8 @@ def of_silenced(run: Findings) -> str:
         float(summaries.mean_of(np.asarray(rises)[:, 0])) for rises in (cost.own, cost.random, cost.others)
     )
     return (
-        f"Without its favourite experts, a quarter of every layer, a domain's loss rises by {words.number(own)} nats per "
-        f"token on average; without as many random ones by {words.number(random)}. The other domains lose "
+        f"Without its favourite experts, a quarter of every layer, a domain's loss rises by {words.number(own)} nats "
+        f"per token on average; without as many random ones by {words.number(random)}. The other domains lose "
         f"{words.number(others)} without a domain's favourites."
     )
 

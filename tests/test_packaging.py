@@ -82,6 +82,7 @@ def test_wheel_requires_torch_alone_and_more_for_each_extra_only(wheel):
         "dirichlet": {"torch", "scipy"},
         "label": {"torch", "numpy", "pyarrow", "safetensors", "scikit-learn", "tqdm"},
         "fasttext": {"torch", "fasttext-predict"},
+        "report": {"torch", "jinja2", "matplotlib", "numpy", "pyarrow", "safetensors", "scipy", "tqdm"},
     }
 
 

@@ -1,6 +1,7 @@
 """The rooms of the package: imports point one way, and no arrow runs back up."""
 
 import ast
+import sys
 from pathlib import Path
 
 import edl
@@ -53,3 +54,18 @@ def test_every_room_says_what_is_in_it():
     for path in PACKAGE.rglob("*.py"):
         if path.name != "__main__.py":
             assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_packages_of_extras_are_imported_where_they_are_used():
+    """The command runs, and says what is missing, where torch is all there is."""
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).parts[0] == "integrations":
+            continue
+        names = []
+        for node in ast.parse(path.read_text()).body:  # of the module, not of a function
+            if isinstance(node, ast.ImportFrom):
+                names.append(node.module)
+            elif isinstance(node, ast.Import):
+                names += [each.name for each in node.names]
+        others = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"edl", "torch"}
+        assert not others, f"{path} imports {others}"

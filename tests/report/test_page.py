@@ -86,8 +86,9 @@ def focus(browser, kind):
 def press(browser, *keys):
     """Presses keys where the focus is."""
     for key in keys:
+        code = {"windowsVirtualKeyCode": 9} if key == "Tab" else {}
         for kind in ("rawKeyDown", "keyUp"):
-            browser.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": kind, "key": key})
+            browser.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": kind, "key": key, **code})
 
 
 def hover(browser, x, y):
@@ -308,7 +309,9 @@ def test_a_mouse_shows_the_value_beside_it(show):
 def test_keys_move_a_cursor_and_choose(show):
     browser = show([made.findings(3, 8, 4)])
     set_control(browser, order="number")
-    focus(browser, "usage")
+    browser.execute_script("document.getElementById('order').focus()")
+    press(browser, "Tab")
+    assert "expert" in readout(browser, "usage")  # the map is next, and says where its cursor is
     assert browser.execute_script("return document.activeElement.getAttribute('role')") == "application"
     assert (
         browser.execute_script("return document.querySelector('[data-chart=usage] .readout').getAttribute('aria-live')")

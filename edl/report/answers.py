@@ -54,12 +54,12 @@ def verdicts(run: Findings) -> list[Verdict]:
         return [Verdict("Do domains differ?", "One domain", "open", "there is nothing to compare it with")]
     value = mean_divergence(run)
     share = words.percent(max(value, 0) / MOST_POSSIBLE) if words.is_known(value) else "Not known"
-    size = Verdict("How far apart are domains?", share, "raw", "of the largest divergence possible")
+    size = Verdict("How far apart?", share, "raw", "of the most that domains can differ")
     beyond_token = None if run.beyond_token is None else run.beyond_token.standardised
     return [
         size,
-        verdict("More than chance?", run.compared, "raw", "domains choose differently"),
-        verdict("More than the token?", beyond_token, "standardised", "they do so at equal tokens"),
+        verdict("Beyond chance?", run.compared, "raw", "domains choose differently"),
+        verdict("Beyond the token?", beyond_token, "standardised", "they do so at equal tokens"),
     ]
 
 

@@ -465,7 +465,7 @@ def test_sentences_and_tables_need_no_scripts():
     whole = run.compared.whole
     ends = f"95 % interval {words.number(whole.low)} to {words.number(whole.high)}"
     assert f"diverge by {words.number(whole.value)} nats ({ends})" in text
-    assert "p\u00a0=\u00a00.001" in text.replace("&nbsp;", "\u00a0") or "p = 0.001" in text
+    assert "p = 0.001" in text
     for name in run.domains:
         assert name in text
     for layer in run.layers:

@@ -52,7 +52,7 @@ def clean(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return clean(value.tolist())
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")
+        return words.whole(value)
     if isinstance(value, Sequence):
         return [clean(each) for each in value]
     return None if isinstance(value, float) and not words.is_known(value) else value

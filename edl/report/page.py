@@ -96,7 +96,7 @@ def page(runs: Sequence[Findings], changes: Sequence[Change] = (), sections: Seq
         script_hash=hash_of(script),
         words=words,
     )
-    return str(html).encode("utf-8", "replace").decode("utf-8")  # a name may hold half a character
+    return words.whole(str(html))
 
 
 def parts_of(run: Findings, widest: float) -> dict[str, Any]:

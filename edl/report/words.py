@@ -41,9 +41,14 @@ def count(value: int, one: str, more: str = "") -> str:
     return f"{value:,} {one if value == 1 else more or one + 's'}"
 
 
+def whole(text: str) -> str:
+    """A text that files can hold: half a character is a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def name(text: str, most: int = 40) -> str:
     """A foreign name for a sentence: short, on one line, and whatever its direction, apart from what is around it."""
-    text = " ".join(text.split()) or "(no name)"
+    text = " ".join(whole(text).split()) or "(no name)"
     return f"\u2068{text if len(text) <= most else text[: most - 1] + '…'}\u2069"
 
 

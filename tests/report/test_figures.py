@@ -36,6 +36,13 @@ def test_every_figure_is_a_file_of_the_width_of_a_page(tmp_path, recwarn, runs, 
     assert not recwarn.list
 
 
+def test_hostile_names_are_drawn(tmp_path, recwarn):
+    run = made.findings(1, 3, names=["a$b$", "\ud800", "x" * 256], title="\ud800 <b>/..")
+    written = figures.write_figures([dataclasses.replace(run, course=None)], tmp_path)
+    assert [path.name for path in written] == ["b-usage-layer-1.png", "b-specialisation.png", "divergence.png"]
+    assert not recwarn.list
+
+
 def image_of(axis):
     return axis.images[0].get_array()
 

@@ -146,6 +146,18 @@ def unequal_layers():
     )
 
 
+def a_domain_without_tokens():
+    """One of three domains was counted nowhere; nothing is known of co-activation, and texts of tokens are missing."""
+    run = made.findings(2, 6, 3)
+    layers = []
+    for each in run.layers:
+        usage = np.array(each.usage)
+        usage[1] = np.nan
+        layers.append(dataclasses.replace(each, usage=usage, coactivation=None))
+    dead = [[np.int64(3)], []]
+    return dataclasses.replace(run, layers=layers, tokens=np.array([9, 0, 4]), dead=dead, token_texts={})
+
+
 CASES = {
     "usual": lambda: [made.examples(made.findings(3, 16, 4))],
     "one layer": lambda: [made.findings(1, 8, 4)],
@@ -158,6 +170,7 @@ CASES = {
     "nothing known, no record": lambda: [made.unknown(made.findings(2, 8, 3, record=False))],
     "hostile names": lambda: [made.examples(made.findings(2, 16, names=HOSTILE, title=HOSTILE[1]), count=9)],
     "no record": lambda: [dataclasses.replace(made.findings(3, 8, 4, record=False), course=None, notes=())],
+    "a domain without tokens": lambda: [a_domain_without_tokens()],
     "unequal layers": lambda: [unequal_layers()],
     "several runs": lambda: [
         made.findings(3, 16, 4, title="before", strength=0.2),
@@ -170,6 +183,7 @@ CASES = {
 def test_every_page_is_drawn_without_a_word_on_the_console(show, case):
     runs = CASES[case]()
     changes = [made.change(runs[0], runs[0])] if len(runs) > 1 else []
+    changes += [made.unknown(each) for each in changes]
     browser = show(runs, changes)
     for view in (DESK, PHONE):
         screenshots.set_view(browser, *view)
@@ -546,5 +560,5 @@ def test_numbers_have_about_three_digits(value, text):
 
 def test_names_are_short_isolated_and_on_one_line():
     assert words.name("a\n b") == "\u2068a b\u2069" and words.name("") == "\u2068(no name)\u2069"
-    assert len(words.name("x" * 256)) == 42
+    assert len(words.name("x" * 256)) == 42 and words.name("\ud800") == "\u2068?\u2069"
     assert words.token(" a\n") == "␣a↵" and words.token("") == "(empty)"

@@ -1,6 +1,5 @@
-"""The demo: tiny trainings on folders of made-up text, its measures on known routings, and what can go wrong."""
+"""The demo: tiny trainings on folders of made-up text, what it saves and observes, and what can go wrong."""
 
-import base64
 import errno
 import gzip
 import io
@@ -10,6 +9,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -20,6 +20,8 @@ import xml.etree.ElementTree
 import pytest
 import torch
 
+from edl import cli
+
 EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "pretrain"
 MODULES = (
     "data",
@@ -27,9 +29,11 @@ MODULES = (
     "environment",
     "figures",
     "findings",
-    "measures",
+    "held_out",
     "model",
+    "observing",
     "openmp",
+    "progress",
     "report",
     "table",
     "text",
@@ -37,12 +41,14 @@ MODULES = (
 )
 TINY = (
     "--steps 3 --sequence-length 32 --batch-size 6 --layers 1 --hidden-size 16 --intermediate-size 8 --experts 4 "
-    "--threads 1"
+    "--threads 1 --knock-out-tokens 16"
 ).split()
 ALPHABETS = {"letters": "abcdefghij", "digits": "0123456789", "signs": "+-*/=<>()&"}
+KEYS = ["baseline", "divergence", "random", "corrected", "corrected_random"]
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
+np = pytest.importorskip("numpy")
+for package in ("jinja2", "matplotlib", "safetensors", "scipy", "tqdm"):
+    pytest.importorskip(package)
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +76,19 @@ def words(alphabet, seed, length=2000):
     )
 
 
-@pytest.fixture
-def domains(tmp_path):
-    """A folder with three domains of twelve documents each."""
-    folder = tmp_path / "domains"
+def write_domains(folder):
+    """Writes three domains of twelve documents each."""
     for name, alphabet in ALPHABETS.items():
         (folder / name).mkdir(parents=True)
         for number in range(12):
             (folder / name / f"{number}.txt").write_text(words(alphabet, number))
-    return folder
+
+
+@pytest.fixture
+def domains(tmp_path):
+    """A folder with three domains of twelve documents each."""
+    write_domains(tmp_path / "domains")
+    return tmp_path / "domains"
 
 
 def fails(demo, capsys, *arguments):
@@ -92,57 +102,105 @@ def fails(demo, capsys, *arguments):
 # The whole run
 
 
-def test_run_on_own_text(domains, tmp_path):
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """The whole run as a command: (what it printed, the text's folder, the output's)."""
+    folder = tmp_path_factory.mktemp("own")
+    domains, output = folder / "domains", folder / "output"
+    write_domains(domains)
     (domains / "digits" / "page.html").write_text(f"<nav>menu</nav><p>{words('0123456789', 99)}</p>")
     (domains / "digits" / "packed.txt.gz").write_bytes(gzip.compress(words("0123456789", 98).encode()))
     (domains / "digits" / "picture.png").write_bytes(bytes(range(256)))
-    output = tmp_path / "output"
     done = subprocess.run(
         [sys.executable, EXAMPLE / "train.py", "--data", domains, "--output", output, *TINY],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
+    return done, domains, output
+
+
+def test_run_on_own_text(own):
+    done, domains, output = own
     assert "digits: " in done.stdout and "(left out: 1 not text)" in done.stdout
     page = (output / "report.html").read_text(encoding="utf-8")
     for title in ("baseline", "expert divergence", "random labels", "bias-corrected", "bias-corrected, random labels"):
         assert title in page and title.split(", ")[-1] in done.stdout
-    # Nothing is loaded from outside: no scripts, no links, and pictures hold their own data.
-    assert not re.search(r"https?://|<link|<script|@import|url\(", page)
-    assert re.findall(r'src="([^:]*):', page) == ["data", "data"]
-    assert "seed 0" in page.lower() and "1 not text" in page
+    # Nothing is loaded from outside: pictures hold their own data, links stay on the page.
+    assert not re.search(r'(src|srcset|href)="(?!data:|#)|@import|url\(', page)
+    assert len(re.findall(r'<source media="[^"]*" srcset="data:[^"]*"><img src="data:', page)) == 4
+    assert "<h2>The arms</h2>" in page and "Seed 0" in page and "1 not text" in page
     picture = (output / "heatmaps.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) < 150_000
     numbers = json.loads((output / "results.json").read_text())
-    assert list(numbers["arms"]) == ["baseline", "divergence", "random", "corrected", "corrected_random"]
+    assert list(numbers["arms"]) == KEYS
     for arm in numbers["arms"].values():
         assert all(len(values) == 3 for values in arm["curves"].values())
-        assert torch.tensor(arm["usage"]).sum(-1).allclose(torch.ones(1, 3))
+        assert set(arm["bits_per_byte"]) == set(arm["findings"]["domains"]) == set(ALPHABETS)
+        usage = torch.tensor([layer["usage"] for layer in arm["findings"]["layers"]])
+        assert usage.shape == (1, 3, 4) and usage.sum(-1).allclose(torch.ones(1, 3))
+        assert all(loss > 0 for loss in arm["findings"]["interventions"]["loss"])
     assert numbers["arms"]["baseline"]["loss_seconds"] is None
-    assert str(tmp_path) not in page
+    assert [(change["earlier"], change["later"]) for change in numbers["changes"]] == [
+        ("baseline", "expert divergence"),
+        ("random labels", "expert divergence"),
+        ("baseline", "random labels"),
+        ("baseline", "bias-corrected"),
+        ("bias-corrected, random labels", "bias-corrected"),
+        ("baseline", "bias-corrected, random labels"),
+    ]
+    assert str(domains.parent) not in page + (output / "results.json").read_text()
+
+
+def test_what_the_demo_leaves_is_what_edl_observe_takes(demo, own, tmp_path):
+    """The saved model and text go through the command as they are, and the record is the demo's own."""
+    _, _, output = own
+    model, again = output / "models" / "divergence", tmp_path / "again"
+    loader = ["--loader", f"{EXAMPLE / 'model.py'}:load", "--batch-size", str(demo.observing.BATCH)]
+    cli.main(["observe", str(model), str(output / "held-out"), *loader, "--output", str(again), "--quiet"])
+    theirs = demo.observing.Record.load(again / "record.safetensors")
+    ours = demo.observing.Record.load(output / "routing" / "divergence" / "record.safetensors")
+    assert set(theirs.domains) == set(ALPHABETS) and len(theirs) > 64
+    for name in ("token_ids", "offsets", "labels", "keys", "groups"):
+        assert np.array_equal(getattr(theirs, name), getattr(ours, name)), name
+    assert np.array_equal(theirs.experts(0), ours.experts(0))
+    # Pieces of a document share their group: a third of 14 and of 12 documents is held out.
+    assert [len(np.unique(ours.groups[ours.labels == label])) for label in range(3)] == [5, 4, 4]
+
+
+def test_a_second_run_replaces_the_first_and_names_what_it_dropped(demo, own, tmp_path):
+    shutil.copytree(own[1], tmp_path / "domains")
+    shutil.copytree(own[2], tmp_path / "output")
+    (tmp_path / "output" / "held-out" / "note.txt").write_text("not ours")
+    (tmp_path / "domains" / "letters").rename(tmp_path / "domains" / "words")
+    (tmp_path / "domains" / "<empty>").mkdir()
+    (tmp_path / "domains" / "<empty>" / "line.txt").write_text("only a line")
+    arguments = ["--data", str(tmp_path / "domains"), "--output", str(tmp_path / "output"), "--seed", "1", *TINY]
+    assert demo.main(arguments) == 0
+    numbers = json.loads((tmp_path / "output" / "results.json").read_text())
+    assert numbers["arms"]["baseline"]["findings"]["domains"] == ["digits", "signs", "words"]
+    assert numbers["left_out"][0].startswith("<empty> has 0 bytes")
+    page = (tmp_path / "output" / "report.html").read_text(encoding="utf-8")
+    assert "Seed 1" in page and "Left out as a domain: &lt;empty&gt; has 0 bytes" in page
+    assert (tmp_path / "output" / "held-out" / "note.txt").read_text() == "not ours"
 
 
 def test_same_seed_same_numbers(demo, domains):
     found = demo.data.load(str(domains), "", 32)
+    pieces = demo.train.pieces_of(found, 32)
 
     def run(*arguments):
-        results, _ = demo.train.compare(found, demo.train.parse([*arguments, *TINY]))
-        return [(one.curves, one.measures.bits_per_byte.tolist(), one.measures.rise_own.tolist()) for one in results]
+        results, _ = demo.train.compare(found, pieces, demo.train.parse([*arguments, *TINY]))
+        return [
+            (one.curves, one.bits_per_byte, [weight.tolist() for weight in one.model.parameters()]) for one in results
+        ]
 
     first = run()
     assert first == run()
     assert first != run("--seed", "1")
     starts = [curves["language_model"][0] for curves, _, _ in first]
     assert starts == [starts[0]] * 5  # same weights, same text
-
-
-def test_more_domains_than_a_batch_holds(demo, domains, tmp_path):
-    for number in range(5):
-        (domains / f"letters{number}").mkdir()
-        (domains / f"letters{number}" / "all.txt").write_text(words("klmnopqrst"[number:], number, 4000))
-    assert demo.main(["--data", str(domains), "--output", str(tmp_path / "output"), *TINY]) == 0
-    assert "closest pair" in (tmp_path / "output" / "report.html").read_text(encoding="utf-8")
 
 
 # What can be wrong with text
@@ -204,6 +262,15 @@ def untrained(demo, monkeypatch):
     monkeypatch.setattr(demo.train, "compare", lambda *arguments: pytest.fail("trained before it looked"))
 
 
+@pytest.mark.parametrize("name", ["models", "routing", "held-out"])
+def test_a_file_in_the_place_of_a_folder_is_found_before_training(demo, untrained, capsys, domains, tmp_path, name):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / name).write_text("mine")
+    complaint = fails(demo, capsys, "--data", domains, "--output", tmp_path / "output")
+    assert complaint.startswith("Cannot write") and name in complaint
+    assert (tmp_path / "output" / name).read_text() == "mine"
+
+
 @pytest.mark.parametrize("name", ["report.html", "heatmaps.png", "results.json"])
 def test_what_stands_in_the_way_of_a_report_is_found_before_training(demo, untrained, capsys, domains, tmp_path, name):
     (tmp_path / "output" / name).mkdir(parents=True)
@@ -239,7 +306,7 @@ def test_a_disk_that_fills_during_training_leaves_the_table_and_the_last_report(
     printed = capsys.readouterr()
     assert "held-out bits per byte" in printed.out and "Report:" not in printed.out
     assert "No space left on device." in printed.err and "Traceback" not in printed.err
-    assert [path.name for path in output.iterdir()] == ["report.html"]
+    assert [path.name for path in output.rglob("*") if path.is_file() and path.suffix != ".txt"] == ["report.html"]
     assert (output / "report.html").read_text() == "the last one"
 
 
@@ -247,6 +314,7 @@ HOSTILE_NAMES = ("$_$", "$\\foo$", "US$_vs_CA$", "<b>&amp;", "\x1b[31mred\x07\n"
 
 
 def test_names_are_never_markup(demo, capsys, tmp_path):
+    """And there are more domains than a batch holds."""
     for number, name in enumerate(HOSTILE_NAMES):
         (tmp_path / "domains" / name).mkdir(parents=True)
         (tmp_path / "domains" / name / "all.txt").write_text(words("klmnopqrstuv"[number:], number, 4000))
@@ -257,10 +325,13 @@ def test_names_are_never_markup(demo, capsys, tmp_path):
         assert not re.search("[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]", text)
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "<b>&amp;<" not in page and "&lt;b&gt;&amp;amp;" in page
-    [heat_maps, curves] = [base64.b64decode(data) for data in re.findall(r"svg\+xml;base64,([^\"]*)", page)]
+    shown = {"$_$", "$\\foo$", "US$_vs_CA$", "<b>&amp;", "\ufffd[31mred\ufffd\ufffd", "\ufffdgnp", "{name}%s"}
+    [run] = demo.observing.read_runs([str(output / "routing" / "baseline")], ["$a$ <b>"])
+    found = run.findings(0, lambda what, done, total: None)
+    assert set(found.domains) == shown
+    heat_maps = demo.figures.as_svg(demo.figures.heat_maps([found]))
     labels = {element.text for element in xml.etree.ElementTree.fromstring(heat_maps).iter() if element.text}
-    assert {"$_$", "$\\foo$", "US$_vs_CA$", "<b>&amp;", "\ufffd[31mred\ufffd\ufffd", "\ufffdgnp", "{name}%s"} <= labels
-    assert xml.etree.ElementTree.fromstring(curves) is not None
+    assert shown | {"$a$ <b>"} <= labels
 
 
 def test_results_are_json_whatever_the_numbers(demo, domains, tmp_path):
@@ -305,22 +376,13 @@ def test_a_folder_that_cannot_be_read_is_counted(demo, domains, monkeypatch):
     assert sum(found["letters"].documents) in (12, 24)  # held out by document, or the end of each
 
 
-def test_domains_that_are_dropped_stand_in_the_report(demo, domains, tmp_path):
-    (domains / "<empty>").mkdir()
-    (domains / "<empty>" / "line.txt").write_text("only a line")
-    output = tmp_path / "output"
-    assert demo.main(["--data", str(domains), "--output", str(output), *TINY]) == 0
-    assert "Left out as a domain: &lt;empty&gt; has 0 bytes" in (output / "report.html").read_text(encoding="utf-8")
-    assert json.loads((output / "results.json").read_text())["left_out"][0].startswith("<empty> has 0 bytes")
-
-
 @pytest.mark.parametrize("end", ["", "\n"])
 def test_a_document_has_a_share_of_its_domain_and_no_more(demo, domains, end):
     (domains / "digits" / "primes.txt").write_text("0123456789" * 280_000 + end)
     (domains / "digits" / "more.txt.gz").write_bytes(gzip.compress(b"9876543210" * 4_000_000))  # beyond all limits
     [digits] = [domain for domain in demo.data.load(str(domains), "", 32) if domain.name == "digits"]
     assert digits.skipped["cut after 1 MB"] == 2
-    assert digits.train.numel() + digits.held_out.numel() < 2 * 2**20 + 100_000
+    assert digits.train.numel() + sum(map(len, digits.held_out)) < 2 * 2**20 + 100_000
 
 
 @pytest.mark.parametrize("piece", ['<a x="', "<a x='", "<a ", "</a ", "<!--", "<!", "<?", "<a x=\"'", "<script"])
@@ -336,9 +398,9 @@ def test_held_out_text_is_not_in_training_text(demo, domains):
     for path in (domains / "letters").iterdir():
         path.write_text(f"{repeated}\n{path.read_text()}")
     for domain in demo.data.load(str(domains), "", 32):
-        train, held_out = bytes(domain.train.tolist()), bytes(domain.held_out.tolist())
-        assert domain.split == "by document" and domain.documents[1] >= 1
-        assert 0.05 < len(held_out) / len(train) < 0.2
+        train, held_out = bytes(domain.train.tolist()), b"\n\n".join(domain.held_out)
+        assert domain.split == "by document" and domain.documents == (8, 4) and len(domain.held_out) == 4
+        assert 0.3 < len(held_out) / len(train) < 0.7
         lines = [line for line in held_out.split(b"\n") if len(line) >= 32]
         assert lines and not set(lines) & set(train.split(b"\n"))
 
@@ -348,8 +410,83 @@ def test_single_document_is_cut_at_its_end(demo, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "all.txt").write_text(words(alphabet, 0, 8000))
     for domain in demo.data.load(str(tmp_path), "", 32):
-        assert domain.split == "the last tenth of every document"
-        assert domain.train.numel() == pytest.approx(9 * domain.held_out.numel(), rel=0.05)
+        assert domain.split == "the last third of every document"
+        assert domain.train.numel() == pytest.approx(2 * sum(map(len, domain.held_out)), rel=0.05)
+
+
+def test_long_names_of_domains_stay_apart(demo, tmp_path):
+    for place, alphabet in enumerate(ALPHABETS.values()):
+        (tmp_path / f"a name that is longer than a table has room for, {place}").mkdir()
+        (tmp_path / f"a name that is longer than a table has room for, {place}" / "all.txt").write_text(
+            words(alphabet, 0)
+        )
+    names = [domain.name for domain in demo.data.load(str(tmp_path), "", 32)]
+    assert names == ["a name that is longer t…", "a name that is longer  2", "a name that is longer  3"]
+
+
+def test_documents_without_a_piece_are_too_little_text(demo, tmp_path):
+    for name, alphabet in ALPHABETS.items():
+        (tmp_path / name).mkdir()
+        for number in range(60):
+            (tmp_path / name / f"{number}.txt").write_text(words(alphabet, number, 240))
+    with pytest.raises(demo.data.DataError, match="in documents of at most 2.., and more than 3200 of each and 400"):
+        demo.data.load(str(tmp_path), "", 400)
+
+
+# Held-out text
+
+
+def test_pieces_are_whole_characters_evenly_spaced(demo):
+    draw = random.Random(0)
+    text = ["".join(draw.choices("aé選🙂\n", k=length)) for length in (3000, 20, 400, 1, 0, 5000)]
+    documents = [words.encode() for words in text]
+    for wanted in (1, 5, 20, 10**6):
+        pieces = demo.held_out.pieces_of(documents, 32, wanted)
+        counts = list(map(len, pieces))
+        room = [max(len(document) // 128, int(len(document) >= 32)) for document in documents]
+        share = max(counts)
+        assert counts == [min(share, most) for most in room]  # equally many, or all there are
+        assert sum(counts) == sum(room) or sum(counts) >= wanted > sum(min(share - 1, most) for most in room)
+        for document, found in zip(documents, pieces):
+            places = [document.index(piece) for piece in found]
+            assert all(32 <= len(piece) <= 128 and piece.decode() for piece in found)
+            assert all(a + len(piece) <= b for a, b, piece in zip(places, places[1:], found))  # none twice
+            gaps = np.diff(places)
+            assert len(gaps) == 0 or gaps.max() - gaps.min() <= 7
+            assert not found or (places[0] < 4 and (len(found) == 1 or places[-1] + 128 > len(document) - 4))
+
+
+def test_bits_per_byte_and_their_error_over_documents(demo):
+    torch.manual_seed(0)
+    settings = demo.model.ModelSettings(sequence_length=16, hidden_size=16, intermediate_size=8, experts=4)
+    model = demo.model.LanguageModel(settings)
+    draw = random.Random(1)
+    documents = [[bytes(draw.choices(range(97, 97 + size), k=draw.randint(16, 30))) for _ in range(size)]
+                 for size in (1, 5, 0, 30, 3)]  # fmt: skip
+    bits, error = demo.held_out.bits_per_byte(model, documents)
+    losses = []
+    for document in documents:
+        losses.append([])
+        for piece in document:
+            logits = model(torch.tensor([list(piece[:16])]))[0][0].detach().double().numpy()
+            chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            losses[-1].append(np.mean([-np.log2(chances[place, piece[place + 1]]) for place in range(15)]))
+    mean = np.mean(np.concatenate(losses))
+    sums = np.array([np.sum(np.array(each) - mean) for each in losses if each])
+    expected = np.sqrt(4 / 3 * (sums**2).sum()) / 39  # of a mean of clusters
+    assert bits == pytest.approx(mean, rel=1e-5) and error == pytest.approx(expected, rel=1e-4)
+    assert math.isnan(demo.held_out.bits_per_byte(model, documents[:1])[1])
+
+
+def test_a_saved_model_is_the_same_one(demo, tmp_path):
+    torch.manual_seed(0)
+    settings = demo.model.ModelSettings(sequence_length=16, layers=3, hidden_size=16, intermediate_size=8, experts=5)
+    model = demo.model.LanguageModel(settings)
+    demo.model.save(model, tmp_path / "a" / "b")
+    loaded, tokenizer = demo.model.load(str(tmp_path / "a" / "b"))
+    inputs = torch.randint(0, 256, (2, 16))
+    assert tokenizer is None and loaded.config == settings and loaded.config.max_position_embeddings == 16
+    assert torch.equal(loaded(inputs)[0], model(inputs)[0])
 
 
 def test_html_keeps_text_alone(demo):
@@ -491,92 +628,32 @@ def test_random_labels_do_not_change_the_order(demo):
     assert not torch.equal(first.labels, first.random_labels)
 
 
-# Measures
-
-
-def test_usage_of_disjoint_experts(demo):
-    labels = torch.arange(3).repeat_interleave(4)
-    experts = torch.stack((2 * labels, 2 * labels + 1), dim=-1).repeat_interleave(5, dim=0)[None]
-    usage = demo.measures.expert_usage(experts, labels, 3, 6)
-    expected = torch.kron(torch.eye(3), torch.tensor([0.5, 0.5])).double()
-    assert torch.equal(usage[0], expected)
-    assert demo.measures.favourite_experts(usage, 2)[0].sort().values.tolist() == [[0, 1], [2, 3], [4, 5]]
-
-
-def test_same_byte_divergence_ignores_the_alphabet(demo):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(2).repeat_interleave(60)
-    # Domain 1 prefers high bytes, but a byte is routed the same wherever it stands, up to noise.
-    inputs = torch.randint(0, 40, (120, 64), generator=generator) + 30 * labels[:, None]
-    by_byte = 2 * torch.randn(256, 8, generator=generator)
-    noise = 0.5 * torch.randn(inputs.numel(), 8, generator=generator)
-    same = (by_byte[inputs.flatten()] + noise).softmax(-1)[None]
-    plain = demo.measures.domain_divergence(same, labels, 2)[0, 0, 1]
-    controlled = demo.measures.same_byte_divergence(same, inputs, labels, 2)[0, 0, 1]
-    assert plain > 0.01 and abs(controlled) < 0.1 * plain
-    by_domain = (3 * torch.eye(2, 8)[labels.repeat_interleave(64)] + noise).softmax(-1)[None]
-    assert demo.measures.same_byte_divergence(by_domain, inputs, labels, 2)[0, 0, 1] > 0.05
-
-
-def test_same_byte_divergence_without_common_bytes(demo):
-    labels = torch.arange(2).repeat_interleave(20)
-    inputs = (100 * labels)[:, None].expand(40, 8)
-    probabilities = torch.full((1, 320, 4), 0.25)
-    assert demo.measures.same_byte_divergence(probabilities, inputs, labels, 2)[0, 0, 1].isnan()
-
-
-def test_switched_off_experts_are_not_chosen(demo):
-    torch.manual_seed(0)
-    settings = demo.model.ModelSettings(sequence_length=32, hidden_size=16, intermediate_size=8, experts=4)
-    model = demo.model.LanguageModel(settings)
-    sequences = torch.randint(0, 256, (6, 33))
-    before = demo.measures.observe(model, sequences)
-    with demo.measures.switched_off(model, torch.tensor([[0, 2], [1, 3]])):
-        during = demo.measures.observe(model, sequences)
-    assert set(during.experts[0].flatten().tolist()) == {1, 3} and set(during.experts[1].flatten().tolist()) == {0, 2}
-    assert during.loss.isfinite().all() and not torch.equal(during.loss, before.loss)
-    assert torch.equal(demo.measures.observe(model, sequences).loss, before.loss)
-
-
-def test_measures_of_a_model(demo):
-    torch.manual_seed(0)
-    settings = demo.model.ModelSettings(sequence_length=32, hidden_size=16, intermediate_size=8, experts=4)
-    model = demo.model.LanguageModel(settings)
-    labels = torch.arange(3).repeat_interleave(10)
-    found = demo.measures.measure(model, torch.randint(0, 256, (30, 33)), labels, 3)
-    shapes = [tuple(value.shape) for value in found]
-    assert shapes == [(3,), (3,), (2, 3, 4), (2,), (2, 3, 3), (2, 3, 3), (2,), (2, 3, 3), (2,), (3,), (3,)]
-    assert (found.load >= 1).all() and (found.information >= -1e-12).all()
-    assert (found.token_entropy <= math.log(4) + 1e-6).all()
-
-
 # Sentences
 
 
 def test_findings_follow_the_numbers(demo):
     names = ["one", "two", "three"]
 
-    def result(arm, bits, divergence, rise):
-        square = divergence * (1 - torch.eye(3)).expand(2, 3, 3).double()
-        found = demo.measures.Measures(
-            bits_per_byte=torch.full((3,), bits),
-            standard_error=torch.zeros(3),
-            usage=torch.full((2, 3, 4), 0.25),
-            load=torch.ones(2),
-            divergence=square,
-            same_byte=square / 2,
-            information=torch.zeros(2),
-            overlap=square,
-            token_entropy=torch.ones(2),
-            rise_own=torch.full((3,), rise),
-            rise_others=torch.full((3,), 0.1),
+    def result(arm, bits):
+        loss_seconds = 0.001 if arm.divergence else math.nan
+        return demo.train.Result(arm, None, {}, dict.fromkeys(names, (bits, 0.1)), 0.1, loss_seconds)
+
+    def run(divergence, rise):
+        estimate = types.SimpleNamespace(value=divergence, low=divergence - 0.01, high=divergence + 0.01, p=0.001)
+        rises = {"own": rise, "others": 0.1, "random": 0.05}
+        return types.SimpleNamespace(
+            compared=types.SimpleNamespace(whole=estimate),
+            beyond_token=types.SimpleNamespace(standardised=types.SimpleNamespace(whole=estimate)),
+            interventions=types.SimpleNamespace(**{key: [(value, 0, 1)] * 3 for key, value in rises.items()}),
         )
-        return demo.train.Result(arm, {}, found, 0.1, math.nan if not arm.divergence else 0.001)
 
     def findings(*numbers):
-        results = [result(arm, *row) for arm, row in zip(demo.train.ARMS, numbers)]
-        demo.table.as_text(demo.table.build(results, names), [arm.title for arm in demo.train.ARMS])
-        return " ".join(demo.findings.write(results, names))
+        results = [result(arm, row[0]) for arm, row in zip(demo.train.ARMS, numbers)]
+        runs = [run(*row[1:]) for row in numbers]
+        table = demo.table.as_text(demo.table.build(results, runs), [arm.title for arm in demo.train.ARMS])
+        assert "2.500 ± 0.100" in table and f"{1.4427 * numbers[0][2]:+.3f}" in table
+        assert f"{numbers[0][1] - 0.01:.4f} to {numbers[0][1] + 0.01:.4f}" in table
+        return " ".join(demo.findings.write(results, runs))
 
     hoped = findings((2.5, 0.1, 0.2), (2.3, 0.5, 0.8), (2.55, 0.1, 0.2), (2.5, 0.5, 0.8), (2.5, 0.1, 0.2))
     assert "Better than it: expert divergence (-0.20)" in hoped and "takes true labels to raise it" in hoped
@@ -587,3 +664,19 @@ def test_findings_follow_the_numbers(demo):
     assert "random labels made the experts more specialised" in feared
     nothing = findings(*[(2.5, 0.1, 0.0)] * 5)
     assert "did not raise it clearly" in nothing and "Not told apart" in nothing
+
+
+def test_a_run_that_could_not_be_observed_has_its_losses(demo):
+    results = [demo.train.Result(arm, None, {}, {"one": (2.5, math.nan)}, 0.1, math.nan) for arm in demo.train.ARMS[:1]]
+    table = demo.table.as_text(demo.table.build(results, []), ["baseline"])
+    assert "2.500 ± –" in table and "divergence" not in table
+
+
+def test_a_difference_that_may_be_chance_has_no_interval(demo):
+    chance = types.SimpleNamespace(value=0.001, low=math.nan, high=0.002, p=0.4)
+    untested = types.SimpleNamespace(value=0.001, low=math.nan, high=math.nan, p=math.nan)
+    assert demo.table._estimated([chance, untested, None]) == [
+        ("mean, corrected", ["0.0010", "0.0010", "–"]),
+        ("95 % interval", ["chance", "–", "–"]),
+        ("p", ["0.400", "–", "–"]),
+    ]

@@ -129,32 +129,39 @@ CURVES = {
     "divergence": ("Expert divergence loss, each arm's own labels", "lower is further apart"),
     "domains": ("Divergence of the true domains in a step", "nats"),
 }
-PAPERS = {"light": ("#1f2933", "#e4e7eb"), "dark": ("#e8ecf0", "#2c333b")}  # ink and rules on them
+RULE = "#e4e7eb"
+# What an SVG file for light paper has, and what stands for it on dark paper.
+ON_DARK = {INK: "#e8ecf0", RULE: "#2c333b", STYLES["baseline"]["color"]: "#a0a8b0"}
 
 
-def curve(results, key, paper):
+def curve(results, key):
     """Draws one of `CURVES` over the steps of all arms, narrow enough for a phone.
 
     Arguments:
         results: list of train.Result.
         key: of the curve.
-        paper: "light" or "dark", what it is seen on.
 
     Returns:
         matplotlib Figure without a background.
     """
-    ink, rule = PAPERS[paper]
-    inks = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
-    with plt.rc_context({**style(), **inks, "axes.edgecolor": rule}):
-        figure, axis = plt.subplots(figsize=(4.4, 2.6), layout="constrained")
+    with plt.rc_context({**style(), "axes.edgecolor": RULE}):
+        figure, axis = plt.subplots(figsize=(4.4, 2.6))
+        figure.subplots_adjust(left=0.17, right=0.98, bottom=0.18, top=0.97)
         for result in results:
             steps, values = smooth(result.curves[key])
             axis.plot(steps, values, linewidth=1.6, **STYLES[result.arm.key])
         axis.set_ylabel(CURVES[key][1])
         axis.set_xlabel("step")
-        axis.grid(color=rule, linewidth=0.8)
+        axis.grid(color=RULE, linewidth=0.8)
         axis.set_axisbelow(True)
     return figure
+
+
+def for_dark(picture):
+    """Returns the text of an SVG file with ink for dark paper."""
+    for light, dark in ON_DARK.items():
+        picture = picture.replace(light, dark)
+    return picture
 
 
 def as_png(figure):

@@ -93,8 +93,7 @@ def as_text(run):
 
 def machine_facts():
     """Returns what a reader needs to compare times: list of (name, value)."""
-    facts = {"edl": edl.__version__, "threads": str(torch.get_num_threads())}
-    return [*facts.items(), *machine.facts(torch.device("cpu")).items()]
+    return [("edl", edl.__version__), *machine.facts(torch.device("cpu")).items()]
 
 
 def numbers(run):
@@ -145,8 +144,8 @@ def section(run):
     return joined(
         [
             markup('<p class="lead">{}</p>', lead(run)),
-            rows_of(["arm", "the loss of the language model, load balancing and"], arms(run)),
-            markup("<ul>{}</ul>", joined(markup("<li>{}</li>", each) for each in seen(run))),
+            rows_of(["arm", "loss"], arms(run)),
+            markup('<ul class="notes">{}</ul>', joined(markup("<li>{}</li>", each) for each in seen(run))),
             markup("<h3>Numbers of the arms</h3>{}", numbers_table(run)),
             markup("<h3>Training</h3>{}", CURVES_TEXT),
             markup('<p class="legend">{}</p><div class="pair-of-charts">{}</div>', keys(run), curves),
@@ -201,7 +200,8 @@ def keys(run):
 def curve(results, key):
     """Returns a curve as an element that holds pictures of its own, for light and dark."""
     title, unit = figures.CURVES[key]
-    light, dark = (address(figures.as_svg(figures.curve(results, key, paper))) for paper in figures.PAPERS)
+    drawn = figures.as_svg(figures.curve(results, key))
+    light, dark = address(drawn), address(figures.for_dark(drawn))
     picture = '<picture><source media="(prefers-color-scheme: dark)" srcset="{}"><img src="{}" alt="{}"></picture>'
     return markup("<div><h4>{}</h4>{}</div>", title, markup(picture, dark, light, f"{title}, {unit}, over the steps"))
 
@@ -216,31 +216,36 @@ def numbers_table(run):
     heads = joined(markup('<th scope="col" class="number">{}</th>', result.arm.title) for result in run.results)
     rows = []
     for group in table.build(run.results, run.findings):
-        rows.append(markup('<tr><th colspan="{}" scope="colgroup">{}</th></tr>', len(run.results) + 1, group.title))
+        rows.append(
+            markup('<tr><th colspan="{}" scope="colgroup"><b>{}</b></th></tr>', len(run.results) + 1, group.title)
+        )
         for label, values in group.rows:
             cells = joined(markup('<td class="number">{}</td>', value) for value in values)
             rows.append(markup('<tr><th scope="row">{}</th>{}</tr>', label, cells))
-    return scrolled("Numbers", markup("<thead><tr><td></td>{}</tr></thead><tbody>{}</tbody>", heads, joined(rows)))
+    return scrolled(
+        "numbers", "numbers-table", markup("<thead><tr><td></td>{}</tr></thead><tbody>{}</tbody>", heads, joined(rows))
+    )
 
 
 def sources(run):
-    """Lists the sources of every domain with sizes, licences, the split and what was left out."""
-    rows = []
+    """Lists where the text of every domain is from, with licences, and how it was split."""
+    origins, splits = [], []
     for domain in run.domains:
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(domain.skipped.items())) or "nothing"
         held_out = sum(map(len, domain.held_out))
-        about = (
-            f"{domain.train.numel() / 1e6:.2f} MB in {domain.documents[0]} documents",
-            f"{held_out / 1e6:.2f} MB in {domain.documents[1]} documents, {domain.split}",
-            skipped,
-        )
-        for place, source in enumerate(domain.sources):
-            name = f"{source.name} {source.version}".strip()
-            rows.append(
-                (domain.name, name, f"{source.size / 1e6:.2f} MB", source.licence, *(about if not place else ()))
-            )
-    heads = ["domain", "source", "size", "licence", "text to train on", "text held out", "left out"]
-    return markup("{}{}", rows_of(heads, rows), SPLIT_TEXT)
+        trained = f"{domain.train.numel() / 1e6:.2f} MB in {domain.documents[0]} documents"
+        split = f"{held_out / 1e6:.2f} MB in {domain.documents[1]} documents, {domain.split}"
+        splits.append((domain.name, trained, split, skipped))
+        for source in domain.sources:
+            size = f"{source.size / 1e6:.2f} MB"
+            origins.append((domain.name, f"{source.name} {source.version}".strip(), f"{source.licence}, {size}"))
+    return joined(
+        [
+            rows_of(["domain", "source", "licence and size"], origins),
+            rows_of(["domain", "text to train on", "text held out", "left out"], splits),
+            SPLIT_TEXT,
+        ]
+    )
 
 
 def dropped(run):
@@ -255,19 +260,21 @@ def settings(run):
 
 
 def rows_of(heads, rows):
-    """Lays rows out as a table whose first column names them; short rows end with empty cells."""
+    """Lays rows out as a table whose first column names them."""
     head = joined(markup('<th scope="col">{}</th>', word) for word in heads)
-    body = []
-    for first, *others in rows:
-        cells = joined(markup("<td>{}</td>", other) for other in [*others, *[""] * (len(heads) - 1 - len(others))])
-        body.append(markup('<tr><th scope="row">{}</th>{}</tr>', first, cells))
-    return scrolled(heads[0], markup("<thead><tr>{}</tr></thead><tbody>{}</tbody>", head, joined(body)))
+    body = [
+        markup('<tr><th scope="row">{}</th>{}</tr>', first, joined(markup("<td>{}</td>", other) for other in others))
+        for first, *others in rows
+    ]
+    # Two columns fit a phone, more scroll.
+    kind = "facts-table" if len(heads) == 2 else "text-table"
+    return scrolled(heads[0], kind, markup("<thead><tr>{}</tr></thead><tbody>{}</tbody>", head, joined(body)))
 
 
-def scrolled(label, rows):
+def scrolled(label, kind, rows):
     """Returns a table that scrolls sideways where it must, as those of the page."""
-    frame = '<div class="scroll" tabindex="0" role="region" aria-label="{}"><table class="facts-table">{}</table></div>'
-    return markup(frame, label, rows)
+    frame = '<div class="scroll" tabindex="0" role="region" aria-label="{}"><table class="{}">{}</table></div>'
+    return markup(frame, label, kind, rows)
 
 
 CURVES_TEXT = markupsafe.Markup(

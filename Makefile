@@ -1,6 +1,7 @@
 # make venv        .venv with torch, the build tools and edl (editable)
 # make lint        formats, types, spelling and workflows: what .pre-commit-config.yaml names, on all files
 # make test        everything: pytest, with the C++ cases (Catch2) as items
+# make coverage    the same, and how much of the package it runs, which takes a third longer
 # make demo        pre-trains a small language model on real text; DATA=folder takes the sub-folders of your own text
 # make dist        source archive and wheel, for the torch that TORCH names, in dist
 # make check-dist  both installed into environments of their own, beside that torch, and run
@@ -23,7 +24,7 @@ VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install
 STAMPS := $(VENV)/stamps
 
-.PHONY: venv lint test demo dist check-dist bench check-cuda gpu clean preconditions always
+.PHONY: venv lint test coverage demo dist check-dist bench check-cuda gpu clean preconditions always
 
 venv: $(STAMPS)/edl
 
@@ -31,9 +32,14 @@ lint: $(STAMPS)/lint
 	$(VENV_PYTHON) -m pre_commit run --all-files
 
 # Threads that wait leave their processor to the other processes.
+PYTEST := OMP_WAIT_POLICY=passive $(VENV_PYTHON) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
+  --no-loadscope-reorder
+
 test: $(STAMPS)/test
-	OMP_WAIT_POLICY=passive $(VENV_PYTHON) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder \
-	  --cov=edl --cov-report=term --cov-fail-under=90
+	$(PYTEST) --durations=20
+
+coverage: $(STAMPS)/test
+	$(PYTEST) --cov=edl --cov-report=term --cov-fail-under=90
 
 demo: $(STAMPS)/demo
 	$(VENV_PYTHON) examples/pretrain/train.py $(if $(DATA),--data "$(DATA)")

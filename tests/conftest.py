@@ -31,9 +31,13 @@ LONGEST_FILES = [
     "test_examples.py",
     "test_cpp.py",
     "test_transformers_trainer.py",
+    "test_statistics_transformers.py",
+    "test_page.py",
     "test_parallel.py",
     "test_cuda_emulation.py",
     "test_transformers_capture.py",
+    "test_observe.py",
+    "test_router_statistics.py",
     "test_threads.py",
     "test_transformers_blocks.py",
 ]

@@ -183,7 +183,15 @@ def test_a_second_run_replaces_the_first_and_names_what_it_dropped(demo, own, tm
     assert numbers["left_out"][0].startswith("<empty> has 0 bytes")
     page = (tmp_path / "output" / "report.html").read_text(encoding="utf-8")
     assert "Seed 1" in page and "Left out as a domain: &lt;empty&gt; has 0 bytes" in page
-    assert (tmp_path / "output" / "held-out" / "note.txt").read_text() == "not ours"
+    left = {path.name for path in (tmp_path / "output" / "held-out").iterdir()}
+    assert left == {"digits", "signs", "words", "note.txt"}
+
+
+def test_text_of_another_kind_among_the_pieces_is_a_sentence(demo, untrained, capsys, domains, tmp_path):
+    (tmp_path / "output" / "held-out").mkdir(parents=True)
+    (tmp_path / "output" / "held-out" / "mine.jsonl").write_text("{}")
+    complaint = fails(demo, capsys, "--data", domains, "--output", tmp_path / "output")
+    assert "a folder must hold one kind of input" in complaint
 
 
 def test_same_seed_same_numbers(demo, domains):

@@ -63,6 +63,9 @@ def write(pieces, folder):
     """
     for old in folder.glob("*/document-*/[0-9]*.txt"):
         old.unlink()
+    for place in [*folder.glob("*/document-*"), *folder.glob("*")]:
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
     for domain, documents in pieces.items():
         for number, of_document in enumerate(documents):
             place = folder / domain / f"document-{number:04}"

@@ -129,8 +129,8 @@ def main(arguments=None):
         pieces = pieces_of(domains, settings.sequence_length)
         held_out.write(pieces, output / held_out.FOLDER)
         chosen = observing.sample(output / held_out.FOLDER, settings.sequence_length)
-    except data.DataError as error:
-        return fail(str(error))
+    except (data.DataError, ValueError) as error:
+        return fail(f"{str(error).removesuffix('.')}.")
     except OSError as error:
         return fail(f"Cannot write to or read from {error.filename or output}: {error.strerror}.")
     start = time.perf_counter()

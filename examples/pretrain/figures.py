@@ -15,7 +15,7 @@ import numpy as np
 # The palette of Okabe and Ito can be told apart with every common form of colour blindness. Hue says which labels an
 # arm was trained on, the dash whether the bias was corrected.
 STYLES = {
-    "baseline": {"color": "#555555", "linestyle": "-"},
+    "baseline": {"color": "#7b8794", "linestyle": "-"},
     "divergence": {"color": "#0072B2", "linestyle": "-"},
     "random": {"color": "#D55E00", "linestyle": "-"},
     "corrected": {"color": "#0072B2", "linestyle": (0, (4, 1.5))},
@@ -131,7 +131,7 @@ CURVES = {
 }
 RULE = "#e4e7eb"
 # What an SVG file for light paper has, and what stands for it on dark paper.
-ON_DARK = {INK: "#e8ecf0", RULE: "#2c333b", STYLES["baseline"]["color"]: "#a0a8b0"}
+ON_DARK = {INK: "#e8ecf0", RULE: "#2c333b"}
 
 
 def curve(results, key):

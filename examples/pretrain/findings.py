@@ -2,7 +2,7 @@
 
 import math
 
-from table import mean_rise
+from table import mean_rise, number
 
 # Three seeds of every arm, at the default sizes and on Debian's packages, lay within 0.03 bits per byte of each other.
 NOISE_BITS = 0.05
@@ -118,8 +118,8 @@ def _knock_out(seen):
 
 def _lost(rises):
     """Puts the rises on own text, on others', and with random experts into words."""
-    own, others, control = rises
-    return f"{own:+.2f} bits per byte, the others' {others:+.2f} (random experts: {control:+.2f})"
+    own, others, control = (number(rise, 2, sign="+") for rise in rises)
+    return f"{own} bits per byte, the others' {others} (random experts: {control})"
 
 
 def _cost(by_key):

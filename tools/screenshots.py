@@ -14,6 +14,7 @@ VIEWS = {
     "phone": (360, 780, False),
     "phone-dark": (360, 780, True),
 }
+TOP = (1280, 1180, False)  # what docs/report.png shows
 
 
 def start_browser():
@@ -66,10 +67,10 @@ def scroll_through(browser):
     )
 
 
-def picture(browser):
-    """The whole page as the bytes of a PNG file."""
+def picture(browser, is_whole=True):
+    """The page, or what is in sight of it, as the bytes of a PNG file."""
     scroll_through(browser)
-    found = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "format": "png"})
+    found = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": is_whole, "format": "png"})
     return base64.b64decode(found["data"])
 
 
@@ -82,11 +83,11 @@ def main():
     arguments.folder.mkdir(parents=True, exist_ok=True)
     browser = start_browser()
     try:
-        for name, view in VIEWS.items():
+        for name, view in {**VIEWS, "top": TOP}.items():
             set_view(browser, *view)
             browser.get(arguments.page.resolve().as_uri())
             browser.execute_async_script("const done = arguments[0]; setTimeout(done, 300)")
-            (arguments.folder / f"{name}.png").write_bytes(picture(browser))
+            (arguments.folder / f"{name}.png").write_bytes(picture(browser, name in VIEWS))
     finally:
         browser.quit()
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from edl.diagnostics import measures
 from edl.diagnostics.choices import moves_of, routings_of
 from edl.diagnostics.extras import require
 from edl.diagnostics.findings import Change, Estimate
@@ -146,15 +147,10 @@ def _estimate(value: float, moves: Any) -> Estimate:
 
 def _saturation(earlier: Record, later: Record, place: int) -> float:
     """The share of a token's choices in the earlier run that the later one makes too, mean over tokens with choices."""
-    np = require("numpy", "significance")
-    before, after = earlier.experts(place), later.experts(place)
     num_experts = earlier.layers[place].num_experts
     if num_experts != later.layers[place].num_experts:
         return float("nan")
-    is_choice = before < num_experts
-    again = sum((before == after[:, [choice]]) for choice in range(after.shape[1])) > 0
-    kept, choices = (again & is_choice).sum(1), is_choice.sum(1)
-    return float((kept[choices > 0] / choices[choices > 0]).mean()) if choices.any() else np.nan
+    return float(measures.saturation(earlier.experts(place), later.experts(place), num_experts))
 
 
 def _note(records: tuple[Record, Record], paired: tuple[Record, Record], agree: bool, few: bool) -> str:

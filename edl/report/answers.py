@@ -126,7 +126,9 @@ def at_equal_tokens(run: Findings) -> str:
     if not words.rejects(whole.p):
         return f"{tokens} the rest is {words.estimated(whole)}: the router may see no more than the current token."
     nats = words.estimated(whole, with_test=False)
-    return f"{tokens} {nats} are left: the text around a token decides too, be it the topic or only the tokens before it."
+    return (
+        f"{tokens} {nats} are left: the text around a token decides too, be it the topic or only the tokens before it."
+    )
 
 
 def where(run: Findings, strongest: Sequence[Sequence[summaries.Cell]]) -> str:

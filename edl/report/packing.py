@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edl.diagnostics import measures
 from edl.diagnostics.extras import require
 from edl.diagnostics.findings import Change, Comparison, Findings
 from edl.report import summaries, words
@@ -116,22 +117,17 @@ def joined(arrays: Sequence[Any], kind: Any) -> Any:
 
 
 def partners_of(coactivation: Any, experts: int) -> tuple[Any, Any]:
-    """The experts most often chosen together with each one, and in what share of its choices, [E, 8]; NaN where there
-    is none."""
+    """The strongest partners of each expert, and how many times more often they are chosen together than their loads
+    say, [E, 8]; NaN where there is none."""
     np = require("numpy", "page")
     shape = (experts, MOST_PARTNERS)
-    partners, shares = np.zeros(shape, np.uint16), np.full(shape, np.nan)
-    if coactivation is None:
-        return partners, shares
-    counts = np.asarray(coactivation, np.float64)
-    own = np.diagonal(counts)[:, None]
-    together = np.where(np.eye(experts, dtype=bool) | (counts <= 0) | ~np.isfinite(counts), -1, counts)
-    best = np.argsort(-together, 1, kind="stable")[:, :MOST_PARTNERS]
-    chosen = np.take_along_axis(together, best, 1)
-    is_one = (chosen > 0) & (own > 0)
-    partners[:, : best.shape[1]] = best
-    shares[:, : best.shape[1]] = np.where(is_one, chosen / np.where(own > 0, own, 1), np.nan)
-    return partners, shares
+    partners, lifts = np.zeros(shape, np.uint16), np.full(shape, np.nan)
+    if coactivation is None or not np.isfinite(coactivation).all():
+        return partners, lifts
+    best, found = (each.numpy() for each in measures.partners(coactivation, MOST_PARTNERS))
+    partners[:, : best.shape[1]] = best.clip(0)
+    lifts[:, : best.shape[1]] = found
+    return partners, lifts
 
 
 def compared_arrays(run: Findings, real: Any) -> dict[str, Any]:

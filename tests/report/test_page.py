@@ -10,6 +10,7 @@ import pytest
 import screenshots
 import synthetic_findings as made
 
+from edl.diagnostics import measures
 from edl.report import packing, page, summaries, words
 
 DESK, PHONE = screenshots.VIEWS["desktop"], screenshots.VIEWS["phone"]
@@ -366,10 +367,10 @@ def test_panels_rank_what_the_findings_rank(show):
     expert = int(texts(browser, "[data-panel=expert] h4")[0].split()[-1])
     shown = texts(browser, "[data-panel=expert] li > :first-child")
     assert shown == [words.name(run.domains[each]) for each in np.argsort(-usage[:, expert])]
-    together = np.array(run.layers[place].coactivation[expert])
-    together[expert] = -1
-    values = texts(browser, "[data-panel=partners] .value")
-    assert values == [words.percent(each) for each in -np.sort(-together)[:8] / 4000]
+    partners, lifts = (each[expert].numpy() for each in measures.partners(run.layers[place].coactivation, 8))
+    shown = texts(browser, "[data-panel=partners] li > :first-child")
+    assert shown == [f"Expert {each}" for each in partners if each >= 0] and shown
+    assert texts(browser, "[data-panel=partners] .value") == [words.times(each) for each in lifts if each == each]
 
 
 def test_dead_and_unknown_cells_say_so(show):

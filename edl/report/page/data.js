@@ -131,7 +131,7 @@ class Run {
     const found = [];
     for (let rank = 0; rank < 8; rank++) {
       const place = (layer.start + expert) * 8 + rank;
-      if (this.together[place] > 0) found.push({ expert: this.partners[place], share: this.together[place] });
+      if (this.together[place] > 0) found.push({ expert: this.partners[place], lift: this.together[place] });
     }
     return found;
   }

@@ -118,8 +118,8 @@ function showPanels(run, box) {
   panel("expert").replaceChildren(...ranking(`Domains for expert ${expert}`,
     "Of each domain’s choices, times the mean domain",
     domains.slice(0, 8).map(each => row(name(run.domains[each]), each, expert, () => choose({ domain: run.domains[each] })))));
-  panel("partners").replaceChildren(...ranking(`Chosen together with expert ${expert}`, "Share of its choices, the 8 strongest",
-    run.togetherWith(layer, expert).map(each => ({ label: `Expert ${each.expert}`, size: each.share, text: percent(each.share),
+  panel("partners").replaceChildren(...ranking(`Chosen together with expert ${expert}`, "By the same token, times what their loads say; the 8 strongest",
+    run.togetherWith(layer, expert).map(each => ({ label: `Expert ${each.expert}`, size: each.lift, text: times(each.lift),
       pick: () => choose({ expert: each.expert }) }))));
 }
 

@@ -95,7 +95,8 @@ def _common(
     if statistics is None or record is None:
         one: Any = record if statistics is None else statistics
         return one.layers, one.domains
-    sizes = [[(layer.number, layer.num_experts) for layer in each.layers] for each in (statistics, record)]
+    # Statistics have them by number, a record as the model does.
+    sizes = [sorted((layer.number, layer.num_experts) for layer in each.layers) for each in (statistics, record)]
     if sizes[0] != sizes[1] or statistics.domains != record.domains:
         raise ValueError(
             "edl::report: statistics and record of a run must have the same layers and domains (got "

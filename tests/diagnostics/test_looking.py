@@ -112,6 +112,15 @@ def test_numbers_of_a_run(has_statistics):
     np.testing.assert_array_equal(found.examples[1].experts[1], record.experts(1)[W : 2 * W, 0])
 
 
+def test_layers_that_a_model_holds_in_another_order_are_found_by_their_numbers():
+    record = record_of(layers=LAYERS[::-1])
+    found = findings_of(statistics_of(record)[0], record, "run")
+    assert [layer.facts.number for layer in found.layers] == [3, 1]
+    for place, layer in enumerate(found.layers):
+        counts = shares_of(record, place)
+        np.testing.assert_allclose(layer.usage, counts / counts.sum(1, keepdims=True))
+
+
 def test_statistics_alone_have_no_tests_and_say_so():
     record = record_of()
     statistics, _ = statistics_of(record)

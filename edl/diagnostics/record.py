@@ -1,6 +1,7 @@
 """The record of a routing: which experts the tokens of sampled documents chose, token by token."""
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from edl.diagnostics.layers import LayerFacts
 
 KIND = "routing_record"
 VERSION = 1
+# A choice is written in two bytes, and the highest number is none.
+MOST_EXPERTS = 2**16 - 1
 
 
 class Record:
@@ -55,13 +58,21 @@ class Record:
     ) -> None:
         np = require("numpy", "Record")
         self.layers, self.domains = tuple(layers), tuple(domains)
-        self.token_ids = np.asarray(token_ids).astype(np.int32, copy=False)
-        self.offsets = np.asarray(offsets).astype(np.int64, copy=False)
-        self.labels = np.asarray(labels).astype(np.int32, copy=False)
+        largest = max((layer.num_experts for layer in self.layers), default=0)
+        if largest > MOST_EXPERTS:
+            raise ValueError(f"edl::Record: a layer must have at most {MOST_EXPERTS} experts (got {largest})")
+        for name, given in {"experts": experts, "weights": weights}.items():
+            if given is not None and not callable(given) and len(given) != len(self.layers):
+                raise ValueError(
+                    f"edl::Record: {name} must be of each of {len(self.layers)} layers (got {len(given)})"
+                )
+        self.token_ids = _integers("token_ids", token_ids, np.int32)
+        self.offsets = _integers("offsets", offsets, np.int64)
+        self.labels = _integers("labels", labels, np.int32)
         number = len(self.labels)
         own = np.arange(number, dtype=np.int64)
-        self.keys = own if keys is None else np.asarray(keys).astype(np.int64, copy=False)
-        self.groups = own if groups is None else np.asarray(groups).astype(np.int64, copy=False)
+        self.keys = own if keys is None else _integers("keys", keys, np.int64)
+        self.groups = own if groups is None else _integers("groups", groups, np.int64)
         self.facts, self.token_texts = dict(facts or {}), dict(token_texts or {})
         self._experts = experts if callable(experts) else list(experts).__getitem__
         self._last: tuple[int, Any] | None = None  # the layer that was asked for last, and will be again
@@ -74,7 +85,7 @@ class Record:
                     f"{list(getattr(self, name).shape)})"
                 )
         is_growing = self.offsets[0] == 0 and (np.diff(self.offsets) >= 0).all()
-        if self.token_ids.ndim != 1 or not is_growing or self.offsets[-1] != len(self.token_ids):
+        if not is_growing or self.offsets[-1] != len(self.token_ids):
             raise ValueError(
                 f"edl::Record: offsets must grow from 0 to the number of token_ids, {self.token_ids.size} (got others)"
             )
@@ -122,9 +133,21 @@ class Record:
         return np.where((chosen < 0) | (chosen >= num_experts), num_experts, chosen)
 
     def weights(self, place: int) -> Any:
-        """The weights of the choices, array[T, K] of float32; None where they were not kept."""
+        """The weights of the choices, array[T, K] of float32; None where they were not kept.
+
+        Raises:
+            ValueError: they are not numbers in the shape of the choices.
+        """
         np = require("numpy", "Record")
-        return None if self._weights is None else np.asarray(self._weights(place)).astype(np.float32)
+        if self._weights is None:
+            return None
+        weights, shape = np.asarray(self._weights(place)), self.experts(place).shape
+        if weights.shape != shape or weights.dtype.kind not in "fiu":
+            raise ValueError(
+                f"edl::Record: weights of a layer must be numbers {list(shape)}, as the choices are (got "
+                f"{weights.dtype} {list(weights.shape)})"
+            )
+        return weights.astype(np.float32)
 
     def counts(self, place: int) -> Any:
         """How often each document chose each expert of the place-th layer, array[N, E] of float64."""
@@ -171,7 +194,8 @@ class Record:
         vectors |= {name: arrays.checked(name, (len(vectors["labels"]),), "iu") for name in ("keys", "groups")}
         texts, facts = header.get("token_texts", {}), header.get("facts", {})
         is_right = isinstance(texts, dict) and isinstance(facts, dict)
-        if not is_right or not all(name.isdecimal() and isinstance(text, str) for name, text in texts.items()):
+        are_ids = is_right and all(re.fullmatch("[0-9]{1,10}", name) for name in texts)
+        if not are_ids or not all(isinstance(text, str) for text in texts.values()):
             raise ValueError(f"edl::{KIND}: {path} must have facts, and texts by token id (got others)")
         of_tokens = (len(vectors["token_ids"]), None)
 
@@ -192,6 +216,26 @@ class Record:
             token_texts=token_texts,
             **vectors,
         )
+
+
+def _integers(name: str, given: Any, kind: Any) -> Any:
+    """A vector of integers, as this type of NumPy.
+
+    Raises:
+        ValueError: something else, or numbers that the type cannot hold.
+    """
+    np = require("numpy", "Record")
+    array = np.asarray(given)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(
+            f"edl::Record: {name} must be integers in one row (got {array.dtype} {list(array.shape)})"
+        )
+    limits = np.iinfo(kind)
+    if array.size and not limits.min <= int(array.min()) <= int(array.max()) <= limits.max:
+        raise ValueError(
+            f"edl::Record: {name} must be from {limits.min} to {limits.max} (got {array.min()} to {array.max()})"
+        )
+    return array.astype(kind, copy=False)
 
 
 def joined(parts: Sequence[Record], order: Sequence[int], facts: dict[str, Any], token_texts: dict[int, str]) -> Record:

@@ -6,11 +6,11 @@ from typing import Any
 
 from edl.diagnostics.extras import require
 from edl.diagnostics.layers import LayerFacts
-from edl.diagnostics.record import Record
+from edl.diagnostics.record import MOST_EXPERTS, Record
 from edl.diagnostics.traces import documents as described
 from edl.diagnostics.traces import megatron, router_replay, vllm
 from edl.diagnostics.traces.arrays import SUFFIXES, read_arrays
-from edl.diagnostics.traces.trace import MOST_EXPERTS, Trace, check_file, json_lines
+from edl.diagnostics.traces.trace import Trace, check_file, json_lines
 from edl.ops import checks
 
 KINDS = ["megatron", "router_replay", "vllm"]

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edl.diagnostics.extras import require
+from edl.diagnostics.record import MOST_EXPERTS
 
-# Records keep choices in 16 bits, of which one value is "none".
-MOST_EXPERTS = 2**16 - 1
 # Lines are read in bounded memory.
 _LONGEST_LINE = 64 * 2**20
 

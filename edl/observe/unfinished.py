@@ -62,11 +62,15 @@ class Unfinished:
             shutil.rmtree(self.folder, ignore_errors=True)
         elif state is not None and state["run"] == self.run and all(are_own):
             self.done, self._parts = state["done"], state["parts"]
-        elif results or self.folder.exists():
+        elif results or self._holds_something():
             raise ValueError(
                 "edl::observe: output must be empty, or of a run with the same model, text and options (got "
                 f"{self.output} of another one: remove it, or name another folder)"
             )
+
+    def _holds_something(self) -> bool:
+        """Whether there is more than what a run leaves that was killed before its first state."""
+        return any(not path.name.startswith(f".{_STATE}.") for path in self.folder.glob("*"))
 
     def _state(self) -> dict[str, Any] | None:
         """What the last step says; None without one that is whole."""

@@ -226,6 +226,17 @@ def test_a_run_that_was_interrupted_goes_on_with_the_same_result(own, text, tmp_
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"record.safetensors", "statistics.safetensors"}
 
 
+def test_a_run_that_was_killed_before_its_first_state_goes_on_and_a_foreign_folder_stays(own, text, tmp_path, capsys):
+    folder = tmp_path / "out" / "unfinished"
+    folder.mkdir(parents=True)
+    (folder / "mine.txt").write_text("mine")
+    arguments = [own[0], text, *own[1:], "--output", tmp_path / "out", *SIZE]
+    assert refused(capsys, *arguments).startswith("edl::observe: output must be empty, or of a run with the same ")
+    (folder / "mine.txt").rename(folder / ".state.json.k2x0ab")
+    observe(*arguments, "--quiet")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"record.safetensors", "statistics.safetensors"}
+
+
 def test_a_finished_run_is_not_repeated_and_no_other_one_writes_over_it(own, text, tmp_path, monkeypatch, capsys):
     arguments = [own[0], text, *own[1:], "--output", tmp_path / "out", *SIZE]
     observe(*arguments, "--quiet")

@@ -296,6 +296,14 @@ def test_tensorboard_says_what_was_not_tested():
     assert "too few documents for a test" in text and "nan" not in text
 
 
+def test_tensorboard_takes_names_with_half_a_character(tmp_path):
+    found = by_hand.findings()
+    names = ["half \ud800", *found.domains[1:]]
+    events = written(tmp_path, dataclasses.replace(found, title="\ud800", domains=names, notes=["\udfff"]))
+    (text,) = events.Tensors("moe/findings/text_summary")
+    assert b"half ?" in text.tensor_proto.string_val[0]
+
+
 WRITERS = {
     "write_csv": write_csv,
     "write_json": write_json,

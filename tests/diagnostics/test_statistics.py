@@ -501,6 +501,17 @@ def test_measures_of_ones_own_loop_go_to_tensorboard(tmp_path):
         assert event.step == 7 and event.value == pytest.approx(value, rel=1e-6)
 
 
+def test_a_domain_with_half_a_character_has_a_measure_in_tensorboard(tmp_path):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    statistics = edl.RoutingStatistics(["\ud800", *NAMES[1:]])
+    statistics.update(make_layers(), LABELS)
+    with tensorboard.SummaryWriter(str(tmp_path)) as writer:
+        write_measures(writer, statistics, 7, per_pair=True)
+    tags = accumulator.EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
+    assert set(tags) == {name.replace("\ud800", "?") for name in statistics.measures(per_pair=True)}
+
+
 # ---- files and checkpoints ----
 
 

@@ -135,5 +135,6 @@ def _estimate(estimate: Estimate) -> str:
 
 
 def _plain(text: str) -> str:
-    """Foreign text without Markdown or lines of its own."""
-    return "".join(f"\\{letter}" if letter in r"\`*_{}[]<>#|" else letter for letter in " ".join(text.split()))
+    """Foreign text without Markdown, lines of its own or half characters."""
+    text = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+    return "".join(f"\\{letter}" if letter in r"\`*_{}[]<>#|" else letter for letter in text)

@@ -27,4 +27,5 @@ def write_measures(
             f"edl::write_measures: writer must have add_scalar, as a SummaryWriter (got {type(writer).__name__})"
         )
     for name, value in statistics.measures(per_layer, per_pair).items():
-        writer.add_scalar(name, value, step)
+        whole = name.encode("utf-8", "replace").decode("utf-8")  # a domain's name may hold half a character
+        writer.add_scalar(whole, value, step)

@@ -30,13 +30,16 @@ def read_interventions(path: pathlib.Path) -> Interventions:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         arrays = {name: np.array(rows[name], float) for name in _FIELDS}
-    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+    except (KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"edl::report: {path} must be what `edl observe` has written (got {error})") from None
-    number = len(arrays["tokens"])
+    number = arrays["tokens"].size
     shapes = {name: (number,) if name in ("tokens", "documents", "loss") else (number, 3) for name in _FIELDS}
-    shapes["permuted"] = (len(arrays["permuted"]), 3)
+    shapes["permuted"] = (*arrays["permuted"].shape[:1], 3)
     if any(arrays[name].shape != shape for name, shape in shapes.items()):
         raise ValueError(f"edl::report: {path} must have rows of one length (got others)")
+    for name in ("tokens", "documents"):
+        if not all(count.is_integer() and count >= 0 for count in arrays[name].tolist()):
+            raise ValueError(f"edl::report: {name} in {path} must be numbers of them (got {arrays[name].tolist()})")
     return Interventions(**arrays)
 
 

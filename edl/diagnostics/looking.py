@@ -46,6 +46,11 @@ def findings_of(
         ValueError: neither statistics nor record, or two that do not belong together.
     """
     layers, domains = _common(statistics, record)
+    if interventions is not None and _sizes(interventions) != (len(domains), len(layers)):
+        raise ValueError(
+            "edl::report: interventions must be of the run's domains and layers, "
+            f"{len(domains)} and {len(layers)} (got {' and '.join(map(str, _sizes(interventions)))})"
+        )
     np = require("numpy", "report")
     looks = [_look(place, layer, statistics, record) for place, layer in enumerate(layers)]
     tell = progress or (lambda what, done, total: None)
@@ -103,6 +108,11 @@ def _common(
             f"{len(sizes[0])} layers, {list(statistics.domains)}, and {len(sizes[1])} layers, {list(record.domains)})"
         )
     return record.layers, record.domains
+
+
+def _sizes(interventions: Interventions) -> tuple[int, int]:
+    """D and L."""
+    return len(interventions.own), len(interventions.permuted)
 
 
 class _Look:

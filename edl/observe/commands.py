@@ -131,21 +131,25 @@ def _observe(options: argparse.Namespace) -> None:
                     bar.advance,
                 )
             unfinished.finish(plan.order, facts, running.texts_in(plan, watched.tokenizer))
-        if options.knock_out and not (output / interventions_file.FILE).exists():
+        if options.knock_out:
             _knock_out(options, watched, sample, bar)
     tell(options, _result(sample, size, options.output), lambda: _lines(sample, size, options.output))
 
 
 def _knock_out(options: argparse.Namespace, watched: models.WatchedModel, sample: Sample, bar: "_Bar") -> None:
     output = pathlib.Path(options.output)
+    path = output / interventions_file.FILE
+    documents = interventions.documents_within(sample.documents, options.knock_out_tokens)
+    numbers = [len(of_domain) for of_domain in documents]
+    if path.exists() and interventions_file.read_interventions(path).documents.tolist() == numbers:
+        return
     record = Record.load(output / RECORD)
     usage = [measures.shares(counts_of(record, place)).numpy() for place in range(len(record.layers))]
-    documents = interventions.documents_within(sample.documents, options.knock_out_tokens)
     passes = interventions.number_of_passes(len(documents), len(record.layers))
     total = sum(int(document.window[-1]) + 1 for of_domain in documents for document in of_domain)
     with bar.of(passes * total, "token", "knocking out"):
         result = interventions.intervene(watched, documents, record.layers, usage, options.seed, bar.advance)
-    interventions_file.write_interventions(output / interventions_file.FILE, result)
+    interventions_file.write_interventions(path, result)
 
 
 def _labelled(options: argparse.Namespace) -> list[Shard]:

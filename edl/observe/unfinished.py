@@ -9,6 +9,7 @@ from typing import Any
 
 from edl.corpus.parts import lock
 from edl.diagnostics.files import header_of, write_whole
+from edl.diagnostics.interventions import FILE as INTERVENTIONS
 from edl.diagnostics.record import Record, joined
 from edl.diagnostics.statistics import RoutingStatistics
 
@@ -62,7 +63,7 @@ class Unfinished:
             shutil.rmtree(self.folder, ignore_errors=True)
         elif state is not None and state["run"] == self.run and all(are_own):
             self.done, self._parts = state["done"], state["parts"]
-        elif results or self._holds_something():
+        elif results or self._holds_something() or (self.output / INTERVENTIONS).exists():
             raise ValueError(
                 "edl::observe: output must be empty, or of a run with the same model, text and options (got "
                 f"{self.output} of another one: remove it, or name another folder)"

@@ -1,6 +1,7 @@
 """Statistics and record put together: each number is of the one that knows it, and against NumPy."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import edl
 from edl.diagnostics import significance
+from edl.diagnostics.interventions import read_interventions
 from edl.diagnostics.layers import LayerFacts
 from edl.diagnostics.looking import findings_of
 from edl.diagnostics.record import Record
@@ -152,6 +154,40 @@ def test_one_domain_has_nothing_to_compare_it_with():
     found = findings_of(None, record_of(domains=("a",)), "run")
     assert found.compared is None and found.divergence.shape == (2, 0) and found.overlap.shape == (2, 0)
     assert found.notes == ["There is one domain, and nothing to compare it with."]
+
+
+BROKEN = {
+    "a number for a row": {"tokens": 5},
+    "a number for rows": {"permuted": 3.0},
+    "a number without end": {"tokens": [10**400, 1, 1]},
+    "documents that are not known": {"documents": [None, 1, 1]},
+    "fewer than none": {"tokens": [-1, 1, 1]},
+    "rows of two": {"own": [[0, 0]] * 3},
+    "fewer domains": {"loss": [0.0] * 2},
+}
+
+
+def rows_of(**changes):
+    rises = {"own": [[0.1, None, None]] * D, "others": [[0.1, 0.0, 0.2]] * D, "random": [[0.0, 0.0, 0.0]] * D}
+    rows = {"tokens": [7] * D, "documents": [1] * D, "loss": [2.0] * D, **rises, "permuted": [[0.5, 0.4, 0.6]] * 2}
+    return json.dumps(rows | changes)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_interventions_are_a_sentence(name, tmp_path):
+    path = tmp_path / "interventions.json"
+    path.write_text(rows_of(**BROKEN[name]))
+    with pytest.raises(ValueError, match="^edl::report: .*interventions.json must "):
+        read_interventions(path)
+
+
+def test_interventions_of_other_domains_or_layers_are_refused(tmp_path):
+    path, record = tmp_path / "interventions.json", record_of()
+    path.write_text(rows_of())
+    assert findings_of(None, record, "run", read_interventions(path)).interventions.own[0, 0] == 0.1
+    path.write_text(rows_of(permuted=[[0, 0, 0]]))
+    with pytest.raises(ValueError, match=r"^edl::report: interventions must be of the run's .* 3 and 2 \(got 3 and 1"):
+        findings_of(None, record, "run", read_interventions(path))
 
 
 def test_what_does_not_belong_together_is_refused():

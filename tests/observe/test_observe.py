@@ -15,7 +15,7 @@ import edl
 from edl import cli
 from edl.diagnostics.record import Record
 from edl.diagnostics.statistics import RoutingStatistics
-from edl.observe import running
+from edl.observe import interventions, running
 
 WINDOW, LENGTH, DOCUMENTS = 24, 40, 6
 SIZE = ["--window", WINDOW, "--sequence-length", LENGTH, "--windows", 4, "--tokens", 0, "--batch-size", 3]
@@ -275,6 +275,20 @@ def test_what_silent_and_swapped_experts_cost(own, text, tmp_path):
     assert told["own"][0][0] == pytest.approx(np.mean(rises[0]), abs=1e-6)
     assert told["others"][0][0] == pytest.approx(np.mean(rises[1]), abs=1e-6)
     assert all(low <= mean <= high for mean, low, high in [*told["own"], *told["random"], *told["permuted"]])
+
+
+def test_more_text_to_knock_out_on_is_not_the_old_answer(own, text, tmp_path, monkeypatch, capsys):
+    arguments = [own[0], text, *own[1:], "--output", tmp_path / "out", *SIZE]
+    path = tmp_path / "out" / "interventions.json"
+    for documents in (2, 3):
+        observe(*arguments, "--quiet", "--knock-out", "--knock-out-tokens", documents * WINDOW)
+        assert json.loads(path.read_text())["documents"] == [documents] * 2
+    monkeypatch.setattr(running, "observe_batch", None)
+    monkeypatch.setattr(interventions, "intervene", None)
+    observe(*arguments, "--quiet", "--knock-out", "--knock-out-tokens", 3 * WINDOW)  # the same again does nothing
+    for name in ("record.safetensors", "statistics.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    assert refused(capsys, *arguments).startswith("edl::observe: output must be empty, or of a run with the same ")
 
 
 def loss_of(model, content, offset, silent):

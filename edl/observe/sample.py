@@ -59,7 +59,7 @@ class SampledDocument:
 
     Attributes:
         rank (int): by which it was chosen, a keyed hash; low ones are.
-        key (int): hash of its text, by which another sample knows that it is the same.
+        key (int): hash of its domain and text, by which another sample knows that it is the same.
         group (int): hash of its source, or its own key.
         tokens (Tokens): what the model reads.
         window (array[W]): places in it that the record keeps, in their order.
@@ -154,8 +154,10 @@ class _Chooser:
             self.left_out[SHORT] += 1
             return
         begin = rank % (len(places) - self.size.window + 1)
-        key = _hash(content)
-        group = key if document.group is None else _hash(f"{label}/{document.group}".encode())
+        domain = label.encode("utf-8", "surrogatepass")  # a text may be in two domains
+        key = _hash(domain + b"\0" + content)
+        source = None if document.group is None else document.group.encode("utf-8", "surrogatepass")
+        group = key if source is None else _hash(domain + b"/" + source)
         window = places[begin : begin + self.size.window]
         chosen.insert(place, SampledDocument(rank, key, group, tokens, window))
         del chosen[self.room :]

@@ -131,6 +131,18 @@ def test_documents_of_a_source_share_a_group_and_others_have_their_own():
     assert len({each.group for each in documents}) == 3 and by_text["2"].group == by_text["2"].key
 
 
+def test_a_text_in_two_domains_is_a_document_of_each():
+    given = [Document("x" * 40, label, None) for label in ("a", "b", "a", "\ud800")]
+    found = sample(given, SIZE)
+    assert [len(documents) for documents in found.documents] == [1, 1, 1] and found.left_out == {TWICE: 1}
+    assert len({document.key for documents in found.documents for document in documents}) == 3
+
+
+def test_names_with_half_a_character_are_sources_too():
+    [documents] = sample([Document(f"{place}" + "x" * 40, "\ud800", None, "\udfff") for place in (1, 2)], SIZE).documents
+    assert documents[0].group == documents[1].group
+
+
 def test_a_domain_without_a_long_document_is_none():
     found = sample([*documents_of(8, {"a": 5}), Document("no", "b", None)], SIZE)
     assert found.domains == ("a",) and found.seen["b"] == 1

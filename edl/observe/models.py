@@ -142,6 +142,8 @@ def load_own(loader: str, path: str) -> WatchedModel:
         load = getattr(importlib.import_module(name), function)
     except (AttributeError, ImportError) as error:
         raise ValueError(f"edl::observe: --loader must be a function in a module (got {loader}: {error})") from error
+    if not callable(load):
+        raise ValueError(f"edl::observe: --loader must be a function in a module (got {loader}: {load!r})")
     given = load(path)
     if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], nn.Module)):
         raise ValueError(
@@ -149,6 +151,12 @@ def load_own(loader: str, path: str) -> WatchedModel:
             f"(got {type(given).__name__})"
         )
     model, tokenizer = given
+    is_tokenizer = callable(tokenizer) and hasattr(tokenizer, "all_special_ids") and hasattr(tokenizer, "decode")
+    if tokenizer is not None and not is_tokenizer:
+        raise ValueError(
+            "edl::observe: the tokenizer of --loader must be one of transformers, None for bytes (got "
+            f"{type(tokenizer).__name__})"
+        )
     context = getattr(getattr(model, "config", None), "max_position_embeddings", 0) or 0
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = {"model": _last_name(path), "architecture": type(model).__name__, "parameters": f"{parameters:,}"}

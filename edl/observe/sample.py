@@ -212,6 +212,8 @@ def tokens_of(tokenizer: Any, length: int) -> Callable[[str], Tokens]:
     def tokenize(text: str) -> Tokens:
         np = require("numpy", "observe")
         ids = tokenizer(text, truncation=True, max_length=length, verbose=False)["input_ids"]
+        if ids and not 0 <= min(ids) <= max(ids) < 2**31:
+            raise ValueError(f"edl::observe: token ids must be in [0, 2³¹) (got {min(ids)} to {max(ids)})")
         is_counted = np.array([place > 0 and number not in special for place, number in enumerate(ids)], bool)
         return Tokens(np.asarray(ids, np.int32), is_counted)
 
@@ -219,10 +221,18 @@ def tokens_of(tokenizer: Any, length: int) -> Callable[[str], Tokens]:
 
 
 def texts_of(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
-    """The text of each token id; a byte by itself where there is no tokenizer."""
+    """The text of each token id that has one; a byte by itself where there is no tokenizer."""
     if tokenizer is None:
         return {number: _byte(number) for number in ids}
-    return {number: tokenizer.decode([number]) for number in ids}
+    texts = {}
+    for number in ids:
+        try:
+            text = tokenizer.decode([number])
+        except Exception:  # whatever a tokenizer does; all but this text is known by now
+            continue
+        if isinstance(text, str):
+            texts[number] = text
+    return texts
 
 
 def _byte(number: int) -> str:

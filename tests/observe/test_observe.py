@@ -170,6 +170,13 @@ def load(path):
 
 def load_nothing(path):
     return None
+
+
+def load_with_a_function(path):
+    return load(path)[0], str.split
+
+
+no_function = 3
 '''
 
 
@@ -340,6 +347,14 @@ MISTAKES = {
     "a loader of nothing": (
         lambda text: [text, "--loader", "own_model:load_nothing"],
         "must return (model, tokenizer)",
+    ),
+    "a loader that is no function": (
+        lambda text: [text, "--loader", "own_model:no_function"],
+        "--loader must be a function in a module",
+    ),
+    "a function for a tokenizer": (
+        lambda text: [text, "--loader", "own_model:load_with_a_function"],
+        "the tokenizer of --loader must be one of transformers, None for bytes",
     ),
     "options of transformers": (lambda text: [text, "--dtype", "float32"], "--loader must come without --dtype"),
     "no text": (lambda text: [text / "nowhere"], "must be"),

@@ -178,5 +178,19 @@ def test_special_tokens_are_read_and_not_counted():
     assert texts_of(Tokenizer(), [3]) == {3: "beta"}
 
 
+@pytest.mark.parametrize("number", [2**31, -1])
+def test_token_ids_that_a_record_cannot_hold_are_a_sentence(number):
+    class Wide(Tokenizer):
+        def __call__(self, *arguments, **options):
+            return {"input_ids": [5, number]}
+
+    with pytest.raises(ValueError, match="^edl::observe: token ids must be in "):
+        tokens_of(Wide(), 10)("alpha")
+
+
+def test_tokens_that_cannot_be_decoded_have_no_text():
+    assert texts_of(Tokenizer(), [3, 99, 2]) == {3: "beta", 2: "alpha"}
+
+
 def test_a_byte_has_a_text():
     assert texts_of(None, [65, 10, 200]) == {65: "A", 10: "\\x0a", 200: "\\xc8"}

@@ -118,9 +118,10 @@ def observe(
         end = min(begin + plan.batch_size, len(plan.documents))
         batch = _Batch(plan.documents[begin:end], plan.labels[begin:end])
         seen = observe_batch(watched.model, watch, *batch.inputs(watched.device))
-        labels = torch.tensor(batch.labels, device=watched.device)
+        labels, counted = torch.tensor(batch.labels, device=watched.device), batch.counted().to(watched.device)
         observations = [observation for _, observation in seen]
-        statistics.update(observations, labels, attention_mask=batch.counted().to(watched.device))
+        statistics.update(observations, labels, attention_mask=counted)
+        _check_scores(seen, counted)
         pieces.append(batch.record(seen, domains, keep_weights))
         if begin == first:
             foretell(_forecast(plan, begin, end, seen, keep_weights, time.monotonic() - start, watched.device))
@@ -129,6 +130,17 @@ def observe(
         if time.monotonic() - last > _PATIENCE or begin == len(plan.documents):
             unfinished.step(joined(pieces, range(sum(map(len, pieces))), {}, {}), statistics)
             pieces, last = [], time.monotonic()
+
+
+def _check_scores(seen: Sequence[tuple[LayerFacts, Observation]], counted: Tensor) -> None:
+    """Raises where a choice among scores that are no numbers would be taken for one."""
+    for facts, layer in seen:
+        routing = layer.logits if layer.scores is None else layer.scores
+        if routing is not None and routing.isnan()[counted.flatten().to(routing.device) > 0].any():
+            raise ValueError(
+                f"edl::observe: scores of counted tokens must be numbers (got NaN from {facts.name}: weights that are "
+                "not finite, or a model that needs another --dtype)"
+            )
 
 
 class _Batch:

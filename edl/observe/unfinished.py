@@ -70,8 +70,8 @@ class Unfinished:
             )
 
     def _holds_something(self) -> bool:
-        """Whether there is more than what a run leaves that was killed before its first state."""
-        return any(not path.name.startswith(f".{_STATE}.") for path in self.folder.glob("*"))
+        """Whether there is more than what a run leaves that ended before its first step."""
+        return any(not path.name.lstrip(".").startswith(_STATE) for path in self.folder.glob("*"))
 
     def _state(self) -> dict[str, Any] | None:
         """What the last step says; None without one that is whole."""

@@ -150,10 +150,27 @@ def observe_batch(
         input_ids (Tensor[B, S_len]): int64.
         attention_mask (Tensor[B, S_len]): int64, 1 = keep, 0 = padding.
     """
-    with watch.watching():
+    with watch.watching(), _in_sentences(input_ids):
         base: Any = getattr(model, "base_model", None)
         if base is not None:
             base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         else:
             model(input_ids)  # padding is behind: causal models do not see it
     return watch.take()
+
+
+@contextmanager
+def _in_sentences(input_ids: Tensor) -> Iterator[None]:
+    """What goes wrong in a forward pass because of the options."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"edl::observe: a batch of {list(input_ids.shape)} tokens must fit into memory, --batch-size and "
+            f"--sequence-length make it smaller (got {str(error).partition(chr(10))[0]})"
+        ) from error
+    except IndexError as error:
+        raise ValueError(
+            f"edl::observe: the model must know all tokens of its tokenizer, here up to {int(input_ids.max())} (got "
+            f"IndexError: {error})"
+        ) from error

@@ -172,6 +172,27 @@ def load_nothing(path):
     return None
 
 
+def load_small(path):
+    model, _ = load(path)
+    model.bytes = torch.nn.Embedding(64, 8)
+    return model, None
+
+
+def load_broken(path):
+    model, _ = load(path)
+    model.bytes.weight.data[ord("3")] = float("nan")
+    return model, None
+
+
+class Large(Model):
+    def forward(self, ids):
+        raise torch.OutOfMemoryError("2 GiB of 1 GiB\\nand more")
+
+
+def load_large(path):
+    return Large(), None
+
+
 def load_with_a_function(path):
     return load(path)[0], str.split
 
@@ -367,6 +388,21 @@ def test_a_mistake_is_a_sentence(name, own, text, tmp_path, capsys):
     options = [*SIZE[2:], "--output", tmp_path / "out"]
     assert sentence in refused(capsys, *own, *options, "--window", WINDOW, *make(text)[1:], *make(text)[:1])
     assert not list(tmp_path.glob("out/*"))
+
+
+FAILURES = {
+    "load_small": "the model must know all tokens of its tokenizer, here up to 104 (got IndexError: index out of range",
+    "load_large": "--batch-size and --sequence-length make it smaller (got 2 GiB of 1 GiB)",
+    "load_broken": "scores of counted tokens must be numbers (got NaN from layers.0.router",
+}
+
+
+@pytest.mark.parametrize("loader", FAILURES)
+def test_a_model_that_fails_is_a_sentence_and_leaves_room_for_another_run(loader, own, text, tmp_path, capsys):
+    arguments = [own[0], text, "--output", tmp_path / "out", *SIZE]
+    assert FAILURES[loader] in refused(capsys, *arguments, "--loader", f"{tmp_path / 'own_model.py'}:{loader}", "--quiet")
+    observe(*arguments, *own[1:], "--quiet")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"record.safetensors", "statistics.safetensors"}
 
 
 def test_code_of_a_checkpoint_is_not_run(text, tmp_path, capsys):

@@ -203,7 +203,8 @@ def intervene(
 
 
 def _silent(layer: LayerFacts) -> int:
-    """How many experts of a layer are silent: a quarter, and never so many that a token may be left without any."""
+    """How many experts of a layer are silent: a quarter, as long as K are left, and one at least. A token all of whose
+    choices are silent gets nothing from the layer."""
     return max(1, min(int(layer.num_experts * _SHARE), layer.num_experts - layer.top_k))
 
 

@@ -14,6 +14,8 @@ from edl.diagnostics.statistics import LayerSums, RoutingStatistics
 # Tokens of an expert, and tokens of an example, that a page has room for.
 _TOP_TOKENS = 10
 _EXAMPLE_TOKENS = 96
+# Experts of a layer whose pairs are counted: 128 MiB.
+_MOST_PAIRED = 2**12
 
 Progress = Callable[[str, int, int], None]
 
@@ -178,7 +180,9 @@ def _layer_findings(place: int, look: _Look, record: Record | None, seed: int) -
 
 
 def _coactivation(experts: Any, num_experts: int) -> Any:
-    """How many tokens chose two experts, array[E, E], of choices [T, K]."""
+    """How many tokens chose two experts, array[E, E], of choices [T, K]; None where these are too many to look at."""
+    if num_experts > _MOST_PAIRED:
+        return None
     np = require("numpy", "report")
     counts = np.zeros((num_experts + 1) ** 2)
     for first in range(experts.shape[1]):

@@ -8,6 +8,7 @@ from edl.command_line import add_command, tell, whole_number
 from edl.diagnostics.traces import read_trace
 from edl.diagnostics.traces.reading import KINDS
 from edl.observe.unfinished import RECORD
+from edl.report import words
 
 if TYPE_CHECKING:
     from edl.command_line import Commands
@@ -56,10 +57,7 @@ def _trace(options: argparse.Namespace) -> None:
         "layers": len(record.layers),
         "domains": list(record.domains),
     }
-    sizes = f"{len(record):,} documents, {record.num_tokens:,} tokens, {len(record.layers)} layers"
-    domains = f"{len(record.domains)} domain{'s' if len(record.domains) > 1 else ''}"
-    tell(
-        options,
-        result,
-        lambda: [f"{sizes}, {domains}", f"routing in {options.output}: edl report {options.output}"],
-    )
+    sizes = {"document": len(record), "token": record.num_tokens}
+    sizes |= {"layer": len(record.layers), "domain": len(record.domains)}
+    line = ", ".join(words.count(number, name) for name, number in sizes.items())
+    tell(options, result, lambda: [line, f"routing in {options.output}: edl report {options.output}"])

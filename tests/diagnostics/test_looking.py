@@ -123,6 +123,13 @@ def test_layers_that_a_model_holds_in_another_order_are_found_by_their_numbers()
         np.testing.assert_allclose(layer.usage, counts / counts.sum(1, keepdims=True))
 
 
+def test_very_many_experts_are_looked_at_without_their_pairs():
+    record = record_of(layers=[LayerFacts(0, "", 60_000, 1)], number=4, domains=("a", "b"))
+    [layer] = findings_of(None, record, "run").layers
+    assert layer.coactivation is None
+    np.testing.assert_allclose(layer.usage.sum(1), 1)
+
+
 def test_statistics_alone_have_no_tests_and_say_so():
     record = record_of()
     statistics, _ = statistics_of(record)

@@ -512,6 +512,14 @@ def test_a_domain_with_half_a_character_has_a_measure_in_tensorboard(tmp_path):
     assert set(tags) == {name.replace("\ud800", "?") for name in statistics.measures(per_pair=True)}
 
 
+def test_a_layer_in_the_place_of_another_is_not_counted_as_it():
+    statistics = edl.RoutingStatistics(NAMES)
+    first, second, *_ = (edl.routing.observations_of(layer)[0] for layer in make_layers())
+    with pytest.raises(ValueError, match="^edl::RoutingStatistics: layers must all tell their numbers in the model, "):
+        statistics.update([first._replace(layer=1), second], LABELS)
+    assert not statistics.layers
+
+
 # ---- files and checkpoints ----
 
 

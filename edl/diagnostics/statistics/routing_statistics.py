@@ -144,7 +144,13 @@ class RoutingStatistics:
                 )
             found: list[tuple[LayerFacts, LayerSums]] = []
             known = dict(self._layers)
+            told = {layer.layer for layer in layers}
             for place, layer in enumerate(layers):
+                if layer.layer < 0 and place in told:
+                    raise ValueError(
+                        f"edl::{OP}: layers must all tell their numbers in the model, or none (got one that is layer "
+                        f"{place} and one in its place)"
+                    )
                 facts = facts_of(layer, place, len(ids), self.top_k)
                 _compare(known.setdefault(facts.number, facts), facts)
                 device = next(x.device for x in (layer.scores, layer.logits, layer.experts) if x is not None)

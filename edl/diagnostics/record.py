@@ -63,9 +63,7 @@ class Record:
             raise ValueError(f"edl::Record: a layer must have at most {MOST_EXPERTS} experts (got {largest})")
         for name, given in {"experts": experts, "weights": weights}.items():
             if given is not None and not callable(given) and len(given) != len(self.layers):
-                raise ValueError(
-                    f"edl::Record: {name} must be of each of {len(self.layers)} layers (got {len(given)})"
-                )
+                raise ValueError(f"edl::Record: {name} must be of each of {len(self.layers)} layers (got {len(given)})")
         self.token_ids = _integers("token_ids", token_ids, np.int32)
         self.offsets = _integers("offsets", offsets, np.int64)
         self.labels = _integers("labels", labels, np.int32)
@@ -227,9 +225,7 @@ def _integers(name: str, given: Any, kind: Any) -> Any:
     np = require("numpy", "Record")
     array = np.asarray(given)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(
-            f"edl::Record: {name} must be integers in one row (got {array.dtype} {list(array.shape)})"
-        )
+        raise ValueError(f"edl::Record: {name} must be integers in one row (got {array.dtype} {list(array.shape)})")
     limits = np.iinfo(kind)
     if array.size and not limits.min <= int(array.min()) <= int(array.max()) <= limits.max:
         raise ValueError(

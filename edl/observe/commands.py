@@ -170,7 +170,12 @@ def _labelled(options: argparse.Namespace) -> list[Shard]:
 def _load(options: argparse.Namespace) -> models.WatchedModel:
     if not options.loader:
         return models.load_checkpoint(
-            options.model, options.device_map, options.dtype, options.trust_remote_code, with_head=options.knock_out
+            options.model,
+            options.device_map,
+            options.dtype,
+            options.trust_remote_code,
+            with_head=options.knock_out,
+            with_bar=not options.quiet and sys.stderr.isatty(),
         )
     given = [
         name

@@ -54,7 +54,7 @@ class WatchedModel:
 
 
 def load_checkpoint(
-    folder: str, device_map: str | None, dtype: str, trust_remote_code: bool, with_head: bool
+    folder: str, device_map: str | None, dtype: str, trust_remote_code: bool, with_head: bool, with_bar: bool
 ) -> WatchedModel:
     """Loads a checkpoint and its tokenizer from a folder, or what transformers has in its cache under a name.
 
@@ -64,6 +64,7 @@ def load_checkpoint(
         dtype (str): of transformers; "auto" is the checkpoint's.
         trust_remote_code (bool): whether to run code that comes with the checkpoint.
         with_head (bool): whether the next tokens are to be predicted.
+        with_bar (bool): whether transformers may show its progress.
 
     Raises:
         ImportError: no transformers.
@@ -72,7 +73,7 @@ def load_checkpoint(
     transformers = extras.require("transformers", "observe", "transformers")
     shared = {"trust_remote_code": trust_remote_code}
     kind = transformers.AutoModelForCausalLM if with_head else transformers.AutoModel
-    with _quiet(transformers):
+    with _quiet(transformers, with_bar):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **shared)
             model = kind.from_pretrained(folder, dtype=dtype, device_map=device_map, **shared)
@@ -107,17 +108,22 @@ def _scores_of(model: nn.Module, configuration: Any) -> str:
 
 
 class _quiet:
-    """transformers' warnings about parts that nobody asked for stay out of the way."""
+    """transformers' warnings about parts that nobody asked for stay out of the way, and its bars unless wanted."""
 
-    def __init__(self, transformers: Any) -> None:
+    def __init__(self, transformers: Any, with_bar: bool) -> None:
         self._logging = transformers.utils.logging
+        self._hides_bar = not with_bar and self._logging.is_progress_bar_enabled()
 
     def __enter__(self) -> None:
         self._before = self._logging.get_verbosity()
         self._logging.set_verbosity_error()
+        if self._hides_bar:
+            self._logging.disable_progress_bar()
 
     def __exit__(self, *error: object) -> None:
         self._logging.set_verbosity(self._before)
+        if self._hides_bar:
+            self._logging.enable_progress_bar()
 
 
 def load_own(loader: str, path: str) -> WatchedModel:

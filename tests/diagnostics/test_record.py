@@ -20,7 +20,10 @@ FIELDS = {
 }
 
 MISTAKES = {
-    "token ids that do not fit": ({"token_ids": [5, 2**31]}, "token_ids must be from -2147483648 to 2147483647 (got 5 "),
+    "token ids that do not fit": (
+        {"token_ids": [5, 2**31]},
+        "token_ids must be from -2147483648 to 2147483647 (got 5 ",
+    ),
     "token ids that are no integers": ({"token_ids": [5.5, 7]}, "token_ids must be integers in one row (got float64"),
     "token ids that are texts": ({"token_ids": ["a", "b"]}, "token_ids must be integers in one row"),
     "token ids of two rows": ({"token_ids": [[5, 7]]}, "token_ids must be integers in one row"),

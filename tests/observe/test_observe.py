@@ -102,6 +102,14 @@ def choices_of(model, ids):
     return [seen[name] for name in routers]
 
 
+def test_quiet_is_quiet(text, tmp_path, capfd):
+    save_trained("mixtral", tmp_path / "model", steps=0)
+    capfd.readouterr()
+    observe(tmp_path / "model", text, "--output", tmp_path / "routing", "--quiet", *SIZE)
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err == ""
+
+
 @pytest.mark.parametrize("family", [*transformers_models.CONFIGS, *transformers_models.MULTIMODAL])
 def test_a_model_of_each_family_is_observed_and_reported(family, text, tmp_path):
     model = save_trained(family, tmp_path / "model")
@@ -378,7 +386,7 @@ MISTAKES = {
         "the tokenizer of --loader must be one of transformers, None for bytes",
     ),
     "options of transformers": (lambda text: [text, "--dtype", "float32"], "--loader must come without --dtype"),
-    "no text": (lambda text: [text / "nowhere"], "must be"),
+    "no text": (lambda text: [text / "nowhere"], "nowhere, which is not there"),
 }
 
 
@@ -400,7 +408,9 @@ FAILURES = {
 @pytest.mark.parametrize("loader", FAILURES)
 def test_a_model_that_fails_is_a_sentence_and_leaves_room_for_another_run(loader, own, text, tmp_path, capsys):
     arguments = [own[0], text, "--output", tmp_path / "out", *SIZE]
-    assert FAILURES[loader] in refused(capsys, *arguments, "--loader", f"{tmp_path / 'own_model.py'}:{loader}", "--quiet")
+    assert FAILURES[loader] in refused(
+        capsys, *arguments, "--loader", f"{tmp_path / 'own_model.py'}:{loader}", "--quiet"
+    )
     observe(*arguments, *own[1:], "--quiet")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"record.safetensors", "statistics.safetensors"}
 

@@ -139,7 +139,9 @@ def test_a_text_in_two_domains_is_a_document_of_each():
 
 
 def test_names_with_half_a_character_are_sources_too():
-    [documents] = sample([Document(f"{place}" + "x" * 40, "\ud800", None, "\udfff") for place in (1, 2)], SIZE).documents
+    [documents] = sample(
+        [Document(f"{place}" + "x" * 40, "\ud800", None, "\udfff") for place in (1, 2)], SIZE
+    ).documents
     assert documents[0].group == documents[1].group
 
 

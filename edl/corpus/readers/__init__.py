@@ -76,6 +76,8 @@ class _Input:
 
     def shards(self) -> list[Shard]:
         if not self.path.is_dir():
+            if not self.path.exists():
+                raise ValueError(f"edl::corpus: input must be files and folders (got {self.path}, which is not there)")
             kind = self.kind or _kind(self.path)
             if kind not in SUFFIXES:
                 raise ValueError(f"edl::corpus: a file must be one of {known_suffixes()} (got {self.path})")

@@ -11,9 +11,7 @@ from edl.corpus import readers
 from edl.corpus.documents import Shard
 from edl.corpus.readers.listed import with_lists
 from edl.diagnostics import interventions as interventions_file
-from edl.diagnostics import measures
 from edl.diagnostics.extras import require
-from edl.diagnostics.looking import counts_of
 from edl.diagnostics.record import Record
 from edl.labels import files as label_files
 from edl.observe import interventions, models, running
@@ -144,11 +142,8 @@ def _knock_out(options: argparse.Namespace, watched: models.WatchedModel, sample
     if path.exists() and interventions_file.read_interventions(path).documents.tolist() == numbers:
         return
     record = Record.load(output / RECORD)
-    usage = [measures.shares(counts_of(record, place)).numpy() for place in range(len(record.layers))]
-    passes = interventions.number_of_passes(len(documents), len(record.layers))
-    total = sum(int(document.window[-1]) + 1 for of_domain in documents for document in of_domain)
-    with bar.of(passes * total, "token", "knocking out"):
-        result = interventions.intervene(watched, documents, record.layers, usage, options.seed, bar.advance)
+    with bar.of(interventions.tokens_read(documents, len(record.layers)), "token", "knocking out"):
+        result = interventions.intervene(watched, documents, record, options.seed, bar.advance)
     interventions_file.write_interventions(path, result)
 
 

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edl.diagnostics import measures
 from edl.diagnostics.extras import require
 from edl.diagnostics.findings import Interventions
 from edl.diagnostics.layers import LayerFacts
+from edl.diagnostics.looking import counts_of
+from edl.diagnostics.record import Record
 from edl.integrations.transformers.routers import choices_of_arguments
 from edl.moe.routers import Router
 from edl.observe.models import WatchedModel
@@ -156,16 +159,16 @@ def documents_within(
     return tuple(tuple(of_domain[:number]) for of_domain in documents)
 
 
-def number_of_passes(num_domains: int, num_layers: int) -> int:
-    """How often each document is read."""
-    return 1 + num_domains + _CONTROLS + num_layers
+def tokens_read(documents: Sequence[Sequence[SampledDocument]], num_layers: int) -> int:
+    """How many tokens `intervene` reads of these documents of each domain."""
+    passes = 1 + len(documents) + _CONTROLS + num_layers
+    return passes * sum(int(document.window[-1]) + 1 for of_domain in documents for document in of_domain)
 
 
 def intervene(
     watched: WatchedModel,
     documents: Sequence[Sequence[SampledDocument]],
-    layers: Sequence[LayerFacts],
-    usage: Sequence[Any],
+    record: Record,
     seed: int,
     advance: Callable[[int], None],
 ) -> Interventions:
@@ -175,11 +178,12 @@ def intervene(
     Args:
         watched: the model, with its head.
         documents: of each domain.
-        layers: L, with the names of routers.
-        usage (sequence of array[D, E]): share of a domain's choices that fall on each expert.
+        record: of the model, which says what domains favour.
         seed: of the random experts and permutations.
         advance: is told how many tokens were read.
     """
+    layers = record.layers
+    usage = [measures.shares(counts_of(record, place)).numpy() for place in range(len(layers))]
     np = require("numpy", "observe")
     model, draw = LanguageModel(watched, advance), random.Random(seed)
     labels = np.repeat(np.arange(len(documents)), [len(of_domain) for of_domain in documents])

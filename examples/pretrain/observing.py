@@ -9,8 +9,7 @@ import progress
 import edl
 from edl.corpus import readers
 from edl.diagnostics import interventions as interventions_file
-from edl.diagnostics import measures, significance
-from edl.diagnostics.looking import counts_of
+from edl.diagnostics import significance
 from edl.diagnostics.record import Record
 from edl.observe import interventions, models, running
 from edl.observe.sample import bytes_of, sample_of
@@ -57,19 +56,15 @@ def observe(model, chosen, output, knock_out_tokens, advance):
     with Unfinished(output, run) as unfinished:
         running.observe(watched, plan, chosen.domains, unfinished, False, scores, lambda forecast: None, advance)
         unfinished.finish(plan.order, facts, running.texts_in(plan, watched.tokenizer))
-    record = Record.load(output / RECORD)
-    usage = [measures.shares(counts_of(record, place)).numpy() for place in range(len(record.layers))]
     documents = interventions.documents_within(chosen.documents, knock_out_tokens)
-    lost = interventions.intervene(watched, documents, record.layers, usage, 0, advance)
+    lost = interventions.intervene(watched, documents, Record.load(output / RECORD), 0, advance)
     interventions_file.write_interventions(output / interventions_file.FILE, lost)
 
 
 def tokens_read(chosen, knock_out_tokens, layers):
     """Returns how many tokens `observe` reads of a model with so many layers."""
-    once = running.plan_of(chosen, BATCH).num_tokens
     silent = interventions.documents_within(chosen.documents, knock_out_tokens)
-    passes = interventions.number_of_passes(len(chosen.domains), layers)
-    return once + passes * sum(int(each.window[-1]) + 1 for of_domain in silent for each in of_domain)
+    return running.plan_of(chosen, BATCH).num_tokens + interventions.tokens_read(silent, layers)
 
 
 def observe_all(results, chosen, output, knock_out_tokens):

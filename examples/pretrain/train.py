@@ -142,10 +142,15 @@ def main(arguments=None):
         seen = observing.observe_all(results, chosen, output, settings.knock_out_tokens)
         run = run._replace(findings=seen[0], changes=seen[1], seconds=time.perf_counter() - start)
         report.write(run, output)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(report.as_text(run), flush=True)
-        place = error.filename or output
-        return fail(f"The table above is all there is: cannot write {place}: {error.strerror}.")
+        if isinstance(error, OSError):
+            reason = f"cannot write {error.filename or output}: {error.strerror}"
+        elif str(error).startswith("edl::"):  # an arm whose routing is no numbers
+            reason = str(error)
+        else:
+            raise
+        return fail(f"The table above is all there is: {reason}.")
     print(report.as_text(run), flush=True)
     print(f"Report: {text.printable(str(output / report.REPORT))}")
     return 0

@@ -262,7 +262,7 @@ def of_silenced(run: Findings) -> str:
 def of_change(change: Change) -> list[tuple[str, str]]:
     """What differs from the earlier run: what it is, how much."""
     return [
-        ("What an expert tells of the domain, I(E;D)", words.estimated(change.information, with_test=False)),
-        ("Divergence at equal tokens", words.estimated(change.standardised, with_test=False)),
+        ("What an expert tells of the domain, I(E;D)", words.changed(change.information)),
+        ("Divergence at equal tokens", words.changed(change.standardised)),
         ("Documents that both runs have seen", f"{change.paired:,}"),
     ]

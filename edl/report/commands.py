@@ -69,7 +69,12 @@ def _report(options: argparse.Namespace) -> None:
     tell(
         options,
         _result(found, changes, output),
-        lambda: [*(line for findings in found for line in _lines(findings)), *reasons, f"page in {output}"],
+        lambda: [
+            *(line for findings in found for line in _lines(findings)),
+            *map(_line_of, changes),
+            *reasons,
+            f"page in {output}",
+        ],
     )
 
 
@@ -152,4 +157,15 @@ def _headline(findings: Findings) -> dict[str, Any]:
 
 def _lines(findings: Findings) -> list[str]:
     lines = [f"{findings.title}: {' '.join(_answer(findings))}", *findings.notes]
-    return [_ISOLATES.sub("", line).replace("\u202f", " ").replace("\xa0", " ") for line in lines]
+    return list(map(_plain, lines))
+
+
+def _line_of(change: Change) -> str:
+    """What is different in a run from the one before."""
+    values = "; ".join(f"{what}: {value}" for what, value in answers.of_change(change))
+    return _plain(f"{change.later} less {change.earlier}: {values}. {change.note}")
+
+
+def _plain(line: str) -> str:
+    """A line of the page for a terminal."""
+    return _ISOLATES.sub("", line).replace("\u202f", " ").replace("\xa0", " ")

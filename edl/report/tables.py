@@ -103,7 +103,7 @@ def tested(comparison: Comparison, place: int) -> list[Cell]:
         return cells(words.number(value), words.interval(low, high), "not tested")
     if words.rejects(p):
         return cells(words.number(value), words.interval(low, high), f"{p:.3f}")
-    below = f"chance; below {words.number(high)}" if words.is_known(high) else "chance"
+    below = f"chance; below {words.upper(high)}" if words.is_known(high) else "chance"
     return [Cell(words.number(value), True), Cell(below, True), Cell(f"{p:.3f}", True)]
 
 

@@ -78,12 +78,31 @@ def of_test(p: float) -> str:
     return f"p\u00a0=\u00a0{p:.{3 if p < 0.1 else 2}f}"
 
 
+def upper(bound: float) -> str:
+    """What something is below: nothing is below 0."""
+    return number(max(bound, 0.0001))
+
+
+def changed(difference: Estimate) -> str:
+    """A difference of either sign, with its interval whether or not that holds 0."""
+    if not is_known(difference.value):
+        return UNKNOWN
+    known = []
+    if is_known(difference.low) and is_known(difference.high):
+        known.append(f"95\u00a0% interval {interval(difference.low, difference.high)}")
+    if not is_known(difference.p):
+        known.append("not tested")
+    elif not rejects(difference.p):
+        known.append("not distinguishable from chance")
+    return f"{number(difference.value)} nats" + (f" ({', '.join(known)})" if known else "")
+
+
 def estimated(estimate: Estimate, with_test: bool = True) -> str:
     """An estimate with its interval, and with its test unless that stands elsewhere, within a sentence."""
     if not is_known(estimate.value):
         return UNKNOWN
     if is_known(estimate.p) and not rejects(estimate.p):
-        bound = f", below {number(estimate.high)} nats" if is_known(estimate.high) else ""
+        bound = f", below {upper(estimate.high)} nats" if is_known(estimate.high) else ""
         return f"not distinguishable from chance{bound}"
     known = []
     if is_known(estimate.low) and is_known(estimate.high):

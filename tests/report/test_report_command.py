@@ -8,8 +8,10 @@ import pytest
 
 import edl
 from edl import cli
+from edl.diagnostics.findings import Estimate
 from edl.diagnostics.layers import LayerFacts
 from edl.diagnostics.record import Record
+from edl.report import words
 from edl.report.runs import read_runs
 
 W, NUMBER = 6, 70
@@ -70,6 +72,33 @@ def test_two_runs_are_compared_and_told_as_json(runs, capsys):
     assert change["paired"] == NUMBER and change["information"]["low"] > 0
     page = (runs / "both.html").read_text()
     assert "before" in page and "after" in page
+
+
+def test_what_has_changed_is_told(runs, capsys):
+    report(runs / "before", runs / "after", "--output", runs / "both.html")
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("after less before: ")]
+    assert "What an expert tells of the domain, I(E;D): 0." in line and "(95 % interval 0." in line
+    assert line.endswith("One seed each: what another seed would change is not known.")
+
+
+@pytest.mark.parametrize(
+    "difference, text",
+    [
+        (Estimate(-0.2, -0.3, -0.1, 0.001), "−0.200 nats (95\u00a0% interval −0.300 to −0.100)"),
+        (
+            Estimate(-0.2, -0.5, 0.1, 0.3),
+            "−0.200 nats (95\u00a0% interval −0.500 to 0.100, not distinguishable from chance)",
+        ),
+        (Estimate(0.2, np.nan, np.nan, np.nan), "0.200 nats (not tested)"),
+        (Estimate(np.nan, np.nan, np.nan, np.nan), "not known"),
+    ],
+)
+def test_a_difference_keeps_its_sign_and_its_interval(difference, text):
+    assert words.changed(difference) == text
+
+
+def test_nothing_is_below_0():
+    assert words.estimated(Estimate(0.0, np.nan, 1e-17, 1.0)) == "not distinguishable from chance, below 0.0001 nats"
 
 
 def test_everything_else_that_can_be_written(runs):

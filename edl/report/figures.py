@@ -124,7 +124,9 @@ def usage(run: Findings, layer: LayerFindings) -> Any:
     _name_rows(axis, [words.name(name, 28) for name in run.domains])
     step = max(1, -(-E // _MOST_TICKS))
     axis.set_xticks(range(0, E, step), [str(each) for each in order[::step]])
-    axis.set_xlabel("expert, by the domain that prefers it" + ("" if layer.is_certain is None else "; grey: chance"))
+    axis.set_xlabel(
+        "expert, by the domain that prefers it" + ("" if layer.is_certain is None else "; grey: not certain")
+    )
     bar = figure.colorbar(image, ax=axis, fraction=0.03, pad=0.01, ticks=[-3, -1, 0, 1, 3])
     bar.ax.set_yticklabels(["⅛×", "½×", "mean", "2×", "8×"])
     bar.outline.set_visible(False)

@@ -504,6 +504,11 @@ def test_what_is_no_more_than_chance_has_a_bound_and_no_interval():
     assert "Not found" in text and "interval" not in text.split("Which layers")[0]
 
 
+def test_a_cell_that_was_not_tested_is_not_called_chance():
+    html = page.page([made.findings(2, 8, 3)])  # few documents are not certain either
+    assert "grey: not certain" in html and "no more than chance" not in html
+
+
 def test_no_run_is_refused():
     with pytest.raises(ValueError, match=r"^edl::page: runs must be one or more \(got none\)$"):
         page.page([])

@@ -69,7 +69,7 @@ function usageSettings(run, get, look) {
     get key() {
       const ends = isRatio() ? [[0, "⅛×"], [1 / 3, "½×"], [0.5, "1×"], [2 / 3, "2×"], [1, "8×"]]
         : [[0, "0"], [1, percent(settings.highest)]];
-      return { ends, grey: isRatio() && run.certain ? "no more than chance" : "", dead: get().dead.size ? "dead" : "" };
+      return { ends, grey: isRatio() && run.certain ? "not certain" : "", dead: get().dead.size ? "dead" : "" };
     },
     renew: () => { settings.highest = highest(); },
   };
@@ -83,7 +83,7 @@ function sayCell(run, layer, domain, expert) {
   if (!Number.isFinite(share)) return `${place}: not known`;
   if (layer.dead.has(expert)) return `${place}: dead, nobody chose it`;
   const ratio = run.D > 1 ? `, ${times(run.ratio(layer, domain, expert))} the mean domain` : "";
-  const certain = run.D > 1 && !run.isCertain(layer, domain, expert) ? ", no more than chance" : "";
+  const certain = run.D > 1 && !run.isCertain(layer, domain, expert) ? ", not certain" : "";
   return `${place}: ${percent(share)} of its choices${ratio}${certain}`;
 }
 

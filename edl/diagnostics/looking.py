@@ -14,6 +14,8 @@ from edl.diagnostics.statistics import LayerSums, RoutingStatistics
 # Tokens of an expert, and tokens of an example, that a page has room for.
 _TOP_TOKENS = 10
 _EXAMPLE_TOKENS = 96
+# Domains that a sentence lists.
+_MOST_NAMED = 8
 # Experts of a layer whose pairs are counted: 128 MiB.
 _MOST_PAIRED = 2**12
 
@@ -276,7 +278,9 @@ def _notes(record: Record | None, domains: Sequence[str]) -> list[str]:
         return [f"{sentence}known of tokens. `edl observe` writes one."]
     groups = [len(np.unique(record.groups[record.labels == domain])) for domain in range(len(domains))]
     few = [f"{name} ({number})" for name, number in zip(domains, groups) if number < FEWEST]
-    notes = [f"Fewer than {FEWEST} independent documents, and so without a test: {', '.join(few)}."] if few else []
+    others = [f"and {len(few) - _MOST_NAMED} others"] if len(few) > _MOST_NAMED else []
+    listed = ", ".join(few[:_MOST_NAMED] + others)
+    notes = [f"Fewer than {FEWEST} independent documents, and so without a test: {listed}."] if few else []
     if len(domains) == 1:
         notes.append("There is one domain, and nothing to compare it with.")
     return notes

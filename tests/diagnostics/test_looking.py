@@ -157,6 +157,12 @@ def test_few_documents_are_told(number):
     assert np.isnan(found.compared.whole.p) == (number < 60)
 
 
+def test_a_note_does_not_list_all_of_many_domains():
+    record = record_of(layers=LAYERS[1:], number=40, domains=[str(number) for number in range(20)])
+    [note] = findings_of(None, record, "run").notes
+    assert note.endswith(": 0 (2), 1 (2), 2 (2), 3 (2), 4 (2), 5 (2), 6 (2), 7 (2), and 12 others.")
+
+
 def test_one_domain_has_nothing_to_compare_it_with():
     found = findings_of(None, record_of(domains=("a",)), "run")
     assert found.compared is None and found.divergence.shape == (2, 0) and found.overlap.shape == (2, 0)

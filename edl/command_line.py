@@ -17,7 +17,13 @@ def printable(text: str) -> str:
 
 
 def add_command(
-    commands: "Commands", name: str, line: str, description: str, examples: str, run: Command
+    commands: "Commands",
+    name: str,
+    line: str,
+    description: str,
+    examples: str,
+    run: Command,
+    goes_on: bool = False,
 ) -> argparse.ArgumentParser:
     """Adds a command, which can be told to be quiet or to print JSON.
 
@@ -31,6 +37,7 @@ def add_command(
         description: what it does, for `--help`.
         examples: lines to copy.
         run: the command itself.
+        goes_on: whether the same command goes on where it was interrupted. Default: False.
 
     Returns:
         Its parser, for further options.
@@ -41,11 +48,11 @@ def add_command(
     voice = parser.add_mutually_exclusive_group()
     voice.add_argument("--quiet", action="store_true", help="print nothing but what went wrong")
     voice.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.set_defaults(run=_in_sentences(run, parser.prog))
+    parser.set_defaults(run=_in_sentences(run, parser.prog, goes_on))
     return parser
 
 
-def _in_sentences(command: Command, name: str) -> Command:
+def _in_sentences(command: Command, name: str, goes_on: bool) -> Command:
     """A command that ends with a sentence and the status 2 where input, output or options are at fault."""
 
     def run(options: argparse.Namespace) -> None:
@@ -61,7 +68,7 @@ def _in_sentences(command: Command, name: str) -> Command:
             print(printable(sentence), file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
-            print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
+            print(f"{name}: interrupted{'; the same command goes on from here' * goes_on}", file=sys.stderr)
             raise SystemExit(130) from None
 
     return run

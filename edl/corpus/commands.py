@@ -52,7 +52,7 @@ def _probability(text: str) -> float:
 
 def _add_apply(commands: "Commands") -> None:
     parser = add_command(
-        commands, "apply", "labels a corpus by folders, a column or a model", _APPLY, _APPLY_EXAMPLES, _apply
+        commands, "apply", "labels a corpus by folders, a column or a model", _APPLY, _APPLY_EXAMPLES, _apply, True
     )
     parser.add_argument("input", nargs="+", help=f"folders, or files ({readers.known_suffixes()})")
     parser.add_argument("--output", required=True, help="folder for the labels")

@@ -38,7 +38,7 @@ then: edl report routing"""
 def add_observe(commands: "Commands") -> None:
     """Adds `edl observe`."""
     line = "which experts the tokens of labelled text choose"
-    parser = add_command(commands, "observe", line, _OBSERVE, _EXAMPLES, _observe)
+    parser = add_command(commands, "observe", line, _OBSERVE, _EXAMPLES, _observe, goes_on=True)
     parser.add_argument("model", metavar="MODEL", help="a checkpoint of transformers, or what --loader is given")
     parser.add_argument("text", metavar="TEXT", nargs="+", help=f"folders, or files ({readers.known_suffixes()})")
     parser.add_argument("--output", required=True, help="folder for the results")
@@ -131,7 +131,7 @@ def _observe(options: argparse.Namespace) -> None:
             unfinished.finish(plan.order, facts, running.texts_in(plan, watched.tokenizer))
         if options.knock_out:
             _knock_out(options, watched, sample, bar)
-    tell(options, _result(sample, size, options.output), lambda: _lines(sample, size, options.output))
+    tell(options, _result(sample, size, output), lambda: _lines(sample, size, output))
 
 
 def _knock_out(options: argparse.Namespace, watched: models.WatchedModel, sample: Sample, bar: "_Bar") -> None:
@@ -234,10 +234,15 @@ def _bytes(number: int) -> str:
     return f"{number:.1f} GiB"
 
 
-def _result(sample: Sample, size: Size, output: str) -> dict[str, Any]:
+def _files(output: pathlib.Path) -> list[str]:
+    names = (STATISTICS, RECORD, interventions_file.FILE)
+    return [name for name in names if (output / name).exists()]
+
+
+def _result(sample: Sample, size: Size, output: pathlib.Path) -> dict[str, Any]:
     return {
-        "output": output,
-        "files": [STATISTICS, RECORD],
+        "output": str(output),
+        "files": _files(output),
         "window": size.window,
         "domains": {name: len(documents) for name, documents in zip(sample.domains, sample.documents)},
         "documents_seen": dict(sample.seen),
@@ -245,14 +250,13 @@ def _result(sample: Sample, size: Size, output: str) -> dict[str, Any]:
     }
 
 
-def _lines(sample: Sample, size: Size, output: str) -> list[str]:
+def _lines(sample: Sample, size: Size, output: pathlib.Path) -> list[str]:
     rows = [(len(documents), name) for name, documents in zip(sample.domains, sample.documents)]
     width = max(len(f"{count:,}") for count, _ in rows)
     lines = [f"{count:>{width},}  {name}, of {sample.seen[name]:,} documents" for count, name in rows]
     lines += [f"left out: {count:,} {reason}" for reason, count in sorted(sample.left_out.items())]
-    lines += [f"{name} has fewer than 30 documents: numbers, and no test of them" for count, name in rows if count < 30]
     lines += [f"no document of {name} is long enough" for name in sorted(sample.seen.keys() - set(sample.domains))]
-    return [*lines, f"routing in {output}, windows of {size.window} tokens: edl report {output}"]
+    return [*lines, f"{', '.join(_files(output))} in {output}, windows of {size.window} tokens: edl report {output}"]
 
 
 class _Bar:

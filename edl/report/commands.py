@@ -13,7 +13,7 @@ from edl.diagnostics.exports.numbers import as_json
 from edl.diagnostics.extras import require
 from edl.diagnostics.findings import Change, Findings
 from edl.report import answers, summaries
-from edl.report.page import write_page
+from edl.report.page import is_page, write_page
 from edl.report.runs import Run, read_runs
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _ISOLATES = re.compile("[\u2066-\u2069]")
 _EXAMPLES = """\
 examples:
   edl report routing                                    routing/report.html
-  edl report before after --output comparison.html      and what training in between has changed
+  edl report before after                               comparison.html, and what training in between has changed
   edl report routing --png figures --csv tables         also for a paper"""
 
 
@@ -38,7 +38,11 @@ def add_report(commands: "Commands") -> None:
     """Adds `edl report`."""
     parser = add_command(commands, "report", "a page about what experts do", _REPORT, _EXAMPLES, _report)
     parser.add_argument("runs", metavar="FILE", nargs="+", help="folders of `edl observe`, statistics, records")
-    parser.add_argument("--output", type=pathlib.Path, help="the page (report.html beside the first file)")
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        help="the page (report.html in the folder of a run, comparison.html here of several)",
+    )
     parser.add_argument("--title", action="append", help="of a run, once for each (the names of their folders)")
     parser.add_argument(
         "--examples",
@@ -58,14 +62,13 @@ def _report(options: argparse.Namespace) -> None:
     alone = [name for name in ("csv", "data", "moelens", "tensorboard") if getattr(options, name)]
     if alone and len(runs) > 1:
         raise ValueError(f"edl::report: --{alone[0]} must be of a single run (got {len(runs)})")
+    output = _output(options, len(runs))
     progress = _Progress(options.quiet)
     found = [run.findings(options.examples, progress.told) for run in runs]
     changes, reasons = _changes(runs)
     progress.close()
-    first = pathlib.Path(options.runs[0])
-    output = options.output or (first if first.is_dir() else first.parent) / "report.html"
     write_page(found, output, changes)
-    _write_others(options, found)
+    written = [f"page in {output}", *_write_others(options, found)]
     tell(
         options,
         _result(found, changes, output),
@@ -73,9 +76,23 @@ def _report(options: argparse.Namespace) -> None:
             *(line for findings in found for line in _lines(findings)),
             *map(_line_of, changes),
             *reasons,
-            f"page in {output}",
+            *written,
         ],
     )
+
+
+def _output(options: argparse.Namespace, runs: int) -> pathlib.Path:
+    """Where the page goes; what is there already must be a page.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    first = pathlib.Path(options.runs[0])
+    beside = (first if first.is_dir() else first.parent) / "report.html"
+    output: pathlib.Path = options.output or (beside if runs == 1 else pathlib.Path("comparison.html"))
+    if output.exists() and not is_page(output):
+        raise ValueError(f"edl::report: --output must be new, or a page to be written anew (got {output})")
+    return output
 
 
 def _changes(runs: list[Run]) -> tuple[list[Change], list[str]]:
@@ -90,21 +107,28 @@ def _changes(runs: list[Run]) -> tuple[list[Change], list[str]]:
     return changes, reasons
 
 
-def _write_others(options: argparse.Namespace, found: list[Findings]) -> None:
+def _write_others(options: argparse.Namespace, found: list[Findings]) -> list[str]:
+    """Whatever else was asked for; lines that say so."""
+    lines = []
     if options.png:
         from edl.report.figures import write_figures
 
-        write_figures(found, options.png)
+        lines.append(f"{len(write_figures(found, options.png))} figures in {options.png}")
     if options.csv:
         exports.write_csv(found[0], options.csv)
+        lines.append(f"tables in {options.csv}")
     if options.data:
         exports.write_json(found[0], options.data)
+        lines.append(f"all numbers in {options.data}")
     if options.moelens:
         exports.write_moelens(found[0], options.moelens)
+        lines.append(f"MoELens' numbers in {options.moelens}")
     if options.tensorboard:
         tensorboard = require("torch.utils.tensorboard", "report", "tensorboard")
         with tensorboard.SummaryWriter(str(options.tensorboard)) as writer:
             exports.write_tensorboard(found[0], writer, 0)
+        lines.append(f"TensorBoard's log in {options.tensorboard}")
+    return lines
 
 
 class _Progress:
@@ -156,8 +180,8 @@ def _headline(findings: Findings) -> dict[str, Any]:
 
 
 def _lines(findings: Findings) -> list[str]:
-    lines = [f"{findings.title}: {' '.join(_answer(findings))}", *findings.notes]
-    return list(map(_plain, lines))
+    sentences = [*_answer(findings), answers.of_silenced(findings), *findings.notes]
+    return [findings.title, *(f"  {_plain(sentence)}" for sentence in sentences if sentence)]
 
 
 def _line_of(change: Change) -> str:

@@ -12,6 +12,7 @@ from edl.diagnostics.extras import require
 from edl.diagnostics.findings import Change, Findings
 from edl.report import answers, colours, packing, summaries, tables, words
 
+_GENERATOR = '<meta name="generator" content="edl report">'
 _FOLDER = pathlib.Path(__file__).parent / "page"
 # In the order in which they need each other.
 _SCRIPTS = ("data", "colours", "chart", "heat_map", "lines", "tree", "tables", "explore", "start")
@@ -69,7 +70,7 @@ def page(runs: Sequence[Findings], changes: Sequence[Change] = (), sections: Seq
     """
     if not runs:
         raise ValueError("edl::page: runs must be one or more (got none)")
-    jinja2 = require("jinja2", "page")
+    jinja2, markupsafe = require("jinja2", "page"), require("markupsafe", "page")
     environment = jinja2.Environment(
         autoescape=True,
         loader=jinja2.FileSystemLoader(_FOLDER),
@@ -90,6 +91,7 @@ def page(runs: Sequence[Findings], changes: Sequence[Change] = (), sections: Seq
         facts=tables.of_runs(runs),
         packed=[packing.pack_run(run) for run in runs],
         packed_changes=packing.pack_changes(changes),
+        generator=markupsafe.Markup(_GENERATOR),
         style=style,
         script=script,
         style_hash=hash_of(style),
@@ -97,6 +99,14 @@ def page(runs: Sequence[Findings], changes: Sequence[Change] = (), sections: Seq
         words=words,
     )
     return words.whole(str(html))
+
+
+def is_page(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a page that was written here, and may be written anew."""
+    if not pathlib.Path(path).is_file():
+        return False
+    with open(path, "rb") as file:
+        return _GENERATOR.encode() in file.read(4096)
 
 
 def parts_of(run: Findings, widest: float) -> dict[str, Any]:

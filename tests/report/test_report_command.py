@@ -58,7 +58,7 @@ def refused(capsys, *arguments):
 def test_a_run_becomes_a_page_beside_it(runs, capsys):
     report(runs / "after")
     printed = capsys.readouterr().out
-    assert printed.startswith("after: Averaged over layers and pairs, the choices of the 2 domains diverge by ")
+    assert printed.startswith("after\n  Averaged over layers and pairs, the choices of the 2 domains diverge by ")
     assert printed.splitlines()[-1] == f"page in {runs / 'after' / 'report.html'}"
     assert (runs / "after" / "report.html").read_text().startswith("<!doctype html>")
 
@@ -101,10 +101,31 @@ def test_nothing_is_below_0():
     assert words.estimated(Estimate(0.0, np.nan, 1e-17, 1.0)) == "not distinguishable from chance, below 0.0001 nats"
 
 
-def test_everything_else_that_can_be_written(runs):
+def test_a_page_is_written_anew_and_nothing_else_is_written_over(runs, capsys, monkeypatch):
+    report(runs / "after", "--quiet")
+    before = (runs / "after" / "report.html").read_text()
+    monkeypatch.chdir(runs)
+    report(runs / "before", runs / "after", "--quiet")  # of both, beside neither
+    assert (runs / "after" / "report.html").read_text() == before and (runs / "comparison.html").exists()
+    report(runs / "before", runs / "after", "--quiet")
+    (runs / "mine.html").write_text("my page")
+    assert "--output must be new" in refused(capsys, "report", runs / "after", "--output", runs / "mine.html")
+    assert (runs / "mine.html").read_text() == "my page"
+
+
+def test_everything_else_that_can_be_written(runs, capsys):
     arguments = ["--png", "figures", "--csv", "tables", "--data", "all.json", "--moelens", "lens.json"]
     arguments = [runs / word if place % 2 else word for place, word in enumerate(arguments)]
-    report(runs / "after", *arguments, "--tensorboard", runs / "log", "--title", "mine", "--quiet", "--examples", 1)
+    report(runs / "after", *arguments, "--tensorboard", runs / "log", "--title", "mine", "--examples", 1)
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(" in ")[0] for line in told[-6:]] == [
+        "page",
+        "4 figures",
+        "tables",
+        "all numbers",
+        "MoELens' numbers",
+        "TensorBoard's log",
+    ]
     assert list((runs / "figures").glob("*.png")) and list((runs / "tables").glob("*.csv"))
     assert json.loads((runs / "all.json").read_text())["title"] == "mine"
     assert json.loads((runs / "lens.json").read_text())["num_layers"] == 2

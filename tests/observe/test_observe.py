@@ -5,6 +5,7 @@ import random
 import sys
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import transformers_models
@@ -478,3 +479,26 @@ def test_options_of_transformers_reach_it(text, tmp_path):
     options = ["--dtype", "bfloat16", "--device-map", "cpu", "--output", tmp_path / "out", "--quiet"]
     observe(tmp_path / "model", text, *options, *SIZE)
     assert Record.load(tmp_path / "out" / "record.safetensors").facts["dtype"] == "bfloat16"
+
+
+def test_columns_of_rows_are_labels_and_sources(own, text, tmp_path):
+    """JSON lines and parquet give what folders give, and documents of one source a group."""
+    rows = [
+        {"content": path.read_text(), "meta": {"domain": path.parent.name}, "site": f"{path.parent.name}{place // 2}"}
+        for place, path in enumerate(sorted(text.glob("*/*.txt")))
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    columns = ["--text-column", "content", "--column", "meta.domain", "--group-column", "site"]
+    sources = {"folder": [text], "jsonl": [tmp_path / "rows.jsonl", *columns], "parquet": [tmp_path / "rows.parquet"]}
+    sources["parquet"] += columns
+    records = {}
+    for name, source in sources.items():
+        observe(own[0], *source, *own[1:], "--output", tmp_path / name, "--quiet", *SIZE)
+        records[name] = Record.load(tmp_path / name / "record.safetensors")
+    for record in (records["jsonl"], records["parquet"]):
+        assert record.domains == ("letters", "numbers")
+        for field in ("token_ids", "labels", "keys"):
+            assert (getattr(record, field) == getattr(records["folder"], field)).all()
+        assert (record.experts(1) == records["folder"].experts(1)).all()
+        assert len(np.unique(record.groups)) < len(record) == len(np.unique(records["folder"].groups))

@@ -45,8 +45,8 @@ def _tell_info(options: argparse.Namespace) -> None:
     tell(options, facts, lambda: [f"{name:{width}}  {value}" for name, value in facts.items()])
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; `arguments` default to those of the process."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="edl", description=edl.__doc__)
     parser.add_argument("--version", action="version", version=f"edl {edl.__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
@@ -57,5 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
     add_observe(commands)
     add_trace(commands)
     add_report(commands)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; `arguments` default to those of the process."""
+    options = make_parser().parse_args(arguments)
     options.run(options)

@@ -13,6 +13,7 @@ from edl.labels.segments import Segments
 from edl.routing import Observation
 
 Sums = dict[str, Tensor]
+"""What objectives add up over tokens and ranks: name → Tensor[L, ...]."""
 Made = TypeVar("Made")
 _CLASSES: dict[str, type["Objective"]] = {}
 

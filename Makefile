@@ -2,6 +2,8 @@
 # make lint        formats, types, spelling and workflows: what .pre-commit-config.yaml names, on all files
 # make test        everything: pytest, with the C++ cases (Catch2) as items
 # make coverage    the same, and how much of the package it runs, which takes a third longer
+# make docs        the documentation as a site, which needs no compiled edl: build/site/index.html
+# make docs-serve  the same on http://127.0.0.1:8000, built anew whenever a page changes
 # make demo        pre-trains a small language model on real text; DATA=folder takes the sub-folders of your own text
 # make dist        source archive and wheel, for the torch that TORCH names, in dist
 # make check-dist  both installed into environments of their own, beside that torch, and run
@@ -24,7 +26,7 @@ VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install
 STAMPS := $(VENV)/stamps
 
-.PHONY: venv lint test coverage demo dist check-dist bench check-cuda gpu clean preconditions always
+.PHONY: venv lint test coverage docs docs-serve demo dist check-dist bench check-cuda gpu clean preconditions always
 
 venv: $(STAMPS)/edl
 
@@ -40,6 +42,14 @@ test: $(STAMPS)/test
 
 coverage: $(STAMPS)/test
 	$(PYTEST) --cov=edl --cov-report=term --cov-fail-under=90
+
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs
+
+docs: $(STAMPS)/docs
+	$(MKDOCS) build --strict --quiet
+
+docs-serve: $(STAMPS)/docs
+	$(MKDOCS) serve
 
 demo: $(STAMPS)/demo
 	$(VENV_PYTHON) examples/pretrain/train.py $(if $(DATA),--data "$(DATA)")
@@ -92,7 +102,13 @@ $(STAMPS)/edl: setup.py pyproject.toml $(shell find csrc edl/share -type f) $(ST
 	$(PIP_INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(STAMPS)/test: tests/requirements.txt tests/requirements-torchtitan.txt examples/pretrain/requirements.txt $(STAMPS)/edl
+$(STAMPS)/docs: docs/requirements.txt | $(VENV_PYTHON)
+	@mkdir -p $(STAMPS)
+	$(PIP_INSTALL) --requirement docs/requirements.txt
+	@touch $@
+
+$(STAMPS)/test: tests/requirements.txt tests/requirements-torchtitan.txt docs/requirements.txt \
+  examples/pretrain/requirements.txt $(STAMPS)/edl
 	$(PIP_INSTALL) --requirement tests/requirements.txt
 	$(PIP_INSTALL) --no-deps --requirement tests/requirements-torchtitan.txt
 	@touch $@

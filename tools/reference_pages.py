@@ -33,8 +33,10 @@ def _section(name: str, parser: argparse.ArgumentParser) -> str:
         if isinstance(action, argparse._HelpAction):
             continue
         what = _as_text((action.help or "") % {**vars(action), "prog": parser.prog})
-        rows.append(f"| {_cell(action)} | {what}{'; must be given' * (action.required and bool(action.option_strings))} |")
-    parts.append("\n".join(["| option | |", "|---|---|", *rows]))
+        rows.append(
+            f"| {_cell(action)} | {what}{'; must be given' * (action.required and bool(action.option_strings))} |"
+        )
+    parts.append("\n".join(["| option | what it is |", "|---|---|", *rows]))
     if parser.epilog:
         parts.append(f"```\n{parser.epilog}\n```")
     return "\n\n".join(parts)
@@ -54,8 +56,9 @@ def command_line() -> str:
 
     begin = """# Command line
 
-What `--help` says of each command. A command ends with the status 0; with 2 and a sentence where input, output or options are
-at fault; with 130 where it was interrupted. `python -m edl` is the same as `edl`, and `edl --version` prints the version."""
+What `--help` says of each command. A command ends with the status 0; with 2 and a sentence where input, output or
+options are at fault; with 130 where it was interrupted. `python -m edl` is the same as `edl`, and `edl --version`
+prints the version."""
     return "\n\n".join([WRITTEN + begin, *_commands_of("edl", make_parser())]) + "\n"
 
 
@@ -67,15 +70,18 @@ def torch_operators() -> str:
 
     begin = """# torch.ops.edl
 
-The schemas of the operators as torch has them, for TorchScript and C++: call `torch.ops.edl.route_tokens(...)` where [`edl.ops`](operators.md),
-which has the descriptions, cannot be imported. Those that begin with `_` are not listed, and may change."""
+The schemas of the operators as torch has them, for TorchScript and C++: call `torch.ops.edl.route_tokens(...)` where
+[`edl.ops`](operators.md), which has the descriptions, cannot be imported. Those that begin with `_` are not
+listed, and may change."""
     schemas = {each.name: str(each) for each in torch._C._jit_get_all_schemas() if each.name.startswith("edl::")}
     parts = [WRITTEN + begin]
     for name, schema in sorted(schemas.items()):
         short = name.removeprefix("edl::")
         if short.startswith("_"):
             continue
-        described = f"\n\nDescribed at [`edl.ops.{short}`](operators.md#edl.ops.{short})." if short in edl.ops.__all__ else ""
+        described = (
+            f"\n\nDescribed at [`edl.ops.{short}`](operators.md#edl.ops.{short})." if short in edl.ops.__all__ else ""
+        )
         arguments, results = schema.split(") -> ")
         name, _, arguments = arguments.partition("(")
         listed = ",\n".join(f"    {each}" for each in arguments.split(", "))

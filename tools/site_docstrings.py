@@ -9,7 +9,7 @@ _PAPER = re.compile(r"(?<![\w/.])\d{4}\.\d{5}(?!\w)")
 _REPOSITORY = re.compile(r"(?<![/\w])github\.com/[\w-]+/[\w-]+")
 _SECTION = re.compile(r"^(?:Args|Attributes):\n(?: +.*\n?|\n)+", re.MULTILINE)
 _SHARED = re.compile(r"^ {4}(?P<names>[\w*]+(?:, [\w*]+)+)(?P<rest>(?: \(.*?\))?:.*(?:\n {8}.*)*)", re.MULTILINE)
-_EXAMPLE = re.compile(r"(?<=\S\n\n)(?: {4}.*\n|\n(?= {4}))+")
+_EXAMPLE = re.compile(r"(?<=\S\n\n)(?: {4}.*(?:\n|\Z)|\n(?= {4}))+")
 
 
 def _linked_source(match: re.Match) -> str:
@@ -27,7 +27,7 @@ def _told_apart(section: re.Match) -> str:
 
 def _fenced(example: re.Match) -> str:
     lines = (line[4:] for line in example[0].strip("\n").split("\n"))
-    return "```python\n" + "\n".join(lines) + "\n```\n\n"
+    return "```python\n" + "\n".join(lines) + "\n```\n"
 
 
 def rendered(docstring: str) -> str:

@@ -1,5 +1,6 @@
 """What the site makes of pages that are written for GitHub: links out of docs, and names that the reference knows."""
 
+import ast
 import pathlib
 import posixpath
 import re
@@ -8,10 +9,24 @@ ROOT = pathlib.Path(__file__).parents[1]
 REPOSITORY = "https://github.com/expert-divergence/edl"
 # A block of code, which is left alone, or the target of a link.
 _LINKS = re.compile(r"^(```|~~~).*?^\1|(?<=\]\()(?P<target>\.\./[^)\s]+)", re.MULTILINE | re.DOTALL)
-# What names in code are left alone in, or such a name.
-_NAMES = re.compile(
-    r"<(a|pre|h\d|span class=\"doc)\b.*?</(?:\1|span)>|<code>(?P<name>edl\.[\w.]*\w)(?P<call>\(\))?</code>", re.DOTALL
-)
+# What code stands in that is left alone, or a name in code.
+_NAMES = re.compile(r"<(a|pre|h[1-6])\b.*?</\1>|<code>(?P<name>[\w.]*\w)(?P<call>\(\))?</code>", re.DOTALL)
+_MODULES = ("integrations/megatron", "integrations/torchtitan", "integrations/transformers", "objectives", "")
+
+
+def _classes():
+    """Where classes are that pages call by their names alone."""
+    found = {}
+    for folder in _MODULES:
+        module = ".".join(["edl", *filter(None, folder.split("/"))])
+        for node in ast.walk(ast.parse((ROOT / "edl" / folder / "__init__.py").read_text())):
+            if isinstance(node, ast.List):  # of __all__
+                names = [each.value for each in node.elts if isinstance(each, ast.Constant)]
+                found |= {name: f"{module}.{name}" for name in names if name[0].isupper()}
+    return found
+
+
+CLASSES = _classes()
 
 
 def on_page_markdown(markdown, page, **_):
@@ -20,6 +35,8 @@ def on_page_markdown(markdown, page, **_):
     Raises:
         ValueError: a link to no file.
     """
+    if page.file.src_uri.startswith("reference/"):
+        page.meta.setdefault("search", {"boost": 0.5})  # guides are found first
     folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
 
     def linked(match):
@@ -41,7 +58,9 @@ def on_page_content(html, **_):
     """Names of edl in code lead to the reference, where it has them."""
 
     def linked(match):
-        name = match["name"]
-        return match[0] if name is None else f'<autoref identifier="{name}" optional>{match[0]}</autoref>'
+        name = CLASSES.get(match["name"], match["name"])
+        if name is None or not name.startswith("edl."):
+            return match[0]
+        return f'<autoref identifier="{name}" optional>{match[0]}</autoref>'
 
     return _NAMES.sub(linked, html)

@@ -174,6 +174,10 @@ def test_written_pages_are_up_to_date(name):
     assert written == reference_pages.PAGES[name](), "run python tools/reference_pages.py"
 
 
+def test_private_fields_are_no_arguments(site):
+    assert ">_op<" not in (site / "reference/objectives.html").read_text()
+
+
 def test_a_link_to_no_file_is_an_error():
     page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="megatron.md"), meta={})
     markdown = "[a](../README.md#try-it) [b](../examples) [c](scaling.md)\n```\n[d](../nothing)\n```\n"
@@ -194,7 +198,7 @@ def test_docstrings_say_in_markdown_what_they_say_in_text():
     pytest.importorskip("griffe", reason="needs what docs/requirements.txt names")
     import site_docstrings
 
-    docstring = """Adds.
+    docstring = """Adds (arXiv 2602.14159).
 
     total = add(1, 2)
 
@@ -212,7 +216,7 @@ Source: arXiv 2603.00054, by
 """
     assert (
         site_docstrings.rendered(docstring)
-        == """Adds.
+        == """Adds (arXiv [2602.14159](https://arxiv.org/abs/2602.14159)).
 
 ```python
 total = add(1, 2)

@@ -18,12 +18,16 @@ def _as_text(words: str) -> str:
 
 def _cell(action: argparse.Action) -> str:
     """An option, or the place of an argument, as one types it."""
-    name = action.metavar or (action.dest.upper() if action.option_strings else action.dest)
-    value = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else str(name)
     if not action.option_strings:
-        return f"`{value} ...`" if action.nargs == "+" else f"`{value}`"
-    takes = "" if action.nargs == 0 else f" {value}"
-    return ", ".join(f"`{option}{takes}`" for option in action.option_strings).replace("|", "\\|")
+        return f"`{action.metavar or action.dest}{' ...' * (action.nargs == '+')}`"
+    takes = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
+    return ", ".join(f"`{option}{takes}`" for option in action.option_strings)
+
+
+def _meaning(action: argparse.Action, program: str) -> str:
+    said = (action.help or "") % {**vars(action), "prog": program}
+    choices = f": {', '.join(map(str, action.choices))}" if action.choices else ""
+    return _as_text(f"{said}{choices}{'; must be given' * (action.required and bool(action.option_strings))}")
 
 
 def _section(name: str, parser: argparse.ArgumentParser) -> str:
@@ -32,10 +36,7 @@ def _section(name: str, parser: argparse.ArgumentParser) -> str:
     for action in sorted(parser._actions, key=lambda action: bool(action.option_strings)):
         if isinstance(action, argparse._HelpAction):
             continue
-        what = _as_text((action.help or "") % {**vars(action), "prog": parser.prog})
-        rows.append(
-            f"| {_cell(action)} | {what}{'; must be given' * (action.required and bool(action.option_strings))} |"
-        )
+        rows.append(f"| {_cell(action)} | {_meaning(action, parser.prog)} |")
     parts.append("\n".join(["| option | what it is |", "|---|---|", *rows]))
     if parser.epilog:
         parts.append(f"```\n{parser.epilog}\n```")

@@ -201,6 +201,15 @@ class Model(nn.Module):
 """,
     },
     "docs/seeing.md": {"statistics = edl": "import edl\n" + HUGGING_FACE},
+    "docs/start.md": {
+        "import edl": HUGGING_FACE,
+        "from transformers import Trainer": """
+import datasets
+
+examples = {"input_ids": tokens.tolist(), "labels": tokens.tolist(), "domain_ids": domain_ids.tolist()}
+dataset = datasets.Dataset.from_dict(examples)
+""",
+    },
     "docs/torchtitan.md": {
         "import edl": """
 import types
@@ -280,6 +289,27 @@ assert statistics.sums[0].tokens.tolist() == [32, 16, 16] and len(statistics.lay
 assert edl.RoutingStatistics.load("statistics.safetensors").snapshots[0].step == 2
 """
     },
+    "docs/start.md": {
+        "from edl.integrations.transformers import attach": "assert loss.isfinite()",
+        "from transformers import Trainer": """
+assert {"expert_divergence_loss", "expert_divergence/nats"} <= trainer.state.log_history[0].keys()
+""",
+        # The commands that the page has next, on less text.
+        '"""Trains a small Qwen3-MoE': """
+import re
+
+from commands import ROOT
+
+from edl import cli
+
+lines = re.findall(r"^edl (.*routing/with.*)$", (ROOT / "docs" / "start.md").read_text(), re.MULTILINE)
+assert [line.split()[0] for line in lines] == ["observe", "observe", "report"]
+small = "--windows 2 --tokens 0 --sequence-length 129".split()
+for line in lines:
+    cli.main(line.split() + (small if line.startswith("observe") else []))
+assert "<html" in pathlib.Path("comparison.html").read_text()
+""",
+    },
     "docs/torchtitan.md": {
         "import edl": """
 assert repr(config.model_spec.model).count("ExpertDivergence") == 2
@@ -303,6 +333,10 @@ assert {"expert_divergence_loss", "load_balancing_loss"} <= trainer.state.log_hi
 }
 
 
+# What needs a GPU or minutes, run without.
+CHANGED = {'init_device_mesh("cuda"': 'init_device_mesh("cpu"', "STEPS, LENGTH = 200, 128": "STEPS, LENGTH = 2, 128"}
+
+
 def of(table, page, snippet):
     """What stands in a table for a snippet, found by its first line."""
     return "\n".join(text for first, text in table.get(page, {}).items() if snippet.startswith(first))
@@ -318,7 +352,9 @@ def test_every_snippet_runs(page, tmp_path):
         pytest.importorskip(package)
     script = ["import torch", "torch.manual_seed(0)"]
     for snippet in snippets(page):
-        here = snippet.replace('init_device_mesh("cuda"', 'init_device_mesh("cpu"')
+        here = snippet
+        for written, run_as in CHANGED.items():
+            here = here.replace(written, run_as)
         script += [of(BEFORE, page, snippet), here, of(AFTER, page, snippet)]
     (tmp_path / "page.py").write_text("\n".join(script))
     code = f"import sys, runpy; sys.path[:0] = {[str(ROOT / 'tests')]}; runpy.run_path('page.py')"
@@ -330,3 +366,13 @@ def test_what_is_stated_belongs_to_a_snippet():
         for page, entries in table.items():
             for first in entries:
                 assert any(snippet.startswith(first) for snippet in snippets(page)), (page, first)
+
+
+def test_the_first_page_changes_the_same_lines_as_the_pages_of_frameworks():
+    """Those are run: tests/megatron/test_example.py, and the snippets of docs/torchtitan.md."""
+    diffs = re.findall(r"^```diff\n(.*?)^```", (ROOT / "docs/start.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(diffs) == 2
+    for diff, page in zip(diffs, ("docs/megatron.md", "docs/torchtitan.md")):
+        there = [line.strip("+- ") for line in (ROOT / page).read_text().splitlines()]
+        for line in diff.splitlines():
+            assert line.strip("+- ") in there, (page, line)

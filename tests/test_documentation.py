@@ -245,6 +245,12 @@ args = TrainingArguments(output_dir="output", max_steps=1, logging_steps=1, use_
 
 # What must hold after a snippet.
 AFTER = {
+    "docs/choose.md": {
+        "from edl.objectives import": """
+schedule = off_after(linear_warmup(1e-2, steps=1000), step=20000)
+assert [schedule(step) for step in (0, 500, 5000, 20000)] == [0, 5e-3, 1e-2, 0] and len(objectives.weights) == 3
+""",
+    },
     "README.md": {
         "import edl": "assert loss.isfinite() and loss != lm_loss",
         "layer = edl.MoELayer(": "assert hidden.shape == (4, 8, 512) and loss.isfinite() and layer(torch.randn(4, 32))",

@@ -4,6 +4,7 @@ What a snippet takes for granted (a model, a loader, an optimizer) is stated her
 a page share their names. Diffs run where their examples do: tests/test_transformers_trainer.py, tests/megatron.
 """
 
+import pkgutil
 import re
 import sys
 
@@ -382,3 +383,13 @@ def test_the_first_page_changes_the_same_lines_as_the_pages_of_frameworks():
         there = [line.strip("+- ") for line in (ROOT / page).read_text().splitlines()]
         for line in diff.splitlines():
             assert line.strip("+- ") in there, (page, line)
+
+
+def test_what_the_equations_name_is_there():
+    page = (ROOT / "docs/equations.md").read_text()
+    names, paths = re.findall(r"`(edl(?:\.\w+)+)", page), re.findall(r"`(tests/\S+\.py)`", page)
+    assert len(set(names)) > 30 and len(set(paths)) > 10
+    for name in names:
+        assert pkgutil.resolve_name(name) is not None
+    for path in paths:
+        assert (ROOT / path).exists(), path

@@ -41,12 +41,6 @@ dataset = datasets.Dataset.from_dict({"input_ids": [list(range(1500))] * 3, "dom
 BEFORE = {
     "README.md": {
         "import edl": HUGGING_FACE,
-        "layer = edl.MoELayer(": """
-hidden = torch.randn(4, 8, 512)
-lm_loss = torch.zeros(())
-block = model.model.layers[0].mlp
-""",
-        "divergence = edl.ExpertDivergenceLoss(num_domains=49": ONE_RANK,
     },
     "docs/expert_parallel.md": {
         "layer = edl.MoELayer(": ONE_RANK
@@ -204,6 +198,11 @@ class Model(nn.Module):
     "docs/seeing.md": {"statistics = edl": "import edl\n" + HUGGING_FACE},
     "docs/start.md": {
         "import edl": HUGGING_FACE,
+        "layer = edl.MoELayer(": """
+hidden = torch.randn(4, 8, 512)
+lm_loss = torch.zeros(())
+block = model.model.layers[0].mlp
+""",
         "from transformers import Trainer": """
 import datasets
 
@@ -254,7 +253,6 @@ assert [schedule(step) for step in (0, 500, 5000, 20000)] == [0, 5e-3, 1e-2, 0] 
     },
     "README.md": {
         "import edl": "assert loss.isfinite() and loss != lm_loss",
-        "layer = edl.MoELayer(": "assert hidden.shape == (4, 8, 512) and loss.isfinite() and layer(torch.randn(4, 32))",
     },
     "docs/expert_parallel.md": {
         "layer = edl.MoELayer(": "assert hidden.shape == (4, 8, 16)",
@@ -297,6 +295,7 @@ assert edl.RoutingStatistics.load("statistics.safetensors").snapshots[0].step ==
 """
     },
     "docs/start.md": {
+        "layer = edl.MoELayer(": "assert hidden.shape == (4, 8, 512) and loss.isfinite() and layer(torch.randn(4, 32))",
         "from edl.integrations.transformers import attach": "assert loss.isfinite()",
         "from transformers import Trainer": """
 assert {"expert_divergence_loss", "expert_divergence/nats"} <= trainer.state.log_history[0].keys()

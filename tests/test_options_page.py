@@ -38,6 +38,7 @@ def test_options_are_those_of_the_signature(name, path, table):
     ]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", table, re.MULTILINE)
     assert [option for option, _, _ in rows] == [parameter.name for parameter in parameters]
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 4 for line in table.splitlines())
     for (option, default, told), parameter in zip(rows, parameters):
         assert (default == "required") == (parameter.default is parameter.empty), option
         assert told, option

@@ -61,9 +61,9 @@ def row(option: str, default: str | None, told: str) -> str:
     """A line of the table; what the docstring calls the default stands for None."""
     in_words = re.search(r"Default: (.*?)\.(?: |$)", told)
     shown = "required" if default is None else f"`{default}`"
-    if default == "None" and in_words:
+    if default == "None" and in_words and not in_words[1].startswith("None"):
         shown = in_words[1]
-    sentence = re.split(r"(?<=\.) (?=[A-Z`\"])| ?Default: ", told)[0].rstrip(".")
+    sentence = re.split(r"(?<=\.) (?=[A-Z`\"])| ?Default: ", told)[0].rstrip(".").replace("|", "\\|")
     return f"| `{option}` | {shown} | {sentence} |"
 
 

@@ -124,7 +124,10 @@ def header_of(path: str | os.PathLike[str], op: str) -> dict[str, Any]:
         raise ValueError(f"edl::{op}: {path} must be a file (got none there)")
     try:
         with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
-            header = json.loads((file.metadata() or {})[_HEADER])
+            words = (file.metadata() or {}).get(_HEADER)
+        if words is None:
+            raise ValueError("tensors of something else")
+        header = json.loads(words)
         if isinstance(header["kind"], str) and type(header["version"]) is int:
             return dict(header)
         raise ValueError("no kind and version")

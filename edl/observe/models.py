@@ -71,7 +71,8 @@ def load_checkpoint(
         ValueError: what transformers cannot load.
     """
     transformers = extras.require("transformers", "observe", "transformers")
-    shared = {"trust_remote_code": trust_remote_code}
+    # Without the network: a name that was mistyped would be asked for a minute long.
+    shared = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     kind = transformers.AutoModelForCausalLM if with_head else transformers.AutoModel
     with _quiet(transformers, with_bar):
         try:

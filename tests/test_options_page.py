@@ -20,6 +20,11 @@ def test_tables_are_up_to_date():
     assert options_tables.page_with_tables(PAGE) == PAGE
 
 
+def test_no_bar_cuts_a_row_short():
+    rows = [row for _, _, table in TABLES for row in table.splitlines()]
+    assert {row.count("|") for row in rows} == {4}
+
+
 @pytest.mark.parametrize("name, path, table", TABLES, ids=[name for name, _, _ in TABLES])
 def test_options_are_those_of_the_signature(name, path, table):
     """Asked of Python, where the tables are read from the sources."""

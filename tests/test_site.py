@@ -3,6 +3,7 @@
 import collections
 import functools
 import html.parser
+import re
 import sys
 import time
 import types
@@ -52,10 +53,11 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.links, self.loads, self.anchors, self.entries = [], [], collections.Counter(), []
-        self.classes = set()
+        self.classes, self.tags = set(), set()
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
         given = dict(attributes)
         classes = (given.get("class") or "").split()
         self.classes |= set(classes)
@@ -120,6 +122,11 @@ def test_every_link_and_anchor_exists(site, pages):
             anchor = urllib.parse.unquote(address.fragment)
             if anchor and not anchor.startswith("__") and target in pages:
                 assert anchor in pages[target].anchors, f"{path}: {link}"
+
+
+def test_no_formula_is_taken_for_a_tag(pages):
+    for path, page in pages.items():
+        assert not {tag for tag in page.tags if not re.fullmatch("[a-z][a-z0-9-]*", tag)}, path
 
 
 def test_links_out_of_docs_lead_to_the_repository(site, pages):

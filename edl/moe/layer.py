@@ -132,7 +132,7 @@ class MoELayer(nn.Module):
         num_experts (int): E.
         top_k (int): K, experts per token, in [1, E]. It and the next four make the router, an `edl.routers.TopK`; a
             layer with a `router` of one's own takes none of them.
-        scores (str): as `edl.ops.route_tokens` takes them. Default: "softmax" (Switch, Mixtral, Qwen, OLMoE).
+        scores (str): of logits, "softmax" (default: Switch, Mixtral, Qwen, OLMoE) or "sigmoid" (DeepSeek-V3).
         normalize_top_k (bool): divide a token's weights by their sum. With one expert per token the weight is then 1
             and the router learns nothing from the model's loss: the layer warns. Default: True.
         routed_scaling_factor (float): factor of the weights (DeepSeek-V3: 2.5). Default: 1.

@@ -76,7 +76,7 @@ class TopK(Router):
         hidden_size (int): H.
         num_experts (int): E.
         top_k (int): K, experts per token, in [1, E].
-        scores (str): as `edl.ops.route_tokens` takes them. Default: "softmax" (Switch, Mixtral, Qwen, OLMoE).
+        scores (str): of logits, "softmax" (default: Switch, Mixtral, Qwen, OLMoE) or "sigmoid" (DeepSeek-V3).
         normalize_top_k (bool): divide a token's weights by their sum. Default: True.
         routed_scaling_factor (float): factor of the weights (DeepSeek-V3: 2.5). Default: 1.
         router_dtype (torch.dtype): type of the product, torch.float32 (default), torch.bfloat16 or torch.float16;

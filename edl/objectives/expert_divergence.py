@@ -68,7 +68,7 @@ class ExpertDivergence(Objective):
         num_domains (int): D, at least 2.
         eps (float): at least 0. Default: 1e-6.
         input (str): "logits" (default) or "probs": what it reads of an observation, logits or scores.
-        scores (str): of `edl.ops.route_tokens`. Default: "softmax".
+        scores (str): of logits, "softmax" (default) or "sigmoid" (normalised over experts, as in DeepSeek-V3).
         sequence_reduction (str): "sequence" (default) or "token".
         pair_reduction (str): "mean_of_logs" (default) or "log_of_mean".
         bias_correction (bool): default False.

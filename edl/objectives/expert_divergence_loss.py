@@ -172,7 +172,7 @@ class ExpertDivergenceLoss(nn.Module):
         num_domains (int): D, at least 2.
         eps (float): at least 0, default 1e-6. Domains whose divergence is far below eps are no longer pushed apart.
         input (str): "logits" (default) or "probs": what is passed to forward; checked.
-        scores (str): how logits become a distribution, as `edl.ops.aggregate_routing` takes it. Default: "softmax".
+        scores (str): of logits, "softmax" (default) or "sigmoid" (normalised over experts, as in DeepSeek-V3).
         sequence_reduction (str): "sequence" (default, the paper) gives every sequence the same weight in its domain,
             "token" every token.
         pair_reduction (str): "mean_of_logs" (default, the paper) or "log_of_mean".
@@ -292,7 +292,7 @@ class ExpertDivergenceLoss(nn.Module):
             cu_seqlens (Tensor[N + 1], optional): boundaries of packed documents, starting at 0.
 
         Returns:
-            The loss: a scalar, or Tensor[L] with layer_reduction="none".
+            Tensor: The loss, a scalar, or Tensor[L] with layer_reduction="none".
 
         Raises:
             ValueError: wrong shapes, dtypes or devices, both masks; on the CPU, probabilities passed as logits or the

@@ -14,7 +14,7 @@ from edl.ops import checks
 
 @dataclasses.dataclass(frozen=True)
 class ExpertOrthogonality(Objective):
-    """(1/T) Σ_t Σ_j Σ_{k≠j} ‖<x_j, x_k> / (<x_k, x_k> + eps) x_k‖²: the squared length of the projection of each output
+    """(1/T) Σ_t Σ_j Σ_{k≠j} ‖⟨x_j, x_k⟩ / (⟨x_k, x_k⟩ + eps) x_k‖²: the squared length of the projection of each output
     of a token's experts on each other one.
 
     Verified: arXiv 2505.22323, Eq. 6, L_o of its text, but for the mean over tokens, where Eq. 6 has a sum. x_k is the

@@ -28,7 +28,7 @@ class LoadBalancing(Objective):
     everything, 0 without a token that counts. f is a constant of the gradient.
 
     Args:
-        scores (str): the router's scores, as `edl.ops.aggregate_routing` takes them. Default: "softmax".
+        scores (str): the router's, "softmax" (default) or "sigmoid" (normalised over experts, as in DeepSeek-V3).
         scope (str): whose balance it is. "global" (default): of the tokens of all ranks together, so that ranks with
             different data may use different experts. "sequence": the mean over sequences, or packed documents, of each
             one's own, whole also where context parallelism cuts it (DeepSeek-V3). "micro_batch": the mean over the
@@ -195,7 +195,7 @@ def load_balancing_loss(
             Routing only.
         attention_mask (Tensor[B, S_len] or Tensor[T], optional): 1 = keep, 0 = padding (Hugging Face's sense).
         padding_mask (Tensor[B, S_len] or Tensor[T], optional): True = padding (Megatron's sense).
-        scores (str): the router's scores, as `edl.ops.aggregate_routing` takes them. Default: "softmax".
+        scores (str): the router's, "softmax" (default) or "sigmoid" (normalised over experts, as in DeepSeek-V3).
         top_k (int, optional): K, for router logits.
 
     Returns:

@@ -64,7 +64,7 @@ class RouterOrthogonality(OfRouterGram, Objective):
     Args:
         groups (int): G, in which E/G experts each stand together, in their order; rows of a group alone are compared,
             and divided by G (E/G)². Default: 1. (ERNIE has as many as experts per token.)
-        margin (float): m in [0, 1): cosines count as far as they exceed it, max(|cos| - m, 0)². Default: 0.
+        margin (float): m in [0, 1): cosines count as far as they exceed it, max(abs(cos) - m, 0)². Default: 0.
         eps (float): the least length by which a row is divided, above 1e-18, whose square float32 does not lose.
             Default: 1e-12, which is ERNIE's.
 

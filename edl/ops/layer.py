@@ -154,7 +154,7 @@ def combine_tokens(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_
 def token_gram(rows: Tensor, weights: Tensor | None, row_order: Tensor, top_k: int) -> Tensor:
     """How alike each token's rows are: the matrix of their inner products.
 
-    gram[t, j, k] = <row of slot t·K + j, row of slot t·K + k>, whatever the weights are, but that a row whose weight is
+    gram[t, j, k] = ⟨row of slot t·K + j, row of slot t·K + k⟩, whatever the weights are, but that a row whose weight is
     exactly 0 takes no part, even if it holds NaN: its entries are 0. Differentiable in `rows`.
 
     Args:
@@ -224,7 +224,7 @@ def expert_mlp_with_gram(
     """`expert_mlp`, and how alike the K experts of each token answer it, without their rows leaving the operator.
 
     With y[t, k] the output of the k-th expert of token t before its weight, and z[t, k] = silu(g) * u its activation
-    before `down`: output_gram[t, j, k] = <y[t, j], y[t, k]> and activation_gram[t, j, k] = <z[t, j], z[t, k]>. A choice
+    before `down`: output_gram[t, j, k] = ⟨y[t, j], y[t, k]⟩ and activation_gram[t, j, k] = ⟨z[t, j], z[t, k]⟩. A choice
     whose weight is exactly 0 and a sentinel take no part: their entries are 0. Both are differentiable in tokens,
     gate_up and down. For backward passes the rows y [N, H] are kept with `output_gram`; `activation_gram` keeps nothing
     that `expert_mlp` does not. `edl.ops.mean_squared_cosine` makes one number per token of either.

@@ -52,8 +52,7 @@ class RoutingStatistics:
     Args:
         domains (sequence of str, or int): names of the domains, or their number D. With one, labels are not needed:
             where there are none, every token that the masks leave counts.
-        scores (str): of logits, as of `edl.ops.route_tokens`; not looked at where layers tell scores. Default:
-            "softmax".
+        scores (str): of logits, "softmax" (default) or "sigmoid"; not looked at where layers tell scores.
         top_k (int, optional): K of layers that do not tell their choices, which then are the K highest scores: of
             router logits alone, or Llama 4. A bias or a rule may have chosen others, which nobody can know. Default:
             such layers are refused.

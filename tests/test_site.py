@@ -195,6 +195,13 @@ def test_a_link_to_no_file_is_an_error():
         site_hooks.on_page_markdown("[d](../nothing)", page)
 
 
+def test_links_are_called_as_the_navigation_calls_their_pages():
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="start.md"), meta={})
+    others = "[seeing.md](labels.md)\n```\n[seeing.md](seeing.md)\n```\n"
+    found = site_hooks.on_page_markdown(f"[scaling.md](scaling.md#a) {others}", page)
+    assert found == f"[Ranks and micro-batches](scaling.md#a) {others}"
+
+
 def test_names_in_code_that_is_linked_already_stay():
     html = "<a><code>edl.ops</code></a><pre><code>edl.ops</code></pre><h2><code>edl.ops</code></h2><code>edl = 1</code>"
     assert site_hooks.on_page_content(html) == html

@@ -1,4 +1,4 @@
-"""What the site makes of pages that are written for GitHub: links out of docs, and names that the reference knows."""
+"""What the site makes of pages for GitHub: links out of docs, titles of links, names that the reference knows."""
 
 import ast
 import pathlib
@@ -9,6 +9,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 REPOSITORY = "https://github.com/expert-divergence/edl"
 # A block of code, which is left alone, or the target of a link.
 _LINKS = re.compile(r"^(```|~~~).*?^\1|(?<=\]\()(?P<target>\.\./[^)\s]+)", re.MULTILINE | re.DOTALL)
+# A block of code, or a link that is called as the file that it leads to.
+_FILES = re.compile(r"^(```|~~~).*?^\1|\[(?P<file>\w+\.md)\](?=\((?P=file)[)#])", re.MULTILINE | re.DOTALL)
 # What code stands in that is left alone, or a name in code.
 _NAMES = re.compile(r"<(a|pre|h[1-6])\b.*?</\1>|<code>(?P<name>[\w.]*\w)(?P<call>\(\))?</code>", re.DOTALL)
 _MODULES = ("integrations/megatron", "integrations/torchtitan", "integrations/transformers", "objectives", "")
@@ -27,10 +29,14 @@ def _classes():
 
 
 CLASSES = _classes()
+# File → what the navigation calls it.
+TITLES = {
+    file: title for title, file in re.findall(r"- (.+): (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+}
 
 
 def on_page_markdown(markdown, page, **_):
-    """Links to files outside of docs lead to the repository.
+    """Links to files outside of docs lead to the repository; those to pages have the page's title for its file's name.
 
     Raises:
         ValueError: a link to no file.
@@ -51,7 +57,10 @@ def on_page_markdown(markdown, page, **_):
         kind = "tree" if (ROOT / path).is_dir() else "blob"
         return f"{REPOSITORY}/{kind}/main/{path}{hash_sign}{anchor}"
 
-    return _LINKS.sub(linked, markdown)
+    def titled(match):
+        return f"[{TITLES[match['file']]}]" if match["file"] in TITLES else match[0]
+
+    return _FILES.sub(titled, _LINKS.sub(linked, markdown))
 
 
 def on_page_content(html, **_):

@@ -31,6 +31,15 @@ micro_batches = loader
 tokens, domain_ids = loader[0]
 """
 
+TRAINER = """
+import datasets
+from transformers import Trainer, TrainingArguments
+
+examples = {"input_ids": tokens.tolist(), "labels": tokens.tolist(), "domain_ids": domain_ids.tolist()}
+dataset = datasets.Dataset.from_dict(examples)
+args = TrainingArguments(output_dir="output", max_steps=1, logging_steps=1, use_cpu=True, report_to=[])
+"""
+
 DATASETS = """
 import datasets
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
@@ -195,7 +204,10 @@ class Model(nn.Module):
         return self.router(self.embedding(tokens))
 """,
     },
-    "docs/seeing.md": {"statistics = edl": "import edl\n" + HUGGING_FACE},
+    "docs/seeing.md": {
+        "statistics = edl": "import edl\n" + HUGGING_FACE,
+        "from edl.integrations.transformers import EDTrainerMixin, Routing": TRAINER,
+    },
     "docs/start.md": {
         "import edl": HUGGING_FACE,
         "layer = edl.MoELayer(": """
@@ -227,15 +239,7 @@ class Trainer:
         "from edl.integrations.torchtitan import add_objectives": "config.model_spec.model = model_config()",
     },
     "docs/transformers.md": {
-        "from edl.integrations.transformers import EDTrainerMixin": HUGGING_FACE
-        + """
-import datasets
-from transformers import Trainer, TrainingArguments
-
-examples = {"input_ids": tokens.tolist(), "labels": tokens.tolist(), "domain_ids": domain_ids.tolist()}
-dataset = datasets.Dataset.from_dict(examples)
-args = TrainingArguments(output_dir="output", max_steps=1, logging_steps=1, use_cpu=True, report_to=[])
-""",
+        "from edl.integrations.transformers import EDTrainerMixin": HUGGING_FACE + TRAINER,
         "from edl.integrations.transformers import DomainCollator": DATASETS,
         "from edl.integrations.transformers import attach": HUGGING_FACE
         + 'batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}',
@@ -292,7 +296,10 @@ assert output.sum().backward() is None and model.router.weight.grad.abs().sum() 
         "statistics = edl": """
 assert statistics.sums[0].tokens.tolist() == [32, 16, 16] and len(statistics.layers) == 2
 assert edl.RoutingStatistics.load("statistics.safetensors").snapshots[0].step == 2
-"""
+""",
+        "from edl.integrations.transformers import EDTrainerMixin, Routing": """
+assert edl.RoutingStatistics.load("output/routing_statistics.safetensors").sums[0].tokens.sum() > 0
+""",
     },
     "docs/start.md": {
         "layer = edl.MoELayer(": "assert hidden.shape == (4, 8, 512) and loss.isfinite() and layer(torch.randn(4, 32))",

@@ -240,8 +240,18 @@ def test_transformers_is_imported_only_when_used():
     run(
         *(sys.executable, "-c"),
         "import sys; sys.modules['transformers'] = None; import edl.integrations.transformers as module; "
-        "assert all(hasattr(module, name) for name in module.__all__)",
+        "assert all(hasattr(module, name) for name in module.__all__ if name != 'RoutingStatisticsCallback')",
     )
+
+
+def test_what_derives_from_transformers_says_that_it_is_missing():
+    printed = run(
+        *(sys.executable, "-c"),
+        "import sys; sys.modules['transformers'] = None\n"
+        "try: from edl.integrations.transformers import RoutingStatisticsCallback\n"
+        "except ImportError as error: print(error)",
+    )
+    assert printed.startswith("edl::RoutingStatisticsCallback: transformers must be installed, pip install ")
 
 
 def test_registering_again_changes_nothing():

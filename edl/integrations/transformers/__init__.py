@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from edl import extras
 from edl.integrations.transformers.blocks import block_from_layer, layer_from_block
 from edl.integrations.transformers.capture import ObjectivesHandle, attach
 from edl.integrations.transformers.data import DomainCollator, pack_documents
@@ -27,6 +28,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The callback derives from one of transformers, which is imported when it is asked for."""
     if name == "RoutingStatisticsCallback":
+        extras.require("transformers", name, "transformers")
         from edl.integrations.transformers.statistics import RoutingStatisticsCallback
 
         return RoutingStatisticsCallback

@@ -136,14 +136,15 @@ def sums_of(observation: Observation, ids: Tensor, facts: LayerFacts, num_domain
     Raises:
         IndexError: an expert outside [0, E] (on the CPU; elsewhere it is none).
     """
-    is_counted = (ids >= 0) & (ids < num_domains)
-    rows = ids.long().masked_fill(~is_counted, 0)
+    # Tokens that do not count have a row of their own, which is left out at the end: no value of theirs is looked at.
+    rows = torch.where(ids < 0, num_domains, ids).long()
+    is_counted = (rows < num_domains).unsqueeze(1)
 
     def by_domain(values: Tensor) -> Tensor:
-        zeros = torch.zeros(num_domains, dtype=values.dtype, device=values.device)
-        return zeros.scatter_add_(0, rows, values.masked_fill(~is_counted, 0))
+        zeros = torch.zeros(num_domains + 1, dtype=values.dtype, device=values.device)
+        return zeros.scatter_add_(0, rows, values).narrow(0, 0, num_domains)
 
-    mass, distribution = _scores_of(observation, ids, is_counted, num_domains, scores)
+    mass, distribution = _scores_of(observation, ids, num_domains, scores)
     unknown = torch.full([num_domains], torch.nan, dtype=torch.float64, device=ids.device)
     if distribution is None or mass is None:
         mass, entropy, margin = unknown.unsqueeze(1).expand(-1, facts.num_experts), unknown, unknown
@@ -154,25 +155,25 @@ def sums_of(observation: Observation, ids: Tensor, facts: LayerFacts, num_domain
         if facts.top_k < facts.num_experts:
             best = distribution.topk(facts.top_k + 1, dim=1).values
             margin = by_domain((best[:, -2] - best[:, -1]).double()) + wrong
-    chosen, is_chosen = _choices_of(observation, distribution, is_counted, facts)
-    cells = (rows.unsqueeze(1) * facts.num_experts + chosen).masked_fill(~is_chosen, 0)
-    choices = torch.zeros(num_domains * facts.num_experts, dtype=torch.int64, device=ids.device)
-    choices = choices.scatter_add_(0, cells.flatten(), is_chosen.flatten().long())
+    chosen = _choices_of(observation, distribution, is_counted, facts)
+    cells = (rows.unsqueeze(1) * (facts.num_experts + 1) + chosen).flatten()
+    choices = torch.zeros((num_domains + 1) * (facts.num_experts + 1), dtype=torch.int64, device=ids.device)
+    choices = choices.scatter_add_(0, cells, torch.ones_like(cells)).view(num_domains + 1, -1)
     return LayerSums(
-        choices.view(num_domains, facts.num_experts),
+        choices.narrow(0, 0, num_domains).narrow(1, 0, facts.num_experts),
         mass,
         by_domain(torch.ones_like(rows)),
-        _coactivation(chosen, is_chosen, facts.num_experts),
+        _coactivation(chosen, facts.num_experts),
         entropy,
         margin,
     )
 
 
 def _scores_of(
-    observation: Observation, ids: Tensor, is_counted: Tensor, num_domains: int, scores: str
+    observation: Observation, ids: Tensor, num_domains: int, scores: str
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The mass of scores [D, E], which the operator of the objectives sums, and the scores [T, E], some finite ones
-    where tokens do not count; None where a layer has none."""
+    """The mass of scores [D, E], which the operator of the objectives sums, and the scores [T, E]; None where a layer
+    has none."""
     routing, kind = observation.scores, "none"
     if routing is None:
         routing, kind = observation.logits, scores
@@ -180,7 +181,6 @@ def _scores_of(
         return None, None
     sums, _ = torch.ops.edl._segment_sums([routing.detach()], ids, num_domains, kind, f"edl::{OP}")
     wide = routing.detach() if routing.dtype == torch.float64 else routing.detach().float()
-    wide = wide.masked_fill(~is_counted.unsqueeze(1), 1.0)
     if kind == "softmax":
         return sums[0].double(), wide.softmax(1)
     if kind == "sigmoid":
@@ -189,29 +189,26 @@ def _scores_of(
     return sums[0].double(), wide
 
 
-def _choices_of(
-    observation: Observation, distribution: Tensor | None, is_counted: Tensor, facts: LayerFacts
-) -> tuple[Tensor, Tensor]:
-    """The choices [T, K] as int64 in [0, E), and where there is one."""
+def _choices_of(observation: Observation, distribution: Tensor | None, is_counted: Tensor, facts: LayerFacts) -> Tensor:
+    """The choices [T, K] as int64 in [0, E], E for none, as those of tokens that do not count [T, 1]."""
     experts = observation.experts
     if experts is None:
         assert distribution is not None
         experts = distribution.topk(facts.top_k, dim=1).indices
-    chosen = experts.detach().long().masked_fill(~is_counted.unsqueeze(1), facts.num_experts)
-    is_wrong = (chosen < 0) | (chosen > facts.num_experts)
-    if reads_values(chosen) and bool(is_wrong.any()):
-        raise IndexError(
-            f"edl::{OP}: experts must be in [0, {facts.num_experts}], {facts.num_experts} for none (got "
-            f"{chosen[is_wrong][0]})"
-        )
-    is_chosen = (chosen < facts.num_experts) & ~is_wrong
-    return chosen.masked_fill(~is_chosen, 0), is_chosen
+    chosen = torch.where(is_counted, experts.detach().long(), facts.num_experts)
+    if not reads_values(chosen):
+        return torch.where((chosen >= 0) & (chosen <= facts.num_experts), chosen, facts.num_experts)
+    for end in chosen.aminmax() if chosen.numel() else ():
+        if not 0 <= end <= facts.num_experts:
+            raise IndexError(
+                f"edl::{OP}: experts must be in [0, {facts.num_experts}], {facts.num_experts} for none (got {end})"
+            )
+    return chosen
 
 
-def _coactivation(chosen: Tensor, is_chosen: Tensor, num_experts: int) -> Tensor:
-    """How many tokens chose two experts [E, E], from choices [T, K]."""
+def _coactivation(chosen: Tensor, num_experts: int) -> Tensor:
+    """How many tokens chose two experts [E, E], from choices [T, K] in [0, E]."""
     with torch.autocast(chosen.device.type, enabled=False):
-        columns = chosen.masked_fill(~is_chosen, num_experts)
         flags = torch.zeros([len(chosen), num_experts + 1], device=chosen.device)  # exact up to 2^24 tokens
-        flags = flags.scatter_(1, columns, 1.0).narrow(1, 0, num_experts)
+        flags = flags.scatter_(1, chosen, 1.0).narrow(1, 0, num_experts)
         return (flags.T @ flags).round().long()

@@ -137,8 +137,8 @@ def sums_of(observation: Observation, ids: Tensor, facts: LayerFacts, num_domain
         IndexError: an expert outside [0, E] (on the CPU; elsewhere it is none).
     """
     # Tokens that do not count have a row of their own, which is left out at the end: no value of theirs is looked at.
-    rows = torch.where(ids < 0, num_domains, ids).long()
-    is_counted = (rows < num_domains).unsqueeze(1)
+    rows = ids.long().masked_fill(ids < 0, num_domains)
+    is_ignored = (rows == num_domains).unsqueeze(1)
 
     def by_domain(values: Tensor) -> Tensor:
         zeros = torch.zeros(num_domains + 1, dtype=values.dtype, device=values.device)
@@ -150,12 +150,14 @@ def sums_of(observation: Observation, ids: Tensor, facts: LayerFacts, num_domain
         mass, entropy, margin = unknown.unsqueeze(1).expand(-1, facts.num_experts), unknown, unknown
     else:
         wrong = torch.where((ids >= num_domains).any(), torch.nan, 0.0)  # a label that is not allowed
-        entropy = by_domain(torch.special.entr(distribution).sum(1).double()) + wrong
+        # As torch.special.entr in a third of its time; a score of 0 adds nothing.
+        logarithms = distribution.log().clamp_(min=torch.finfo(distribution.dtype).min)
+        entropy = by_domain((distribution * logarithms).sum(1).neg_().double()) + wrong
         margin = unknown
         if facts.top_k < facts.num_experts:
             best = distribution.topk(facts.top_k + 1, dim=1).values
             margin = by_domain((best[:, -2] - best[:, -1]).double()) + wrong
-    chosen = _choices_of(observation, distribution, is_counted, facts)
+    chosen = _choices_of(observation, distribution, is_ignored, facts)
     cells = (rows.unsqueeze(1) * (facts.num_experts + 1) + chosen).flatten()
     choices = torch.zeros((num_domains + 1) * (facts.num_experts + 1), dtype=torch.int64, device=ids.device)
     choices = choices.scatter_add_(0, cells, torch.ones_like(cells)).view(num_domains + 1, -1)
@@ -189,13 +191,13 @@ def _scores_of(
     return sums[0].double(), wide
 
 
-def _choices_of(observation: Observation, distribution: Tensor | None, is_counted: Tensor, facts: LayerFacts) -> Tensor:
+def _choices_of(observation: Observation, distribution: Tensor | None, is_ignored: Tensor, facts: LayerFacts) -> Tensor:
     """The choices [T, K] as int64 in [0, E], E for none, as those of tokens that do not count [T, 1]."""
     experts = observation.experts
     if experts is None:
         assert distribution is not None
         experts = distribution.topk(facts.top_k, dim=1).indices
-    chosen = torch.where(is_counted, experts.detach().long(), facts.num_experts)
+    chosen = experts.detach().long().masked_fill(is_ignored, facts.num_experts)
     if not reads_values(chosen):
         return torch.where((chosen >= 0) & (chosen <= facts.num_experts), chosen, facts.num_experts)
     for end in chosen.aminmax() if chosen.numel() else ():

@@ -9,6 +9,7 @@ import time
 import types
 import urllib.parse
 
+import browsers
 import pytest
 import reference_pages
 import screenshots
@@ -255,14 +256,10 @@ Args:
 @pytest.fixture(scope="module")
 def browser():
     """A browser that reaches nothing."""
-    try:
-        started = screenshots.start_browser()
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    started.execute_cdp_cmd("Network.enable", {})
-    started.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["http://*", "https://*"]})
-    yield started
-    started.quit()
+    with browsers.started_or_skipped() as started:
+        started.execute_cdp_cmd("Network.enable", {})
+        started.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["http://*", "https://*"]})
+        yield started
 
 
 def test_pages_work_from_a_folder_and_search_finds(site, browser):

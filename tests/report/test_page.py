@@ -5,6 +5,7 @@ import json
 import re
 import time
 
+import browsers
 import numpy as np
 import pytest
 import screenshots
@@ -30,12 +31,8 @@ HOSTILE = [
 @pytest.fixture(scope="module")
 def browser():
     """One browser for all."""
-    try:
-        started = screenshots.start_browser()
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    yield started
-    started.quit()
+    with browsers.started_or_skipped() as started:
+        yield started
 
 
 @pytest.fixture

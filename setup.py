@@ -18,6 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
 from setuptools.command.sdist import sdist
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -134,15 +135,15 @@ def check_torch_version():
 INCLUDE_DIRS = [str(ROOT / "csrc"), str(ROOT / "csrc" / "include")]
 TORCH_HEADERS = ("ATen/Parallel.h", "torch/csrc/autograd/custom_function.h", "torch/library.h")
 
-# The flags of each build of cpu/isa/*.cpp, and the width of its vector registers.
+# The flags of each build of cpu/isa, the width of its vector registers, and its sources.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+LOOPS, TILE_LOOPS = "csrc/cpu/isa/*.cpp", "csrc/cpu/isa/tiles/*.cpp"
+INSTRUCTION_SETS = {"baseline": (16, [], LOOPS)}
 X86_INSTRUCTION_SETS = {
-    "baseline": (16, []),
-    "avx2": (32, ["-mavx2", "-mfma", "-mf16c"]),
-    "avx512": (
-        64,
-        ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
-    ),
+    "avx2": (32, ["-mavx2", "-mfma", "-mf16c"], LOOPS),
+    "avx512": (64, AVX512, LOOPS),
 }
+MATRIX_INSTRUCTION_SETS = {"avx512_amx": (64, AVX512, TILE_LOOPS)}  # everything else of it is that of avx512
 
 
 def is_x86():
@@ -165,6 +166,9 @@ if torch is not None:
                 self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
 
         def build_extensions(self):
+            if is_x86() and self.assembles_tiles():
+                for extension in self.extensions:
+                    extension.define_macros.append(("EDL_WITH_AMX", None))
             super().build_extensions()
             self.copy_headers(Path(self.build_lib) / "edl")
 
@@ -172,7 +176,7 @@ if torch is not None:
             if extension.name == LIBRARY:
                 with ThreadPoolExecutor() as pool:
                     headers = pool.submit(self.precompile_torch_headers, extension)
-                    extension.extra_objects = self.compile_instruction_sets()
+                    extension.extra_objects = self.compile_instruction_sets(extension.define_macros)
                 extension.extra_compile_args["cxx"] += ["-include", headers.result()]
             super().build_extension(extension)
 
@@ -195,18 +199,32 @@ if torch is not None:
             shutil.copyfile(compiled, f"{header}.gch")
             return str(header)
 
+        def assembles_tiles(self):
+            """Whether the assembler knows the instructions of matrix units (binutils 2.35)."""
+            source = Path(self.build_temp, "tiles.cpp")
+            source.parent.mkdir(parents=True, exist_ok=True)
+            source.write_text('asm("tdpbf16ps %tmm0, %tmm1, %tmm2");\n')
+            try:
+                self.compiler.compile([str(source)], output_dir=str(source.parent))
+            except CompileError:
+                print("edl: the assembler knows no AMX (see above): built without avx512_amx", file=sys.stderr)
+                return False
+            return True
+
         def copy_extensions_to_source(self):
             """An in-place (editable) build: the package is the source folder."""
             (ROOT / "edl" / "lib").mkdir(exist_ok=True)
             super().copy_extensions_to_source()
             self.copy_headers(ROOT / "edl")
 
-        def compile_instruction_sets(self):
-            sets = X86_INSTRUCTION_SETS if is_x86() else {"baseline": (16, [])}
+        def compile_instruction_sets(self, macros):
+            sets = INSTRUCTION_SETS | (X86_INSTRUCTION_SETS if is_x86() else {})
+            if ("EDL_WITH_AMX", None) in macros:
+                sets |= MATRIX_INSTRUCTION_SETS
             objects = []
-            for name, (vector_bytes, flags) in sets.items():
+            for name, (vector_bytes, flags, sources) in sets.items():
                 objects += self.compiler.compile(
-                    glob("csrc/cpu/isa/*.cpp"),
+                    glob(sources),
                     output_dir=os.path.join(self.build_temp, name),
                     include_dirs=INCLUDE_DIRS,
                     macros=[("EDL_ISA", name), ("EDL_VECTOR_BYTES", str(vector_bytes))],

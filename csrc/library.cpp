@@ -19,4 +19,5 @@ const char* cpu_instruction_set() {
 
 TORCH_LIBRARY_FRAGMENT(edl, m) {
   m.def("_cpu_instruction_set() -> str", []() { return std::string(edl::cpu_instruction_set()); });
+  m.def("_is_amx_refused() -> bool", []() { return edl::cpu::is_amx_refused(); });
 }

@@ -22,12 +22,17 @@ def build_facts() -> dict[str, str]:
         "edl": f"{edl.__version__} (built with {_build.compiler})",
         **facts,
         "torch": f"{facts['torch']} (edl was built for {_build.torch_version})",
-        "instruction set": f"{torch.ops.edl._cpu_instruction_set()} of {', '.join(_build.instruction_sets)}",
+        "instruction set": _instruction_set(),
         "CPU threads": str(torch.get_num_threads()),
         "CUDA": _cuda(),
         "library": str(_extension.LIBRARY),
         "CMake": edl.cmake_prefix_path,
     }
+
+
+def _instruction_set() -> str:
+    text = f"{torch.ops.edl._cpu_instruction_set()} of {', '.join(_build.instruction_sets)}"
+    return f"{text} (the system refuses this process AMX)" if torch.ops.edl._is_amx_refused() else text
 
 
 def _cuda() -> str:

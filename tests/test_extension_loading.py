@@ -205,7 +205,7 @@ def test_a_cpu_capability_that_does_not_exist_is_one_sentence():
         cwd=_extension.LIBRARY.parents[2],
     )
     assert result.returncode == 1
-    assert "EDL_CPU_CAPABILITY must be 'baseline', 'avx2' or 'avx512' (got 'avx3')" in result.stderr
+    assert "EDL_CPU_CAPABILITY must be 'baseline', 'avx2', 'avx512' or 'avx512_amx' (got 'avx3')" in result.stderr
 
 
 def test_version_is_that_of_the_library():

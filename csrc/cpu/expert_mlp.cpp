@@ -3,14 +3,15 @@
 //
 // Windows of rows, one after the other; in each, stages of independent tasks, which threads take as they come free:
 //
-//   forward    activations (rows x columns of I) ─► output (columns of H)
-//   backward   grad_activations (rows x columns of I) ─► grad_tokens (columns of H), grad_factors,
-//                                                   grad_gate_up, grad_down (blocks)
+//   forward    [gather_tokens ─►] activations (rows x columns of I) ─► output (columns of H)
+//   backward   [gather_gradients ─►] grad_activations (rows x columns of I) ─► grad_tokens (columns of H), grad_factors,
+//                                                                       grad_gate_up, grad_down (blocks)
 //
-// Everything is computed and summed in float32 (float64 for float64). Each result is written by one task, in an order
-// that the routing alone decides: the same bits for any number of threads. Scratch, in elements of the accumulation
-// type: 4 MiB per thread (or the rows of one block, where they are more) for a window; kBlockRows·512 + 256·max(H, I,
-// 256) per thread; for 16-bit tokens T·H, and 3·I·H where an expert has more rows than a window.
+// Everything is summed in float32 (float64 for float64), and multiplied in it, but for bfloat16 on matrix units, whose
+// loops multiply bfloat16 and gather in stages of their own. Each result is written by one task, in an order that the
+// routing alone decides: the same bits for any number of threads. Scratch: 4 MiB per thread (or the rows of one task,
+// where they are more) for a window; per thread what `cut` says; for 16-bit tokens T·H, and 3·I·H where an expert has
+// more rows than a window, in float32.
 #include "ops/expert_mlp.h"
 
 #include <ATen/Parallel.h>
@@ -28,6 +29,7 @@
 #include "common/errors.h"
 #include "common/tensors.h"
 #include "cpu/expert_mlp_plan.h"
+#include "cpu/expert_mlp_tiles.h"
 #include "cpu/pages.h"
 #include "cpu/row_order.h"
 #include "cpu/token_gram.h"
@@ -37,9 +39,7 @@ namespace {
 
 constexpr const char* kOp = "edl::expert_mlp";
 constexpr int64_t kWindowBytes = 4 << 20; //   per thread: a window stays in the outer cache
-constexpr int64_t kTaskRows = 512; //          a task packs its part of a parameter for so many rows
 constexpr int64_t kGrainOperations = 1 << 20; // work below this is not worth a thread
-constexpr int64_t kRowPadding = 16; //         rows a power of two apart would share cache sets
 
 // The arguments of one call, checked and with dense rows.
 struct Arguments {
@@ -93,24 +93,39 @@ Arguments dense(
   return arguments;
 }
 
-// Runs task(i, scratch of the thread) for i < count on as many threads as are worth it.
-template <typename Task>
-void run_tasks(int64_t count, int64_t num_threads, char* scratch, int64_t thread_bytes, Task task) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(num_threads, count), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
-        task(i, scratch + thread * thread_bytes);
-      }
-    }
-  });
+// The loops that this processor runs for a type.
+const ExpertMlpLoops& loops_of(StorageType storage) {
+  const ExpertMlpLoops* tiles = storage == StorageType::bfloat16 ? expert_mlp_tiles() : nullptr;
+  return tiles != nullptr ? *tiles : expert_mlp_loops().of[static_cast<int>(storage)];
 }
+
+// A thread's tiles, or whatever the loops set around their tasks.
+class Entered {
+ public:
+  explicit Entered(const ExpertMlpLoops& loops) : loops_(loops) {
+    if (loops_.enter != nullptr) {
+      loops_.enter(found_);
+    }
+  }
+  ~Entered() {
+    if (loops_.leave != nullptr) {
+      loops_.leave(found_);
+    }
+  }
+  Entered(const Entered&) = delete;
+  Entered& operator=(const Entered&) = delete;
+
+ private:
+  const ExpertMlpLoops& loops_;
+  alignas(64) char found_[64];
+};
 
 class ExpertMlp {
  public:
-  ExpertMlp(const Arguments& arguments, const at::Tensor& sums, const at::Tensor& pre_activation, bool backward)
-      : num_experts_(arguments.gate_up.size(0)),
-        storage_(static_cast<int>(storage_of(arguments.tokens))),
+  ExpertMlp(
+      const Arguments& arguments, const at::Tensor& sums, const at::Tensor& pre_activation, ExpertMlpPasses passes)
+      : loops_(loops_of(storage_of(arguments.tokens))),
+        num_experts_(arguments.gate_up.size(0)),
         offsets_(arguments.bounds.const_data_ptr<int32_t>()),
         options_(sums.options()) {
     task.hidden_size = arguments.tokens.size(1);
@@ -128,18 +143,24 @@ class ExpertMlp {
     }
     task.pre_activation = pre_activation.defined() ? pre_activation.data_ptr() : nullptr;
     task.sums = sums.mutable_data_ptr();
-    const int64_t operations = (backward ? 12 : 6) * offsets_[num_experts_] * task.hidden_size * task.intermediate_size;
+    cut_ = loops_.cut(task.hidden_size, task.intermediate_size);
+    const int64_t operations =
+        (passes.backward ? 12 : 6) * offsets_[num_experts_] * task.hidden_size * task.intermediate_size;
     num_threads_ = std::clamp<int64_t>(operations / kGrainOperations, 1, at::get_num_threads());
-    allocate(backward);
+    allocate(passes);
+    if (passes.backward && accumulation_type(arguments.tokens.scalar_type()) != arguments.tokens.scalar_type()) {
+      allocate_carried();
+    }
   }
 
   void forward() {
     const auto output_columns = cut_columns(task.hidden_size, num_threads_);
     for (const Window& window : windows_) {
       task.window_begin = window.begin();
-      over_rows(window, kActivationColumns, loops_.activations[storage_]);
+      over_blocks(window, loops_.gather_tokens);
+      over_rows(window, cut_.activation_columns, loops_.activations);
       run(output_columns.size(), [&](int64_t i, void* own) {
-        loops_.output[storage_](task, window.experts.data(), window.experts.size(), output_columns[i], own);
+        loops_.output(task, window.experts.data(), window.experts.size(), output_columns[i], own);
       });
     }
   }
@@ -147,7 +168,8 @@ class ExpertMlp {
   void backward(std::array<bool, 4> needed) {
     for (const Window& window : windows_) {
       task.window_begin = window.begin();
-      over_rows(window, kWideColumns, loops_.grad_activations[storage_]);
+      over_blocks(window, loops_.gather_gradients);
+      over_rows(window, kWideColumns, loops_.grad_activations);
       finish_gradients(window, needed);
     }
   }
@@ -155,60 +177,58 @@ class ExpertMlp {
   ExpertMlpTask task{};
 
  private:
-  at::Tensor scratch(int64_t elements) const {
-    return on_huge_pages(at::empty({elements}, options_));
+  at::Tensor scratch(int64_t bytes) const {
+    return on_huge_pages(at::empty({bytes}, options_.dtype(at::kByte)));
   }
 
-  void allocate(bool backward) {
-    const auto padded = [](int64_t width) {
-      return (width + kRowPadding - 1) / kRowPadding * kRowPadding + kRowPadding;
-    };
-    task.activation_stride = padded(task.intermediate_size);
-    task.pre_activation_stride = padded(2 * task.intermediate_size);
-    const int64_t row = task.activation_stride + (backward ? task.pre_activation_stride : 0);
-    const int64_t row_bytes = row * static_cast<int64_t>(options_.dtype().itemsize());
-    const int64_t most = std::max(kTaskRows, num_threads_ * kWindowBytes / row_bytes);
-    windows_ = cut_windows(offsets_, num_experts_, most, kTaskRows);
+  void allocate(ExpertMlpPasses passes) {
+    const int64_t task_rows_bytes = loops_.lay_out(task, cut_.task_rows, passes, nullptr);
+    const int64_t fitting = num_threads_ * kWindowBytes / std::max<int64_t>(1, task_rows_bytes / cut_.task_rows);
+    const int64_t most = std::max(cut_.task_rows, fitting / cut_.row_unit * cut_.row_unit);
+    windows_ = cut_windows(offsets_, num_experts_, most, cut_.task_rows, cut_.row_unit);
+    int64_t window_rows = 0;
     for (const Window& window : windows_) {
-      task.window_rows = std::max(task.window_rows, window.end() - window.begin());
+      window_rows = std::max(window_rows, window.rows);
     }
-    window_scratch_ = scratch(task.window_rows * row);
-    task.activation = window_scratch_.mutable_data_ptr();
-    if (backward) {
-      task.grad_pre_activation = window_scratch_.slice(0, task.window_rows * task.activation_stride).data_ptr();
-      dots_ = scratch(parts(kWideColumns) * task.window_rows);
-      task.dots = dots_.mutable_data_ptr();
-    }
-    if (backward && storage_ != static_cast<int>(StorageType::float32) &&
-        storage_ != static_cast<int>(StorageType::float64)) {
-      allocate_carried();
-    }
-    thread_elements_ = padded(expert_mlp_thread_elements(task.hidden_size, task.intermediate_size));
-    thread_scratch_ = scratch(num_threads_ * thread_elements_);
+    window_scratch_ = scratch(loops_.lay_out(task, window_rows, passes, nullptr));
+    loops_.lay_out(task, window_rows, passes, static_cast<char*>(window_scratch_.mutable_data_ptr()));
+    thread_scratch_ = scratch(num_threads_ * cut_.thread_bytes);
   }
 
   void allocate_carried() {
+    const int64_t parameter = 2 * task.hidden_size * task.intermediate_size;
     for (const Window& window : windows_) {
       if (window.begin() > offsets_[window.experts.front().expert] && !carried_.defined()) {
-        carried_ = scratch(3 * task.hidden_size * task.intermediate_size);
+        carried_ = on_huge_pages(at::empty({parameter + parameter / 2}, options_));
         task.carried_gate_up = carried_.mutable_data_ptr();
-        task.carried_down = carried_.slice(0, 2 * task.hidden_size * task.intermediate_size).mutable_data_ptr();
+        task.carried_down = carried_.slice(0, parameter).mutable_data_ptr();
       }
     }
   }
 
-  int64_t parts(int64_t width) const {
-    return (task.intermediate_size + width - 1) / width;
+  // Runs task(i, scratch of the thread) for i < count on as many threads as are worth it.
+  template <typename Task>
+  void run(int64_t count, Task task) {
+    std::atomic<int64_t> next{0};
+    auto* memory = static_cast<char*>(thread_scratch_.mutable_data_ptr());
+    at::parallel_for(0, std::min(num_threads_, count), 1, [&](int64_t begin, int64_t end) {
+      const Entered entered(loops_);
+      for (int64_t thread = begin; thread < end; ++thread) {
+        for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
+          task(i, memory + thread * cut_.thread_bytes);
+        }
+      }
+    });
   }
 
-  template <typename Task>
-  void run(int64_t count, Task each) {
-    auto* memory = static_cast<char*>(thread_scratch_.mutable_data_ptr());
-    run_tasks(count, num_threads_, memory, thread_elements_ * options_.dtype().itemsize(), each);
+  void over_blocks(const Window& window, void (*loop)(const ExpertMlpTask&, ExpertRows, void*)) {
+    if (loop != nullptr) {
+      run(window.blocks.size(), [&](int64_t i, void* own) { loop(task, window.blocks[i], own); });
+    }
   }
 
   void over_rows(const Window& window, int64_t width, void (*loop)(const ExpertMlpTask&, ExpertRows, Columns, void*)) {
-    const int64_t pieces = parts(width);
+    const int64_t pieces = (task.intermediate_size + width - 1) / width;
     run(window.blocks.size() * pieces, [&](int64_t i, void* own) {
       const int64_t column = i % pieces * width;
       loop(task, window.blocks[i / pieces], {column, std::min(task.intermediate_size, column + width)}, own);
@@ -225,13 +245,13 @@ class ExpertMlp {
     const int64_t factors = first_down + down.size();
     run(factors + needed[1], [&](int64_t i, void* own) {
       if (i < first_gate_up) {
-        loops_.grad_tokens[storage_](task, window.experts.data(), window.experts.size(), columns[i], own);
+        loops_.grad_tokens(task, window.experts.data(), window.experts.size(), columns[i], own);
       } else if (i < first_down) {
-        loops_.grad_gate_up[storage_](task, gate_up[i - first_gate_up], own);
+        loops_.grad_gate_up(task, gate_up[i - first_gate_up], own);
       } else if (i < factors) {
-        loops_.grad_down[storage_](task, down[i - first_down], own);
+        loops_.grad_down(task, down[i - first_down], own);
       } else {
-        loops_.grad_factors[storage_](task, window.begin(), window.end());
+        loops_.grad_factors(task, window.begin(), window.end());
       }
     });
   }
@@ -240,8 +260,8 @@ class ExpertMlp {
     std::vector<GradBlock> blocks;
     for (const ExpertRows& expert : window.experts) {
       const bool continues = expert.begin > offsets_[expert.expert], ends = expert.end == offsets_[expert.expert + 1];
-      for (int64_t row = 0; row < rows; row += kBlockRows) {
-        for (int64_t column = 0; column < columns; column += kGradColumns) {
+      for (int64_t row = 0; row < rows; row += cut_.grad_rows) {
+        for (int64_t column = 0; column < columns; column += cut_.grad_columns) {
           blocks.push_back({expert, continues, ends, row, column});
         }
       }
@@ -249,15 +269,14 @@ class ExpertMlp {
     return blocks;
   }
 
-  const ExpertMlpLoops& loops_ = expert_mlp_loops();
+  const ExpertMlpLoops& loops_;
   int64_t num_experts_;
-  int storage_;
   const int32_t* offsets_;
   at::TensorOptions options_; // accumulation type
+  ExpertMlpCut cut_{};
   int64_t num_threads_;
   std::vector<Window> windows_;
-  at::Tensor window_scratch_, dots_, carried_, thread_scratch_;
-  int64_t thread_elements_;
+  at::Tensor window_scratch_, carried_, thread_scratch_;
 };
 
 at::Tensor zero_sums(const at::Tensor& tokens) {
@@ -267,7 +286,7 @@ at::Tensor zero_sums(const at::Tensor& tokens) {
 // `pre_activation` and `rows` are filled where they are defined.
 at::Tensor run_forward(const Arguments& arguments, const at::Tensor& pre_activation, const at::Tensor& rows) {
   const at::Tensor sums = zero_sums(arguments.tokens);
-  ExpertMlp experts(arguments, sums, pre_activation, /*backward=*/false);
+  ExpertMlp experts(arguments, sums, pre_activation, {.forward = true, .backward = false});
   experts.task.rows = rows.defined() ? rows.data_ptr() : nullptr;
   experts.forward();
   return sums.to(arguments.tokens.scalar_type());
@@ -419,7 +438,7 @@ ExpertMlpGradients expert_mlp_backward_cpu(
   at::Tensor grad_down = on_huge_pages(empty_if(needed[3], down));
   const at::Tensor zeros = at::zeros({tokens.size(1)}, tokens.options());
 
-  ExpertMlp experts(arguments, token_sums, kept, /*backward=*/true);
+  ExpertMlp experts(arguments, token_sums, kept, {.forward = false, .backward = true});
   const at::Tensor& grad_rows = in_rows ? of_grams.grad_rows : grad;
   const at::Tensor grad_slots = in_rows ? at::arange(row_order.size(0), row_order.options()) : arguments.order;
   experts.task.grad_output = grad_rows.const_data_ptr();

@@ -6,7 +6,8 @@
 //   windows                |<----------------->|<----------->|<----------------->|   scratch holds the rows of one window
 //   blocks                 |<---->|<->|<-->|...                                      tasks of the stages that own rows
 //
-// An expert is shared by two windows only where it has more rows than fit one.
+// An expert is shared by two windows only where it has more rows than fit one, and cut at a multiple of the row unit
+// counted from its first row: tiles add up that many rows at once, so that cuts elsewhere would change bits.
 
 #include <algorithm>
 #include <cstdint>
@@ -19,6 +20,7 @@ namespace edl::cpu {
 struct Window {
   std::vector<ExpertRows> experts; // experts without rows too: their gradients are zeros
   std::vector<ExpertRows> blocks;
+  int64_t rows = 0; // in scratch, where each expert's are rounded up
 
   int64_t begin() const {
     return experts.front().begin;
@@ -28,22 +30,26 @@ struct Window {
   }
 };
 
+// Windows take at most `window_rows` rows, blocks `block_rows`; both are multiples of `row_unit`, at which scratch rounds
+// up the rows of an expert.
 inline std::vector<Window> cut_windows(
-    const int32_t* offsets, int64_t num_experts, int64_t window_rows, int64_t block_rows) {
+    const int32_t* offsets, int64_t num_experts, int64_t window_rows, int64_t block_rows, int64_t row_unit) {
+  const auto rounded = [row_unit](int64_t rows) { return (rows + row_unit - 1) / row_unit * row_unit; };
   std::vector<Window> windows(1);
   for (int64_t e = 0; e < num_experts; ++e) {
     const int64_t end = offsets[e + 1];
     int64_t begin = offsets[e];
     do { // once for an expert without rows
-      if (!windows.back().experts.empty() && end - windows.back().begin() > window_rows) {
+      if (!windows.back().experts.empty() && windows.back().rows + rounded(end - begin) > window_rows) {
         windows.emplace_back();
       }
       Window& window = windows.back();
       const int64_t stop = std::min(end, begin + window_rows);
-      window.experts.push_back({e, begin, stop});
-      for (; begin < stop; begin += block_rows) {
-        window.blocks.push_back({e, begin, std::min(stop, begin + block_rows)});
+      window.experts.push_back({e, begin, stop, window.rows});
+      for (int64_t row = begin; row < stop; row += block_rows) {
+        window.blocks.push_back({e, row, std::min(stop, row + block_rows), window.rows + row - begin});
       }
+      window.rows += rounded(stop - begin);
       begin = stop;
     } while (begin < end);
   }

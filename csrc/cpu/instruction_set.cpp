@@ -1,24 +1,64 @@
 #include "cpu/isa/dispatch.h"
 
+#include <ATen/cpu/Utils.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <string_view>
+
+#if defined(EDL_WITH_AMX)
+#include <cpuid.h>
+#endif
 
 namespace edl::cpu {
 namespace {
 
-InstructionSet best_available() {
+constexpr std::array<const char*, 4> kNames = {"baseline", "avx2", "avx512", "avx512_amx"}; // as InstructionSet
+
+bool has_avx512() {
 #if defined(EDL_WITH_X86)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#else
+  return false;
+#endif
+}
+
+bool has_avx2() {
+#if defined(EDL_WITH_X86)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  return false;
+#endif
+}
+
+// AMX-TILE and AMX-BF16 of the processor. Whether a process may use them the system says.
+bool has_amx() {
+#if defined(EDL_WITH_AMX)
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned int bf16 = 1u << 22, tile = 1u << 24;
+  return has_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & bf16) != 0 && (edx & tile) != 0;
+#else
+  return false;
+#endif
+}
+
+// Asks once; what it grants holds for the process.
+bool may_use_amx() {
+  static const bool is_granted = has_amx() && at::cpu::init_amx();
+  return is_granted;
+}
+
+InstructionSet best_available() {
+  if (may_use_amx()) {
+    return InstructionSet::avx512_amx;
+  }
+  if (has_avx512()) {
     return InstructionSet::avx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return InstructionSet::avx2;
-  }
-#endif
-  return InstructionSet::baseline;
+  return has_avx2() ? InstructionSet::avx2 : InstructionSet::baseline;
 }
 
 InstructionSet choose() {
@@ -27,19 +67,15 @@ InstructionSet choose() {
   if (forced == nullptr) {
     return best;
   }
-  const std::string_view name = forced;
-  InstructionSet chosen = InstructionSet::baseline;
-  if (name == "avx2") {
-    chosen = InstructionSet::avx2;
-  } else if (name == "avx512") {
-    chosen = InstructionSet::avx512;
-  } else {
-    TORCH_CHECK_VALUE(
-        name == "baseline", "edl: EDL_CPU_CAPABILITY must be 'baseline', 'avx2' or 'avx512' (got '", name, "')");
-  }
+  const auto* const name = std::find(kNames.begin(), kNames.end(), std::string_view(forced));
   TORCH_CHECK_VALUE(
-      chosen <= best, "edl: EDL_CPU_CAPABILITY must name an instruction set that this processor and build have (got '",
-      name, "')");
+      name != kNames.end(), "edl: EDL_CPU_CAPABILITY must be 'baseline', 'avx2', 'avx512' or 'avx512_amx' (got '",
+      forced, "')");
+  const auto chosen = static_cast<InstructionSet>(name - kNames.begin());
+  TORCH_CHECK_VALUE(
+      chosen <= best, "edl: EDL_CPU_CAPABILITY must name an instruction set that this processor and build have",
+      is_amx_refused() && chosen == InstructionSet::avx512_amx ? ", and the system grants" : "", " (got '", forced,
+      "')");
   return chosen;
 }
 
@@ -51,14 +87,11 @@ InstructionSet instruction_set() {
 }
 
 const char* instruction_set_name() {
-  switch (instruction_set()) {
-    case InstructionSet::avx512:
-      return "avx512";
-    case InstructionSet::avx2:
-      return "avx2";
-    default:
-      return "baseline";
-  }
+  return kNames[static_cast<size_t>(instruction_set())];
+}
+
+bool is_amx_refused() {
+  return has_amx() && !may_use_amx();
 }
 
 } // namespace edl::cpu

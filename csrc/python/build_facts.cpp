@@ -15,7 +15,9 @@ PYBIND11_MODULE(_build, module) {
   module.attr("torch_version") = EDL_TORCH_VERSION;
   module.attr("cuda_version") = std::string(EDL_CUDA_VERSION); // empty: built without CUDA
   module.attr("compiler") = EDL_COMPILER;
-#if defined(EDL_WITH_X86)
+#if defined(EDL_WITH_AMX)
+  module.attr("instruction_sets") = pybind11::make_tuple("baseline", "avx2", "avx512", "avx512_amx");
+#elif defined(EDL_WITH_X86)
   module.attr("instruction_sets") = pybind11::make_tuple("baseline", "avx2", "avx512");
 #else
   module.attr("instruction_sets") = pybind11::make_tuple("baseline");

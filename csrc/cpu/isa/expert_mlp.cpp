@@ -14,13 +14,20 @@
 // X is replaced by zeros beside dP. Only the gradient of the factor reads it.
 #include "cpu/isa/expert_mlp.h"
 
+#include "cpu/isa/expert_mlp_rows.h"
 #include "cpu/isa/gemm.h"
 #include "cpu/isa/simd.h"
 
 namespace edl::cpu::EDL_ISA {
 namespace {
 
-constexpr int64_t kGradDepth = 128; // B's panel and the cache lines of A, which a tile reads in part, share L1
+constexpr int64_t kDepth = 256; //             k of one pass over a block
+constexpr int64_t kBlockRows = 84; //          rows of A: whole tiles of 6 and of 14 rows
+constexpr int64_t kActivationColumns = 64; //  columns of I of a task that computes gate and up; all are whole panels
+constexpr int64_t kGradColumns = 256; //       columns of a task over a parameter's gradient, of kBlockRows rows
+constexpr int64_t kGradDepth = 128; //         B's panel and the cache lines of A, which a tile reads in part, share L1
+constexpr int64_t kTaskRows = 512;
+constexpr int64_t kRowPadding = 16; //         rows a power of two apart would share cache sets
 
 // The scratch of a thread.
 template <typename Acc>
@@ -33,39 +40,6 @@ struct Own {
   Acc* b; // panels
 };
 
-// Rows of a matrix [T, H] in sorted order.
-template <typename Storage>
-struct GatheredRows {
-  const Storage* data;
-  int64_t stride;
-  const int32_t* slots;
-  int64_t top_k;
-
-  const Storage* operator()(int64_t row) const {
-    return data + slots[row] / top_k * stride;
-  }
-};
-
-// Zero for a factor of 0, whatever x is.
-template <typename Acc>
-EDL_INLINE Vector<Acc> scaled(Vector<Acc> x, Acc factor) {
-  return factor == 0 ? Vector<Acc>{} : x * factor;
-}
-
-template <typename Storage>
-GatheredRows<Storage> tokens_of(const ExpertMlpTask& task) {
-  return {static_cast<const Storage*>(task.tokens), task.tokens_stride, task.slots, task.top_k};
-}
-template <typename Storage>
-GatheredRows<Storage> grad_output_of(const ExpertMlpTask& task) {
-  return {static_cast<const Storage*>(task.grad_output), task.grad_output_stride, task.grad_slots, task.grad_top_k};
-}
-
-template <typename Storage, typename Acc = Accumulation<Storage>>
-Acc factor_of(const ExpertMlpTask& task, int64_t row) {
-  return static_cast<const Acc*>(task.factors)[task.slots[row]];
-}
-
 // Row of the window's scratch.
 template <typename Storage, typename Acc = Accumulation<Storage>>
 Acc* activation_of(const ExpertMlpTask& task, int64_t row) {
@@ -74,25 +48,6 @@ Acc* activation_of(const ExpertMlpTask& task, int64_t row) {
 template <typename Storage, typename Acc = Accumulation<Storage>>
 Acc* grad_pre_activation_of(const ExpertMlpTask& task, int64_t row) {
   return static_cast<Acc*>(task.grad_pre_activation) + (row - task.window_begin) * task.pre_activation_stride;
-}
-
-template <typename Storage>
-const Storage* gate_up_of(const ExpertMlpTask& task, int64_t expert, int64_t row) {
-  return static_cast<const Storage*>(task.gate_up) + expert * task.gate_up_strides[0] + row * task.gate_up_strides[1];
-}
-template <typename Storage>
-const Storage* down_of(const ExpertMlpTask& task, int64_t expert, int64_t row) {
-  return static_cast<const Storage*>(task.down) + expert * task.down_strides[0] + row * task.down_strides[1];
-}
-
-// Calls part(begin, count) for pieces of at most `step`; once with nothing where there is nothing, so that products of
-// no terms still write their zeros.
-template <typename Part>
-EDL_INLINE void in_parts(int64_t begin, int64_t end, int64_t step, Part part) {
-  do {
-    part(begin, std::min(step, end - begin));
-    begin += step;
-  } while (begin < end);
 }
 
 // ---- products ----
@@ -116,38 +71,6 @@ void multiply_scratch(const Acc* rows, int64_t stride, int64_t count, int64_t de
     multiply(
         Left<Layout::rows, Acc>{rows + k, stride}, own.b + k * columns, count, columns, part, own.c, columns, k > 0);
   });
-}
-
-// sums[token] += factor · row, or += row where the factor is in it, for the columns of a task. Each task owns its
-// columns: no other adds to them.
-template <typename Storage, bool weighted, typename Acc>
-void add_to_tokens(
-    const ExpertMlpTask& task, int64_t begin, int64_t count, Columns columns, const Acc* rows, int64_t stride) {
-  const int64_t width = columns.end - columns.begin;
-  for (int64_t i = 0; i < count; ++i, rows += stride) {
-    const Acc own = factor_of<Storage>(task, begin + i);
-    if (own == 0) {
-      continue;
-    }
-    const Acc factor = weighted ? own : Acc(1);
-    Acc* sum = static_cast<Acc*>(task.sums) + task.slots[begin + i] / task.top_k * task.hidden_size + columns.begin;
-    int64_t c = 0;
-    for (; c + kLanes<Acc> <= width; c += kLanes<Acc>) {
-      store(load(sum + c) + load(rows + c) * factor, sum + c);
-    }
-    for (; c < width; ++c) {
-      sum[c] += rows[c] * factor;
-    }
-  }
-}
-
-template <typename Acc, typename To>
-void copy_block(const Acc* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
-  for (int64_t i = 0; i < rows; ++i, from += from_stride, to += to_stride) {
-    for (int64_t j = 0; j < columns; j += kLanes<Acc>) {
-      store_some<Acc>(load_some<Acc>(from + j, columns - j), columns - j, to + j);
-    }
-  }
 }
 
 // ---- forward ----
@@ -230,22 +153,12 @@ void activate_backward(
     Vector<Acc> dot{};
     for (int64_t j = 0; j < width; j += kLanes<Acc>) {
       const int64_t left = width - j;
-      const Vector<Acc> g = load_some<Acc>(gate + j, left), u = load_some<Acc>(gate + intermediate_size + j, left);
-      const Vector<Acc> d = load(c + j);
-      const Vector<Acc> s = sigmoid_of<Acc>(g);
-      const Vector<Acc> silu = g * s;
-      const Vector<Acc> slope = s * (1 + g * (1 - s));
-      dot += d * silu * u;
-      store_some<Acc>(scaled<Acc>(silu * u, factor), left, activation + j);
-      if constexpr (with_more) {
-        const Vector<Acc> total = d * factor + load_some<Acc>(more + j, left);
-        const Acc takes_part = factor == 0 ? Acc(0) : Acc(1);
-        store_some<Acc>(scaled<Acc>(total * u * slope, takes_part), left, grad_gate + j);
-        store_some<Acc>(scaled<Acc>(total * silu, takes_part), left, grad_gate + intermediate_size + j);
-      } else {
-        store_some<Acc>(scaled<Acc>(d * u * slope, factor), left, grad_gate + j);
-        store_some<Acc>(scaled<Acc>(d * silu, factor), left, grad_gate + intermediate_size + j);
-      }
+      const ActivationGradients<Acc> grads = activation_gradients<with_more, Acc>(
+          load_some<Acc>(gate + j, left), load_some<Acc>(gate + intermediate_size + j, left), load(c + j),
+          with_more ? load_some<Acc>(more + j, left) : Vector<Acc>{}, factor, dot);
+      store_some<Acc>(grads.activation, left, activation + j);
+      store_some<Acc>(grads.gate, left, grad_gate + j);
+      store_some<Acc>(grads.up, left, grad_gate + intermediate_size + j);
     }
     dots[row - task.window_begin] = sum_of<Acc>(dot);
   }
@@ -287,19 +200,6 @@ void grad_tokens(
       multiply_scratch(grad, task.pre_activation_stride, count, depth, padded, own);
       add_to_tokens<Storage, false>(task, begin, count, columns, own.c, padded);
     });
-  }
-}
-
-template <typename Storage>
-void grad_factors(const ExpertMlpTask& task, int64_t begin, int64_t end) {
-  using Acc = Accumulation<Storage>;
-  for (int64_t row = begin; row < end; ++row) {
-    const Acc* dots = static_cast<const Acc*>(task.dots) + row - task.window_begin;
-    Acc sum = 0;
-    for (int64_t column = 0; column < task.intermediate_size; column += kWideColumns, dots += task.window_rows) {
-      sum += *dots;
-    }
-    static_cast<Acc*>(task.grad_factors)[task.slots[row]] = sum;
   }
 }
 
@@ -378,14 +278,58 @@ void grad_down(const ExpertMlpTask& task, const GradBlock& block, void* memory) 
       static_cast<Storage*>(task.grad_down) + block.rows.expert * m * n, static_cast<Acc*>(task.carried_down), memory);
 }
 
+// ---- cuts and scratch ----
+
+template <typename Storage>
+ExpertMlpCut cut(int64_t hidden_size, int64_t intermediate_size) {
+  const int64_t longest = std::max({hidden_size, intermediate_size, kDepth});
+  const int64_t elements = kBlockRows * (kDepth + kGradColumns) + kGradColumns * longest;
+  return {
+      .row_unit = 1,
+      .task_rows = kTaskRows,
+      .activation_columns = kActivationColumns,
+      .grad_rows = kBlockRows,
+      .grad_columns = kGradColumns,
+      .thread_bytes =
+          (round_up(elements, kRowPadding) + kRowPadding) * static_cast<int64_t>(sizeof(Accumulation<Storage>))};
+}
+
+template <typename Storage>
+size_t lay_out(ExpertMlpTask& task, int64_t window_rows, ExpertMlpPasses passes, char* memory) {
+  using Acc = Accumulation<Storage>;
+  Scratch scratch(memory);
+  task.window_rows = window_rows;
+  task.activation_stride = round_up(task.intermediate_size, kRowPadding) + kRowPadding;
+  task.activation = scratch.take<Acc>(window_rows * task.activation_stride);
+  if (passes.backward) {
+    task.pre_activation_stride = round_up(2 * task.intermediate_size, kRowPadding) + kRowPadding;
+    task.grad_pre_activation = scratch.take<Acc>(window_rows * task.pre_activation_stride);
+    task.dots = scratch.take<Acc>(round_up(task.intermediate_size, kWideColumns) / kWideColumns * window_rows);
+  }
+  return scratch.bytes();
+}
+
+template <typename Storage>
+constexpr ExpertMlpLoops loops_of() {
+  return {
+      .cut = cut<Storage>,
+      .lay_out = lay_out<Storage>,
+      .enter = nullptr,
+      .leave = nullptr,
+      .gather_tokens = nullptr,
+      .activations = activations<Storage>,
+      .output = output<Storage>,
+      .gather_gradients = nullptr,
+      .grad_activations = grad_activations<Storage>,
+      .grad_tokens = grad_tokens<Storage>,
+      .grad_factors = grad_factors<Storage>,
+      .grad_gate_up = grad_gate_up<Storage>,
+      .grad_down = grad_down<Storage>};
+}
+
 } // namespace
 
-#define EDL_ALL_STORAGE(loop) {loop<float>, loop<double>, loop<BFloat16>, loop<Float16>}
-
-extern const ExpertMlpLoops expert_mlp_loops = {
-    EDL_ALL_STORAGE(activations), EDL_ALL_STORAGE(output),       EDL_ALL_STORAGE(grad_activations),
-    EDL_ALL_STORAGE(grad_tokens), EDL_ALL_STORAGE(grad_factors), EDL_ALL_STORAGE(grad_gate_up),
-    EDL_ALL_STORAGE(grad_down),
-};
+extern const ExpertMlpTable expert_mlp_loops = {
+    {loops_of<float>(), loops_of<double>(), loops_of<BFloat16>(), loops_of<Float16>()}};
 
 } // namespace edl::cpu::EDL_ISA

@@ -29,10 +29,6 @@ constexpr int64_t kTileRows = 6; //  12 of 16
 template <typename Acc>
 constexpr int64_t kTileColumns = 2 * kLanes<Acc>;
 
-constexpr int64_t round_up(int64_t n, int64_t unit) {
-  return (n + unit - 1) / unit * unit;
-}
-
 // ---- one tile ----
 
 // Where a(m, k) stands: a[m * stride + k], or a[k * stride + m].
@@ -179,30 +175,6 @@ EDL_INLINE void pack_panels(Row row, int64_t depth, int64_t columns, Acc* to) {
     for (int64_t i = n; i < round_up(columns, width); ++i) {
       out[i - n] = i < columns ? widen(from[i]) : Acc(0);
     }
-  }
-}
-
-// Exchanges blocks of `step` entries between two vectors: low = the even blocks of a and b, high = the odd ones.
-template <int64_t step, typename Values, size_t... i>
-EDL_INLINE void exchange(Values& a, Values& b, std::index_sequence<i...>) {
-  constexpr int64_t lanes = sizeof...(i);
-  const Values low = __builtin_shufflevector(a, b, (i & step ? lanes + i - step : i)...);
-  const Values high = __builtin_shufflevector(a, b, (i & step ? lanes + i : i + step)...);
-  a = low;
-  b = high;
-}
-
-// The transpose of a square of vectors.
-template <int64_t step, typename Scalar>
-EDL_INLINE void transpose(Vector<Scalar>* x) {
-  constexpr int64_t lanes = kLanes<Scalar>;
-  if constexpr (step < lanes) {
-    for (int64_t i = 0; i < lanes; ++i) {
-      if ((i & step) == 0) {
-        exchange<step>(x[i], x[i + step], std::make_index_sequence<lanes>());
-      }
-    }
-    transpose<2 * step, Scalar>(x);
   }
 }
 

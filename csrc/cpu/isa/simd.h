@@ -53,6 +53,10 @@ struct AccumulationOf<double> {
 template <typename Storage>
 using Accumulation = typename AccumulationOf<Storage>::type;
 
+constexpr int64_t round_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
+
 template <typename Scalar>
 EDL_INLINE Vector<Scalar> broadcast(Scalar value) {
   return Vector<Scalar>{} + value;
@@ -154,10 +158,10 @@ EDL_INLINE Floats load(const BFloat16* data) {
 }
 EDL_INLINE Floats load(const Float16* data) {
   Floats x;
-#if EDL_VECTOR_BYTES == 64
+#if EDL_VECTOR_BYTES == 64 && defined(__AVX512F__)
   const __m512 wide = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
   std::memcpy(&x, &wide, sizeof(x));
-#elif EDL_VECTOR_BYTES == 32
+#elif EDL_VECTOR_BYTES == 32 && defined(__AVX2__)
   const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
   std::memcpy(&x, &wide, sizeof(x));
 #else
@@ -185,11 +189,11 @@ EDL_INLINE void store(Floats x, BFloat16* out) {
   std::memcpy(out, &half, sizeof(half));
 }
 EDL_INLINE void store(Floats x, Float16* out) {
-#if EDL_VECTOR_BYTES == 64
+#if EDL_VECTOR_BYTES == 64 && defined(__AVX512F__)
   __m512 wide;
   std::memcpy(&wide, &x, sizeof(wide));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT));
-#elif EDL_VECTOR_BYTES == 32
+#elif EDL_VECTOR_BYTES == 32 && defined(__AVX2__)
   __m256 wide;
   std::memcpy(&wide, &x, sizeof(wide));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT));
@@ -227,11 +231,11 @@ EDL_INLINE void store_some(Vector<Acc> x, int64_t count, Storage* out) {
 // Stores past the caches: for outputs larger than them, it saves reading each line before it is overwritten.
 // `out` is aligned to the vector. Call `stream_fence` before another thread reads.
 EDL_INLINE void stream(Floats x, float* out) {
-#if EDL_VECTOR_BYTES == 64
+#if EDL_VECTOR_BYTES == 64 && defined(__AVX512F__)
   __m512 wide;
   std::memcpy(&wide, &x, sizeof(wide));
   _mm512_stream_ps(out, wide);
-#elif EDL_VECTOR_BYTES == 32
+#elif EDL_VECTOR_BYTES == 32 && defined(__AVX2__)
   __m256 wide;
   std::memcpy(&wide, &x, sizeof(wide));
   _mm256_stream_ps(out, wide);
@@ -303,6 +307,30 @@ EDL_INLINE Scalar max_of(Vector<Scalar> x) {
   std::memcpy(lanes, &x, sizeof(x));
   return fold<Scalar, EDL_VECTOR_BYTES>(
       lanes, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+// Exchanges blocks of `step` entries between two vectors: low = the even blocks of a and b, high = the odd ones.
+template <int64_t step, typename Values, size_t... i>
+EDL_INLINE void exchange(Values& a, Values& b, std::index_sequence<i...>) {
+  constexpr int64_t lanes = sizeof...(i);
+  const Values low = __builtin_shufflevector(a, b, (i & step ? lanes + i - step : i)...);
+  const Values high = __builtin_shufflevector(a, b, (i & step ? lanes + i : i + step)...);
+  a = low;
+  b = high;
+}
+
+// The transpose of a square of vectors.
+template <int64_t step, typename Scalar>
+EDL_INLINE void transpose(Vector<Scalar>* x) {
+  constexpr int64_t lanes = kLanes<Scalar>;
+  if constexpr (step < lanes) {
+    for (int64_t i = 0; i < lanes; ++i) {
+      if ((i & step) == 0) {
+        exchange<step>(x[i], x[i + step], std::make_index_sequence<lanes>());
+      }
+    }
+    transpose<2 * step, Scalar>(x);
+  }
 }
 
 // ---- exp and log ----

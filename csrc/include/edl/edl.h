@@ -20,7 +20,7 @@
 namespace edl {
 
 EDL_API const char* version();
-EDL_API const char* cpu_instruction_set(); // "baseline", "avx2" or "avx512"
+EDL_API const char* cpu_instruction_set(); // "baseline", "avx2", "avx512" or "avx512_amx"
 
 namespace detail {
 // A linker drops a library that no symbol is taken from; this takes one.

@@ -2,13 +2,18 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <new>
 #include <random>
 #include <vector>
 
 #include "catch.h"
 #include "cpu/expert_mlp_plan.h"
+#include "tile_product.h"
 
 namespace edl::cpu {
+namespace tile_stand_in {
+extern const ExpertMlpLoops expert_mlp_tiles;
+}
 InstructionSet instruction_set() { // the tests name the tables themselves
   return InstructionSet::baseline;
 }
@@ -22,14 +27,29 @@ using Values = std::vector<double>;
 
 constexpr int64_t kTokens = 150, kHidden = 301, kInner = 147, kTopK = 2, kExperts = 6, kPadding = 3;
 
-std::vector<const ExpertMlpLoops*> tables() {
-  std::vector<const ExpertMlpLoops*> found{&baseline::expert_mlp_loops};
+bool has_avx2() {
 #if defined(EDL_WITH_X86)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  return false;
+#endif
+}
+bool has_avx512() {
+#if defined(EDL_WITH_X86)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#else
+  return false;
+#endif
+}
+
+std::vector<const ExpertMlpTable*> tables() {
+  std::vector<const ExpertMlpTable*> found{&baseline::expert_mlp_loops};
+#if defined(EDL_WITH_X86)
+  if (has_avx2()) {
     found.push_back(&avx2::expert_mlp_loops);
   }
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
+  if (has_avx512()) {
     found.push_back(&avx512::expert_mlp_loops);
   }
 #endif
@@ -127,11 +147,12 @@ void over_columns(int64_t columns, int64_t width, const std::function<void(Colum
   }
 }
 
-std::vector<GradBlock> grad_blocks(const Window& window, const Routing& routing, int64_t rows, int64_t columns) {
+std::vector<GradBlock> grad_blocks(
+    const Window& window, const Routing& routing, const ExpertMlpCut& cut, int64_t rows, int64_t columns) {
   std::vector<GradBlock> blocks;
   for (const ExpertRows& e : window.experts) {
-    for (int64_t row = 0; row < rows; row += kBlockRows) {
-      over_columns(columns, kGradColumns, [&](Columns part) {
+    for (int64_t row = 0; row < rows; row += cut.grad_rows) {
+      over_columns(columns, cut.grad_columns, [&](Columns part) {
         blocks.push_back(
             {e, e.begin > routing.offsets[e.expert], e.end == routing.offsets[e.expert + 1], row, part.begin});
       });
@@ -140,63 +161,104 @@ std::vector<GradBlock> grad_blocks(const Window& window, const Routing& routing,
   return blocks;
 }
 
-// Forward and backward over windows of `window_rows` rows.
+// Memory of exactly so many bytes, aligned to 64, full of NaN.
+class Memory {
+ public:
+  explicit Memory(size_t bytes) : data_(static_cast<char*>(::operator new(bytes, std::align_val_t(64)))) {
+    std::memset(data_, 0xff, bytes);
+  }
+  ~Memory() {
+    ::operator delete(data_, std::align_val_t(64));
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  char* data() const {
+    return data_;
+  }
+
+ private:
+  char* data_;
+};
+
+// Forward and backward over windows of at most `window_rows` rows.
 template <typename Storage, typename Acc>
-void check(const ExpertMlpLoops& loops, StorageType type, int64_t window_rows, double tolerance) {
-  const int s = static_cast<int>(type);
+void check(const ExpertMlpLoops& loops, int64_t window_rows, double tolerance) {
   const Routing routing;
   const auto x = random_values<Storage>(kTokens * kHidden, 1, 1), go = random_values<Storage>(kTokens * kHidden, 1, 2);
   const auto gu = random_values<Storage>(kExperts * 2 * kInner * kHidden, std::pow(kHidden, -0.5), 3);
   const auto dn = random_values<Storage>(kExperts * kHidden * kInner, std::pow(kInner, -0.5), 4);
   const auto w = random_values<Acc>(kTokens * kTopK, 1, 5);
-  const auto windows = cut_windows(routing.offsets.data(), kExperts, window_rows, 40);
+  const ExpertMlpCut cut = loops.cut(kHidden, kInner);
+  const auto windows = cut_windows(routing.offsets.data(), kExperts, window_rows, 64, cut.row_unit);
 
   std::vector<Storage> pre(kTokens * kTopK * 2 * kInner), grad_gu(gu.size()), grad_dn(dn.size());
-  std::vector<Acc> output(x.size()), tokens(x.size()), factors(w.size());
-  std::vector<Acc> activation(window_rows * (kInner + kPadding)), grad_pre(window_rows * (2 * kInner + kPadding));
-  std::vector<Acc> dots(window_rows * ((kInner + kWideColumns - 1) / kWideColumns)), carried(3 * kInner * kHidden);
-  std::vector<Acc> own(expert_mlp_thread_elements(kHidden, kInner), std::nan(""));
+  std::vector<Acc> output(x.size()), tokens(x.size()), factors(w.size()), carried(3 * kInner * kHidden);
+  const std::vector<Storage> zeros(kHidden);
 
   ExpertMlpTask task{};
   task.hidden_size = kHidden, task.intermediate_size = kInner, task.top_k = kTopK, task.slots = routing.slots.data();
   task.factors = w.data(), task.tokens = x.data(), task.tokens_stride = kHidden;
   task.gate_up = gu.data(), task.gate_up_strides[0] = 2 * kInner * kHidden, task.gate_up_strides[1] = kHidden;
   task.down = dn.data(), task.down_strides[0] = kHidden * kInner, task.down_strides[1] = kInner;
-  task.pre_activation = pre.data(), task.sums = output.data();
-  task.activation = activation.data(), task.activation_stride = kInner + kPadding, task.window_rows = window_rows;
-  for (const Window& window : windows) {
-    task.window_begin = window.begin();
-    for (const ExpertRows& rows : window.blocks) {
-      over_columns(
-          kInner, kActivationColumns, [&](Columns part) { loops.activations[s](task, rows, part, own.data()); });
-    }
-    for (const Columns& part : cut_columns(kHidden, 3)) {
-      loops.output[s](task, window.experts.data(), window.experts.size(), part, own.data());
-    }
-  }
-
-  task.sums = tokens.data(), task.grad_output = go.data(), task.grad_output_stride = kHidden;
+  task.pre_activation = pre.data(), task.zeros = zeros.data();
+  task.grad_output = go.data(), task.grad_output_stride = kHidden;
   task.grad_slots = routing.slots.data(), task.grad_top_k = kTopK;
   task.grad_factors = factors.data(), task.grad_gate_up = grad_gu.data(), task.grad_down = grad_dn.data();
   task.carried_gate_up = carried.data(), task.carried_down = carried.data() + 2 * kInner * kHidden;
-  task.grad_pre_activation = grad_pre.data(), task.pre_activation_stride = 2 * kInner + kPadding,
-  task.dots = dots.data();
-  for (const Window& window : windows) {
-    task.window_begin = window.begin();
+  const Memory memory(cut.thread_bytes);
+  char* own = memory.data();
+  char found[64];
+  if (loops.enter != nullptr) {
+    loops.enter(found);
+  }
+  const auto over_blocks = [&](const Window& window, auto* loop) {
     for (const ExpertRows& rows : window.blocks) {
-      over_columns(
-          kInner, kWideColumns, [&](Columns part) { loops.grad_activations[s](task, rows, part, own.data()); });
+      if (loop != nullptr) {
+        loop(task, rows, own);
+      }
     }
-    for (const Columns& part : cut_columns(kHidden, 2)) {
-      loops.grad_tokens[s](task, window.experts.data(), window.experts.size(), part, own.data());
+  };
+  {
+    constexpr ExpertMlpPasses passes{.forward = true, .backward = false};
+    const Memory scratch(loops.lay_out(task, window_rows, passes, nullptr));
+    loops.lay_out(task, window_rows, passes, scratch.data());
+    task.sums = output.data();
+    for (const Window& window : windows) {
+      task.window_begin = window.begin();
+      over_blocks(window, loops.gather_tokens);
+      for (const ExpertRows& rows : window.blocks) {
+        over_columns(kInner, cut.activation_columns, [&](Columns part) { loops.activations(task, rows, part, own); });
+      }
+      for (const Columns& part : cut_columns(kHidden, 3)) {
+        loops.output(task, window.experts.data(), window.experts.size(), part, own);
+      }
     }
-    for (const GradBlock& block : grad_blocks(window, routing, 2 * kInner, kHidden)) {
-      loops.grad_gate_up[s](task, block, own.data());
+  }
+  {
+    constexpr ExpertMlpPasses passes{.forward = false, .backward = true};
+    const Memory scratch(loops.lay_out(task, window_rows, passes, nullptr));
+    loops.lay_out(task, window_rows, passes, scratch.data());
+    task.sums = tokens.data();
+    for (const Window& window : windows) {
+      task.window_begin = window.begin();
+      over_blocks(window, loops.gather_gradients);
+      for (const ExpertRows& rows : window.blocks) {
+        over_columns(kInner, kWideColumns, [&](Columns part) { loops.grad_activations(task, rows, part, own); });
+      }
+      for (const Columns& part : cut_columns(kHidden, 2)) {
+        loops.grad_tokens(task, window.experts.data(), window.experts.size(), part, own);
+      }
+      for (const GradBlock& block : grad_blocks(window, routing, cut, 2 * kInner, kHidden)) {
+        loops.grad_gate_up(task, block, own);
+      }
+      for (const GradBlock& block : grad_blocks(window, routing, cut, kHidden, kInner)) {
+        loops.grad_down(task, block, own);
+      }
+      loops.grad_factors(task, window.begin(), window.end());
     }
-    for (const GradBlock& block : grad_blocks(window, routing, kHidden, kInner)) {
-      loops.grad_down[s](task, block, own.data());
-    }
-    loops.grad_factors[s](task, window.begin(), window.end());
+  }
+  if (loops.leave != nullptr) {
+    loops.leave(found);
   }
 
   const Results wanted = expected(routing, wide(x), wide(w), wide(gu), wide(dn), wide(go));
@@ -218,11 +280,23 @@ void check(const ExpertMlpLoops& loops, StorageType type, int64_t window_rows, d
 } // namespace
 
 CATCH_TEST_CASE("the loops of expert_mlp are right and stay inside their buffers") {
-  for (const ExpertMlpLoops* loops : tables()) {
-    for (const int64_t window_rows : {90, 400}) { // several windows for one expert, one window for all
-      check<float, float>(*loops, StorageType::float32, window_rows, 3e-6);
-      check<double, double>(*loops, StorageType::float64, window_rows, 1e-13);
-      check<BFloat16, float>(*loops, StorageType::bfloat16, window_rows, 2e-2);
+  for (const ExpertMlpTable* table : tables()) {
+    const auto loops = [&](StorageType type) { return table->of[static_cast<int>(type)]; };
+    for (const int64_t window_rows : {96, 416}) { // several windows for one expert, one window for all
+      check<float, float>(loops(StorageType::float32), window_rows, 3e-6);
+      check<double, double>(loops(StorageType::float64), window_rows, 1e-13);
+      check<BFloat16, float>(loops(StorageType::bfloat16), window_rows, 2e-2);
     }
+  }
+}
+
+CATCH_TEST_CASE("the loops of expert_mlp on tiles are right and stay inside their buffers") {
+  for (const int64_t window_rows : {96, 416}) {
+    check<BFloat16, float>(tile_stand_in::expert_mlp_tiles, window_rows, 2e-2);
+#if defined(EDL_WITH_AMX)
+    if (may_use_tiles()) {
+      check<BFloat16, float>(avx512_amx::expert_mlp_tiles, window_rows, 2e-2);
+    }
+#endif
   }
 }

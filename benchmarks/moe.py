@@ -6,7 +6,8 @@ Each way is checked against float64 on its first call, output and all gradients,
 all are timed in turn: median (minimum). GF are GFLOP/s of the experts' products, forward and backward: 18·N·H·I with
 N = T·K rows. The peak is that of float32, which 16-bit instructions may exceed. "Saved" is what the forward pass keeps
 for the backward pass, parameters excluded; "peak MB" the most memory that both take beside the inputs, gradients
-included. The floor of what is saved: the tokens and the pre-activation, T·H + 2·N·I elements.
+included. The floor of what is saved: the tokens and the pre-activation, T·H + 2·N·I elements; the last table is without
+the pre-activation.
 
 On CUDA the six products alone come first, `torch._grouped_mm` on rows that stand in order already, with either of
 torch's libraries behind it: what edl takes beside their sum is its own kernels.
@@ -24,7 +25,7 @@ from functools import partial
 
 import torch
 from measure import Probe, Timing, error, interleaved, probe
-from peers import EDL, GROUPED_MM, Peer, absent, compiled, present
+from peers import EDL, GROUPED_MM, Peer, absent, by_edl, compiled, present
 from report import Run, Section, main, markdown_table, table_of
 from shapes import CPU, CUDA, FEW_ROWS, LAYER, ROUTINGS, Inputs, Shape, in_type, make_inputs
 from torch import Tensor
@@ -361,6 +362,34 @@ def gram_table(run: Run, shape: Shape, dtype: torch.dtype) -> Section:
     )
 
 
+def recompute_table(run: Run, shape: Shape, dtypes: list[torch.dtype]) -> Section:
+    """What it costs to compute activations again in place of keeping them, in times of the layer that keeps them."""
+    rows = []
+    for dtype in dtypes:
+        inputs = in_type(make_inputs(shape, device=run.device), dtype)
+        steps = {
+            "kept": forward_backward(Peer(by_edl), inputs),
+            "recomputed": forward_backward(Peer(partial(by_edl, recompute_activations=True)), inputs),
+        }
+        probes = {name: probe(step, [inputs.gate_up, inputs.down], run.device) for name, step in steps.items()}
+        assert all(map(torch.equal, *(outcome.result for outcome in probes.values())))
+        timings = interleaved(steps, run.device, 3 * run.seconds)
+        fastest = timings["kept"].minimum
+        rows += [
+            {
+                "activations": name,
+                "type": name_of(dtype),
+                "ms": str(timing),
+                "fastest": f"{timing.minimum / fastest:.3f}x",
+                "operations": f"{1 + (name == 'recomputed') * 2 / 9:.3f}x",
+                "saved MB": f"{probes[name].saved_bytes / 1e6:.1f}",
+                "peak MB": f"{probes[name].peak_bytes / 1e6:.0f}" if probes[name].peak_bytes is not None else "-",
+            }
+            for name, timing in timings.items()
+        ]
+    return Section(f"Activations computed again, {shape}, forward + backward", table_of(rows), summary=True)
+
+
 def sections(run: Run) -> Iterator[Section]:
     """Every case, the routings, and the summary."""
     torch._inductor.config.cpp.threads = run.threads  # else its cache may hold code for another number of threads
@@ -386,6 +415,7 @@ def sections(run: Run) -> Iterator[Section]:
     for dtype in dtypes[:1] if run.quick else dtypes:
         yield compare_routings(measurer, CUDA[1] if on_cuda else LAYER, dtype)
         yield gram_table(run, CUDA[1] if on_cuda else LAYER, dtype)
+    yield recompute_table(run, CUDA[1] if on_cuda else LAYER, dtypes)
 
 
 if __name__ == "__main__":

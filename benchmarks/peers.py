@@ -41,9 +41,16 @@ class Peer(NamedTuple):
         return None
 
 
-def by_edl(tokens: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def by_edl(
+    tokens: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    recompute_activations: bool = False,
+) -> Tensor:
     row_order, offsets = ops.sort_by_expert(experts, gate_up.shape[0])
-    return ops.expert_mlp(tokens, weights, row_order, offsets, gate_up, down)
+    return ops.expert_mlp(tokens, weights, row_order, offsets, gate_up, down, recompute_activations)
 
 
 _MODULES: dict[tuple, nn.Module] = {}  # no functools.cache: torch.compile would look behind it

@@ -23,9 +23,7 @@ def _gram(rows: Sequence[int], top_k: int) -> int:
     return 2 * rows[0] * rows[1] * top_k
 
 
-@register_flop_formula(
-    [torch.ops.edl.expert_mlp, torch.ops.edl.expert_mlp_with_gram, torch.ops.edl._expert_mlp_forward]
-)
+@register_flop_formula(torch.ops.edl.expert_mlp)
 def expert_mlp_flops(
     tokens: Sequence[int],
     weights: Sequence[int],
@@ -33,11 +31,27 @@ def expert_mlp_flops(
     offsets: Sequence[int],
     gate_up: Sequence[int],
     down: Sequence[int],
-    output_gram: bool = False,
-    activation_gram: bool = False,
-    **_: Any,
+    *_: Any,
+    **__: Any,
 ) -> int:
-    """The products with the gate, up and down matrices, and Gram matrices, from the shapes of the arguments."""
+    """The products with the gate, up and down matrices, from the shapes of the arguments."""
+    return 3 * _product(row_order, down)
+
+
+@register_flop_formula([torch.ops.edl.expert_mlp_with_gram, torch.ops.edl._expert_mlp_forward])
+def expert_mlp_with_gram_flops(
+    tokens: Sequence[int],
+    weights: Sequence[int],
+    row_order: Sequence[int],
+    offsets: Sequence[int],
+    gate_up: Sequence[int],
+    down: Sequence[int],
+    output_gram: bool,
+    activation_gram: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """The same, and Gram matrices."""
     width = output_gram * down[1] + activation_gram * down[2]
     return 3 * _product(row_order, down) + _gram([row_order[0], width], weights[1])
 
@@ -53,15 +67,16 @@ def expert_mlp_backward_flops(
     offsets: Sequence[int],
     gate_up: Sequence[int],
     down: Sequence[int],
-    pre_activation: Sequence[int],
-    rows: Sequence[int],
+    pre_activation: Sequence[int] | None,
+    rows: Sequence[int] | None,
     needed: Sequence[bool],
     **_: Any,
 ) -> int:
     """The gradient of the activation, and those of tokens (two products), gate_up (two) and down where needed; the
-    gradients of Gram matrices."""
+    gradients of Gram matrices; again the pre-activation (two) and the rows that were not kept."""
     of_tokens, _of_weights, of_gate_up, of_down = needed
-    products = (1 + 2 * of_tokens + 2 * of_gate_up + of_down) * _product(row_order, down)
+    again = 0 if pre_activation is not None else 2 + (grad_output_gram is not None)
+    products = (1 + 2 * of_tokens + 2 * of_gate_up + of_down + again) * _product(row_order, down)
     width = (grad_output_gram is not None) * down[1] + (grad_activation_gram is not None) * down[2]
     return products + _gram([row_order[0], width], weights[1])
 

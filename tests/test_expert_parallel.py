@@ -28,7 +28,12 @@ from edl import expert_parallel
 LAYERS = {
     "softmax": {},
     "deepseek": {"scores": "sigmoid", "expert_bias": True, "routed_scaling_factor": 2.5, "num_shared_experts": 2},
-    "qwen2": {"num_shared_experts": 1, "shared_intermediate_size": 40, "shared_expert_gate": True},
+    "qwen2": {
+        "num_shared_experts": 1,
+        "shared_intermediate_size": 40,
+        "shared_expert_gate": True,
+        "recompute_activations": True,
+    },
 }
 H, I = 16, 24  # noqa: E741
 

@@ -58,6 +58,19 @@ def test_a_whole_step_counts_three_times_its_forward():
 
 
 @pytest.mark.parametrize("grad", [False, True])
+def test_what_is_recomputed_counts_where_it_is(grad):
+    layer, tokens = make_layer(recompute_activations=True)
+    with torch.set_grad_enabled(grad):
+        assert counted(lambda: layer(tokens)) == ROUTER + 3 * PRODUCT
+    output = layer(tokens)[0].sum()
+    assert counted(output.backward) == (2 + 1 + 2 + 1) * PRODUCT + ROUTER
+    layer, tokens = make_layer(recompute_activations=True, output_gram=True)
+    gram = 2 * TOKENS * TOP_K * TOP_K * HIDDEN
+    assert counted(lambda: layer(tokens)) == ROUTER + 3 * PRODUCT + gram
+    assert counted(layer(tokens)[1].output_gram.sum().backward) == (3 + 1 + 2 + 1) * PRODUCT + gram + ROUTER
+
+
+@pytest.mark.parametrize("grad", [False, True])
 def test_gram_matrices_count_as_the_products_that_they_are(grad):
     layer, tokens = make_layer(output_gram=True, activation_gram=True)
     grams = 2 * TOKENS * TOP_K * TOP_K * (HIDDEN + INTERMEDIATE)

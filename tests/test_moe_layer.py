@@ -20,7 +20,12 @@ LAYERS = {
         "num_shared_experts": 2,
         "shared_intermediate_size": 10,
     },
-    "qwen2": {"num_shared_experts": 1, "shared_intermediate_size": 40, "shared_expert_gate": True},
+    "qwen2": {
+        "num_shared_experts": 1,
+        "shared_intermediate_size": 40,
+        "shared_expert_gate": True,
+        "recompute_activations": True,
+    },
 }
 
 
@@ -268,7 +273,25 @@ def test_the_router_takes_the_type_it_is_told():
     assert layer(torch.randn(3, 16).bfloat16())[1].logits.dtype == torch.float32
 
 
+@pytest.mark.parametrize("grams", [{}, {"output_gram": True, "activation_gram": True}], ids=str)
+def test_recompute_activations_keeps_tokens_and_routing_alone(grams):
+    layer = make_layer("softmax", **grams)
+    hidden = torch.randn(30, 16, requires_grad=True)
+    gradients, saved = [], set()
+    for layer.recompute_activations in (False, True):
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.add(x.numel()) or x, lambda x: x):
+            output, routing = layer(hidden)
+        loss = sum((x.square().sum() for x in (routing.output_gram, routing.activation_gram)) if grams else [])
+        gradients.append(torch.autograd.grad(loss + output.square().sum(), [hidden, *layer.parameters()]))
+        assert (60 * 48 in saved) == (not layer.recompute_activations)
+    tokens, *routing = 30 * 16, 30 * 6, 30 * 2, 7  # logits; weights, experts and their order; offsets
+    assert saved <= {tokens, *routing, *(x.numel() for x in layer.parameters())}
+    assert all(map(torch.equal, *gradients))
+
+
 def test_it_says_what_it_is():
+    assert "recompute_activations=True" in repr(make_layer("qwen2"))
     text = repr(make_layer("deepseek"))
     for part in (
         "num_experts=6",
@@ -444,6 +467,11 @@ REFUSALS = {
         (16, 24, 6, 2),
         {"shared_expert_gate": True},
         "edl::MoELayer: shared_intermediate_size and shared_expert_gate need num_shared_experts of at least 1 (got 0)",
+    ),
+    "recompute": (
+        (16, 24, 6, 2),
+        {"recompute_activations": 1},
+        "edl::MoELayer: recompute_activations must be True or False (got 1)",
     ),
     "negative": (
         (16, 24, 6, 2),

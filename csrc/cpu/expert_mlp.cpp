@@ -11,7 +11,8 @@
 // loops multiply bfloat16 and gather in stages of their own. Each result is written by one task, in an order that the
 // routing alone decides: the same bits for any number of threads. Scratch: 4 MiB per thread (or the rows of one task,
 // where they are more) for a window; per thread what `cut` says; for 16-bit tokens T·H, and 3·I·H where an expert has
-// more rows than a window, in float32.
+// more rows than a window, in float32. A backward pass that is not given the pre-activation computes it first, window by
+// window; where Gram matrices have gradients, that of all rows before.
 #include "ops/expert_mlp.h"
 
 #include <ATen/Parallel.h>
@@ -143,6 +144,7 @@ class ExpertMlp {
     }
     task.pre_activation = pre_activation.defined() ? pre_activation.data_ptr() : nullptr;
     task.sums = sums.mutable_data_ptr();
+    kept_row_bytes_ = 2 * task.intermediate_size * arguments.tokens.element_size();
     cut_ = loops_.cut(task.hidden_size, task.intermediate_size);
     const int64_t operations =
         (passes.backward ? 12 : 6) * offsets_[num_experts_] * task.hidden_size * task.intermediate_size;
@@ -153,8 +155,8 @@ class ExpertMlp {
     }
   }
 
-  void forward() {
-    const auto output_columns = cut_columns(task.hidden_size, num_threads_);
+  void forward(bool with_output) {
+    const auto output_columns = with_output ? cut_columns(task.hidden_size, num_threads_) : std::vector<Columns>();
     for (const Window& window : windows_) {
       task.window_begin = window.begin();
       over_blocks(window, loops_.gather_tokens);
@@ -168,6 +170,9 @@ class ExpertMlp {
   void backward(std::array<bool, 4> needed) {
     for (const Window& window : windows_) {
       task.window_begin = window.begin();
+      if (window_pre_activation_.defined()) {
+        recompute(window);
+      }
       over_blocks(window, loops_.gather_gradients);
       over_rows(window, kWideColumns, loops_.grad_activations);
       finish_gradients(window, needed);
@@ -182,8 +187,10 @@ class ExpertMlp {
   }
 
   void allocate(ExpertMlpPasses passes) {
-    const int64_t task_rows_bytes = loops_.lay_out(task, cut_.task_rows, passes, nullptr);
-    const int64_t fitting = num_threads_ * kWindowBytes / std::max<int64_t>(1, task_rows_bytes / cut_.task_rows);
+    const bool recomputes = passes.forward && passes.backward;
+    const int64_t row_bytes =
+        loops_.lay_out(task, cut_.task_rows, passes, nullptr) / cut_.task_rows + (recomputes ? kept_row_bytes_ : 0);
+    const int64_t fitting = num_threads_ * kWindowBytes / std::max<int64_t>(1, row_bytes);
     const int64_t most = std::max(cut_.task_rows, fitting / cut_.row_unit * cut_.row_unit);
     windows_ = cut_windows(offsets_, num_experts_, most, cut_.task_rows, cut_.row_unit);
     int64_t window_rows = 0;
@@ -192,6 +199,9 @@ class ExpertMlp {
     }
     window_scratch_ = scratch(loops_.lay_out(task, window_rows, passes, nullptr));
     loops_.lay_out(task, window_rows, passes, static_cast<char*>(window_scratch_.mutable_data_ptr()));
+    if (recomputes) {
+      window_pre_activation_ = scratch(window_rows * kept_row_bytes_);
+    }
     thread_scratch_ = scratch(num_threads_ * cut_.thread_bytes);
   }
 
@@ -204,6 +214,14 @@ class ExpertMlp {
         task.carried_down = carried_.slice(0, parameter).mutable_data_ptr();
       }
     }
+  }
+
+  // The window's part of pre_activation, which tasks look for as if it were whole.
+  void recompute(const Window& window) {
+    auto* kept = static_cast<char*>(window_pre_activation_.mutable_data_ptr());
+    task.pre_activation = kept - window.begin() * kept_row_bytes_;
+    over_blocks(window, loops_.gather_tokens);
+    over_rows(window, cut_.activation_columns, loops_.activations);
   }
 
   // Runs task(i, scratch of the thread) for i < count on as many threads as are worth it.
@@ -274,9 +292,10 @@ class ExpertMlp {
   const int32_t* offsets_;
   at::TensorOptions options_; // accumulation type
   ExpertMlpCut cut_{};
+  int64_t kept_row_bytes_ = 0; // of pre_activation
   int64_t num_threads_;
   std::vector<Window> windows_;
-  at::Tensor window_scratch_, carried_, thread_scratch_;
+  at::Tensor window_scratch_, window_pre_activation_, carried_, thread_scratch_;
 };
 
 at::Tensor zero_sums(const at::Tensor& tokens) {
@@ -284,12 +303,21 @@ at::Tensor zero_sums(const at::Tensor& tokens) {
 }
 
 // `pre_activation` and `rows` are filled where they are defined.
-at::Tensor run_forward(const Arguments& arguments, const at::Tensor& pre_activation, const at::Tensor& rows) {
+at::Tensor run_forward(
+    const Arguments& arguments, const at::Tensor& pre_activation, const at::Tensor& rows, bool with_output = true) {
   const at::Tensor sums = zero_sums(arguments.tokens);
   ExpertMlp experts(arguments, sums, pre_activation, {.forward = true, .backward = false});
   experts.task.rows = rows.defined() ? rows.data_ptr() : nullptr;
-  experts.forward();
+  experts.forward(with_output);
   return sums.to(arguments.tokens.scalar_type());
+}
+
+// [N, width] in the type of tokens, zeros for sentinels.
+at::Tensor empty_rows(const Arguments& arguments, int64_t width) {
+  const int64_t num_rows = arguments.order.size(0), used = arguments.num_used();
+  at::Tensor rows = on_huge_pages(at::empty({num_rows, width}, arguments.tokens.options()));
+  rows.narrow(0, used, num_rows - used).zero_();
+  return rows;
 }
 
 at::Tensor expert_mlp_cpu(
@@ -298,7 +326,8 @@ at::Tensor expert_mlp_cpu(
     const at::Tensor& row_order,
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
-    const at::Tensor& down) {
+    const at::Tensor& down,
+    bool /*recompute_activations*/) {
   check_expert_mlp(kOp, tokens, weights, row_order, offsets, gate_up, down);
   check_memory(kOp, tokens, weights, row_order, offsets, gate_up, down);
   return run_forward(dense(kOp, tokens, weights, row_order, offsets, gate_up, down), at::Tensor(), at::Tensor());
@@ -338,17 +367,16 @@ GramGradients gradients_of_grams(
     const std::optional<at::Tensor>& grad_output_gram,
     const std::optional<at::Tensor>& grad_activation_gram,
     const at::Tensor& pre_activation,
-    const std::optional<at::Tensor>& rows) {
+    const at::Tensor& rows) {
   GramGradients result;
   const at::Tensor& tokens = arguments.tokens;
   const int64_t num_rows = arguments.order.size(0);
   if (grad_output_gram.has_value()) {
     const at::Tensor grad = grad_output_gram->contiguous();
-    const at::Tensor dense = rows->contiguous();
     result.grad_rows = on_huge_pages(at::empty({num_rows, tokens.size(1)}, tokens.options()));
     result.grad_weights = at::empty(arguments.factors.sizes(), arguments.factors.options());
     spread_grams(
-        {.tokens = token_rows(arguments, dense, /*are_gate_and_up=*/false),
+        {.tokens = token_rows(arguments, rows, /*are_gate_and_up=*/false),
          .grad_gram = grad.const_data_ptr(),
          .grad_output = grad_output.const_data_ptr(),
          .grad_output_stride = grad_output.stride(0),
@@ -389,13 +417,8 @@ ExpertMlpResults expert_mlp_forward_cpu(
   check_expert_mlp(op, tokens, weights, row_order, offsets, gate_up, down);
   check_memory(op, tokens, weights, row_order, offsets, gate_up, down);
   const Arguments arguments = dense(op, tokens, weights, row_order, offsets, gate_up, down);
-  at::Tensor pre_activation = on_huge_pages(at::empty({row_order.size(0), gate_up.size(1)}, tokens.options()));
-  const int64_t used = arguments.num_used();
-  pre_activation.narrow(0, used, row_order.size(0) - used).zero_(); // sentinels
-  at::Tensor rows;
-  if (output_gram) {
-    rows = on_huge_pages(at::empty({row_order.size(0), tokens.size(1)}, tokens.options()));
-  }
+  const at::Tensor pre_activation = empty_rows(arguments, gate_up.size(1));
+  const at::Tensor rows = output_gram ? empty_rows(arguments, tokens.size(1)) : at::Tensor();
   const at::Tensor output = run_forward(arguments, pre_activation, rows);
   return {
       output, pre_activation, output_gram ? rows : at::empty({0}, tokens.options()),
@@ -414,7 +437,7 @@ ExpertMlpGradients expert_mlp_backward_cpu(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down,
-    const at::Tensor& pre_activation,
+    const std::optional<at::Tensor>& pre_activation,
     const std::optional<at::Tensor>& rows,
     std::array<bool, 4> needed) {
   check_expert_mlp_backward(
@@ -425,9 +448,16 @@ ExpertMlpGradients expert_mlp_backward_cpu(
       pre_activation, rows);
   Arguments arguments = dense(kOp, tokens, weights, row_order, offsets, gate_up, down);
   const at::Tensor grad = with_dense_rows(grad_output);
-  const at::Tensor kept = pre_activation.contiguous();
+  at::Tensor kept = dense_if(pre_activation, tokens.scalar_type());
+  at::Tensor kept_rows = dense_if(rows, tokens.scalar_type());
+  if (!kept.defined() && (grad_output_gram.has_value() || grad_activation_gram.has_value())) {
+    // A token's rows lie in several windows.
+    kept = empty_rows(arguments, gate_up.size(1));
+    kept_rows = grad_output_gram.has_value() ? empty_rows(arguments, tokens.size(1)) : at::Tensor();
+    run_forward(arguments, kept, kept_rows, /*with_output=*/kept_rows.defined());
+  }
   const GramGradients of_grams =
-      gradients_of_grams(arguments, grad, grad_output_gram, grad_activation_gram, kept, rows);
+      gradients_of_grams(arguments, grad, grad_output_gram, grad_activation_gram, kept, kept_rows);
   const bool in_rows = of_grams.grad_rows.defined();
   if (in_rows) { // which the weights are in: what is left of them is who takes part
     arguments.factors = arguments.factors.ne(0).to(arguments.factors.scalar_type());
@@ -438,7 +468,7 @@ ExpertMlpGradients expert_mlp_backward_cpu(
   at::Tensor grad_down = on_huge_pages(empty_if(needed[3], down));
   const at::Tensor zeros = at::zeros({tokens.size(1)}, tokens.options());
 
-  ExpertMlp experts(arguments, token_sums, kept, {.forward = false, .backward = true});
+  ExpertMlp experts(arguments, token_sums, kept, {.forward = !kept.defined(), .backward = true});
   const at::Tensor& grad_rows = in_rows ? of_grams.grad_rows : grad;
   const at::Tensor grad_slots = in_rows ? at::arange(row_order.size(0), row_order.options()) : arguments.order;
   experts.task.grad_output = grad_rows.const_data_ptr();

@@ -91,6 +91,19 @@ at::Tensor activate(const Rows& rows, at::Tensor& pre_activation) {
   return activation;
 }
 
+struct Activations {
+  at::Tensor pre_activation; // [N, 2I]
+  at::Tensor activation; //     [N, I]
+};
+
+Activations activations_of(
+    const Rows& rows, const ExpertProducts& products, const at::Tensor& tokens, const at::Tensor& gate_up) {
+  const at::Tensor inputs = gather_rows(tokens, rows.order, rows.top_k(), rows.num_used());
+  at::Tensor pre_activation = products.by_row(inputs, gate_up.transpose(1, 2));
+  const at::Tensor activation = activate(rows, pre_activation);
+  return {pre_activation, activation};
+}
+
 at::Tensor gram_if(bool is_asked, const Rows& rows, const at::Tensor& of_rows, const at::Tensor& row_of_slot) {
   return is_asked ? grams_of(of_rows, row_of_slot, rows.weights, rows.top_k()) : at::empty({0}, rows.weights.options());
 }
@@ -124,9 +137,7 @@ ExpertMlpResults expert_mlp_forward_cuda(
   const ExpertProducts products(op, rows.offsets, gate_up, down);
   const at::Tensor first = products.dense(gate_up);
   const at::Tensor second = products.dense(down);
-  const at::Tensor inputs = gather_rows(tokens, rows.order, rows.top_k(), rows.num_used());
-  at::Tensor pre_activation = products.by_row(inputs, first.transpose(1, 2));
-  const at::Tensor activation = activate(rows, pre_activation);
+  const auto [pre_activation, activation] = activations_of(rows, products, tokens, first);
   const at::Tensor outputs = products.by_row(activation, second.transpose(1, 2));
   const at::Tensor row_of_slot = rows_of_slots(rows.order, rows.num_used());
   const at::Tensor output = combine_rows(outputs, row_of_slot, rows.weights, rows.top_k());
@@ -143,7 +154,8 @@ at::Tensor expert_mlp_cuda(
     const at::Tensor& row_order,
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
-    const at::Tensor& down) {
+    const at::Tensor& down,
+    bool /*recompute_activations*/) {
   return std::get<0>(expert_mlp_forward_cuda(tokens, weights, row_order, offsets, gate_up, down, false, false));
 }
 
@@ -157,13 +169,12 @@ OutputGradients gradients_of_outputs(
     const Rows& rows, const at::Tensor& grad_output, const at::Tensor& grad_gram, const at::Tensor& outputs) {
   const at::Tensor grad = with_dense_rows(grad_output);
   const at::Tensor of_gram = grad_gram.contiguous();
-  const at::Tensor source = outputs.contiguous();
   const at::Tensor row_of_slot = rows_of_slots(rows.order, rows.num_used());
   OutputGradients result = {
-      at::empty(source.sizes(), source.options()),
+      at::empty(outputs.sizes(), outputs.options()),
       at::full_like(rows.weights, std::numeric_limits<double>::quiet_NaN())}; // of slots that no row names
   launch_token_gram_backward(
-      {.tokens = token_rows(source, row_of_slot, rows.weights, rows.top_k()),
+      {.tokens = token_rows(outputs, row_of_slot, rows.weights, rows.top_k()),
        .grad_gram = of_gram.const_data_ptr(),
        .row_order = rows.order.const_data_ptr<int32_t>(),
        .num_used = rows.num_used(),
@@ -171,7 +182,7 @@ OutputGradients gradients_of_outputs(
        .grad_output_stride = grad.stride(0),
        .grad_weights = result.grad_weights.mutable_data_ptr(),
        .grad_rows = result.grad_rows.mutable_data_ptr()},
-      stream_of(source));
+      stream_of(outputs));
   return result;
 }
 
@@ -253,12 +264,12 @@ ExpertMlpGradients expert_mlp_backward_cuda(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down,
-    const at::Tensor& pre_activation,
-    const std::optional<at::Tensor>& outputs,
+    const std::optional<at::Tensor>& pre_activation,
+    const std::optional<at::Tensor>& rows_of_outputs,
     std::array<bool, 4> needed) {
   check_expert_mlp_backward(
       grad_output, grad_output_gram, grad_activation_gram, tokens, weights, row_order, offsets, gate_up, down,
-      pre_activation, outputs);
+      pre_activation, rows_of_outputs);
   const c10::cuda::CUDAGuard guard(tokens.device());
   const Rows rows(row_order, offsets, weights);
   if (is_empty(tokens, rows, down)) {
@@ -267,10 +278,18 @@ ExpertMlpGradients expert_mlp_backward_cuda(
   const ExpertProducts products(kOp, rows.offsets, gate_up, down);
   const at::Tensor first = products.dense(gate_up);
   const at::Tensor second = products.dense(down);
-  const at::Tensor kept = pre_activation.contiguous();
+  at::Tensor kept = dense_if(pre_activation, tokens.scalar_type());
+  at::Tensor outputs = dense_if(rows_of_outputs, tokens.scalar_type());
+  if (!kept.defined()) {
+    const Activations again = activations_of(rows, products, tokens, first);
+    kept = again.pre_activation;
+    if (grad_output_gram.has_value()) {
+      outputs = products.by_row(again.activation, second.transpose(1, 2));
+    }
+  }
   at::Tensor grad_rows, grad_weights, factors = rows.weights, more;
   if (grad_output_gram.has_value()) { // the weights are in these rows: what is left of them is who takes part
-    const OutputGradients of_outputs = gradients_of_outputs(rows, grad_output, *grad_output_gram, *outputs);
+    const OutputGradients of_outputs = gradients_of_outputs(rows, grad_output, *grad_output_gram, outputs);
     grad_rows = of_outputs.grad_rows;
     grad_weights = of_outputs.grad_weights;
     factors = rows.weights.ne(0).to(rows.weights.scalar_type());

@@ -116,14 +116,18 @@ void check_expert_mlp_backward(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down,
-    const at::Tensor& pre_activation,
+    const std::optional<at::Tensor>& pre_activation,
     const std::optional<at::Tensor>& rows) {
   check_expert_mlp(kOp, tokens, weights, row_order, offsets, gate_up, down);
   const auto type = tokens.scalar_type();
   check_form(kOp, grad_output, "the gradient of the output", type, tokens.sym_sizes());
-  check_form(kOp, pre_activation, "pre_activation", type, {row_order.sym_size(0), gate_up.sym_size(1)});
   check_gradient_of_gram(grad_activation_gram, weights, tokens);
   check_gradient_of_gram(grad_output_gram, weights, tokens);
+  if (!pre_activation.has_value()) {
+    EDL_ENSURE(!rows.has_value(), kOp, ": rows must be given with pre_activation (got rows alone)");
+    return;
+  }
+  check_form(kOp, *pre_activation, "pre_activation", type, {row_order.sym_size(0), gate_up.sym_size(1)});
   if (grad_output_gram.has_value()) {
     EDL_ENSURE(rows.has_value(), kOp, ": the gradient of output_gram needs rows (got none)");
     check_form(kOp, *rows, "rows", type, {row_order.sym_size(0), tokens.sym_size(1)});
@@ -136,9 +140,10 @@ at::Tensor expert_mlp(
     const at::Tensor& row_order,
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
-    const at::Tensor& down) {
+    const at::Tensor& down,
+    bool recompute_activations) {
   static const auto op = find_operator<decltype(expert_mlp)>("edl::expert_mlp");
-  return op.call(tokens, weights, row_order, offsets, gate_up, down);
+  return op.call(tokens, weights, row_order, offsets, gate_up, down, recompute_activations);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_mlp_with_gram(
@@ -149,9 +154,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_mlp_with_gram(
     const at::Tensor& gate_up,
     const at::Tensor& down,
     bool output_gram,
-    bool activation_gram) {
+    bool activation_gram,
+    bool recompute_activations) {
   static const auto op = find_operator<decltype(expert_mlp_with_gram)>("edl::expert_mlp_with_gram");
-  return op.call(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram);
+  return op.call(
+      tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram, recompute_activations);
 }
 
 namespace {
@@ -188,7 +195,7 @@ ExpertMlpGradients expert_mlp_backward(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down,
-    const at::Tensor& pre_activation,
+    const std::optional<at::Tensor>& pre_activation,
     const std::optional<at::Tensor>& rows,
     std::array<bool, 4> needed) {
   static const auto op = find_operator<decltype(expert_mlp_backward)>("edl::_expert_mlp_backward");
@@ -205,7 +212,8 @@ at::Tensor expert_mlp_meta(
     const at::Tensor& row_order,
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
-    const at::Tensor& down) {
+    const at::Tensor& down,
+    bool /*recompute_activations*/) {
   check_expert_mlp(kOp, tokens, weights, row_order, offsets, gate_up, down);
   return at::empty_symint(tokens.sym_sizes(), tokens.options());
 }
@@ -243,7 +251,7 @@ ExpertMlpGradients expert_mlp_backward_meta(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down,
-    const at::Tensor& pre_activation,
+    const std::optional<at::Tensor>& pre_activation,
     const std::optional<at::Tensor>& rows,
     std::array<bool, 4> needed) {
   check_expert_mlp_backward(
@@ -253,6 +261,38 @@ ExpertMlpGradients expert_mlp_backward_meta(
       empty_if(needed[0], tokens), empty_if(needed[1], weights), empty_if(needed[2], gate_up),
       empty_if(needed[3], down)};
 }
+
+// ---- below autograd, nothing kept ----
+
+at::Tensor expert_mlp_alone(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down) {
+  if (waits(gate_up, down)) {
+    return std::get<0>(expert_mlp_forward(tokens, weights, row_order, offsets, gate_up, down, false, false));
+  }
+  return expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
+}
+
+WithGram expert_mlp_with_gram_below_autograd(
+    const at::Tensor& tokens,
+    const at::Tensor& weights,
+    const at::Tensor& row_order,
+    const at::Tensor& offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down,
+    bool output_gram,
+    bool activation_gram,
+    bool /*recompute_activations*/) {
+  auto [output, pre_activation, rows, of_outputs, of_activations] =
+      expert_mlp_forward(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram);
+  return {output, of_outputs, of_activations};
+}
+
+// ---- autograd ----
 
 // One for both operators: the output, and behind it the Gram matrices where any is asked for.
 struct ExpertMlpFunction : torch::autograd::Function<ExpertMlpFunction> {
@@ -267,27 +307,37 @@ struct ExpertMlpFunction : torch::autograd::Function<ExpertMlpFunction> {
       const at::Tensor& gate_up,
       const at::Tensor& down,
       bool output_gram,
-      bool activation_gram) {
+      bool activation_gram,
+      bool recompute_activations) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, pre_activation, rows, of_outputs, of_activations] =
-        expert_mlp_forward(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram);
-    torch::autograd::variable_list saved = {tokens, weights, row_order, offsets, gate_up, down, pre_activation};
-    if (output_gram) {
-      saved.push_back(rows);
+    torch::autograd::variable_list saved = {tokens, weights, row_order, offsets, gate_up, down};
+    torch::autograd::variable_list results;
+    if (!output_gram && !activation_gram && recompute_activations) {
+      results = {expert_mlp_alone(tokens, weights, row_order, offsets, gate_up, down)};
+    } else {
+      auto [output, pre_activation, rows, of_outputs, of_activations] =
+          expert_mlp_forward(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram);
+      results = {output};
+      if (output_gram || activation_gram) {
+        results.insert(results.end(), {of_outputs, of_activations});
+      }
+      if (!recompute_activations) {
+        saved.push_back(pre_activation);
+        if (output_gram) {
+          saved.push_back(rows);
+        }
+      }
     }
     context->save_for_backward(std::move(saved));
     context->set_materialize_grads(false);
-    if (!output_gram && !activation_gram) {
-      return {output};
-    }
-    return {output, of_outputs, of_activations};
+    return results;
   }
 
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* context, const torch::autograd::variable_list& grads) {
     const auto saved = context->get_saved_variables();
     const at::Tensor& tokens = saved[0];
-    const auto rows = saved.size() > 7 ? std::make_optional(saved[7]) : std::nullopt;
+    const auto kept = [&](size_t i) { return i < saved.size() ? std::make_optional(saved[i]) : std::nullopt; };
     const std::array<bool, 4> needed = {
         context->needs_input_grad(0), context->needs_input_grad(1), context->needs_input_grad(4),
         context->needs_input_grad(5)};
@@ -299,10 +349,18 @@ struct ExpertMlpFunction : torch::autograd::Function<ExpertMlpFunction> {
         grads[0].defined() ? grads[0] : at::zeros_symint(tokens.sym_sizes(), tokens.options());
     auto [grad_tokens, grad_weights, grad_gate_up, grad_down] = expert_mlp_backward(
         grad_output, gradient_of_gram(1), gradient_of_gram(2), tokens, saved[1], saved[2], saved[3], saved[4], saved[5],
-        saved[6], rows, needed);
+        kept(6), kept(7), needed);
     const auto if_needed = [&](size_t i, const at::Tensor& gradient) { return needed[i] ? gradient : at::Tensor(); };
-    return {if_needed(0, grad_tokens),  if_needed(1, grad_weights), {}, {},
-            if_needed(2, grad_gate_up), if_needed(3, grad_down),    {}, {}};
+    return {
+        if_needed(0, grad_tokens),
+        if_needed(1, grad_weights),
+        {},
+        {},
+        if_needed(2, grad_gate_up),
+        if_needed(3, grad_down),
+        {},
+        {},
+        {}};
   }
 };
 
@@ -312,29 +370,14 @@ at::Tensor expert_mlp_autograd(
     const at::Tensor& row_order,
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
-    const at::Tensor& down) {
+    const at::Tensor& down,
+    bool recompute_activations) {
   if (!needs_gradient({tokens, weights, gate_up, down})) { // nothing to save
     at::AutoDispatchBelowADInplaceOrView guard;
-    if (waits(gate_up, down)) {
-      return std::get<0>(expert_mlp_forward(tokens, weights, row_order, offsets, gate_up, down, false, false));
-    }
-    return expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
+    return expert_mlp_alone(tokens, weights, row_order, offsets, gate_up, down);
   }
-  return ExpertMlpFunction::apply(tokens, weights, row_order, offsets, gate_up, down, false, false)[0];
-}
-
-WithGram expert_mlp_with_gram_below_autograd(
-    const at::Tensor& tokens,
-    const at::Tensor& weights,
-    const at::Tensor& row_order,
-    const at::Tensor& offsets,
-    const at::Tensor& gate_up,
-    const at::Tensor& down,
-    bool output_gram,
-    bool activation_gram) {
-  auto [output, pre_activation, rows, of_outputs, of_activations] =
-      expert_mlp_forward(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram);
-  return {output, of_outputs, of_activations};
+  return ExpertMlpFunction::apply(
+      tokens, weights, row_order, offsets, gate_up, down, false, false, recompute_activations)[0];
 }
 
 WithGram expert_mlp_with_gram_autograd(
@@ -345,7 +388,8 @@ WithGram expert_mlp_with_gram_autograd(
     const at::Tensor& gate_up,
     const at::Tensor& down,
     bool output_gram,
-    bool activation_gram) {
+    bool activation_gram,
+    bool recompute_activations) {
   EDL_ENSURE(
       output_gram || activation_gram, kWithGram,
       ": output_gram or activation_gram must be asked for, or expert_mlp is the operator (got neither)");
@@ -353,8 +397,8 @@ WithGram expert_mlp_with_gram_autograd(
     at::AutoDispatchBelowADInplaceOrView guard;
     return expert_mlp_with_gram(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram);
   }
-  auto results =
-      ExpertMlpFunction::apply(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram);
+  auto results = ExpertMlpFunction::apply(
+      tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram, recompute_activations);
   return {results[0], results[1], results[2]};
 }
 
@@ -370,10 +414,11 @@ at::Tensor expert_mlp_autocast(
     const at::Tensor& row_order,
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
-    const at::Tensor& down) {
+    const at::Tensor& down,
+    bool recompute_activations) {
   c10::impl::ExcludeDispatchKeyGuard guard(key);
   const auto cast = cast_for_autocast<device>;
-  return expert_mlp(cast(tokens), weights, row_order, offsets, cast(gate_up), cast(down));
+  return expert_mlp(cast(tokens), weights, row_order, offsets, cast(gate_up), cast(down), recompute_activations);
 }
 
 template <at::DeviceType device, c10::DispatchKey key>
@@ -385,11 +430,13 @@ WithGram expert_mlp_with_gram_autocast(
     const at::Tensor& gate_up,
     const at::Tensor& down,
     bool output_gram,
-    bool activation_gram) {
+    bool activation_gram,
+    bool recompute_activations) {
   c10::impl::ExcludeDispatchKeyGuard guard(key);
   const auto cast = cast_for_autocast<device>;
   return expert_mlp_with_gram(
-      cast(tokens), weights, row_order, offsets, cast(gate_up), cast(down), output_gram, activation_gram);
+      cast(tokens), weights, row_order, offsets, cast(gate_up), cast(down), output_gram, activation_gram,
+      recompute_activations);
 }
 
 } // namespace
@@ -398,15 +445,16 @@ WithGram expert_mlp_with_gram_autocast(
 TORCH_LIBRARY_FRAGMENT(edl, m) {
   const std::string arguments =
       "Tensor tokens, Tensor weights, Tensor row_order, Tensor offsets, Tensor gate_up, Tensor down";
-  m.def(("expert_mlp(" + arguments + ") -> Tensor").c_str());
+  m.def(("expert_mlp(" + arguments + ", bool recompute_activations=False) -> Tensor").c_str());
   m.def(("expert_mlp_with_gram(" + arguments +
-         ", bool output_gram, bool activation_gram) -> (Tensor output, Tensor output_gram, Tensor activation_gram)")
+         ", bool output_gram, bool activation_gram, bool recompute_activations=False) -> (Tensor output, Tensor "
+         "output_gram, Tensor activation_gram)")
             .c_str());
   const std::string forward = "(" + arguments +
       ", bool output_gram, bool activation_gram) -> (Tensor output, Tensor pre_activation, Tensor rows, Tensor "
       "output_gram, Tensor activation_gram)";
   const std::string backward = "(Tensor grad_output, Tensor? grad_output_gram, Tensor? grad_activation_gram, " +
-      arguments + ", Tensor pre_activation, Tensor? rows, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)";
+      arguments + ", Tensor? pre_activation, Tensor? rows, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)";
   m.def(("_expert_mlp_forward" + forward).c_str());
   m.def(("_expert_mlp_backward" + backward).c_str());
   // The same, for experts whose products wait for the device: torch.compile splits its CUDA graphs there.

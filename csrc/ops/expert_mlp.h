@@ -39,7 +39,7 @@ void check_expert_mlp_backward(
     const at::Tensor& offsets,
     const at::Tensor& gate_up,
     const at::Tensor& down,
-    const at::Tensor& pre_activation, // [N, 2I], rows in sorted order
+    const std::optional<at::Tensor>& pre_activation, // [N, 2I], rows in sorted order; none: computed again, and rows
     const std::optional<at::Tensor>& rows); // [N, H] in sorted order, before the weights; with grad_output_gram
 
 // Whether the products of CUDA tensors wait for the device, by types and sizes alone, which may be symbolic. Without a

@@ -217,6 +217,7 @@ def expert_mlp(
     down: Tensor,
     mesh: "dist.device_mesh.DeviceMesh",
     output_gram: bool = False,
+    recompute_activations: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`edl.ops.expert_mlp` with the experts spread over the ranks of a mesh, each rank with tokens of its own.
 
@@ -234,6 +235,7 @@ def expert_mlp(
         mesh (DeviceMesh): of one dimension.
         output_gram (bool): whether the inner products of a token's outputs are asked for: of the rows that come back.
             Default: False.
+        recompute_activations (bool): as for `edl.ops.expert_mlp`; the rows that travelled are kept. Default: False.
 
     Returns:
         output (Tensor[T, H]) in the type of tokens, under autocast in its type, and output_gram (Tensor[T, K, K]) or
@@ -272,7 +274,8 @@ def expert_mlp(
         rows = rows[:-num_none]
     rows = _all_to_all(rows, to_ranks, from_ranks, group)
     local_order, local_offsets = _sort_received(received, rows.shape[0], num_local)
-    rows = ops.expert_mlp(rows, rows.new_ones(rows.shape[0], 1), local_order, local_offsets, gate_up, down)
+    ones = rows.new_ones(rows.shape[0], 1)
+    rows = ops.expert_mlp(rows, ones, local_order, local_offsets, gate_up, down, recompute_activations)
     rows = _all_to_all(rows, from_ranks, to_ranks, group)
     if num_none > 0:
         rows = F.pad(rows, (0, 0, 0, num_none))

@@ -96,9 +96,15 @@ _weighted: Callable[[Tensor, Tensor], Tensor] = _Weighted.apply  # untyped in to
 
 
 def expert_mlp(
-    tokens: Tensor, weights: Tensor, row_order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
+    tokens: Tensor,
+    weights: Tensor,
+    row_order: Tensor,
+    offsets: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    recompute_activations: bool = False,
 ) -> Tensor:
-    """Tokens [T, H] through their experts' SwiGLU networks, weighted and summed [T, H]."""
+    """Tokens [T, H] through their experts' SwiGLU networks, weighted and summed [T, H]; whatever is recomputed."""
     top_k, factors = weights.shape[1], weights.flatten()
     output = torch.zeros_like(tokens)
     for expert in range(gate_up.shape[0]):
@@ -122,6 +128,7 @@ def expert_mlp_with_gram(
     down: Tensor,
     output_gram: bool = False,
     activation_gram: bool = False,
+    recompute_activations: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`expert_mlp`, and the inner products [T, K, K] of a token's outputs and activations; nothing where not asked."""
     top_k, factors = weights.shape[1], weights.flatten()

@@ -16,9 +16,9 @@ struct Layer {
   at::Tensor gate_up = at::randn({kExperts, 2 * kInner, kHidden}, at::kDouble);
   at::Tensor down = at::randn({kExperts, kHidden, kInner}, at::kDouble);
 
-  at::Tensor output() const {
+  at::Tensor output(bool recompute_activations = false) const {
     const auto [row_order, offsets] = edl::sort_by_expert(experts, kExperts);
-    return edl::expert_mlp(tokens, weights, row_order, offsets, gate_up, down);
+    return edl::expert_mlp(tokens, weights, row_order, offsets, gate_up, down, recompute_activations);
   }
 };
 
@@ -52,6 +52,19 @@ CATCH_TEST_CASE("expert_mlp has the gradients of its definition") {
     };
     CATCH_REQUIRE(distance(gradient(point, weights, function), numeric_gradient(point, weights, function)) < 1e-6);
   }
+}
+
+CATCH_TEST_CASE("expert_mlp has the same gradients where activations are recomputed") {
+  Layer layer;
+  std::vector<at::Tensor> gradients;
+  for (const bool recompute_activations : {false, true}) {
+    const at::Tensor gate_up = layer.gate_up.detach().requires_grad_(true);
+    Layer own = layer;
+    own.gate_up = gate_up;
+    own.output(recompute_activations).square().sum().backward();
+    gradients.push_back(gate_up.grad());
+  }
+  CATCH_REQUIRE(gradients[0].equal(gradients[1]));
 }
 
 CATCH_TEST_CASE("an expert without tokens gets a gradient of exact zeros") {

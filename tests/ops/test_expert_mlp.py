@@ -84,11 +84,13 @@ def test_frozen_arguments_get_no_gradient_and_cost_none():
     detached = [x.detach() for x in arguments]
     for i, position in enumerate((0, 1, 4, 5)):
         frozen = [x.detach() if p != position else x for p, x in enumerate(arguments)]
-        (alone,) = gradients(frozen)
-        assert alone.equal(everything[i])
         needed = [j == i for j in range(4)]
-        results = torch.ops.edl._expert_mlp_backward(grad, None, None, *detached, saved, None, needed)
-        assert [x.numel() > 0 for x in results] == needed
+        for recomputes in (False, True):
+            (alone,) = gradients(frozen, ops.expert_mlp(*frozen, recomputes))
+            assert alone.equal(everything[i])
+            kept = None if recomputes else saved
+            results = torch.ops.edl._expert_mlp_backward(grad, None, None, *detached, kept, None, needed)
+            assert [x.numel() > 0 for x in results] == needed
 
 
 def test_what_is_saved_for_the_backward_pass(device):
@@ -99,9 +101,38 @@ def test_what_is_saved_for_the_backward_pass(device):
     own = [x for x in saved if not any(x is y or x.data_ptr() == y.data_ptr() for y in arguments)]
     assert [tuple(x.shape) for x in own] == [(40, 20)] and own[0].dtype == torch.bfloat16  # the pre-activation
     saved.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        ops.expert_mlp(*arguments, recompute_activations=True)
+    assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in arguments}
+    saved.clear()
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         ops.expert_mlp(*arguments)
     assert not saved
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_recomputed_activations_give_the_same_bits(dtype, device):
+    experts = torch.rand(40, 6).argsort(-1)[:, :3]
+    experts[::3, 1] = 6  # sentinels
+    arguments = make(num_tokens=40, experts=experts, dtype=dtype, device=device)
+    with torch.no_grad():
+        arguments[1][::4, 2] = 0
+        arguments[0][8] = torch.nan  # of which one choice weighs 0, and none is left out
+    outputs = [ops.expert_mlp(*arguments, recomputes) for recomputes in (False, True)]
+    for kept, recomputed in zip(*[[output, *gradients(arguments, output)] for output in outputs], strict=True):
+        torch.testing.assert_close(recomputed, kept, rtol=0, atol=0, equal_nan=True)
+
+
+def test_recomputed_activations_are_never_there_at_once():
+    arguments = make(20_000, 4, 64, 2, 1, dtype=torch.float32, experts=torch.arange(20_000).unsqueeze(1) % 2)
+    most = []
+    for recomputes in (False, True):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            gradients(arguments, ops.expert_mlp(*arguments, recomputes))
+        events = profile.profiler.kineto_results.events()
+        most.append(max(event.nbytes() for event in events if event.name() == "[memory]"))
+    whole = 20_000 * 2 * 64 * 4
+    assert most[0] == whole and most[1] < whole / 1.9
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -154,17 +185,22 @@ def test_autocast_casts_tokens_and_experts_and_leaves_the_routing_weights():
         output = ops.expert_mlp(*arguments)
     cast = [x if i in (1, 2, 3) else x.bfloat16() for i, x in enumerate(arguments)]
     assert output.dtype == torch.bfloat16 and output.equal(ops.expert_mlp(*cast))
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(arguments, output))
+    results = gradients(arguments, output)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in results)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = ops.expert_mlp(*arguments, recompute_activations=True)
+    assert all(map(torch.equal, gradients(arguments, output), results))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert ops.expert_mlp(*make()).dtype == torch.float64
 
 
-def test_forward_mode_is_refused_instead_of_dropping_the_tangent():
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_forward_mode_is_refused_instead_of_dropping_the_tangent(recomputes):
     arguments = [x.detach() for x in make()]
     with torch.autograd.forward_ad.dual_level():
         arguments[4] = torch.autograd.forward_ad.make_dual(arguments[4], torch.ones_like(arguments[4]))
         with pytest.raises(RuntimeError, match="jvp is not implemented"):
-            ops.expert_mlp(*arguments)
+            ops.expert_mlp(*arguments, recomputes)
 
 
 def test_random_indices_are_refused_or_right_and_never_leave_the_tensors():
@@ -185,9 +221,10 @@ def test_random_indices_are_refused_or_right_and_never_leave_the_tensors():
     assert 100 < refused < 300
 
 
-def test_second_derivatives_are_refused():
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_second_derivatives_are_refused(recomputes):
     arguments = make()
-    output = ops.expert_mlp(*arguments).square().sum()
+    output = ops.expert_mlp(*arguments, recomputes).square().sum()
     (gradient,) = torch.autograd.grad(output, arguments[0], create_graph=True)
     with pytest.raises(RuntimeError, match="derivative for edl::_expert_mlp_backward is not implemented"):
         torch.autograd.grad(gradient.sum(), arguments[0])
@@ -214,9 +251,9 @@ def test_any_number_of_rows_is_right_and_bitwise_equal_for_any_number_of_threads
     expected = [expected, *gradients(wide, expected)]
     before, first = torch.get_num_threads(), None
     try:
-        for num_threads in (1, 2, 3):
+        for num_threads, recomputes in itertools.product((1, 2, 3), (False, True)):
             torch.set_num_threads(num_threads)
-            output = ops.expert_mlp(*arguments)
+            output = ops.expert_mlp(*arguments, recomputes)
             results = [output, *gradients(arguments, output)]
             first = first or results
             assert all(torch.equal(x, y) for x, y in zip(results, first, strict=True)), f"{num_threads} threads"

@@ -134,6 +134,36 @@ def test_a_gradient_of_the_statistic_alone(asked):
     assert (together[1].grad == 0).all()  # a Gram matrix is one before the weights
 
 
+GRAMS = {"output_gram": 1, "activation_gram": 2}  # to their places in the results
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("used", [[], ["output_gram"], ["activation_gram"], list(GRAMS)], ids=str)
+def test_what_is_recomputed_gives_the_same_bits(used, dtype):
+    """Whichever of the matrices have gradients, the backward pass has what it needs; nothing is saved for it."""
+    _, given = arguments(num_tokens=40, hidden_size=33, intermediate_size=70)
+    leaves = [(x / 8).to(dtype).requires_grad_() if x.is_floating_point() else x for x in given]  # no overflow
+    gradients, saved = [], []
+    for recomputes in (False, True):
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            results = ops.expert_mlp_with_gram(*leaves, True, True, recompute_activations=recomputes)
+        loss = sum(x.float().square().sum() for x in (results[0], *(results[GRAMS[name]] for name in used)))
+        gradients.append(torch.autograd.grad(loss, [x for x in leaves if x.requires_grad]))
+    assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in leaves}
+    assert all(map(torch.equal, *gradients))
+
+
+def test_frozen_arguments_cost_nothing_where_all_else_is_recomputed():
+    _, given = arguments()
+    _, *saved = torch.ops.edl._expert_mlp_forward(*given, True, True)
+    grads = torch.randn(7, 5, dtype=torch.float64), *torch.randn(2, 7, 3, 3, dtype=torch.float64).unbind()
+    for needed in torch.eye(4, dtype=torch.bool).tolist():
+        kept = torch.ops.edl._expert_mlp_backward(*grads, *given, *saved[:2], needed)
+        again = torch.ops.edl._expert_mlp_backward(*grads, *given, None, None, needed)
+        assert [x.numel() > 0 for x in again] == needed and all(map(torch.equal, kept, again))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_takes_no_part_may_hold_nan(dtype):
     experts, given = arguments()

@@ -33,6 +33,15 @@ def expert_mlp(grad=None, of_outputs=None, of_activations=None, pre_activation=N
     )
 
 
+def test_rows_are_kept_with_the_pre_activation():
+    with pytest.raises(
+        ValueError, match="edl::expert_mlp: rows must be given with pre_activation \\(got rows alone\\)"
+    ):
+        torch.ops.edl._expert_mlp_backward(
+            *(torch.ones(T, H), None, None, TOKENS, WEIGHTS, ROW_ORDER, OFFSETS, GATE_UP, DOWN, None, ROWS, ALL)
+        )
+
+
 # name: the operator of a gradient, what its sentence calls it, its sizes
 GRADIENTS = {
     "aggregate_routing": (

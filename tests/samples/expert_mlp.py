@@ -1,4 +1,4 @@
-"""Samples of expert_mlp(tokens, weights, row_order, offsets, gate_up, down)."""
+"""Samples of expert_mlp(tokens, weights, row_order, offsets, gate_up, down, recompute_activations)."""
 
 from collections.abc import Callable
 
@@ -38,11 +38,12 @@ def experts_at_work(
     return make
 
 
-def _expert_mlp(case, *shape, **options):
+def _expert_mlp(case, *shape, recompute_activations=False, **options):
+    make = experts_at_work(*shape, **options)
     return Sample(
         "expert_mlp",
         case,
-        experts_at_work(*shape, **options),
+        lambda inputs: (*make(inputs), recompute_activations),
         differentiable=(0, 1, 4, 5),
         length=shape[0] + shape[1] + shape[2],
         roundings=4,  # pre-activation, activation, the expert's output, the sum
@@ -51,6 +52,7 @@ def _expert_mlp(case, *shape, **options):
 
 SAMPLES = [
     _expert_mlp("small", 6, 3, 4, 5, 2),
+    _expert_mlp("recomputed", 6, 4, 3, 5, 2, sentinels=0.4, recompute_activations=True),
     _expert_mlp("sentinels", 6, 4, 3, 5, 2, sentinels=0.4),
     _expert_mlp("empty-experts", 5, 4, 3, 6, 2, empty=3),
     *(_expert_mlp(name, 40, 33, 17, 6, 3, dtype=dtype, sentinels=0.1) for name, dtype in DTYPES.items()),

@@ -1,4 +1,5 @@
-"""Samples of expert_mlp_with_gram(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram)."""
+"""Samples of expert_mlp_with_gram(tokens, weights, row_order, offsets, gate_up, down, output_gram, activation_gram,
+recompute_activations)."""
 
 import torch
 
@@ -6,14 +7,22 @@ from samples.expert_mlp import experts_at_work
 from samples.tables import DTYPES, Inputs, Refusal, Sample
 
 
-def _expert_mlp_with_gram(case, *shape, output_gram=True, activation_gram=True, unweighted=False, **options):
+def _expert_mlp_with_gram(
+    case,
+    *shape,
+    output_gram=True,
+    activation_gram=True,
+    recompute_activations=False,
+    unweighted=False,
+    **options,
+):
     make_experts = experts_at_work(*shape, **options)
 
     def make(inputs: Inputs) -> tuple:
         arguments = make_experts(inputs)
         if unweighted:
             arguments[1].view(-1)[::4] = 0
-        return *arguments, output_gram, activation_gram
+        return *arguments, output_gram, activation_gram, recompute_activations
 
     return Sample(
         "expert_mlp_with_gram",
@@ -27,6 +36,7 @@ def _expert_mlp_with_gram(case, *shape, output_gram=True, activation_gram=True, 
 
 SAMPLES = [
     _expert_mlp_with_gram("small", 6, 3, 4, 5, 2),
+    _expert_mlp_with_gram("recomputed", 6, 4, 3, 5, 3, sentinels=0.4, recompute_activations=True),
     _expert_mlp_with_gram("outputs", 6, 3, 4, 5, 3, activation_gram=False),
     _expert_mlp_with_gram("activations", 6, 3, 4, 5, 3, output_gram=False),
     _expert_mlp_with_gram("sentinels", 6, 4, 3, 5, 3, sentinels=0.4),

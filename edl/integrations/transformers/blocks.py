@@ -102,7 +102,10 @@ _SHARED = [
 
 
 def layer_from_block(
-    block: nn.Module, return_routing: bool = True, router_dtype: torch.dtype = torch.float32
+    block: nn.Module,
+    return_routing: bool = True,
+    router_dtype: torch.dtype = torch.float32,
+    recompute_activations: bool = False,
 ) -> MoELayer:
     """See `edl.MoELayer.from_transformers`."""
     name = _family_of(block)
@@ -136,6 +139,7 @@ def layer_from_block(
         parts.gate.top_k,
         normalize_top_k=family.always_normalizes or parts.gate.norm_topk_prob,
         router_dtype=router_dtype,
+        recompute_activations=recompute_activations,
         return_routing=return_routing,
         device="meta",
         **shared,

@@ -66,46 +66,98 @@ void store_tile(void* to, int64_t stride) {
   }
 }
 
-// `x` holds a sum that double has exactly, or beyond doubt on its side of every boundary of float32: products of two
-// bfloat16 have 16 bits.
-inline float rounded(double x) {
-  const double smallest = 0x1.ffffffp-127; // rounds to the smallest normal number, where the exponent has no end
-  return x < smallest && x > -smallest ? (std::signbit(x) ? -0.0f : 0.0f) : static_cast<float>(x);
+using Wide = double __attribute__((vector_size(kTileRows * sizeof(double))));
+using Wide64 = int64_t __attribute__((vector_size(kTileRows * sizeof(int64_t))));
+
+EDL_INLINE Wide wide(Floats x) {
+  return __builtin_convertvector(x, Wide);
 }
-inline double operand(BFloat16 x) {
-  return (x.bits & 0x7f80u) == 0 ? ((x.bits & 0x8000u) != 0 ? -0.0 : 0.0) : static_cast<double>(widen(x));
+
+// `x` holds sums that double has exactly, or beyond doubt on their side of every boundary of float32: products of two
+// bfloat16 have 16 bits.
+EDL_INLINE Floats rounded(Wide x) {
+  const double smallest = 0x1.ffffffp-127; // rounds to the smallest normal number, where the exponent has no end
+  const Wide64 is_denormal = (x < smallest) & (x > -smallest);
+  const Floats narrow = __builtin_convertvector(x, Floats);
+  Int32s bits;
+  std::memcpy(&bits, &narrow, sizeof(bits));
+  bits &= ~__builtin_convertvector(is_denormal, Int32s) | INT32_MIN; // the sign stays
+  Floats result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+// One of a row's pairs of bfloat16, denormal numbers as zeros.
+EDL_INLINE Wide operands(const uint8_t* pairs, int64_t which) {
+  Int32s bits;
+  std::memcpy(&bits, pairs, sizeof(bits));
+  bits = which == 0 ? bits << 16 : bits & ~0xffff;
+  bits &= ((bits & 0x7f800000) != 0) | INT32_MIN;
+  Floats x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return wide(x);
+}
+
+// Whether a tile holds zeros and magnitudes from 2^-48 to 2^48 alone: then float32 has every product, and no sum of
+// them is denormal.
+inline bool is_moderate(const Tile& tile) {
+  Int32s wrong{};
+  for (const uint8_t* pairs : tile.rows) {
+    Int32s bits;
+    std::memcpy(&bits, pairs, sizeof(bits));
+    for (int64_t which = 0; which < 2; ++which, bits >>= 16) {
+      const Int32s exponent = (bits >> 7) & 0xff;
+      wrong |= ((bits & 0x7fff) != 0) & ((exponent < 127 - 48) | (exponent > 127 + 48));
+    }
+  }
+  int32_t any = 0;
+  for (int64_t lane = 0; lane < kTileRows; ++lane) {
+    any |= wrong[lane];
+  }
+  return any == 0;
+}
+
+EDL_INLINE Floats narrow(Wide x) {
+  return __builtin_convertvector(x, Floats);
+}
+
+// even [16] + odd [16] of row m of A, in numbers wide enough for their products.
+template <typename Values, typename Rounding>
+EDL_INLINE Floats row_of_product(const uint8_t* pairs, const Values (*right)[2], Rounding rounding) {
+  Floats even{}, odd{};
+  const Wide first = operands(pairs, 0), second = operands(pairs, 1);
+  for (int64_t k = 0; k < kTileRows; ++k) {
+    even = rounding(first[k], right[k][0], even);
+    odd = rounding(second[k], right[k][1], odd);
+  }
+  return rounded(wide(even) + wide(odd));
 }
 
 template <int c, int a, int b>
 void multiply_tiles() {
-  double right[kTileRows][2][kTileRows]; // of the pairs: [k][which][column]
+  Wide right[kTileRows][2];
+  Floats narrow_right[kTileRows][2];
   for (int64_t k = 0; k < kTileRows; ++k) {
-    for (int64_t n = 0; n < kTileRows; ++n) {
-      BFloat16 pair[2];
-      std::memcpy(pair, tiles[b].rows[k] + 4 * n, 4);
-      right[k][0][n] = operand(pair[0]);
-      right[k][1][n] = operand(pair[1]);
+    for (int64_t which = 0; which < 2; ++which) {
+      right[k][which] = operands(tiles[b].rows[k], which);
+      narrow_right[k][which] = narrow(right[k][which]);
     }
   }
+  const bool moderate = is_moderate(tiles[a]) && is_moderate(tiles[b]);
   for (int64_t m = 0; m < kTileRows; ++m) {
-    float sums[2][kTileRows] = {};
-    for (int64_t k = 0; k < kTileRows; ++k) {
-      BFloat16 pair[2];
-      std::memcpy(pair, tiles[a].rows[m] + 4 * k, 4);
-      for (int64_t which = 0; which < 2; ++which) {
-        const double left = operand(pair[which]);
-        for (int64_t n = 0; n < kTileRows; ++n) {
-          sums[which][n] = rounded(left * right[k][which][n] + sums[which][n]);
-        }
-      }
-    }
-    float row[kTileRows];
-    std::memcpy(row, tiles[c].rows[m], sizeof(row));
-    for (int64_t n = 0; n < kTileRows; ++n) {
-      const float both = rounded(static_cast<double>(sums[0][n]) + sums[1][n]);
-      row[n] = rounded(static_cast<double>(rounded(row[n])) + both);
-    }
-    std::memcpy(tiles[c].rows[m], row, sizeof(row));
+    const uint8_t* pairs = tiles[a].rows[m];
+    const Floats product = moderate
+        ? row_of_product(
+              pairs, narrow_right,
+              [](double x, Floats y, Floats sum)
+                  __attribute__((always_inline)) { return static_cast<float>(x) * y + sum; })
+        : row_of_product(pairs, right, [](double x, Wide y, Floats sum) __attribute__((always_inline)) {
+            return rounded(x * y + wide(sum));
+          });
+    Floats row;
+    std::memcpy(&row, tiles[c].rows[m], sizeof(row));
+    row = rounded(wide(rounded(wide(row))) + wide(product));
+    std::memcpy(tiles[c].rows[m], &row, sizeof(row));
   }
 }
 

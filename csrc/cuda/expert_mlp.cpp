@@ -5,8 +5,9 @@
 // (float64 for float64) in the order of its choices. The products are those of expert_products.h; all else are our
 // kernels, which zero what no expert owns, so that no uninitialised memory is read. Backward gathers the tokens again
 // rather than saving their rows, and needs no expert's output: with G the gradient of the rows before their weights w,
-// and A the activation, <G down, A> is the gradient of w. Scratch: N (2 H + 3 I) elements forward, N (3 H + 4 I)
-// backward.
+// and A the activation, <G down, A> is the gradient of w. Without the pre-activation it begins with the forward's first
+// product, and for the gradient of output_gram with both. Scratch: N (2 H + 3 I) elements forward, N (3 H + 4 I)
+// backward, and N 2 I for a pre-activation that was not kept.
 #include "ops/expert_mlp.h"
 
 #include <ATen/ops/empty.h>

@@ -49,6 +49,11 @@ def test_info_names_the_instruction_set_in_use(capability):
     assert f"instruction set  {capability} of {', '.join(_build.instruction_sets)}" in result.stdout
 
 
+def test_info_says_that_the_system_refuses_amx(monkeypatch):
+    monkeypatch.setattr(torch.ops.edl, "_is_amx_refused", lambda: True)
+    assert cli.build_facts()["instruction set"].endswith(" (the system refuses this process AMX)")
+
+
 def test_no_command_is_an_error_that_names_the_commands():
     result = run(sys.executable, "-m", "edl")
     assert result.returncode == 2

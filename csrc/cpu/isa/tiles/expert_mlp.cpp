@@ -280,15 +280,18 @@ void multiply_block(const Strip (&a)[2], const BFloat16* const (&b)[2], int64_t 
       zero_tile<tile>();
     }
   });
-  const int64_t strides[2] = {a[0].stride, a[1].stride}, tail_strides[2] = {a[0].tail_stride, a[1].tail_stride};
+  // Copies, as instructions that write memory would have the arguments read again.
+  const Strip first = a[0], second = a[strips - 1];
+  const int64_t strides[2] = {first.stride, second.stride}, tail_strides[2] = {first.tail_stride, second.tail_stride};
+  const BFloat16* const columns[2] = {b[0], b[panels - 1]};
   int64_t k = 0;
   for (; k + kTileDepth <= depth; k += kTileDepth) {
-    const BFloat16* const rows[2] = {a[0].data + k, strips == 2 ? a[1].data + k : nullptr};
-    step<strips, panels>(rows, strides, b, k);
+    const BFloat16* const rows[2] = {first.data + k, second.data + k};
+    step<strips, panels>(rows, strides, columns, k);
   }
   if (k < depth) {
-    const BFloat16* const rows[2] = {a[0].tail, a[1].tail};
-    step<strips, panels>(rows, tail_strides, b, k);
+    const BFloat16* const rows[2] = {first.tail, second.tail};
+    step<strips, panels>(rows, tail_strides, columns, k);
   }
   each_tile_of_c<strips, panels>(
       [&]<int tile>(int64_t row, int64_t column) { store_tile<tile>(c + row * kBlock + column, kBlock * 4); });

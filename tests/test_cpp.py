@@ -17,10 +17,15 @@ NAMES = [
 
 
 @pytest.fixture(scope="session")
-def program():
-    """The program with all cases."""
+def programs():
+    """The folder of the program with all cases, and of that of the loops."""
     build_with_cmake(SOURCES, BUILD, edl.cmake_prefix_path)
-    return BUILD / "edl_cpp_tests"
+    return BUILD
+
+
+@pytest.fixture
+def program(programs):
+    return programs / "edl_cpp_tests"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -33,8 +38,6 @@ def test_every_case_of_the_program_is_a_test_here(program):
     assert f"in {len(NAMES)} test cases)" in run(program)
 
 
-def test_the_loops_of_expert_mlp_under_sanitizers():
+def test_the_loops_of_expert_mlp_under_sanitizers(programs):
     """Every instruction set of this processor, in buffers of exactly the promised size."""
-    build = ROOT / "build" / "loop-tests"
-    build_with_cmake(SOURCES / "loops", build, edl.cmake_prefix_path)
-    assert "All tests passed" in run(build / "edl_loop_tests")
+    assert "All tests passed" in run(programs / "loops" / "edl_loop_tests")

@@ -18,9 +18,11 @@ from edl import _build
 
 # Children that torch.compile and AOTInductor start should not compete with the tests for two cores.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-# A graph cached by another build of edl may call an operator by an older schema.
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="edl-inductor-")
-atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+# A graph cached by another build of edl may call an operator by an older schema. The processes of one run share theirs.
+CACHE_PREFIX = "edl-inductor-"
+if not Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")).name.startswith(CACHE_PREFIX):
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix=CACHE_PREFIX)
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 # They take minutes and come first, so that no process is left alone with one at the end; what is compiled for several

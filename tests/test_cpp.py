@@ -1,9 +1,11 @@
 """The cases of tests/cpp, built once against the library that pip built, each a test of its own here."""
 
+import html
 import re
+import subprocess
 
 import pytest
-from commands import ROOT, build_with_cmake, run
+from commands import ENVIRONMENT, ROOT, build_with_cmake, run
 
 import edl
 
@@ -23,19 +25,23 @@ def programs():
     return BUILD
 
 
-@pytest.fixture
-def program(programs):
-    return programs / "edl_cpp_tests"
+@pytest.fixture(scope="session")
+def successes(programs):
+    """Whether each case passed, of one run of all: loading torch takes longer than most of them."""
+    command = [programs / "edl_cpp_tests", "--reporter", "xml", "--warn", "NoAssertions"]
+    report = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT).stdout
+    pattern = r'<TestCase name="([^"]*)"(?:(?!<TestCase ).)*?<OverallResult success="(\w+)"'
+    return {html.unescape(name): success == "true" for name, success in re.findall(pattern, report, re.DOTALL)}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_case(program, name):
+def test_case(programs, successes, name):
     pattern = re.sub(r"([\\,*~\[\]])", r"\\\1", name)
-    assert re.search(r"All tests passed \(\d+ assertions? in 1 test case\)", run(program, pattern))
+    assert successes.get(name), run(programs / "edl_cpp_tests", pattern)  # alone, for what it says
 
 
-def test_every_case_of_the_program_is_a_test_here(program):
-    assert f"in {len(NAMES)} test cases)" in run(program)
+def test_every_case_of_the_program_is_a_test_here(successes):
+    assert set(successes) == set(NAMES)
 
 
 def test_the_loops_of_expert_mlp_under_sanitizers(programs):

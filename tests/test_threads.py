@@ -61,7 +61,7 @@ IN_USE = torch.ops.edl._cpu_instruction_set()  # this process tests it
 def test_every_other_instruction_set_gives_right_values_and_gradients(capability):
     tests = Path(__file__).parent
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not cuda"]
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not cuda"]
         + [str(tests / claim) for claim in ON_EVERY_INSTRUCTION_SET],
         capture_output=True,
         text=True,

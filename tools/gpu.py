@@ -275,7 +275,7 @@ def under_sanitizer(target: Target, stage: str, seconds: float, tool: str, *argu
 def races(target: Target, seconds: float) -> str:
     """Races in the shared memory of the kernels that share most."""
     if target.is_rehearsal:
-        commands = [pytest_command("-k", "races and sort", EMULATION, seconds=SECONDS_OF_A_COMPILATION)]
+        commands = [pytest_command("-k", "races and gather", EMULATION, seconds=SECONDS_OF_A_COMPILATION)]
         return run_cases(target, "races", commands, seconds)
     return under_sanitizer(target, "races", seconds, "racecheck", "-k", "sort_by_expert or route_tokens")
 
@@ -283,7 +283,7 @@ def races(target: Target, seconds: float) -> str:
 def sanitizer(target: Target, seconds: float) -> str:
     """Accesses beyond an allocation, of every operator."""
     if target.is_rehearsal:
-        commands = [pytest_command("-k", "sanitized and sort", EMULATION, seconds=SECONDS_OF_A_COMPILATION)]
+        commands = [pytest_command("-k", "sanitized and gather", EMULATION, seconds=SECONDS_OF_A_COMPILATION)]
         return run_cases(target, "sanitizer", commands, seconds)
     return under_sanitizer(target, "sanitizer", seconds, "memcheck")
 

@@ -11,7 +11,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "common/dtypes.h"
@@ -20,131 +19,20 @@
 #include "cpu/indices.h"
 #include "cpu/isa/aggregate_routing.h"
 #include "cpu/pages.h"
+#include "cpu/row_censuses.h"
+#include "cpu/segment_plan.h"
 
 namespace edl::cpu {
 namespace {
 
-constexpr int64_t kPieceRows = 256;
 constexpr int64_t kGrainElements = 1 << 16; // work below this is not worth waking a thread
 // Gradients above this size are streamed past the caches, unless they lie on fresh pages: the system's clearing has just
 // brought those into the caches, and streaming halved the speed.
 constexpr int64_t kStreamFromBytes = 4 << 20;
 
-struct Piece {
-  int64_t segment;
-  int64_t begin;
-  int64_t end;
-};
-
-struct Plan {
-  std::vector<Piece> pieces; // by segment, then by row
-  std::vector<int32_t> order; // [T'] rows by segment; empty where pieces are ranges of rows
-  std::vector<int64_t> first_piece; // [S + 1]
-};
-
-void add_pieces(int64_t segment, int64_t begin, int64_t end, std::vector<Piece>* pieces) {
-  for (; begin < end; begin += kPieceRows) {
-    pieces->push_back({segment, begin, std::min(begin + kPieceRows, end)});
-  }
-}
-
-// Tokens [begin, end) with one id.
-struct IdRun {
-  int64_t id;
-  int64_t begin;
-  int64_t end;
-};
-
-// Calls take(run) for the runs of equal ids, in order.
-template <typename Id, typename Take>
-void for_runs_of(const Id* ids, int64_t num_tokens, Take take) {
-  for (int64_t begin = 0; begin < num_tokens;) {
-    const Id id = ids[begin];
-    int64_t end = begin + 1;
-    while (end < num_tokens && ids[end] == id) {
-      ++end;
-    }
-    take(IdRun{id, begin, end});
-    begin = end;
-  }
-}
-
-template <typename Take>
-void for_runs(const Indices& ids, int64_t num_tokens, Take take) {
-  if (ids.are_64_bit()) {
-    for_runs_of(static_cast<const int64_t*>(ids.data()), num_tokens, take);
-  } else {
-    for_runs_of(static_cast<const int32_t*>(ids.data()), num_tokens, take);
-  }
-}
-
-// Counts the tokens of each segment and refuses ids that name none. Returns the number of runs of equal ids.
-int64_t count_segments(
-    std::string_view op, const Indices& ids, int64_t num_tokens, int64_t num_segments, std::vector<int64_t>* counts) {
-  int64_t runs = 0;
-  for_runs(ids, num_tokens, [&](IdRun run) {
-    EDL_ENSURE_INDEX(
-        run.id >= -1 && run.id < num_segments, op, ": segment_ids must be at least -1 and below ", num_segments,
-        ", the number of segments (got ", run.id, " at row ", run.begin,
-        "; edl.segments gives this id to a token whose label or mask value is not allowed, and to all where cu_seqlens "
-        "does not rise from 0)");
-    ++runs;
-    if (run.id >= 0) {
-      (*counts)[run.id] += run.end - run.begin;
-    }
-  });
-  return runs;
-}
-
-Plan plan_runs(const Indices& ids, int64_t num_tokens) {
-  Plan plan;
-  for_runs(ids, num_tokens, [&](IdRun run) {
-    if (run.id >= 0) {
-      add_pieces(run.id, run.begin, run.end, &plan.pieces);
-    }
-  });
-  std::stable_sort(
-      plan.pieces.begin(), plan.pieces.end(), [](const Piece& a, const Piece& b) { return a.segment < b.segment; });
-  return plan;
-}
-
-Plan plan_sorted(const Indices& ids, int64_t num_tokens, const std::vector<int64_t>& counts) {
-  Plan plan;
-  std::vector<int64_t> next(counts.size());
-  int64_t total = 0;
-  for (size_t s = 0; s < counts.size(); ++s) {
-    next[s] = total;
-    add_pieces(static_cast<int64_t>(s), total, total + counts[s], &plan.pieces);
-    total += counts[s];
-  }
-  plan.order.resize(total);
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    if (ids[t] >= 0) {
-      plan.order[next[ids[t]]++] = static_cast<int32_t>(t);
-    }
-  }
-  return plan;
-}
-
-Plan make_plan(const Indices& ids, int64_t num_tokens, const std::vector<int64_t>& counts, int64_t runs) {
-  // A run costs a piece, so short runs would cost more than the sort, which holds rows as int32.
-  const bool sortable = num_tokens <= std::numeric_limits<int32_t>::max();
-  Plan plan = runs <= num_tokens / 16 + static_cast<int64_t>(counts.size()) || !sortable
-      ? plan_runs(ids, num_tokens)
-      : plan_sorted(ids, num_tokens, counts);
-  plan.first_piece.assign(counts.size() + 1, 0);
-  for (const Piece& piece : plan.pieces) {
-    ++plan.first_piece[piece.segment + 1];
-  }
-  for (size_t s = 0; s < counts.size(); ++s) {
-    plan.first_piece[s + 1] += plan.first_piece[s];
-  }
-  return plan;
-}
-
 // sums[s] = the pieces of s, added in order.
 template <typename Acc>
-void add_up_pieces(const Plan& plan, const Acc* partial, int64_t num_experts, int64_t num_segments, Acc* sums) {
+void add_up_pieces(const SegmentPlan& plan, const Acc* partial, int64_t num_experts, int64_t num_segments, Acc* sums) {
   at::parallel_for(
       0, num_segments, std::max<int64_t>(1, kGrainElements / num_experts), [&](int64_t begin, int64_t end) {
         std::vector<double> total(num_experts);
@@ -169,44 +57,17 @@ void add_up_pieces(const Plan& plan, const Acc* partial, int64_t num_experts, in
       });
 }
 
-// Logits taken for probabilities, and the reverse, train quietly on a wrong loss: refuse both.
-void check_form(std::string_view op, const std::vector<RowCensus>& censuses, Scores scores, int64_t num_experts) {
-  RowCensus all;
-  for (const RowCensus& census : censuses) {
-    all.finite += census.finite;
-    all.distributions += census.distributions;
-    if (all.first_other < 0) {
-      all.first_other = census.first_other;
-    }
-  }
-  if (scores == Scores::none) {
-    TORCH_CHECK_VALUE(
-        all.first_other < 0, op,
-        ": with scores = 'none' every row of routing must be a distribution, entries of "
-        "at least 0 that sum to 1 (got something else at row ",
-        all.first_other, "; for logits pass scores = ", score_names(kRouterScores),
-        ", or to ExpertDivergenceLoss input = 'logits')");
-  } else {
-    TORCH_CHECK_VALUE(
-        num_experts == 1 || all.finite < 2 || all.distributions < all.finite, op,
-        ": with scores = ", score_names(kRouterScores), " routing must be logits (got ", all.finite,
-        " rows that all sum to 1 with entries of at least 0; for probabilities pass scores = 'none', or to "
-        "ExpertDivergenceLoss input = 'probs')");
-  }
-}
-
 template <typename Acc>
 void sum_pieces(
     std::string_view op,
-    const Plan& plan,
+    const SegmentPlan& plan,
     RoutingRows rows,
     Scores scores,
     StorageType storage,
     int64_t num_segments,
     Acc* sums) {
   const auto sum_at_once = aggregate_routing_loops().sum_pieces[static_cast<int>(storage)][static_cast<int>(scores)];
-  const bool is_16_bit = storage == StorageType::bfloat16 || storage == StorageType::float16;
-  const double tolerance = is_16_bit ? 1e-2 : 1e-3;
+  const double tolerance = distribution_tolerance(storage);
   const int64_t num_experts = rows.num_experts;
   const int64_t num_pieces = static_cast<int64_t>(plan.pieces.size());
   std::vector<Acc> partial(num_pieces * num_experts, Acc(0));
@@ -220,13 +81,13 @@ void sum_pieces(
       RowPiece together[kPiecesAtOnce];
       int64_t count = 0;
       for (int64_t i = first; i < end; i += apart) {
-        const Piece& piece = plan.pieces[i];
+        const SegmentPiece& piece = plan.pieces[i];
         together[count++] = {piece.begin, piece.end, partial.data() + i * num_experts, &censuses[i]};
       }
       sum_at_once(rows, together, count, tolerance);
     }
   });
-  check_form(op, censuses, scores, num_experts);
+  check_censuses(op, censuses, scores, num_experts);
   add_up_pieces(plan, partial.data(), num_experts, num_segments, sums);
 }
 
@@ -248,7 +109,7 @@ std::tuple<at::Tensor, at::Tensor> aggregate_routing_cpu(
 
   std::vector<int64_t> tokens_of(num_segments, 0);
   const int64_t runs = count_segments(op, ids, num_tokens, num_segments, &tokens_of);
-  const Plan plan = make_plan(ids, num_tokens, tokens_of, runs);
+  const SegmentPlan plan = make_plan(ids, num_tokens, tokens_of, runs);
   const RoutingRows view{rows.const_data_ptr(), rows.stride(0), rows.size(1), nullptr};
   const auto run = [&](auto* out_sums, auto* out_counts) {
     std::copy(tokens_of.begin(), tokens_of.end(), out_counts);

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "cpu/isa/row_census.h"
 #include "cpu/isa/row_scores.h"
 #include "cpu/isa/simd.h"
 
@@ -11,22 +12,6 @@ namespace edl::cpu::EDL_ISA {
 namespace {
 
 constexpr int64_t kVectorsOnStack = 64;
-
-void count_row(double sum, bool negative, double tolerance, int64_t row, RowCensus* census) {
-  if (!(std::fabs(sum) <= std::numeric_limits<double>::max())) {
-    return;
-  }
-  ++census->finite;
-  if (!negative && std::fabs(sum - 1.0) <= tolerance) {
-    ++census->distributions;
-  } else if (census->first_other < 0) {
-    census->first_other = row;
-  }
-}
-
-EDL_INLINE int64_t row_at(const RoutingRows& rows, int64_t i) {
-  return rows.order != nullptr ? rows.order[i] : i;
-}
 
 // ---- forward, no score: a plain sum ----
 
@@ -181,7 +166,7 @@ EDL_INLINE Acc scale_of(const Storage* logits, int64_t num_experts, Acc sum) {
   if (!is_share_of_row(score) && sum == 0 && is_masked(logits, num_experts)) {
     return std::numeric_limits<Acc>::quiet_NaN();
   }
-  return normaliser<score>(sum);
+  return normaliser<score, Acc>(sum);
 }
 
 // A row is added up once the next one is scored: else all would wait for the sum of its scores.

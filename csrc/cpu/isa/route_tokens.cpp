@@ -190,7 +190,7 @@ EDL_INLINE void weigh(
     // Softmax over the chosen logits alone is the same quotient, and cannot underflow to 0 / 0.
     gather_chosen(task, scratch->row.values, chosen, -std::numeric_limits<Acc>::infinity(), &few);
     const Acc sum = score_row<score>(few.values, few.padded);
-    factor *= task.normalize ? normaliser<score>(sum) : Acc(1);
+    factor *= task.normalize ? normaliser<score, Acc>(sum) : Acc(1);
     factor = row_sum != row_sum ? row_sum : factor; // a NaN that a bias kept out of the choice
   }
   const Acc* row = scratch->row.values;
@@ -241,7 +241,7 @@ template <Scores score, typename Acc>
 EDL_INLINE void backward_of_chosen(const RouteGradient& task, const Acc* grad, bool undefined, RowBuffer<Acc>* few) {
   const Acc scale = undefined ? std::numeric_limits<Acc>::quiet_NaN() : static_cast<Acc>(task.scale);
   const Acc sum = score_row<score>(few->values, few->padded);
-  const Acc inverse = task.normalize ? normaliser<score>(sum) : Acc(1);
+  const Acc inverse = task.normalize ? normaliser<score, Acc>(sum) : Acc(1);
   Acc dot = 0;
   for (int64_t k = 0; task.normalize && k < task.top_k; ++k) {
     dot += times<Acc>(few->values[k], grad[k]) * inverse;

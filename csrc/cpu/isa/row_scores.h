@@ -18,9 +18,10 @@ namespace {
 
 // ---- the formulas ----
 
-// Turns `count` vectors of logits into scores; `top` is the highest of their row. Padding, minus infinity, becomes 0.
-template <Scores score, int count, typename Acc>
-EDL_INLINE void score_vectors(Acc top, Vector<Acc>* x) {
+// Turns `count` vectors of logits into scores; `top`, one number or a vector, is the highest of their row, or of that of
+// each lane. Padding, minus infinity, becomes 0.
+template <Scores score, int count, typename Acc, typename Number = Acc>
+EDL_INLINE void score_vectors(Number top, Vector<Acc>* x) {
   if constexpr (score == Scores::softmax) {
     for (int i = 0; i < count; ++i) {
       x[i] += -top;
@@ -43,9 +44,9 @@ EDL_INLINE Number slope_of(Number x) {
   }
 }
 
-// What makes a distribution of scores.
-template <Scores score, typename Acc>
-EDL_INLINE Acc normaliser(Acc sum) {
+// What makes a distribution of scores, by the sum of a row, or of that of each lane.
+template <Scores score, typename Acc, typename Number = Acc>
+EDL_INLINE Number normaliser(Number sum) {
   return 1 / (is_share_of_row(score) ? sum : sum + static_cast<Acc>(kScoreSumEpsilon));
 }
 
@@ -115,7 +116,7 @@ EDL_INLINE Acc for_scores(const Storage* logits, int64_t num_experts, Acc top, T
   const auto score_some = [&]<int count>(int64_t first, std::integral_constant<int, count>) {
     Vector<Acc> x[count];
     for_vectors<count>(count, [&](int64_t i) { x[i] = load_vector<fixed>(logits, first + i, num_experts, beyond); });
-    score_vectors<score, count>(top, x);
+    score_vectors<score, count, Acc>(top, x);
     for_vectors<count>(count, [&](int64_t i) {
       take(first + i, x[i]);
       total += x[i];

@@ -51,6 +51,7 @@ ON_EVERY_INSTRUCTION_SET = [
     "ops/test_aggregate_routing.py::test_every_16_bit_number_is_read_right",
     "ops/test_aggregate_routing.py::test_gradients_are_rounded_to_16_bits_like_torch_does",
     "ops/test_expert_mlp.py::test_any_number_of_rows_is_right_and_bitwise_equal_for_any_number_of_threads",
+    "ops/test_routing_sums.py",
     "ops/test_expert_divergence.py::test_from_nearly_equal_to_nearly_disjoint",
     "test_near_equal_domains.py::test_divergence_of_given_sums_and_counts",
 ]

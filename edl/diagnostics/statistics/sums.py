@@ -8,6 +8,7 @@ from torch import Tensor
 from edl.diagnostics.layers import LayerFacts
 from edl.ops import checks
 from edl.reduction.ranks import reads_values
+from edl.reference import routing_scores
 from edl.routing import Observation
 
 OP = "RoutingStatistics"
@@ -136,75 +137,85 @@ def sums_of(observation: Observation, ids: Tensor, facts: LayerFacts, num_domain
     Raises:
         IndexError: an expert outside [0, E] (on the CPU; elsewhere it is none).
     """
+    routing, kind = observation.scores, "none"
+    if routing is None:
+        routing, kind = observation.logits, scores
+    routing = None if routing is None else routing.detach()
+    sizes = (num_domains, facts.num_experts, facts.top_k)
+    if ids.device.type == "cpu":
+        sums = torch.ops.edl._routing_sums(routing, observation.experts, ids, *sizes, kind, caller=f"edl::{OP}")
+        return LayerSums(*sums)
+    return sums_in_torch(routing, observation.experts, ids, *sizes, kind)
+
+
+def sums_in_torch(
+    routing: Tensor | None,
+    experts: Tensor | None,
+    ids: Tensor,
+    num_domains: int,
+    num_experts: int,
+    top_k: int,
+    scores: str,
+) -> LayerSums:
+    """The sums of a layer where the operator has no kernel, and what it is held to; arguments as it takes them.
+
+    Args:
+        routing (Tensor[T, E], optional): logits or scores.
+        experts (Tensor[T, K], optional): the choices; without, the K highest scores.
+        ids, num_domains: as `sums_of`.
+        num_experts (int): E.
+        top_k (int): K.
+        scores (str): of logits, or "none".
+
+    Raises:
+        IndexError: as `sums_of`, where the host reads values.
+    """
     # Tokens that do not count have a row of their own, which is left out at the end: no value of theirs is looked at.
     rows = ids.long().masked_fill(ids < 0, num_domains)
-    is_ignored = (rows == num_domains).unsqueeze(1)
 
     def by_domain(values: Tensor) -> Tensor:
         zeros = torch.zeros(num_domains + 1, dtype=values.dtype, device=values.device)
         return zeros.scatter_add_(0, rows, values).narrow(0, 0, num_domains)
 
-    mass, distribution = _scores_of(observation, ids, num_domains, scores)
-    unknown = torch.full([num_domains], torch.nan, dtype=torch.float64, device=ids.device)
-    if distribution is None or mass is None:
-        mass, entropy, margin = unknown.unsqueeze(1).expand(-1, facts.num_experts), unknown, unknown
-    else:
+    distribution = None
+    margin = entropy = torch.full([num_domains], torch.nan, dtype=torch.float64, device=ids.device)
+    mass = entropy.unsqueeze(1).expand(-1, num_experts)
+    if routing is not None:
+        # As the operator of the objectives sums them.
+        mass = torch.ops.edl._segment_sums([routing], ids, num_domains, scores, f"edl::{OP}")[0][0].double()
+        distribution = routing_scores(routing if routing.dtype == torch.float64 else routing.float(), scores)
         wrong = torch.where((ids >= num_domains).any(), torch.nan, 0.0)  # a label that is not allowed
         # As torch.special.entr in a third of its time; a score of 0 adds nothing.
         logarithms = distribution.log().clamp_(min=torch.finfo(distribution.dtype).min)
         entropy = by_domain((distribution * logarithms).sum(1).neg_().double()) + wrong
-        margin = unknown
-        if facts.top_k < facts.num_experts:
-            best = distribution.topk(facts.top_k + 1, dim=1).values
-            margin = by_domain((best[:, -2] - best[:, -1]).double()) + wrong
-    chosen = _choices_of(observation, distribution, is_ignored, facts)
-    cells = (rows.unsqueeze(1) * (facts.num_experts + 1) + chosen).flatten()
-    choices = torch.zeros((num_domains + 1) * (facts.num_experts + 1), dtype=torch.int64, device=ids.device)
+        if top_k < num_experts:
+            best = distribution.topk(top_k + 1, dim=1).values
+            distance = best[:, -2] - best[:, -1] + distribution.sum(1).mul_(0)  # a NaN has no order
+            margin = by_domain(distance.double()) + wrong
+    if experts is None:
+        assert distribution is not None
+        experts = distribution.topk(top_k, dim=1).indices
+    chosen = _checked(experts.detach().long().masked_fill((rows == num_domains).unsqueeze(1), num_experts), num_experts)
+    cells = (rows.unsqueeze(1) * (num_experts + 1) + chosen).flatten()
+    choices = torch.zeros((num_domains + 1) * (num_experts + 1), dtype=torch.int64, device=ids.device)
     choices = choices.scatter_add_(0, cells, torch.ones_like(cells)).view(num_domains + 1, -1)
     return LayerSums(
-        choices.narrow(0, 0, num_domains).narrow(1, 0, facts.num_experts),
+        choices.narrow(0, 0, num_domains).narrow(1, 0, num_experts),
         mass,
         by_domain(torch.ones_like(rows)),
-        _coactivation(chosen, facts.num_experts),
+        _coactivation(chosen, num_experts),
         entropy,
         margin,
     )
 
 
-def _scores_of(
-    observation: Observation, ids: Tensor, num_domains: int, scores: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """The mass of scores [D, E], which the operator of the objectives sums, and the scores [T, E]; None where a layer
-    has none."""
-    routing, kind = observation.scores, "none"
-    if routing is None:
-        routing, kind = observation.logits, scores
-    if routing is None:
-        return None, None
-    sums, _ = torch.ops.edl._segment_sums([routing.detach()], ids, num_domains, kind, f"edl::{OP}")
-    wide = routing.detach() if routing.dtype == torch.float64 else routing.detach().float()
-    if kind == "softmax":
-        return sums[0].double(), wide.softmax(1)
-    if kind == "sigmoid":
-        gates = torch.nn.functional.logsigmoid(wide)
-        return sums[0].double(), (gates - gates.logsumexp(1, keepdim=True)).exp()
-    return sums[0].double(), wide
-
-
-def _choices_of(observation: Observation, distribution: Tensor | None, is_ignored: Tensor, facts: LayerFacts) -> Tensor:
-    """The choices [T, K] as int64 in [0, E], E for none, as those of tokens that do not count [T, 1]."""
-    experts = observation.experts
-    if experts is None:
-        assert distribution is not None
-        experts = distribution.topk(facts.top_k, dim=1).indices
-    chosen = experts.detach().long().masked_fill(is_ignored, facts.num_experts)
+def _checked(chosen: Tensor, num_experts: int) -> Tensor:
+    """The choices [T, K] in [0, E], E for none; others, where the host may not look for them, are none."""
     if not reads_values(chosen):
-        return torch.where((chosen >= 0) & (chosen <= facts.num_experts), chosen, facts.num_experts)
+        return torch.where((chosen >= 0) & (chosen <= num_experts), chosen, num_experts)
     for end in chosen.aminmax() if chosen.numel() else ():
-        if not 0 <= end <= facts.num_experts:
-            raise IndexError(
-                f"edl::{OP}: experts must be in [0, {facts.num_experts}], {facts.num_experts} for none (got {end})"
-            )
+        if not 0 <= end <= num_experts:
+            raise IndexError(f"edl::{OP}: experts must be in [0, {num_experts}], {num_experts} for none (got {end})")
     return chosen
 
 

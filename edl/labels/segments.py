@@ -142,8 +142,14 @@ def _unlabelled(labels: Tensor) -> Tensor:
 
 
 def _look_up(table: Tensor, rows: Tensor) -> Tensor:
-    """Entries [T] of a table [N] at rows [T]; -1 at rows of -1."""
-    return torch.where(rows < 0, torch.full_like(rows, -1), table[rows.clamp(min=0).long()].to(rows.dtype))
+    """Entries [T] of a table [N] at rows [T]; -1 at rows of -1, which is the place of one more."""
+    return torch.cat([table, torch.full([1], -1, dtype=table.dtype, device=table.device)])[rows.long()]
+
+
+def _as_ids(labels: Tensor, num_domains: int) -> Tensor:
+    """Labels as int32, D for those that are not allowed."""
+    allowed = (labels >= -1) & (labels < num_domains)
+    return torch.where(allowed, labels, torch.full_like(labels, num_domains)).to(torch.int32)
 
 
 def _split_by_label(rows: Tensor, num_rows: int, token_labels: Tensor, num_domains: int) -> Segments:
@@ -321,18 +327,15 @@ def domain_segments(
     if cu_seqlens is None and domain_ids.numel() == num_tokens:
         if domain_ids.dim() == 2:
             _check_rows(op, domain_ids, batch_size)
-        ids = domain_ids.reshape(-1)
+        ids = _as_ids(domain_ids.reshape(-1), num_domains)
     else:
         if cu_seqlens is not None:
             segments = document_segments(num_tokens, domain_ids, num_domains, cu_seqlens, op)
         else:
             segments = sequence_segments(num_tokens, domain_ids, num_domains, batch_size, op)
         # One more entry, no label, for the id that wrong boundaries give.
-        labels = segments.labels.long()
-        table = torch.cat([labels, torch.full([1], num_domains, dtype=labels.dtype, device=labels.device)])
-        ids = _look_up(table, segments.segment_ids.long())
-    allowed = (ids >= -1) & (ids < num_domains)
-    ids = torch.where(allowed, ids, torch.full_like(ids, num_domains)).to(torch.int32)
+        wrong = torch.full([1], num_domains, dtype=torch.int32, device=domain_ids.device)
+        ids = _look_up(torch.cat([_as_ids(segments.labels, num_domains), wrong]), segments.segment_ids)
     return Segments(ids, num_domains, torch.arange(num_domains, device=ids.device))
 
 

@@ -129,13 +129,13 @@ def sums_of(observation: Observation, ids: Tensor, facts: LayerFacts, num_domain
     Args:
         observation (Observation): of T tokens; those that do not count may hold NaN.
         ids (Tensor[T]): int32, the domain of each token, on the layer's device; -1 = not counted. D, a label or mask
-            value that is not allowed, makes mass, entropy and margin NaN.
+            value that is not allowed, makes mass, entropy and margin NaN where the CPU does not refuse it.
         facts (LayerFacts): of the layer.
         num_domains (int): D.
         scores (str): of logits, "softmax" or "sigmoid".
 
     Raises:
-        IndexError: an expert outside [0, E] (on the CPU; elsewhere it is none).
+        IndexError: an expert outside [0, E], a domain outside [-1, D) (on the CPU; elsewhere the expert is none).
     """
     routing, kind = observation.scores, "none"
     if routing is None:

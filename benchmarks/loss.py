@@ -10,7 +10,7 @@ logits are also measured beside `torch.softmax` forward and backward alone.
 from collections.abc import Callable, Iterator
 
 import torch
-from measure import error, interleaved, probe
+from measure import error, interleaved, witness
 from report import Run, Section, main, markdown_table
 from torch import Tensor
 
@@ -98,11 +98,11 @@ def measure(routing: Tensor, ways: dict[str, Way], exact: Way, run: Run) -> list
     """Cells with each way's time as a multiple of the floor, and what edl and index_add save beside the routing."""
     steps = {name: forward_backward(way, routing) for name, way in ways.items()}
     check(steps, forward_backward(exact, routing.double())())
-    saved = {name: probe(step, [routing], run.device).saved_bytes for name, step in steps.items()}
+    saved = {name: witness(step, [routing], run.device).saved_bytes for name, step in steps.items()}
     floor = {"read": routing.sum, "fill": lambda: torch.empty_like(routing).fill_(1.0)}
-    times = interleaved(steps | floor, run.device, run.seconds)
+    times = interleaved(steps | floor, run.watch, run.seconds)
     bound = times["read"].median + times["fill"].median
-    cells = [f"{bound:.2f}", *[f"{times[name].median:.2f} ({times[name].median / bound:.1f}x)" for name in ways]]
+    cells = [f"{bound:.2f}", *[f"{times[x].mark}{times[x].median:.2f} ({times[x].median / bound:.1f}x)" for x in ways]]
     return [*cells, *[f"{saved[name] / 1e6:.2f}" for name in ("edl", "index_add")]]
 
 
@@ -146,7 +146,7 @@ def measure_logits(shape: tuple[int, int, int], run: Run) -> list[str]:
     check({"edl": step}, exact())
     leaf = logits.detach().requires_grad_()
     softmax = lambda: torch.autograd.grad(leaf.softmax(dim=1), leaf, upstream)
-    times = interleaved({"edl": step, "softmax": softmax}, run.device, run.seconds)
+    times = interleaved({"edl": step, "softmax": softmax}, run.watch, run.seconds)
     ratio = times["edl"].median / times["softmax"].median
     return [*map(str, shape), str(times["softmax"]), f"{times['edl']} {ratio:.2f}x"]
 

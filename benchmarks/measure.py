@@ -1,89 +1,95 @@
 """Time and memory: interleaved timing, saved bytes, peak memory."""
 
-import contextlib
-import ctypes
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
+from memory import hand_back_freed_memory
 from torch import Tensor
+from watch import Call, Function, Watch, milliseconds
 
 MOST_RUNS = 100
+MOST_REPEATS = 2  # of a call that was disturbed
+ENOUGH_RUNS = 3
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one function."""
+    """Milliseconds of one function. Calls that were disturbed are left out, unless hardly any others are left."""
 
     median: float
     minimum: float
     runs: int
+    is_quiet: bool = True
+
+    @property
+    def mark(self) -> str:
+        """Of what could not be measured quietly."""
+        return "" if self.is_quiet else "~"
 
     def __str__(self) -> str:
         median, minimum = (f"{time:.0f}" if time >= 100 else f"{time:.3g}" for time in (self.median, self.minimum))
-        return f"{median} ({minimum})"
+        return f"{self.mark}{median} ({minimum})"
 
-
-def milliseconds(function: Callable[[], object], device: torch.device) -> float:
-    """One call."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
-    begin = time.perf_counter()
-    function()
-    return (time.perf_counter() - begin) * 1e3
+    def times(self, number: int) -> "Timing":
+        """Of so many calls."""
+        return self._replace(median=number * self.median, minimum=number * self.minimum)
 
 
 def interleaved(
-    functions: dict[str, Callable[[], object]],
-    device: torch.device,
-    seconds: float,
-    known: dict[str, float] | None = None,
+    functions: dict[str, Function], watch: Watch, seconds: float, known: dict[str, float] | None = None
 ) -> dict[str, Timing]:
     """Times functions that have run before, in turn, so that a slow moment of the machine meets all of them.
 
     Each function is called 3 to 100 times, for `seconds` in all where that allows it, and its calls are spread evenly
-    over the whole measurement. `known` holds milliseconds of a call already made. Where that takes more than five times
-    `seconds` one more call is made, and where it takes more than twenty times `seconds` it stands as the measurement.
+    over the whole measurement. `known` holds milliseconds of a call already made. Where a call takes more than five
+    times `seconds` one counts, and where it is known to take more than twenty times as long, that call stands. Calls
+    that the watch finds disturbed are made again, up to twice while its seconds for that last.
     """
-    known = known or {}
-    first = known | {name: milliseconds(functions[name], device) for name in functions if name not in known}
-    runs = {name: min(MOST_RUNS, max(3, int(seconds * 1e3 / time))) for name, time in first.items()}
-    runs |= {name: int(time < 20e3 * seconds) for name, time in first.items() if time > 5e3 * seconds}
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    rounds = max(runs.values())
+    calls = {name: [] if name in (known or {}) else [watch.time(functions[name])] for name in functions}
+    first = (known or {}) | {name: done[0].milliseconds for name, done in calls.items() if done}
+    runs = {name: min(MOST_RUNS, max(ENOUGH_RUNS, int(seconds * 1e3 / time))) for name, time in first.items()}
+    for name, time in first.items():
+        if time > 5e3 * seconds:
+            runs[name] = int(bool(calls[name]) or time < 20e3 * seconds)
+        elif calls[name]:
+            calls[name].clear()  # it told how long a call takes
+    left = {name: runs[name] - len(calls[name]) for name in functions}
+    for repeat in range(1 + MOST_REPEATS):
+        begin = perf_counter()
+        _call_in_turn(functions, left, watch, calls)
+        left = {name: max(0, runs[name] - sum(map(watch.is_quiet, calls[name]))) for name in functions}
+        watch.repeat_seconds -= perf_counter() - begin if repeat > 0 else 0.0
+        if watch.repeat_seconds <= 0 or not any(left.values()):
+            break
+    return {name: _timing(calls[name], first[name], watch) for name in functions}
+
+
+def _call_in_turn(
+    functions: dict[str, Function], numbers: dict[str, int], watch: Watch, calls: dict[str, list[Call]]
+) -> None:
+    """Calls each function so many times, spread evenly."""
+    rounds = max(numbers.values())
     for turn in range(rounds):
         for name, function in functions.items():
-            if (turn + 1) * runs[name] // rounds > turn * runs[name] // rounds:
-                times[name].append(milliseconds(function, device))
-    times = {name: values or [first[name]] for name, values in times.items()}
-    return {name: Timing(statistics.median(values), min(values), len(values)) for name, values in times.items()}
+            if (turn + 1) * numbers[name] // rounds > turn * numbers[name] // rounds:
+                calls[name].append(watch.time(function))
+    watch.end()
 
 
-def keep_freed_memory() -> None:
-    """Lets the C library keep what is freed, as the allocators do that are advised for training on CPUs.
-
-    Handed back instead, large tensors come as fresh pages on every call, and every way is timed with the system's
-    clearing of them, which can take as long as the products and differs most between machines. Only glibc knows these
-    switches.
-    """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # of malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        set_option = ctypes.CDLL(None).mallopt
-        set_option(mmap_max, 0)
-        set_option(trim_threshold, 2**31 - 1)
-        set_option(top_pad, 2**28)
+def _timing(calls: list[Call], known: float, watch: Watch) -> Timing:
+    quiet = [call.milliseconds for call in calls if watch.is_quiet(call)]
+    watch.timed += len(calls)
+    watch.disturbed += len(calls) - len(quiet)
+    is_quiet = len(quiet) >= min(ENOUGH_RUNS, max(1, len(calls)))
+    values = quiet if is_quiet else [call.milliseconds for call in calls] or [known]
+    return Timing(statistics.median(values), min(values), len(values), is_quiet)
 
 
-class Probe(NamedTuple):
+class Witness(NamedTuple):
     """What one call gave and took."""
 
     result: Any
@@ -92,7 +98,7 @@ class Probe(NamedTuple):
     peak_bytes: int | None  # most memory during the call above what stood before; None where it cannot be measured
 
 
-def probe(function: Callable[[], Any], parameters: list[Tensor], device: torch.device) -> Probe:
+def witness(function: Callable[[], Any], parameters: list[Tensor], device: torch.device) -> Witness:
     """Calls the function once, and watches its memory."""
     kept = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     saved: dict[int, int] = {}
@@ -110,7 +116,7 @@ def probe(function: Callable[[], Any], parameters: list[Tensor], device: torch.d
         time = milliseconds(lambda: results.append(function()), device)
     after = _read_peak(device)
     peak = None if before is None or after is None else after - before
-    return Probe(results[0], time, sum(saved.values()), peak)
+    return Witness(results[0], time, sum(saved.values()), peak)
 
 
 def _start_peak(device: torch.device) -> int | None:
@@ -120,10 +126,10 @@ def _start_peak(device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # pages that malloc holds back would hide what the call takes
+        hand_back_freed_memory()  # pages that malloc holds back would hide what the call takes
         Path("/proc/self/clear_refs").write_text("5")
         return _resident("VmRSS")
-    except (OSError, AttributeError):
+    except OSError:
         return None
 
 

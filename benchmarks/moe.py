@@ -4,10 +4,11 @@
 
 Each way is checked against float64 on its first call, output and all gradients, and that call's memory is watched; then
 all are timed in turn: median (minimum). GF are GFLOP/s of the experts' products, forward and backward: 18·N·H·I with
-N = T·K rows. The peak is that of float32, which 16-bit instructions may exceed. "Saved" is what the forward pass keeps
-for the backward pass, parameters excluded; "peak MB" the most memory that both take beside the inputs, gradients
-included. The floor of what is saved: the tokens and the pre-activation, T·H + 2·N·I elements; the last table is without
-the pre-activation.
+N = T·K rows. The peak is that of tiles for bfloat16 where the processor has them, else of float32. On the CPU freed
+memory is kept, and layer.py has more shapes and both regimes of memory, beside the fastest peer. "Saved" is what the
+forward pass keeps for the backward pass, parameters excluded; "peak MB" the most memory that both take beside the
+inputs, gradients included. The floor of what is saved: the tokens and the pre-activation, T·H + 2·N·I elements; the last
+table is without the pre-activation.
 
 On CUDA the six products alone come first, `torch._grouped_mm` on rows that stand in order already, with either of
 torch's libraries behind it: what edl takes beside their sum is its own kernels.
@@ -24,10 +25,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from measure import Probe, Timing, error, interleaved, probe
+from measure import Timing, Witness, error, interleaved, witness
 from peers import EDL, GROUPED_MM, Peer, absent, by_edl, compiled, present
 from report import Run, Section, main, markdown_table, table_of
-from shapes import CPU, CUDA, FEW_ROWS, LAYER, ROUTINGS, Inputs, Shape, in_type, make_inputs
+from shapes import CPU, CUDA, LAYER, ROUTINGS, Inputs, Shape, in_type, make_inputs
 from torch import Tensor
 
 from edl import ops
@@ -68,7 +69,7 @@ class Case:
     shape: Shape
     routing: str
     dtype: torch.dtype
-    probes: dict[str, Probe] = field(default_factory=dict)  # without results
+    witnesses: dict[str, Witness] = field(default_factory=dict)  # without results
     errors: dict[str, float] = field(default_factory=dict)
     forward: dict[str, Timing] = field(default_factory=dict)
     step: dict[str, Timing] = field(default_factory=dict)  # forward and backward
@@ -88,7 +89,7 @@ class Case:
     @property
     def saved_share(self) -> float:
         """What edl saves, relative to the least that needs no product again."""
-        return self.probes[EDL].saved_bytes / (self.shape.saved_floor * self.dtype.itemsize)
+        return self.witnesses[EDL].saved_bytes / (self.shape.saved_floor * self.dtype.itemsize)
 
 
 class Measurer:
@@ -117,11 +118,11 @@ class Measurer:
             start = time.perf_counter()
             settle(step, forward_alone(peer, inputs))
             case.notes.append(f"{name}: compiled in {time.perf_counter() - start:.0f} s")
-        outcome = probe(step, [inputs.gate_up, inputs.down], self.run.device)
+        outcome = witness(step, [inputs.gate_up, inputs.down], self.run.device)
         case.errors[name] = error(outcome.result, expected)
         if not case.errors[name] < ALLOWED_ERROR[case.dtype]:
             raise ArithmeticError(f"wrong by {case.errors[name]:.1e} of the float64 result")
-        case.probes[name] = outcome._replace(result=None)
+        case.witnesses[name] = outcome._replace(result=None)
 
     def measure(self, case: Case, peers: dict[str, Peer], originals: Inputs, expected: tuple[Tensor, ...]) -> Case:
         inputs = in_type(originals, case.dtype)
@@ -136,16 +137,16 @@ class Measurer:
                         raise
                     reason = cause(failure)
             case.notes.append(f"{name}: not run, {reason}")
-        steps = {name: forward_backward(peers[name], inputs) for name in case.probes}
-        forwards = {name: forward_alone(peers[name], inputs) for name in case.probes}
-        for name in case.probes:
+        steps = {name: forward_backward(peers[name], inputs) for name in case.witnesses}
+        forwards = {name: forward_alone(peers[name], inputs) for name in case.witnesses}
+        for name in case.witnesses:
             if peers[name].compiled:  # watching may have made it compile again
                 settle(steps[name], forwards[name])
-        known = {name: outcome.milliseconds for name, outcome in case.probes.items()}
-        case.step = interleaved(steps, self.run.device, self.run.seconds, known)
+        known = {name: outcome.milliseconds for name, outcome in case.witnesses.items()}
+        case.step = interleaved(steps, self.run.watch, self.run.seconds, known)
         self.speeds |= {(name, case.dtype): case.speed(name) for name in case.step}
         with torch.no_grad():
-            case.forward = interleaved(forwards, self.run.device, self.run.seconds)
+            case.forward = interleaved(forwards, self.run.watch, self.run.seconds)
         return case
 
 
@@ -184,12 +185,12 @@ def table(case: Case, run: Run) -> str:
             "forward + backward ms": str(case.step[name]),
             "of edl's ": f"{case.ratio(name, case.step):.2f}x",
             "GF": f"{case.speed(name):.0f}",
-            "of peak": run.share_of_peak(case.speed(name)),
+            "of peak": run.share_of_peak(case.speed(name), case.dtype),
             "saved MB": f"{outcome.saved_bytes / 1e6:.1f}",
             "peak MB": f"{outcome.peak_bytes / 1e6:.0f}" if outcome.peak_bytes is not None else "-",
             "error": f"{case.errors[name]:.0e}",
         }
-        for name, outcome in case.probes.items()
+        for name, outcome in case.witnesses.items()
     ]
     return with_notes(table_of(rows), case.notes)
 
@@ -198,8 +199,9 @@ def with_notes(text: str, notes: list[str]) -> str:
     return "\n\n".join([text, "\n".join(f"- {note}" for note in notes)]) if notes else text
 
 
-def title(case: Case) -> str:
-    return f"{case.shape}, {name_of(case.dtype)}, {case.routing} routing, {case.shape.rows_per_expert} rows per expert"
+def title(case: Case, run: Run) -> str:
+    rows = f"{case.shape.rows_per_expert} rows per expert"
+    return f"{case.shape}, {name_of(case.dtype)}, {case.routing} routing, {rows}{run.memory}"
 
 
 def summary(cases: list[Case], run: Run) -> str:
@@ -218,7 +220,7 @@ def summary(cases: list[Case], run: Run) -> str:
                 "rows / expert": str(case.shape.rows_per_expert),
                 "edl ms, forward + backward": str(case.step[EDL]),
                 "GF": f"{case.speed(EDL):.0f}",
-                "of peak": run.share_of_peak(case.speed(EDL)),
+                "of peak": run.share_of_peak(case.speed(EDL), case.dtype),
                 "grouped_mm forward": times(case.ratio(GROUPED_MM, case.forward)),
                 "grouped_mm forward + backward": times(case.ratio(GROUPED_MM, case.step)),
                 "fastest peer": f"{times(case.ratio(best, case.step))} {best}" if best else "-",
@@ -280,7 +282,7 @@ def table_of_products(shape: Shape, run: Run, dtype: torch.dtype) -> str:
                 setattr(matmul, switch, preferred)
             for product in products.values():
                 product()
-            times[name] = interleaved(products, run.device, run.seconds)
+            times[name] = interleaved(products, run.watch, run.seconds)
         finally:
             if has_switch:
                 setattr(matmul, switch, before)
@@ -314,7 +316,8 @@ def compare_routings(measurer: Measurer, shape: Shape, dtype: torch.dtype) -> Se
     for routing in ROUTINGS:
         inputs = make_inputs(shape, routing, measurer.run.device)
         cases.append(measurer.measure(Case(shape, routing, dtype), peers, inputs, reference(inputs)))
-    return Section(f"Routings, {shape}, {name_of(dtype)}, forward + backward", routing_table(cases), summary=True)
+    title = f"Routings, {shape}, {name_of(dtype)}, forward + backward{measurer.run.memory}"
+    return Section(title, routing_table(cases), summary=True)
 
 
 def gram_steps(inputs: Inputs) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
@@ -350,13 +353,13 @@ def gram_steps(inputs: Inputs) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
 def gram_table(run: Run, shape: Shape, dtype: torch.dtype) -> Section:
     """What it costs to see how alike experts answer, in times of the layer."""
     inputs = in_type(make_inputs(shape, device=run.device), dtype)
-    timings = interleaved(gram_steps(inputs), run.device, 3 * run.seconds)
+    timings = interleaved(gram_steps(inputs), run.watch, 3 * run.seconds)
     plain = timings["the layer"].median
     rows = [
         {"way": name, "ms": str(timing), "times": f"{timing.median / plain:.3f}x"} for name, timing in timings.items()
     ]
     return Section(
-        f"How alike a token's experts answer, {shape}, {name_of(dtype)}, forward + backward",
+        f"How alike a token's experts answer, {shape}, {name_of(dtype)}, forward + backward{run.memory}",
         table_of(rows),
         summary=True,
     )
@@ -397,7 +400,7 @@ def sections(run: Run) -> Iterator[Section]:
     warnings.filterwarnings("ignore", module="torch._dynamo")
     on_cuda = run.device.type == "cuda"
     dtypes = [torch.bfloat16] if on_cuda else [torch.float32, torch.bfloat16]
-    shapes = CUDA if on_cuda else CPU[:2] + FEW_ROWS + CPU[2:]
+    shapes = CUDA if on_cuda else CPU[:2]  # layer.py has the others
     if run.quick:
         shapes = shapes[:2]
     if on_cuda:
@@ -409,9 +412,9 @@ def sections(run: Run) -> Iterator[Section]:
     cases = []
     for case in measure_shapes(measurer, shapes, dtypes):
         cases.append(case)
-        yield Section(title(case), table(case, run))
+        yield Section(title(case, run), table(case, run))
     text = f"{summary(cases, run)}\n\nNot on this machine: {absent(run.device)}."
-    yield Section("Experts: how many times as long as edl a peer takes", text, summary=True)
+    yield Section(f"Experts: how many times as long as edl every peer takes{run.memory}", text, summary=True)
     for dtype in dtypes[:1] if run.quick else dtypes:
         yield compare_routings(measurer, CUDA[1] if on_cuda else LAYER, dtype)
         yield gram_table(run, CUDA[1] if on_cuda else LAYER, dtype)

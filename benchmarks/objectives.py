@@ -129,9 +129,9 @@ def sections(run: Run) -> Iterator[Section]:
     for function in [layer, *functions.values()]:
         function()
     # The layer by itself, as in training: between small functions its memory would be cold, and they look cheaper.
-    one = interleaved({"layer": layer}, run.device, 4 * run.seconds)["layer"]
-    times = interleaved(functions, run.device, run.seconds)
-    whole = Timing(LAYERS * one.median, LAYERS * one.minimum, one.runs)
+    one = interleaved({"layer": layer}, run.watch, 4 * run.seconds)["layer"]
+    times = interleaved(functions, run.watch, run.seconds)
+    whole = one.times(LAYERS)
     rows = [{"objective": name, **cells(times[name], whole)} for name in steps]
     title = f"Objectives on router scores, forward and backward, {LAYERS} layers of {shape}"
     yield Section(title, f"The layers take {whole} ms.\n\n{table_of(rows)}", summary=True)
@@ -140,7 +140,7 @@ def sections(run: Run) -> Iterator[Section]:
     functions = {"layer": layer} | {name: layer_step(shape, run.device, name) for name in names}
     for function in functions.values():
         function()
-    times = interleaved(functions, run.device, 4 * run.seconds)
+    times = interleaved(functions, run.watch, 4 * run.seconds)
     rows = [
         {"with": name, "ms": str(time), "x": f"{time.median / times['layer'].median:.3f}"}
         for name, time in times.items()

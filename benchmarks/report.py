@@ -1,17 +1,21 @@
 """What all benchmarks share around their measurements: the command line, tables, and the file of results."""
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from measure import keep_freed_memory
-from peak import peak
+from memory import FreshMemory, Result, cpu_watch, keep_freed_memory
+from peak import Peaks, peaks
+from watch import QUIET_SHARE, Watch
 
 import edl
 from edl import machine
+
+REPEATED_SHARE = 300  # times the seconds of a function: what a run may spend on calls that were disturbed
 
 
 @dataclass
@@ -23,17 +27,46 @@ class Run:
     seconds: float  # that each function is timed for, at most
     quick: bool  # the smaller half of the cases
     plot: Path | None = None  # where curves are drawn
-    peak: float | None = field(init=False)  # GFLOP/s
-    peak_note: str = field(init=False)
+    first_peaks: Peaks = field(init=False)
+    watch: Watch = field(init=False)
+    fresh: FreshMemory = field(init=False)
 
     def __post_init__(self) -> None:
-        keep_freed_memory()
+        keeps_memory = keep_freed_memory()
         torch.set_num_threads(self.threads)
         torch.manual_seed(0)
-        self.peak, self.peak_note = peak(self.device, self.threads)
+        self.first_peaks = peaks(self.device, self.threads)
+        if self.device.type == "cpu":
+            best, repeat_seconds = self.first_peaks.multiply_adds or 0.0, REPEATED_SHARE * self.seconds
+            self.watch = cpu_watch(self.threads, keeps_memory, best, repeat_seconds)
+        else:
+            self.watch = Watch(self.device, None)
+        self.fresh = FreshMemory(self.threads)
 
-    def share_of_peak(self, speed: float) -> str:
-        return f"{speed / self.peak:.0%}" if self.peak else "-"
+    @property
+    def peaks(self) -> Peaks:
+        """Those measured first, and the best probe since."""
+        speed = self.first_peaks.multiply_adds
+        return self.first_peaks._replace(multiply_adds=speed and max(speed, self.watch.best))
+
+    @property
+    def memory(self) -> str:
+        """The regime, for the titles of tables."""
+        return ", memory kept" if self.watch.keeps_memory else ""
+
+    def in_both_regimes(self, function: Callable[..., Result], *arguments: object) -> dict[str, Result]:
+        """function(watch, *arguments) with freed memory kept, and in a process that gets fresh memory; on CUDA once."""
+        if self.device.type != "cpu":
+            return {"torch's": function(self.watch, *arguments)}
+        return {
+            "kept": function(self.watch, *arguments),
+            "fresh": self.fresh.call(function, self.watch, *arguments),
+        }
+
+    def share_of_peak(self, speed: float, dtype: torch.dtype) -> str:
+        """Of the tiles' rate for bfloat16 where there are tiles, else of that of multiply-adds."""
+        peak = self.peaks.of(dtype)
+        return f"{speed / peak:.0%}" if peak else "-"
 
 
 class Section(NamedTuple):
@@ -76,7 +109,21 @@ def facts(device: torch.device) -> str:
 
 def conditions(run: Run) -> str:
     where = "CUDA" if run.device.type == "cuda" else f"{run.threads} thread{'s' if run.threads > 1 else ''}"
-    return f"{where}, peak {run.peak_note}"
+    return f"{where}, peak {run.peaks.note}"
+
+
+def closing(run: Run) -> Iterator[Section]:
+    """What the CPU reached in this run, and how quiet it was."""
+    watch, lines = run.watch, {"best probe": run.peaks.note} | run.peaks.lines()
+    if run.device.type != "cpu":
+        return
+    lines["disturbed calls"] = (
+        f"{watch.disturbed} of {watch.timed}: a probe before or after them was below {QUIET_SHARE:.0%} of the best, or "
+        "they faulted pages that should have been kept. They were made again and left out; ~ marks times for which too "
+        "few others were left"
+    )
+    text = "\n".join(f"- {name}: {value}" for name, value in lines.items())
+    yield Section("Peaks of this run", text, summary=True)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -96,7 +143,7 @@ def main(description: str, sections: Sections) -> None:
     run.plot = arguments.save and arguments.save.with_suffix(".svg")
     parts = [f"# {description.split('.', maxsplit=1)[0]}\n", facts(run.device), f"{conditions(run)}\n"]
     print("\n".join(parts), flush=True)
-    for section in sections(run):
+    for section in itertools.chain(sections(run), closing(run)):
         print(section, flush=True)
         parts.append(str(section))
         if arguments.save:  # after each section: what was measured stays, whatever comes

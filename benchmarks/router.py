@@ -71,7 +71,7 @@ def measure_route(size: tuple[int, int, int], run: Run) -> list[str]:
         distance = error(function(), expected)
         if not distance < 1e-5:
             raise ArithmeticError(f"route_tokens, {name}: wrong by {distance:.1e} of the float64 result")
-    return [*map(str, size), *cells(interleaved(steps, run.device, run.seconds))]
+    return [*map(str, size), *cells(interleaved(steps, run.watch, run.seconds))]
 
 
 def measure_sort(size: tuple[int, int, int], run: Run) -> list[str]:
@@ -88,7 +88,7 @@ def measure_sort(size: tuple[int, int, int], run: Run) -> list[str]:
     if not (torch.equal(order.long(), expected_order) and torch.equal(offsets.long(), expected_offsets)):
         raise ArithmeticError("sort_by_expert: differs from a stable argsort")
     ways["sort + histc"]()
-    return [*map(str, size), *cells(interleaved(ways, run.device, run.seconds))]
+    return [*map(str, size), *cells(interleaved(ways, run.watch, run.seconds))]
 
 
 def cells(times: dict[str, Timing]) -> list[str]:
@@ -162,7 +162,7 @@ def measure_layer(shape: Shape, dtype: torch.dtype, run: Run) -> list[str]:
     parts = layer_parts(shape, dtype, run.device)
     check_layer(parts)
     known = {name: milliseconds(function, run.device) for name, function in parts.items()}
-    times = interleaved(parts, run.device, run.seconds, known)
+    times = interleaved(parts, run.watch, run.seconds, known)
     whole = times["layer"].median
     shares = [times[name].median / whole for name in SMALL_PARTS]
     cells = [f"{share:.1%}" for share in [*shares, sum(shares)]]

@@ -3,17 +3,19 @@
     python benchmarks/train_step.py [--device cuda] [--threads N] [--quick] [--save FILE]
 
 A step is the forward pass, the backward pass and fused AdamW. The models share the parameters. bfloat16 is autocast.
+memory.py says what *kept* and *fresh* memory are.
 """
 
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from measure import error, interleaved
-from report import Run, Section, main, markdown_table
+from measure import Timing, error, interleaved
+from report import Run, Section, main, table_of
 from router import TransformersBlock
 from shapes import Shape
 from torch import Tensor, nn
+from watch import Watch
 
 import edl
 
@@ -118,32 +120,44 @@ def loss_alone(device: torch.device) -> Callable[[], object]:
     return lambda: torch.autograd.grad(divergence(logits, domain_ids), logits)
 
 
-def measure(models: tuple[Model, Model], dtype: torch.dtype, run: Run) -> list[str]:
-    """One row."""
-    ours, theirs = models
+def measure(watch: Watch, dtype: torch.dtype, seconds: float) -> dict[str, Timing]:
+    """The steps of one type."""
+    device = watch.device
+    ours, theirs = make_models(device)
     steps = {
-        "edl": training_step(ours, dtype, False, run.device),
-        "edl, loss": training_step(ours, dtype, True, run.device),
-        "transformers": training_step(theirs, dtype, False, run.device),
-        "loss alone": loss_alone(run.device),
+        "edl": training_step(ours, dtype, False, device),
+        "edl, loss": training_step(ours, dtype, True, device),
+        "transformers": training_step(theirs, dtype, False, device),
+        "loss alone": loss_alone(device),
     }
     for step in steps.values():
         step()
-    times = interleaved(steps, run.device, 2 * run.seconds)
-    plain, loss = times["edl"].median, times["loss alone"]
-    row = [str(dtype).removeprefix("torch."), str(times["edl"]), str(times["edl, loss"])]
-    row += [f"{times['edl, loss'].median / plain - 1:+.1%}", f"{loss} {loss.median / plain:.2%}"]
-    return [*row, f"{times['transformers']} {times['transformers'].median / plain:.2f}x"]
+    return interleaved(steps, watch, 2 * seconds)
+
+
+def row(dtype: torch.dtype, memory: str, times: dict[str, Timing]) -> dict[str, str]:
+    plain, loss, theirs = times["edl"], times["loss alone"], times["transformers"]
+    return {
+        "type": str(dtype).removeprefix("torch."),
+        "memory": memory,
+        "edl ms": str(plain),
+        "with the loss ms": str(times["edl, loss"]),
+        "difference": f"{times['edl, loss'].median / plain.median - 1:+.1%}",
+        "loss alone ms, share": f"{loss} {loss.median / plain.median:.2%}",
+        "transformers grouped_mm ms": f"{theirs} {theirs.median / plain.median:.2f}x",
+    }
 
 
 def sections(run: Run) -> Iterator[Section]:
     """float32, and bfloat16 under autocast."""
-    models = make_models(run.device)
-    check(*models, make_batch(run.device)[0])
-    header = ["type", "edl ms", "with the loss ms", "difference", "loss alone ms, share", "transformers grouped_mm ms"]
-    rows = [measure(models, dtype, run) for dtype in (torch.float32, torch.bfloat16)]
+    check(*make_models(run.device), make_batch(run.device)[0])
+    rows = [
+        row(dtype, memory, times)
+        for dtype in (torch.float32, torch.bfloat16)
+        for memory, times in run.in_both_regimes(measure, dtype, run.seconds).items()
+    ]
     title = f"Training step of {LAYERS} layers of {LAYER}, {SEQUENCES} sequences, {DOMAINS} domains"
-    yield Section(title, markdown_table(header, rows), summary=True)
+    yield Section(title, table_of(rows), summary=True)
 
 
 if __name__ == "__main__":

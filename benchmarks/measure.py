@@ -13,7 +13,7 @@ from torch import Tensor
 from watch import Call, Function, Watch, milliseconds
 
 MOST_RUNS = 100
-MOST_REPEATS = 2  # of a call that was disturbed
+MOST_REPEATS = 3  # of a call that was disturbed
 ENOUGH_RUNS = 3
 
 
@@ -47,7 +47,7 @@ def interleaved(
     Each function is called 3 to 100 times, for `seconds` in all where that allows it, and its calls are spread evenly
     over the whole measurement. `known` holds milliseconds of a call already made. Where a call takes more than five
     times `seconds` one counts, and where it is known to take more than twenty times as long, that call stands. Calls
-    that the watch finds disturbed are made again, up to twice while its seconds for that last.
+    that the watch finds disturbed are made again, up to three times while its seconds for that last.
     """
     calls = {name: [] if name in (known or {}) else [watch.time(functions[name])] for name in functions}
     first = (known or {}) | {name: done[0].milliseconds for name, done in calls.items() if done}
@@ -65,7 +65,7 @@ def interleaved(
         watch.repeat_seconds -= perf_counter() - begin if repeat > 0 else 0.0
         if watch.repeat_seconds <= 0 or not any(left.values()):
             break
-    return {name: _timing(calls[name], first[name], watch) for name in functions}
+    return {name: _timing(calls[name], runs[name], first[name], watch) for name in functions}
 
 
 def _call_in_turn(
@@ -80,11 +80,11 @@ def _call_in_turn(
     watch.end()
 
 
-def _timing(calls: list[Call], known: float, watch: Watch) -> Timing:
+def _timing(calls: list[Call], runs: int, known: float, watch: Watch) -> Timing:
     quiet = [call.milliseconds for call in calls if watch.is_quiet(call)]
     watch.timed += len(calls)
     watch.disturbed += len(calls) - len(quiet)
-    is_quiet = len(quiet) >= min(ENOUGH_RUNS, max(1, len(calls)))
+    is_quiet = 0 < min(ENOUGH_RUNS, runs) <= len(quiet)
     values = quiet if is_quiet else [call.milliseconds for call in calls] or [known]
     return Timing(statistics.median(values), min(values), len(values), is_quiet)
 

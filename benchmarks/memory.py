@@ -22,7 +22,10 @@ Result = TypeVar("Result")
 
 
 def keep_freed_memory() -> bool:
-    """Lets the C library keep what is freed, and tells whether it does: only glibc knows these switches."""
+    """Lets the C library keep what is freed, and tells whether it does: only glibc knows these switches.
+
+    Its heap may still grow in the first calls, up to nine times, until holes are left that fit: the watch sees that.
+    """
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # of malloc.h
     try:
         set_option = ctypes.CDLL(None).mallopt

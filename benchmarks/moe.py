@@ -374,9 +374,9 @@ def recompute_table(run: Run, shape: Shape, dtypes: list[torch.dtype]) -> Sectio
             "kept": forward_backward(Peer(by_edl), inputs),
             "recomputed": forward_backward(Peer(partial(by_edl, recompute_activations=True)), inputs),
         }
-        probes = {name: probe(step, [inputs.gate_up, inputs.down], run.device) for name, step in steps.items()}
-        assert all(map(torch.equal, *(outcome.result for outcome in probes.values())))
-        timings = interleaved(steps, run.device, 3 * run.seconds)
+        seen = {name: witness(step, [inputs.gate_up, inputs.down], run.device) for name, step in steps.items()}
+        assert all(map(torch.equal, *(outcome.result for outcome in seen.values())))
+        timings = interleaved(steps, run.watch, 3 * run.seconds)
         fastest = timings["kept"].minimum
         rows += [
             {
@@ -385,12 +385,12 @@ def recompute_table(run: Run, shape: Shape, dtypes: list[torch.dtype]) -> Sectio
                 "ms": str(timing),
                 "fastest": f"{timing.minimum / fastest:.3f}x",
                 "operations": f"{1 + (name == 'recomputed') * 2 / 9:.3f}x",
-                "saved MB": f"{probes[name].saved_bytes / 1e6:.1f}",
-                "peak MB": f"{probes[name].peak_bytes / 1e6:.0f}" if probes[name].peak_bytes is not None else "-",
+                "saved MB": f"{seen[name].saved_bytes / 1e6:.1f}",
+                "peak MB": f"{seen[name].peak_bytes / 1e6:.0f}" if seen[name].peak_bytes is not None else "-",
             }
             for name, timing in timings.items()
         ]
-    return Section(f"Activations computed again, {shape}, forward + backward", table_of(rows), summary=True)
+    return Section(f"Activations computed again, {shape}, forward + backward{run.memory}", table_of(rows), summary=True)
 
 
 def sections(run: Run) -> Iterator[Section]:
@@ -402,7 +402,7 @@ def sections(run: Run) -> Iterator[Section]:
     dtypes = [torch.bfloat16] if on_cuda else [torch.float32, torch.bfloat16]
     shapes = CUDA if on_cuda else CPU[:2]  # layer.py has the others
     if run.quick:
-        shapes = shapes[:2]
+        shapes = shapes[: 2 if on_cuda else 1]
     if on_cuda:
         for shape in CUDA[1:3]:
             yield Section(

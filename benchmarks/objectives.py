@@ -133,7 +133,7 @@ def sections(run: Run) -> Iterator[Section]:
     times = interleaved(functions, run.watch, run.seconds)
     whole = one.times(LAYERS)
     rows = [{"objective": name, **cells(times[name], whole)} for name in steps]
-    title = f"Objectives on router scores, forward and backward, {LAYERS} layers of {shape}"
+    title = f"Objectives on router scores, forward and backward, {LAYERS} layers of {shape}{run.memory}"
     yield Section(title, f"The layers take {whole} ms.\n\n{table_of(rows)}", summary=True)
 
     names = [name for name in ("ExpertOrthogonality", "ActivationCosine") if hasattr(objectives, name)]
@@ -145,7 +145,7 @@ def sections(run: Run) -> Iterator[Section]:
         {"with": name, "ms": str(time), "x": f"{time.median / times['layer'].median:.3f}"}
         for name, time in times.items()
     ]
-    yield Section(f"Objectives on experts, with their layer, {shape}", table_of(rows), summary=True)
+    yield Section(f"Objectives on experts, with their layer, {shape}{run.memory}", table_of(rows), summary=True)
 
     rows = []
     small = Shape(256, 64, 32, shape.experts, shape.top_k)

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from measure import Timing, error, interleaved, milliseconds
+from measure import Timing, error, interleaved
 from peers import GROUPED_MM, PEERS
 from report import Run, Section, main, markdown_table
 from shapes import LAYER, Shape
 from torch import Tensor, nn
+from watch import milliseconds
 
 import edl
 from edl import ops
@@ -177,7 +178,8 @@ def sections(run: Run) -> Iterator[Section]:
     dtypes = [torch.float32, torch.bfloat16]
     header = ["type", "layer ms", *SMALL_PARTS, "all four", "expert_mlp", "transformers block ms"]
     rows = [measure_layer(LAYER, dtype, run) for dtype in dtypes]
-    yield Section(f"The layer's parts, share of its time, {LAYER}", markdown_table(header, rows), summary=True)
+    title = f"The layer's parts, share of its time, {LAYER}{run.memory}"
+    yield Section(title, markdown_table(header, rows), summary=True)
     sizes = ROUTERS[:1] if run.quick else ROUTERS
     torch._dynamo.reset()
     rows = [measure_route(size, run) for size in sizes]

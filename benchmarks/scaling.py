@@ -84,7 +84,7 @@ def sections(run: Run) -> Iterator[Section]:
     if run.plot:
         plot(curves, run.plot)
         text += f"\n\n![Time against T, E and K]({run.plot.name})"
-    yield Section(f"Scaling around {middle}, forward + backward, ms", text)
+    yield Section(f"Scaling around {middle}, forward + backward, ms{run.memory}", text)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Knows which timed calls had the machine to themselves.
 
 Cloud machines swing: within minutes the same two threads do 456 and 230 GFLOP/s. So a probe, 0.1 s of multiply-adds on
-all threads, goes before and after every stretch of timed calls. A stretch is one call, or as many as 0.2 s hold: short
+all threads, goes before and after every stretch of timed calls. A stretch is one call, or as many as 0.3 s hold: short
 enough to be one moment of the machine, long enough that probes do not take most of the time. A call counts where both
 probes around it reach 90 % of the run's best, and where it faulted no more than a few pages if memory is kept.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-STRETCH_SECONDS = 0.2
+STRETCH_SECONDS = 0.3
 SETTLE_SECONDS = 0.02  # OpenMP's threads spin for a while after their last work, and would slow the probe
 QUIET_SHARE = 0.9  # of the best probe
 FEW_FAULTS = 16  # pages; the interpreter's own

@@ -46,7 +46,7 @@ def cpu_watch(threads: int, keeps_memory: bool, best: float, repeat_seconds: flo
     return Watch(torch.device("cpu"), probe, keeps_memory, best, repeat_seconds)
 
 
-class Call(NamedTuple):
+class Request(NamedTuple):
     """What the other process is to do: function(watch, *arguments)."""
 
     function: Callable
@@ -56,11 +56,11 @@ class Call(NamedTuple):
     repeat_seconds: float
 
 
-def _serve(call: Call) -> tuple[object, Watch]:
-    torch.set_num_threads(call.threads)
+def _serve(request: Request) -> tuple[object, Watch]:
+    torch.set_num_threads(request.threads)
     torch.manual_seed(0)
-    watch = cpu_watch(call.threads, False, call.best, call.repeat_seconds)
-    return call.function(watch, *call.arguments), watch
+    watch = cpu_watch(request.threads, False, request.best, request.repeat_seconds)
+    return request.function(watch, *request.arguments), watch
 
 
 class FreshMemory:
@@ -75,7 +75,7 @@ class FreshMemory:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         hand_back_freed_memory()  # the other process needs as much
-        call = Call(function, arguments, self.threads, watch.best, watch.repeat_seconds)
-        result, other = self._pool.submit(_serve, call).result()
+        request = Request(function, arguments, self.threads, watch.best, watch.repeat_seconds)
+        result, other = self._pool.submit(_serve, request).result()
         watch.take_over(other)
         return result

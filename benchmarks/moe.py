@@ -7,8 +7,8 @@ all are timed in turn: median (minimum). GF are GFLOP/s of the experts' products
 N = T·K rows. The peak is that of tiles for bfloat16 where the processor has them, else of float32. On the CPU freed
 memory is kept, and layer.py has more shapes and both regimes of memory, beside the fastest peer. "Saved" is what the
 forward pass keeps for the backward pass, parameters excluded; "peak MB" the most memory that both take beside the
-inputs, gradients included. The floor of what is saved: the tokens and the pre-activation, T·H + 2·N·I elements; the last
-table is without the pre-activation.
+inputs, gradients included. The floor of what is saved: the tokens and the pre-activation, T·H + 2·N·I elements; the
+last table is without the pre-activation.
 
 On CUDA the six products alone come first, `torch._grouped_mm` on rows that stand in order already, with either of
 torch's libraries behind it: what edl takes beside their sum is its own kernels.

@@ -168,6 +168,44 @@ def test_nan_in_one_token_stays_there():
     torch.testing.assert_close(output[others], expected[others])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_a_token_of_weight_zero_holds_does_not_matter(dtype):
+    arguments = make(dtype=dtype)
+    with torch.no_grad():
+        arguments[1][7] = 0
+    results = []
+    for value in (1.0, torch.nan):
+        with torch.no_grad():
+            arguments[0][7] = value
+        output = ops.expert_mlp(*arguments)
+        grad_tokens, _, grad_gate_up, grad_down = gradients(arguments, output)
+        results.append([output, grad_tokens, grad_gate_up, grad_down])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinity_meets_no_zeros_behind_the_last_column(dtype):
+    """Among positive numbers infinity has no way to become NaN, whatever loops pad their rows with."""
+    arguments = make(dtype=dtype)
+    with torch.no_grad():
+        for x in (arguments[i] for i in (0, 1, 4, 5)):
+            x.abs_()
+    grad_output = torch.ones(20, 12, dtype=dtype)
+    grad_output[7, 3] = torch.inf
+    leaves = [x for x in arguments if x.requires_grad]
+    gradients = torch.autograd.grad(ops.expert_mlp(*arguments), leaves, grad_output)
+    for gradient in gradients[:2]:
+        assert (gradient.isinf().all(1) == (torch.arange(20) == 7)).all()
+    assert not any(gradient.isnan().any() for gradient in gradients)
+    with torch.no_grad():
+        arguments[0][5, 2] = torch.inf
+        arguments[1][9] = torch.inf
+    output = ops.expert_mlp(*arguments)
+    assert (output[[5, 9]] == torch.inf).all() and output.isinf().sum() == 24
+    (grad_tokens,) = torch.autograd.grad(output, leaves[:1], torch.ones_like(output))
+    assert (grad_tokens[9] == torch.inf).all()
+
+
 @pytest.mark.parametrize("scale", [1e-4, 30.0, 3e3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_small_and_large_pre_activations_stay_right(dtype, scale):

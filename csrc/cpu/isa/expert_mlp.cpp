@@ -154,7 +154,8 @@ void activate_backward(
     for (int64_t j = 0; j < width; j += kLanes<Acc>) {
       const int64_t left = width - j;
       const ActivationGradients<Acc> grads = activation_gradients<with_more, Acc>(
-          load_some<Acc>(gate + j, left), load_some<Acc>(gate + intermediate_size + j, left), load(c + j),
+          load_some<Acc>(gate + j, left), load_some<Acc>(gate + intermediate_size + j, left),
+          load_some<Acc>(c + j, left), // behind I infinity has met zeros
           with_more ? load_some<Acc>(more + j, left) : Vector<Acc>{}, factor, dot);
       store_some<Acc>(grads.activation, left, activation + j);
       store_some<Acc>(grads.gate, left, grad_gate + j);

@@ -33,7 +33,6 @@ namespace {
 using Pairs = Vector<uint32_t>; // of bfloat16: the lower half comes first
 
 constexpr int64_t kBlock = 2 * kTileRows; //       rows and columns of C
-constexpr int64_t kPanelStep = kTileRows * kTileDepth; // numbers of a panel for 32 k
 constexpr int64_t kGradRows = 128; //              of a task over a parameter's gradient
 constexpr int64_t kGradColumns = 256;
 constexpr int64_t kPackedElements = 256 << 10; //  of the tokens of a task: they stay in the second cache
@@ -99,6 +98,12 @@ EDL_INLINE void store_pairs(Pairs pairs, BFloat16* to) {
   std::memcpy(to, &pairs, sizeof(pairs));
 }
 
+// Zeros in the lanes from `count` on, whatever x is.
+EDL_INLINE Floats first_lanes(Floats x, int64_t count) {
+  constexpr Int32s lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return lanes < static_cast<int32_t>(std::min(count, kTileRows)) ? x : Floats{};
+}
+
 EDL_INLINE void transpose_pairs(Pairs* square) {
   transpose<1, uint32_t>(square);
 }
@@ -119,7 +124,7 @@ BFloat16* grad_output_rows_of(const ExpertMlpTask& task, int64_t place) { //  [R
 BFloat16* grad_pre_activation_of(const ExpertMlpTask& task, int64_t place) {
   return static_cast<BFloat16*>(task.grad_pre_activation) + place * task.pre_activation_stride;
 }
-// Transposed, [H or 2I, and up to 32 more][R + 32]: what stands in the further rows is of no column, and not looked at.
+// Transposed, [H' or 2I'][R + 32]: what stands in the rows from H or 2I on is of no column, and not looked at.
 int64_t column_stride(const ExpertMlpTask& task) {
   return task.window_rows + kRowPadding;
 }
@@ -145,9 +150,9 @@ size_t lay_out(ExpertMlpTask& task, int64_t window_rows, ExpertMlpPasses passes,
   if (passes.backward) {
     task.pre_activation_stride = 2 * intermediate + kRowPadding;
     task.grad_output_rows = scratch.take<BFloat16>(window_rows * (hidden + kRowPadding));
-    task.grad_output_columns = scratch.take<BFloat16>((hidden + kBlock) * column_stride(task));
+    task.grad_output_columns = scratch.take<BFloat16>(hidden * column_stride(task));
     task.grad_pre_activation = scratch.take<BFloat16>(window_rows * task.pre_activation_stride);
-    task.grad_pre_activation_columns = scratch.take<BFloat16>((2 * intermediate + kBlock) * column_stride(task));
+    task.grad_pre_activation_columns = scratch.take<BFloat16>(2 * intermediate * column_stride(task));
     task.token_pairs = scratch.take<BFloat16>(window_rows * hidden);
     task.activation_pairs = scratch.take<BFloat16>(window_rows * intermediate);
     task.dots = scratch.take<float>(round_up(task.intermediate_size, kWideColumns) / kWideColumns * task.window_rows);
@@ -392,13 +397,17 @@ void gather_gradients(const ExpertMlpTask& task, ExpertRows rows, void*) {
 // From c, gate's 16 columns of I above those of up: the activation of 16 rows, and what is kept of them.
 void activate(
     const ExpertMlpTask& task, int64_t begin, int64_t count, int64_t column, const float* c, BFloat16* activation) {
+  const int64_t intermediate = task.intermediate_size;
   Pairs kept[kTileRows]; // 8 pairs of gate, 8 of up
   for (int64_t j = 0; j < kTileRows; j += 2, c += 2 * kBlock) {
     const Floats gate[2] = {load(c), load(c + kBlock)};
     const Floats up[2] = {load(c + kTileRows * kBlock), load(c + (kTileRows + 1) * kBlock)};
     Floats s[2] = {gate[0], gate[1]};
     sigmoid_each<2, float>(s);
-    store_pairs(pairs_of(gate[0] * s[0] * up[0], gate[1] * s[1] * up[1]), activation + j * kTileRows);
+    // Behind I stand zeros also where infinity has met those of the parameter.
+    const Floats first = column + j < intermediate ? gate[0] * s[0] * up[0] : Floats{};
+    const Floats second = column + j + 1 < intermediate ? gate[1] * s[1] * up[1] : Floats{};
+    store_pairs(pairs_of(first, second), activation + j * kTileRows);
     kept[j / 2] = pairs_of(gate[0], gate[1]);
     kept[(kTileRows + j) / 2] = pairs_of(up[0], up[1]);
   }
@@ -406,7 +415,6 @@ void activate(
     return;
   }
   transpose_pairs(kept);
-  const int64_t intermediate = task.intermediate_size;
   const auto width = static_cast<size_t>(std::clamp<int64_t>(intermediate - column, 0, kTileRows));
   for (int64_t r = 0; r < count; ++r) {
     BFloat16* to = static_cast<BFloat16*>(task.pre_activation) + (begin + r) * 2 * intermediate + column;
@@ -511,9 +519,12 @@ void activate_backward(
             with_more ? static_cast<const float*>(task.grad_activation) + row * intermediate + column : nullptr;
         Floats dot = load(dots + (r + which) * kTileRows);
         grads[which] = activation_gradients<with_more, float>(
-            load_some<float>(gate, width), load_some<float>(gate + intermediate, width), load(c + (r + which) * kBlock),
-            with_more ? load_some<float>(more, width) : Floats{}, factor_of<BFloat16>(task, row), dot);
+            load_some<float>(gate, width), load_some<float>(gate + intermediate, width),
+            load_some<float>(c + (r + which) * kBlock, width), with_more ? load_some<float>(more, width) : Floats{},
+            factor_of<BFloat16>(task, row), dot);
         store(dot, dots + (r + which) * kTileRows);
+        grads[which].gate = first_lanes(grads[which].gate, width); // an infinite factor makes NaN of zeros
+        grads[which].up = first_lanes(grads[which].up, width);
       }
       store(grads[which].gate, grad);
       store(grads[which].up, grad + padded(intermediate));

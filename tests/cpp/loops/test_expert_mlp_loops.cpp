@@ -180,6 +180,20 @@ class Memory {
   char* data_;
 };
 
+void check_that_tiles_are_left_as_found(const ExpertMlpLoops& loops) {
+  char before[64], own[64], found[64];
+  loops.enter(before);
+  loops.enter(own);
+  CATCH_CHECK(std::memcmp(before, own, 64) != 0);
+  loops.leave(own);
+  loops.enter(found);
+  CATCH_CHECK(std::memcmp(found, own, 64) == 0);
+  loops.leave(before);
+  loops.enter(found);
+  CATCH_CHECK(std::memcmp(found, before, 64) == 0);
+  loops.leave(before);
+}
+
 // Forward and backward over windows of at most `window_rows` rows.
 template <typename Storage, typename Acc>
 void check(const ExpertMlpLoops& loops, int64_t window_rows, double tolerance) {
@@ -288,6 +302,15 @@ CATCH_TEST_CASE("the loops of expert_mlp are right and stay inside their buffers
       check<BFloat16, float>(loops(StorageType::bfloat16), window_rows, 2e-2);
     }
   }
+}
+
+CATCH_TEST_CASE("tiles are left as they were found") {
+  check_that_tiles_are_left_as_found(tile_stand_in::expert_mlp_tiles);
+#if defined(EDL_WITH_AMX)
+  if (may_use_tiles()) {
+    check_that_tiles_are_left_as_found(avx512_amx::expert_mlp_tiles);
+  }
+#endif
 }
 
 CATCH_TEST_CASE("the loops of expert_mlp on tiles are right and stay inside their buffers") {

@@ -215,13 +215,20 @@ def test_not_asked_for_it_is_no_work():
 )
 def test_in_other_types_it_is_the_same_within_their_rounding(dtype, tolerance):
     _, given = arguments(num_tokens=40, hidden_size=64, intermediate_size=48)
-    narrow = [(x.to(dtype) if x.is_floating_point() else x) for x in given]
-    wide = [x.double() if x.is_floating_point() else x for x in narrow]
-    for actual, expected in zip(
-        ops.expert_mlp_with_gram(*narrow, output_gram=True, activation_gram=True)[1:],
-        ops.expert_mlp_with_gram(*wide, output_gram=True, activation_gram=True)[1:],
-    ):
-        assert actual.dtype == torch.float32
+    cotangent = torch.randn(40, 3, 3)
+
+    def statistics_and_gradients(given):
+        leaves = [x.requires_grad_() for x in given if x.is_floating_point()]
+        grams = ops.expert_mlp_with_gram(*given, output_gram=True, activation_gram=True)[1:]
+        gradients = (torch.autograd.grad((gram * cotangent).sum(), leaves, retain_graph=True) for gram in grams)
+        return grams, [gradient for each in gradients for gradient in each]
+
+    narrow = [((x / 4).to(dtype) if x.is_floating_point() else x) for x in given]  # gradients below 65504
+    wide = [x.detach().double() if x.is_floating_point() else x for x in narrow]
+    grams, gradients = statistics_and_gradients(narrow)
+    expected_grams, expected_gradients = statistics_and_gradients(wide)
+    assert all(gram.dtype == torch.float32 for gram in grams)
+    for actual, expected in zip((*grams, *gradients), (*expected_grams, *expected_gradients), strict=True):
         assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 

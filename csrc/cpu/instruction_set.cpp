@@ -45,27 +45,39 @@ bool has_amx() {
 #endif
 }
 
-// Asks once; what it grants holds for the process.
+// Asks once, and only where it matters: what the system grants holds for the process, and lets it refuse the small
+// stacks for signals that other libraries may bring.
 bool may_use_amx() {
   static const bool is_granted = has_amx() && at::cpu::init_amx();
   return is_granted;
 }
 
+bool is_available(InstructionSet set) {
+  switch (set) {
+    case InstructionSet::avx512_amx:
+      return may_use_amx();
+    case InstructionSet::avx512:
+      return has_avx512();
+    case InstructionSet::avx2:
+      return has_avx2();
+    default:
+      return true;
+  }
+}
+
 InstructionSet best_available() {
-  if (may_use_amx()) {
-    return InstructionSet::avx512_amx;
+  for (const auto set : {InstructionSet::avx512_amx, InstructionSet::avx512, InstructionSet::avx2}) {
+    if (is_available(set)) {
+      return set;
+    }
   }
-  if (has_avx512()) {
-    return InstructionSet::avx512;
-  }
-  return has_avx2() ? InstructionSet::avx2 : InstructionSet::baseline;
+  return InstructionSet::baseline;
 }
 
 InstructionSet choose() {
-  const InstructionSet best = best_available();
   const char* forced = std::getenv("EDL_CPU_CAPABILITY");
   if (forced == nullptr) {
-    return best;
+    return best_available();
   }
   const auto* const name = std::find(kNames.begin(), kNames.end(), std::string_view(forced));
   TORCH_CHECK_VALUE(
@@ -73,8 +85,8 @@ InstructionSet choose() {
       forced, "')");
   const auto chosen = static_cast<InstructionSet>(name - kNames.begin());
   TORCH_CHECK_VALUE(
-      chosen <= best, "edl: EDL_CPU_CAPABILITY must name an instruction set that this processor and build have",
-      is_amx_refused() && chosen == InstructionSet::avx512_amx ? ", and the system grants" : "", " (got '", forced,
+      is_available(chosen), "edl: EDL_CPU_CAPABILITY must name an instruction set that this processor and build have",
+      chosen == InstructionSet::avx512_amx && is_amx_refused() ? ", and the system grants" : "", " (got '", forced,
       "')");
   return chosen;
 }

@@ -2,8 +2,9 @@
 
 // Run-time choice among the builds of one source. setup.py compiles every `cpu/isa/*.cpp` once for each instruction
 // set, with EDL_ISA naming the namespace and EDL_VECTOR_BYTES the register width; on other processors only `baseline`
-// exists. `avx512_amx` is AVX-512 with other loops for what multiplies on matrix units (`cpu/isa/tiles/*.cpp`). These sources include no torch header, and everything inline in them lives in anonymous namespaces, so that
-// the linker can never merge AVX-512 code into a function that a weaker processor runs (tools/check_symbols.py).
+// exists. `avx512_amx` is AVX-512 with other loops for what multiplies on matrix units (`cpu/isa/tiles/*.cpp`). These
+// sources include no torch header, and everything inline in them lives in anonymous namespaces, so that the linker can
+// never merge AVX-512 code into a function that a weaker processor runs (tools/check_symbols.py).
 
 namespace edl::cpu {
 

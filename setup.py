@@ -168,7 +168,7 @@ if torch is not None:
         def build_extensions(self):
             if is_x86() and self.assembles_tiles():
                 for extension in self.extensions:
-                    extension.define_macros.append(("EDL_WITH_AMX", None))
+                    extension.define_macros = [*extension.define_macros, ("EDL_WITH_AMX", None)]
             super().build_extensions()
             self.copy_headers(Path(self.build_lib) / "edl")
 

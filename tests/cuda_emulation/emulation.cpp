@@ -314,7 +314,7 @@ void launch(const char* kernel, dim3 grid, dim3 size, size_t shared_bytes, const
   const std::unique_ptr<char[]> own_shared(new char[shared_bytes]);
   dynamic_memory = own_shared.get();
   if (shared_bytes > 0) {
-    add_shared_memory("dynamic shared memory", dynamic_memory, shared_bytes);
+    add_memory("dynamic shared memory", dynamic_memory, shared_bytes, true);
   }
   body = &thread;
   failure.clear();

@@ -13,8 +13,8 @@ namespace edl_emulation {
 
 enum class Contents { input, defined, undefined };
 
-void add_memory(const char* name, const void* data, size_t bytes);
-void add_shared_memory(const char* name, const void* data, size_t bytes); // written by nobody when a block begins
+// Shared memory every block has for itself: written by nobody when it begins.
+void add_memory(const char* name, const void* data, size_t bytes, bool is_shared = false);
 void set_contents(const void* data, Contents contents);
 void remove_memory(const void* data);
 

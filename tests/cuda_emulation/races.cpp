@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -10,11 +11,14 @@
 namespace edl_emulation {
 namespace {
 
+enum class Kind { read, write, atomic };
+
 struct Access {
   uint32_t block; // 0: none
   uint32_t thread;
   uint32_t block_epoch;
   uint32_t warp_epoch;
+  bool operator==(const Access&) const = default;
 };
 
 // What is known of one byte. More than three readers that nothing orders are alike for what comes after.
@@ -37,22 +41,23 @@ struct Memory {
   Contents contents;
   uint32_t defined_since; // a byte written by an earlier block is not defined any more
   std::unique_ptr<Byte[], Free> known; // made at the first access
+  std::vector<bool> is_split; // of each word: until one of its bytes is accessed alone, the first stands for all
 };
 
-std::vector<Memory> memories;
+constexpr size_t kWord = 4;
+
+std::vector<Memory> memories; // by address
 bool called_by_compiler = false;
 
+auto first_beyond(const char* address) {
+  return std::upper_bound(memories.begin(), memories.end(), address, [](const char* before, const Memory& memory) {
+    return before < memory.bytes.begin;
+  });
+}
+
 Memory* find(const char* address) {
-  static size_t last = 0;
-  if (last < memories.size() && memories[last].bytes.holds(address)) {
-    return &memories[last];
-  }
-  for (last = 0; last < memories.size(); ++last) {
-    if (memories[last].bytes.holds(address)) {
-      return &memories[last];
-    }
-  }
-  return nullptr;
+  const auto beyond = first_beyond(address);
+  return beyond != memories.begin() && beyond[-1].bytes.holds(address) ? &beyond[-1] : nullptr;
 }
 
 void add_static_shared_memory() {
@@ -60,7 +65,7 @@ void add_static_shared_memory() {
   if (!done) {
     done = true;
     const Bytes shared = static_shared_memory();
-    add_shared_memory("static shared memory", shared.begin, shared.end - shared.begin);
+    add_memory("static shared memory", shared.begin, shared.end - shared.begin, true);
   }
 }
 
@@ -108,6 +113,14 @@ void check_defined(
   }
 }
 
+// Whether the thread accessed this last, in the same way and without a barrier since.
+bool is_repeated(const Byte& byte, const Access& now, Kind kind) {
+  if (kind == Kind::read) {
+    return byte.reads[0] == now;
+  }
+  return kind == Kind::write && byte.write == now && !byte.write_is_atomic && byte.reads[0].block == 0;
+}
+
 void read_byte(const Memory& memory, Byte& byte, const char* address, const Access& now) {
   check_order(memory, address, " writes and, without a barrier, it is read by ", byte.write, now);
   note_read(byte, now);
@@ -125,7 +138,27 @@ void write_byte(const Memory& memory, Byte& byte, const char* address, const Acc
   byte.write_is_atomic = atomic;
 }
 
-enum class Kind { read, write, atomic };
+void check_byte(Memory& memory, Byte& byte, const char* address, const Access& now, Kind kind) {
+  if (is_repeated(byte, now, kind)) {
+    return;
+  }
+  if (kind != Kind::write) {
+    check_defined(memory, byte, address, now, memory.is_shared ? now.block : memory.defined_since);
+  }
+  if (kind == Kind::read) {
+    read_byte(memory, byte, address, now);
+  } else {
+    write_byte(memory, byte, address, now, kind == Kind::atomic);
+  }
+}
+
+void split_word(Memory& memory, size_t word) {
+  if (!memory.is_split[word]) {
+    memory.is_split[word] = true;
+    Byte* bytes = &memory.known[word * kWord];
+    std::fill_n(bytes + 1, kWord - 1, *bytes);
+  }
+}
 
 void check(const void* data, size_t bytes, Kind kind) {
   if (moment.block == 0 || !called_by_compiler) {
@@ -143,37 +176,34 @@ void check(const void* data, size_t bytes, Kind kind) {
   if (memory == nullptr) {
     return; // constants and arguments; what is outside of all memory is the address sanitizer's
   }
+  const size_t size = memory->bytes.end - memory->bytes.begin;
   if (memory->known == nullptr) {
-    memory->known.reset(static_cast<Byte*>(std::calloc(memory->bytes.end - memory->bytes.begin, sizeof(Byte))));
+    const size_t words = (size + kWord - 1) / kWord;
+    memory->known.reset(static_cast<Byte*>(std::calloc(words * kWord, sizeof(Byte))));
+    memory->is_split.resize(words);
   }
   if (kind != Kind::read && memory->contents == Contents::input) {
     report(*memory, address, "an input is written");
   }
-  const uint32_t defined_since = memory->is_shared ? moment.block : memory->defined_since;
   const Access now = {moment.block, moment.thread, moment.block_epoch, moment.warp_epoch};
-  for (; bytes > 0 && address < memory->bytes.end; --bytes, ++address) {
-    Byte& byte = memory->known[address - memory->bytes.begin];
-    if (kind != Kind::write) {
-      check_defined(*memory, byte, address, now, defined_since);
+  size_t at = address - memory->bytes.begin;
+  const size_t end = std::min(at + bytes, size);
+  while (at < end) {
+    const size_t word = at / kWord;
+    const bool is_whole = at % kWord == 0 && end - at >= kWord && !memory->is_split[word];
+    if (!is_whole) {
+      split_word(*memory, word);
     }
-    if (kind == Kind::read) {
-      read_byte(*memory, byte, address, now);
-    } else {
-      write_byte(*memory, byte, address, now, kind == Kind::atomic);
-    }
+    check_byte(*memory, memory->known[at], memory->bytes.begin + at, now, kind);
+    at += is_whole ? kWord : 1;
   }
 }
 
 } // namespace
 
-void add_memory(const char* name, const void* data, size_t bytes) {
+void add_memory(const char* name, const void* data, size_t bytes, bool is_shared) {
   const char* begin = static_cast<const char*>(data);
-  memories.push_back({name, {begin, begin + bytes}, false, Contents::defined, 0, nullptr});
-}
-
-void add_shared_memory(const char* name, const void* data, size_t bytes) {
-  add_memory(name, data, bytes);
-  memories.back().is_shared = true;
+  memories.insert(first_beyond(begin), {name, {begin, begin + bytes}, is_shared, Contents::defined, 0, nullptr, {}});
 }
 
 void set_contents(const void* data, Contents contents) {

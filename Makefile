@@ -7,7 +7,7 @@
 # make demo        pre-trains a small language model on real text; DATA=folder takes the sub-folders of your own text
 # make dist        source archive and wheel, for the torch that TORCH names, in dist
 # make check-dist  both installed into environments of their own, beside that torch, and run
-# make bench       measures this machine, peers included, in about ten minutes: benchmarks/results/MACHINE.md
+# make bench       measures this machine, peers included, in about twenty minutes: benchmarks/results/MACHINE.md
 # make check-cuda  compiles every CUDA source with nvcc; needs no GPU
 # make gpu         on a CUDA machine: builds, checks and measures with PYTHON and its torch, without network, in stages;
 #                  STAGES=build,correctness chooses, BUDGET=400 seconds limits, OUT=folder takes the results
